@@ -1,0 +1,64 @@
+"""What an example is: data sets by name, by folder, or by hub name, all with the same small contract."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from datasets_lib.choices import one_of
+from datasets_lib.example import check_example
+
+__all__ = ["DATASETS", "build", "check_example", "prepare"]
+
+DATASETS = {"digits": "datasets_lib.digits:build"}
+
+
+def build(args: Any, split: str) -> Any | None:
+    """Build the data set of a split, "train" or "validation".
+
+    Returns None for "validation" when `args.validation_split` is None. Raises ValueError for a setting that cannot be
+    met and FileNotFoundError for data that is not there.
+    """
+    one_of("split", split, ("train", "validation"))
+    if split == "validation" and args.validation_split is None:
+        return None
+    if args.dataset is not None:
+        return _call(_named_builder(args.dataset), args, split)
+    target = "datasets_lib.folder:build" if args.train_data_dir is not None else "datasets_lib.hub:build"
+    return _load(target)(args, split)
+
+
+def prepare(dataset: Any, show_progress: bool) -> None:
+    """Decode a data set ahead where it can and its images fit `image_cache_mb`; once, before loader workers start."""
+    if hasattr(dataset, "prepare"):
+        dataset.prepare(show_progress)
+
+
+def _load(target: str) -> Callable:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _named_builder(name: str) -> Callable:
+    target = name if ":" in name else DATASETS[one_of("base.dataset", name, DATASETS, "package.module:build")]
+    try:
+        return _load(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"base.dataset is {name!r}, which cannot be imported ({error}); give package.module:build, "
+            "with the package installed or its folder on PYTHONPATH"
+        ) from error
+
+
+def _call(builder: Callable, args: Any, split: str) -> Any:
+    try:
+        inspect.signature(builder).bind(args, split, **args.dataset_args)
+    except TypeError as error:
+        accepted = ", ".join(list(inspect.signature(builder).parameters)[2:]) or "none"
+        raise ValueError(
+            f"base.dataset_args is {args.dataset_args}, which base.dataset={args.dataset} does not take ({error}); "
+            f"its arguments: {accepted}"
+        ) from error
+    return builder(args, split, **args.dataset_args)

@@ -1,0 +1,27 @@
+"""scikit-learn's 1,797 handwritten digits, 8 x 8: a data set that needs no download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from datasets_lib.dataset import ImageDataset
+from datasets_lib.source import Source, digest
+
+
+def build(args: Any, split: str) -> ImageDataset:
+    """Build the digits, labelled "0" to "9"; `validation_split` must be a fraction, as they come in one split."""
+    from sklearn.datasets import load_digits
+
+    if isinstance(args.validation_split, str):
+        raise ValueError(
+            f"base.validation_split is {args.validation_split!r}, but digits come in one split; "
+            "give a fraction such as 0.1"
+        )
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    labels = digits.target.tolist()
+    fingerprint = digest(pixels.tobytes(), labels)
+    names = [str(digit) for digit in range(10)]
+    return ImageDataset(Source(pixels, "digits", fingerprint, labels=labels, label_names=names), args, split)

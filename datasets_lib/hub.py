@@ -1,0 +1,158 @@
+"""`dataset_name`: a data set of the hub, or a local folder of parquet, arrow or image files, through `datasets`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets_lib.choices import one_of
+from datasets_lib.dataset import ImageDataset
+from datasets_lib.source import CAPTION_COLUMNS, Source, check_caption, digest
+
+
+def build(args: Any, split: str) -> ImageDataset:
+    """Build the data set of `args.dataset_name`; columns not named in `args` are found by type, captions by name."""
+    return ImageDataset(read_source(args, split), args, split)
+
+
+def read_source(args: Any, split: str) -> Source:
+    """Return the rows of the split "train", or of a named validation split."""
+    import datasets
+
+    splits = load(args)
+    named = split == "validation" and isinstance(args.validation_split, str)
+    if named:
+        rows = splits[one_of(f"base.validation_split of {args.dataset_name}", args.validation_split, splits)]
+    else:
+        rows = splits[one_of(f"the training split of {args.dataset_name}", "train", splits)]
+    column = image_column(rows.features, args.image_column)
+    labels, label_names, notes = read_labels(rows, args.label_column)
+    captions = read_captions(rows, args.caption_column)
+    try:
+        # Decoding is ours, so that every kind of file and of fault is treated as in a folder.
+        encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:
+        raise ValueError(
+            f"base.image_column is {column!r}, whose {rows.features[column]} values are not images ({error}); "
+            f"the columns are: {', '.join(rows.features)}"
+        ) from error
+    images = EncodedImages(encoded, column, Path(args.dataset_name).expanduser().resolve())
+    fingerprint = digest(len(rows), sorted(rows.features), label_names, labels, captions, *images.some_bytes())
+    return Source(images, args.dataset_name, fingerprint, labels, label_names, captions, notes)
+
+
+def load(args: Any) -> dict[str, Any]:
+    """Return the splits by name; whatever `datasets` raises becomes one error that says what to do."""
+    import datasets
+
+    folder = Path(args.dataset_name).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            loaded = datasets.load_from_disk(folder)
+        else:
+            name = str(folder) if folder.is_dir() else args.dataset_name
+            with contextlib.nullcontext() if folder.is_dir() else offline_if_unreachable(name):
+                loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as error:
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"base.dataset_name={args.dataset_name} cannot be loaded ({type(error).__name__}: {error}). It is looked "
+            f"for as a local folder ({folder.absolute()}), in the cache and on the hub, which must be reachable; "
+            "else give a local copy: base.dataset_name=FOLDER (parquet, arrow, images or save_to_disk) or "
+            "base.train_data_dir=FOLDER (images)"
+        ) from error
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+@contextlib.contextmanager
+def offline_if_unreachable(name: str) -> Iterator[None]:
+    """While the hub does not answer, let `datasets` look in its cache only: by itself it would retry for long."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HfHubHTTPError:
+        pass  # the hub answered, if only to refuse; load_dataset will say why
+    except Exception:
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def image_column(features: dict[str, Any], wanted: str | None) -> str:
+    """Return the column of images: the one asked for, or the only one of type Image."""
+    from datasets import Image
+
+    if wanted is not None:
+        return one_of("base.image_column", wanted, features)
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if len(found) != 1:
+        raise ValueError(
+            f"there are {len(found)} columns of type Image among {', '.join(features)}; name one in base.image_column"
+        )
+    return found[0]
+
+
+def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[str] | None, list[str]]:
+    """Return labels, their names and notes: of the column asked for, or of the only ClassLabel."""
+    from datasets import ClassLabel
+
+    found = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    if wanted is None and len(found) != 1:
+        return None, None, [f"no labels: name one of {', '.join(found)} in base.label_column"] if found else []
+    column = found[0] if wanted is None else one_of("base.label_column", wanted, rows.features)
+    labels = rows[column][:]
+    wrong = next((row for row, label in enumerate(labels) if type(label) is not int or label < 0), None)
+    if wrong is not None:
+        raise ValueError(
+            f"column {column!r} has {labels[wrong]!r} in row {wrong}; labels are integers of at least 0: name another "
+            "column in base.label_column, or encode this one with datasets' class_encode_column"
+        )
+    return labels, getattr(rows.features[column], "names", None), []
+
+
+def read_captions(rows: Any, wanted: str | None) -> list[str | list[str]] | None:
+    """Return the captions of the column asked for, or of the first with a common name; None if there is none."""
+    if wanted is not None:
+        one_of("base.caption_column", wanted, rows.features)
+    column = wanted or next((name for name in CAPTION_COLUMNS if name in rows.features), None)
+    if column is None:
+        return None
+    return [
+        check_caption(text, f"row {row}, column {column!r} (base.caption_column),")
+        for row, text in enumerate(rows[column][:])
+    ]
+
+
+class EncodedImages:
+    """The encoded images of a data set by row: bytes, or the path of a file. A missing one reads as an empty file."""
+
+    def __init__(self, rows: Any, column: str, folder: Path):
+        self.rows = rows
+        self.column = column
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Path | bytes:
+        image = self.rows[row][self.column]
+        if image is None or image["bytes"] is not None:
+            return b"" if image is None else image["bytes"]
+        path = Path(image["path"])
+        if path.is_relative_to(self.folder) and not path.resolve().is_relative_to(self.folder):
+            raise ValueError(f"{path} is a link that leads out of {self.folder}; copy the file into the folder instead")
+        return path
+
+    def some_bytes(self) -> Iterator[bytes]:
+        """Yield the content of up to eight images spread over the rows, enough to tell one data set from another."""
+        for row in range(0, len(self), -(-len(self) // 8)):
+            image = self[row]
+            yield image if isinstance(image, bytes) else image.read_bytes()

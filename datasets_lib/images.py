@@ -1,0 +1,119 @@
+"""Real image files, whatever is in them, to uint8 tensors of one kind."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from datasets_lib.choices import one_of
+from datasets_lib.transforms import INTERPOLATIONS, resize, resized_size
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+PILLOW_LIMIT = 2 * 178956970  # pixels; above it Pillow refuses by itself
+
+
+class ImageError(ValueError):
+    """An image that cannot be used: broken, or larger than allowed."""
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads an image and resizes its short side to `resolution`: the part of loading that is never random.
+
+    Raises ValueError for settings that cannot be met.
+    """
+
+    resolution: int
+    channels: int
+    interpolation: str
+    background_color: str
+    max_image_pixels: int
+
+    def __post_init__(self):
+        one_of("base.channels", self.channels, MODES)
+        one_of("base.interpolation", self.interpolation, INTERPOLATIONS)
+        if not 0 < self.max_image_pixels <= PILLOW_LIMIT:
+            raise ValueError(
+                f"base.max_image_pixels is {self.max_image_pixels}; give 1 to {PILLOW_LIMIT}, Pillow's own limit, "
+                "and scale larger images down beforehand"
+            )
+        try:
+            ImageColor.getrgb(self.background_color)
+        except ValueError as error:
+            raise ValueError(
+                f"base.background_color is {self.background_color!r}, not a colour; "
+                "give a name such as white or a code such as #ffffff"
+            ) from error
+
+    def read(self, source: Path | bytes | np.ndarray) -> torch.Tensor:
+        """Return uint8 [C, H, W]; raise ImageError, which does not know the image's name, for whatever is wrong."""
+        try:
+            with self._open(source) as image:
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                image = to_mode(image, MODES[self.channels], self.background_color)
+            return resize(image, self.resolution, self.interpolation)
+        except Exception as error:  # every decoder fails in its own way
+            raise ImageError(self._reason(error)) from error
+
+    def resized_bytes(self, source: Path | bytes | np.ndarray) -> int:
+        """Return how many bytes `read` gives, from the header alone; 0 for an image that cannot be opened."""
+        try:
+            with self._open(source) as image:
+                width, height = resized_size(image.size, self.resolution)
+        except Exception:  # `read` will say what is wrong
+            return 0
+        return width * height * self.channels
+
+    def _open(self, source: Path | bytes | np.ndarray) -> Image.Image:
+        if isinstance(source, np.ndarray):
+            return Image.fromarray(source)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        # A 10,000 x 1 strip grows when its short side is resized, so both sizes count.
+        for width, height in (image.size, resized_size(image.size, self.resolution)):
+            if width * height > self.max_image_pixels:
+                image.close()
+                raise ValueError(
+                    f"it has {width} x {height} = {width * height} pixels, read or resized; {self._limit()}"
+                )
+        return image
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, UnidentifiedImageError):
+            return "it is empty or in no known image format"
+        if isinstance(error, Image.DecompressionBombError):
+            return f"{error}; {self._limit()}"
+        return str(error) or type(error).__name__
+
+    def _limit(self) -> str:
+        return f"base.max_image_pixels={self.max_image_pixels} is the limit"
+
+
+def to_mode(image: Image.Image, mode: str, background: str) -> Image.Image:
+    """Convert to L, RGB or RGBA: deep images scaled by their range, transparency composited unless RGBA keeps it."""
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(to_uint8(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if mode != "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Scale 16-bit, 32-bit or float values to 0..255.
+
+    Full scale is 65535 for integers; for floats the first of 1, 255 and 65535 that holds every value. Values outside
+    of that, negative ones included, are stretched from their minimum to their maximum.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it holds NaN or infinity")
+    scales = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
+    low, high = next(((0, scale) for scale in scales if low >= 0 and high <= scale), (low, high))
+    return np.rint((values.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)

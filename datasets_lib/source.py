@@ -1,0 +1,51 @@
+"""What a data set is made of before anything is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+
+
+@dataclass
+class Source:
+    """Images and what is known of them, by row; folders, hub data sets and arrays all become one.
+
+    `images[row]` is a Path, encoded bytes, or a uint8 array [H, W] or [H, W, C]. A caption may be a list, of which one
+    is drawn. `fingerprint` identifies the content, on any machine. `notes` are lines for the start of the run.
+    """
+
+    images: Sequence
+    origin: str
+    fingerprint: str
+    labels: list[int] | None = None
+    label_names: list[str] | None = None
+    captions: list[str | list[str]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def name(self, row: int) -> str:
+        """Return what an error message calls the image of a row."""
+        image = self.images[row]
+        return str(image) if isinstance(image, Path) else f"row {row} of {self.origin}"
+
+
+def digest(*parts: Any) -> str:
+    """Return 16 hex digits that identify the parts and their order."""
+    content = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        # The length goes first, so that ("ab", "c") and ("a", "bc") differ.
+        content.update(len(data).to_bytes(8, "little") + data)
+    return content.hexdigest()[:16]
+
+
+def check_caption(caption: Any, place: str) -> str | list[str]:
+    """Return the caption, a text or a list of texts; raise a ValueError naming `place` if any is missing."""
+    texts = caption if isinstance(caption, list) else [caption]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{place} has no caption (found {caption!r}); give it a text or a list of texts, or remove it")
+    return caption

@@ -1,0 +1,99 @@
+"""Fixtures: the tiny configs of configs/tests, runs in this process, runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from train import train
+from trainers.engine.config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the long matrices too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Every test starts as a new process would: accelerate keeps what was launched in class attributes."""
+    monkeypatch.chdir(ROOT)
+    for variable in list(os.environ):
+        if variable.startswith("ACCELERATE_"):
+            monkeypatch.delenv(variable)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """config(task="ddpm", **{"base.seed": 1, ...}) -> path of a copy of configs/tests/<task>.json with these values."""
+
+    def make(task="ddpm", name="config", **values):
+        document = json.loads((ROOT / "configs" / "tests" / f"{task}.json").read_text())
+        document["base"]["output_dir"] = str(tmp_path / name)
+        for key, value in values.items():
+            section, _, option = key.partition(".")
+            document[section][option] = value
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(document))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def run_in_process(tiny_config):
+    """run(name, task, **options) -> folder of a run that was trained in this process."""
+
+    def run(name="run", task="ddpm", **values):
+        folder = train(load_config(tiny_config(task, name, **values)))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def launch():
+    """launch(*arguments, processes=1) -> CompletedProcess of train.py, under torchrun where processes > 1."""
+
+    def start(*arguments, processes=1, env=None, timeout=300):
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+            command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command += ["train.py", *map(str, arguments)]
+        settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})}
+        return subprocess.run(
+            command, env={**os.environ, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        )
+
+    return start
+
+
+def read_metrics(folder, *, prefix=None):
+    """The lines of metrics.jsonl; with a prefix only those that have such a key."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if prefix is None or any(key.startswith(prefix) for key in line)]
+
+
+def losses(folder):
+    """{step: loss as float.hex()} of a run."""
+    return {line["step"]: line["loss"].hex() for line in read_metrics(folder) if "loss" in line}

@@ -1,0 +1,165 @@
+"""diffloop: `accelerate launch train.py CONFIG [section.key=value ...]`, one loop for every diffusion task."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainers.engine.config import ConfigError, RunConfig, describe, load_config
+
+
+def train(run: RunConfig) -> Path:
+    """Trains one run from its config to its finished pipeline; returns the run's folder."""
+    import torch
+
+    import datasets_lib
+    from trainers.engine import card, checkpoint, evaluation, launch, optimization, reporting
+    from trainers.engine.clock import Clock
+    from trainers.engine.ema import EMA
+    from trainers.engine.encoding import FrozenStages
+    from trainers.engine.export import export_pipeline
+    from trainers.engine.feeding import training_batches
+    from trainers.engine.metering import Meter, Speed
+    from trainers.engine.networks import prepare_networks, warm_up
+    from trainers.engine.randomness import SlotRandom, seed_network
+    from trainers.engine.run_folder import open_run_folder
+    from trainers.engine.tracking import Tracking
+
+    # processes and folder
+    base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
+    accelerator = launch.start_accelerator(base)
+    device, rank = accelerator.device, accelerator.process_index
+    card.check_hub_login(base.push_to_hub)
+    open_run_folder(accelerator, output_dir, base.resume_from_checkpoint)
+    resume_from = checkpoint.find(accelerator, output_dir, base.resume_from_checkpoint)
+
+    # data
+    with accelerator.main_process_first():  # it downloads, the others find the files
+        train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
+    clock = Clock.of_run(base, len(train_set), accelerator)
+    datasets_lib.check_example(train_set.get(0, None), base)
+    saved = checkpoint.read_state(resume_from, train_set, base.allow_changes)
+    clock = clock.resumed_at(saved["step"], saved["slot"])
+
+    # networks and optimizer
+    torch.manual_seed(base.seed)
+    trainer = run.trainer_class(config, base)
+    trainer.device, trainer.weight_dtype = device, launch.weight_dtype(accelerator)
+    networks = trainer.init_modules()
+    optimizer = optimization.build_optimizer(trainer.param_groups(networks), config, clock, device)
+    optimizer = prepare_networks(accelerator, trainer, networks, optimizer, base)
+    rate_factor = optimization.schedule(config, clock.total_steps)
+    ema = EMA(networks, config) if config.use_ema else None
+    stages = FrozenStages(trainer.encoders(), device)
+    trainer.encoded = stages.encoded
+    meter, speed = Meter(accelerator), Speed()
+
+    with launch.numerics(base), Tracking(accelerator, run, output_dir, saved["step"]) as tracking:
+        if resume_from:
+            warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
+            checkpoint.load(resume_from, networks, ema, optimizer, accelerator.scaler)
+            meter.load(saved["meter"])
+        datasets_lib.prepare(train_set, accelerator.is_main_process)
+        datasets_lib.prepare(validation_set, accelerator.is_main_process)
+        accelerator.print(reporting.start_block(accelerator, run, networks, clock, train_set))
+        batches = training_batches(train_set, clock, base, rank, device)
+        bar = reporting.progress_bar(accelerator, clock)
+
+        for step in range(clock.origin_step, clock.total_steps):
+            learning_rate = optimization.set_learning_rate(optimizer, rate_factor(step))
+            for micro_step in range(clock.accumulation_steps):
+                batch = stages.encode(next(batches))
+                seed_network(base.seed, step, clock.micro_batch(micro_step, rank))
+                with accelerator.accumulate(*trainer.modules.values()):
+                    loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
+                    accelerator.backward(loss)
+                meter.add({"loss": loss} | values)
+            applied, norms = optimization.optimizer_step(accelerator, optimizer, config.max_grad_norm)
+            if ema is not None:
+                ema.update(step, applied)
+            meter.add({"skipped": 1 - applied} | norms)
+            speed.examples += clock.global_batch_size
+            bar.update()
+
+            done = step + 1
+            if clock.due(done, base.logging_steps):
+                metrics = {"epoch": clock.epochs_done(done), "lr": learning_rate} | meter.means()
+                tracking.log(metrics | {"examples_per_second": speed.examples_per_second()}, done)
+                reporting.show_metrics(bar, tracking.latest)
+            with speed.paused():
+                if clock.due(done, base.valid_steps, base.valid_epochs):
+                    metrics, grids = evaluation.validate(accelerator, trainer, ema, stages, validation_set, base)
+                    tracking.log(metrics, done)
+                    tracking.log_grids(grids, done)
+                if clock.due(done, base.checkpointing_steps):
+                    state = checkpoint.run_state(clock, done, train_set, meter.state(), accelerator.scaler)
+                    taken = checkpoint.snapshot(networks, ema, optimizer, state)
+                    checkpoint.save(accelerator, output_dir, taken, base.checkpoints_total_limit)
+                if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
+                    export_pipeline(accelerator, trainer, ema, output_dir)
+        bar.close()
+
+        pipeline_files = export_pipeline(accelerator, trainer, ema, output_dir)
+        if accelerator.is_main_process:
+            card.write_card(run, trainer, output_dir, tracking.latest, tracking.grids)
+            if base.push_to_hub:
+                print("Uploaded to", card.push_to_hub(run, output_dir, pipeline_files, tracking.grids))
+        accelerator.print(reporting.end_block(trainer, output_dir))
+    return output_dir
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: returns 0, 2 for a mistake in the configuration, 1 for one that shows later, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", nargs="?", help="JSON or YAML file with the sections `base` and the task's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--describe", nargs="?", const="", metavar="TYPE", help="list the tasks, or a task's options")
+    options = parser.parse_intermixed_args(arguments)
+    if options.describe is None and options.config is None:
+        parser.error("a CONFIG is needed; configs/ holds examples, --describe lists the tasks")
+    try:
+        if options.describe is not None:
+            print("\n".join(describe(options.describe or None)))
+            return 0
+        run = load_config(options.config, options.overrides)
+    except (ConfigError, FileNotFoundError) as error:
+        return _fail(error, 2)
+    if options.print_config:
+        print(run.as_yaml(), end="")
+        return 0
+    try:
+        train(run)
+    except (ValueError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; continue with base.resume_from_checkpoint=latest", 130)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    """Prints once: other processes than the first one wait until their launcher ends them, or for 5 seconds."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
+    return code
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether diffloop raised it, as a message to the user; what a library raises keeps its traceback."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] in ("__main__", "train", "trainers", "datasets_lib")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The whole contract between the loop and a task: what a Trainer must say, and the schema its options live in."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class Bounds(NamedTuple):
+    """The range that a number of the configuration must lie in; `open_low` leaves the lower end out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+
+Positive = Annotated[int, Bounds(1)]
+NonNegative = Annotated[int, Bounds(0)]
+PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
+NonNegativeFloat = Annotated[float, Bounds(0)]
+Fraction = Annotated[float, Bounds(0, 1)]
+
+
+@dataclass(kw_only=True)
+class Section:
+    """One section of the configuration. Every field is annotated and has a trailing comment, which `--describe` shows.
+
+    A public attribute without an annotation would silently be no option, so it is a TypeError when the class is made.
+    """
+
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
+
+    def __init_subclass__(cls) -> None:
+        for name, value in vars(cls).items():
+            is_code = callable(value) or isinstance(value, (property, classmethod, staticmethod))
+            if not name.startswith("_") and not is_code and name not in inspect.get_annotations(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name} = {value!r} has no annotation; write `{name}: <type> = {value!r}`"
+                )
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        """Yields (option, what is wrong and what is allowed) for combinations that a type cannot express."""
+        yield from ()
+
+
+@dataclass(kw_only=True)
+class TrainerConfig(Section):
+    """The options that every task has: optimizer, learning rate, averaging of the weights."""
+
+    learning_rate: PositiveFloat | dict[str, float] = 1e-4  # at the top of the schedule; a dict: one per network
+    scale_lr: bool = False  # multiply the learning rate by the global batch size
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts",
+        "polynomial", "one_cycle", "warmup_cosine",
+    ] = "cosine"  # learning rate as a function of the optimizer step  # fmt: skip
+    lr_warmup_steps: NonNegative | None = None  # optimizer steps; null: the schedule's own (docs/configuration.md)
+    lr_min_ratio: Fraction = 0.1  # floor of cosine_with_min_lr, as a part of learning_rate
+    lr_num_cycles: Positive = 1  # restarts of cosine_with_restarts
+    lr_power: PositiveFloat = 1.0  # exponent of polynomial
+    adam_beta1: Annotated[float, Bounds(0, 0.999999)] = 0.9  # decay of the mean of the gradient
+    adam_beta2: Annotated[float, Bounds(0, 0.9999999)] = 0.999  # decay of the mean of its square
+    adam_weight_decay: NonNegativeFloat = 1e-2  # decoupled, AdamW
+    adam_epsilon: PositiveFloat = 1e-8  # added to the denominator
+    use_8bit_adam: bool = False  # AdamW with 8-bit state, needs the extra bitsandbytes and a CUDA device
+    max_grad_norm: PositiveFloat | None = 1.0  # clip each network's gradient to this norm; null: no clipping
+    use_ema: bool = True  # average the weights; validation shows both, the finished pipeline has the averaged ones
+    ema_max_decay: Fraction = 0.9999  # upper limit of the average's decay
+    ema_inv_gamma: PositiveFloat = 1.0  # decay at step s is 1 - (1 + s / ema_inv_gamma) ** -ema_power
+    ema_power: PositiveFloat = 0.75  # see ema_inv_gamma
+    valid_batch_size: Positive = 16  # pictures drawn at a validation, in all
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            yield "lr_warmup_steps", "has no effect with lr_scheduler: constant; use constant_with_warmup, or null"
+        for option, schedule in (
+            ("lr_min_ratio", "cosine_with_min_lr"),
+            ("lr_num_cycles", "cosine_with_restarts"),
+            ("lr_power", "polynomial"),
+        ):
+            default = type(self).__dataclass_fields__[option].default
+            if getattr(self, option) != default and self.lr_scheduler != schedule:
+                yield option, f"has an effect with lr_scheduler: {schedule} only; leave it at {default}"
+        rates = self.learning_rate.values() if isinstance(self.learning_rate, dict) else ()
+        if any(rate <= 0 for rate in rates):
+            yield "learning_rate", "every rate must be above 0"
+
+
+class RandomSource(Protocol):
+    """Draws that depend on (seed, slot of the example, name of the draw) only; each name may be asked for once."""
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor: ...  # [B, *shape] float32
+
+    def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor: ...  # [B, *shape] float32 in [0, 1)
+
+    def integers(self, name: str, high: int, shape: tuple[int, ...] = ()) -> Tensor: ...  # [B, *shape] int64, [0, high)
+
+    def bernoulli(self, name: str, p: float) -> Tensor: ...  # [B] bool, True with probability p
+
+    def generators(self) -> list[torch.Generator]: ...  # one CPU generator per example, for diffusers' pipelines
+
+
+@dataclass
+class Encoder:
+    """A frozen stage in front of the network, such as a VAE's encoder: run by the loop, cacheable on its own.
+
+    `encode(module, values)` maps the column `reads` of a batch to the columns `writes`; it draws nothing random.
+    `build()` makes the module on first use; `source` (files, dtype, options) identifies it.
+    """
+
+    reads: str
+    writes: tuple[str, ...]
+    build: Callable[[], nn.Module]
+    encode: Callable[[nn.Module, Any], dict[str, Tensor]]
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer(ABC):
+    """What one task's numbers mean. The loop owns devices, optimizer, averaging, data order, checkpoints and files.
+
+    A Trainer never sees those, never calls `backward`, `.item()`, `torch.randn` or asks for its rank.
+    """
+
+    Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section
+    usage: ClassVar[str] = (  # how to load and sample the result, printed at the end and in the model card
+        "from diffusers import DiffusionPipeline\n"
+        'pipeline = DiffusionPipeline.from_pretrained("{output_dir}")\n'
+        'pipeline().images[0].save("sample.png")'
+    )
+
+    # set by the loop before compute_loss, sample or encode are called
+    modules: dict[str, nn.Module]  # prepared networks: call only their forward, DDP and FSDP hook there
+    unwrapped: dict[str, nn.Module]  # what raw() returns
+    device: torch.device
+    weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
+    training: bool = True  # False in validation: no label or caption dropout
+    encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
+
+    def __init__(self, config: TrainerConfig, base: Section) -> None:
+        self.config = config
+        self.base = base
+
+    @abstractmethod
+    def init_modules(self) -> dict[str, nn.Module]:
+        """Returns the networks to train by name: parameter group, checkpoint folder and metric prefix.
+
+        Trainable weights are float32, frozen ones are read straight in `self.weight_dtype`.
+        """
+
+    @abstractmethod
+    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the scalar loss, the mean over the batch, and detached scalars to log."""
+
+    @abstractmethod
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}."""
+
+    @abstractmethod
+    def save_pipeline(self, output_dir: Path) -> None:
+        """Writes what inference loads, from `self.raw(name)`; main process only, no collective calls."""
+
+    def sample_requests(self, validation_set: Any) -> list[dict]:
+        """What to draw at a validation: the same list on every rank."""
+        return [{} for _ in range(self.config.valid_batch_size)]
+
+    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        """Returns numbers per example, {name: [B]}; by default the batch's loss."""
+        loss, _ = self.compute_loss(batch, rng, step=0)
+        return {"loss": loss.expand(len(batch["slot"]))}
+
+    def encoders(self) -> dict[str, Encoder]:
+        """The frozen stages whose outputs compute_loss finds in its batch, in the order in which they run."""
+        return {}
+
+    def param_groups(self, modules: dict[str, nn.Module]) -> list[dict[str, Any]]:
+        """Returns optimizer groups {name, params, lr}, one per network; the gradient is clipped per group.
+
+        Raises ValueError where `learning_rate` names a network that is not there, or leaves one out.
+        """
+        rates = self.config.learning_rate
+        if isinstance(rates, dict) and set(rates) != set(modules):
+            raise ValueError(f"learning_rate = {rates}: needs one rate for each of the networks {', '.join(modules)}")
+        return [
+            {
+                "name": name,
+                "params": [p for p in module.parameters() if p.requires_grad],
+                "lr": rates[name] if isinstance(rates, dict) else rates,
+            }
+            for name, module in modules.items()
+        ]
+
+    @classmethod
+    def load_pipeline(cls, output_dir: str | Path) -> Any:
+        """Loads a finished run for inference."""
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(output_dir)
+
+    def raw(self, name: str) -> nn.Module:
+        """The network without wrappers; within save_pipeline a float32 CPU copy with the averaged weights."""
+        return self.unwrapped[name]

@@ -1,0 +1,41 @@
+"""The reverse process: from noise to pictures with any of diffusers' schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device) -> Tensor:
+    """Noise [B, *shape] with one generator per example, drawn as diffusers' pipelines do it."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    return randn_tensor((len(generators), *shape), generator=generators, device=device)
+
+
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    num_inference_steps: int,
+    generators: list[torch.Generator],
+) -> Tensor:
+    """Runs the reverse process on a copy of `scheduler`; equal to what DDPMPipeline draws from the same generators."""
+    scheduler = type(scheduler).from_config(scheduler.config)  # set_timesteps changes a scheduler
+    scheduler.set_timesteps(num_inference_steps)
+    sample = noise
+    for timestep in scheduler.timesteps:
+        prediction = predict(sample, timestep).float()
+        sample = scheduler.step(prediction, timestep, sample, generator=generators).prev_sample
+    return sample
+
+
+def to_unit_range(sample: Tensor) -> Tensor:
+    """Pixels from [-1, 1] to [0, 1], clamped."""
+    return (sample / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,96 @@
+"""Pixel-space UNets: from a folder, a JSON file, a name in configs/models, or a default that fits the resolution."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.base import Section
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+MODELS_DIR = Path(__file__).parents[2] / "configs" / "models"
+
+
+def find_model_config(model_config: str) -> Path:
+    """The JSON file that `model_config` means; FileNotFoundError lists the places that were searched."""
+    places = [Path(model_config) / "config.json", Path(model_config), MODELS_DIR / f"{model_config}.json"]
+    for place in places:
+        if place.is_file():
+            return place
+    names = ", ".join(sorted(path.stem for path in MODELS_DIR.glob("*.json")))
+    searched = ", ".join(str(place) for place in places[:2])
+    raise FileNotFoundError(f"no file at {searched}, and the names in configs/models are {names}")
+
+
+def default_unet2d(resolution: int, channels: int) -> dict[str, Any]:
+    """A network that halves the picture down to 8 or fewer pixels, with attention one level above the bottom."""
+    levels = max(2, min(6, resolution.bit_length() - 3))
+    width = 64 if resolution <= 32 else 128
+    attention_level = levels - 2 if levels > 2 else levels - 1
+    kinds = ["Attn" if level == attention_level else "" for level in range(levels)]
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": [width * factor for factor in (1, 2, 2, 4, 4, 4)[:levels]],
+        "layers_per_block": 2,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+    }
+
+
+def unet2d_settings(model_config: str | None, base: Section) -> dict[str, Any]:
+    """The network's config without diffusers' private keys; its sample size is the run's resolution."""
+    if model_config is None:
+        settings = default_unet2d(base.resolution, base.channels)
+    else:
+        settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
+    return {key: value for key, value in settings.items() if not key.startswith("_")} | {"sample_size": base.resolution}
+
+
+def unet2d_problems(model_config: str | None, base: Section) -> Iterator[str]:
+    """Yields what keeps the network from working on the run's data, before anything heavy is loaded."""
+    try:
+        settings = unet2d_settings(model_config, base)
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        yield f"must be a folder with config.json, a JSON file, or a name in configs/models: {error}"
+        return
+    channels = settings.get("in_channels", 3)
+    if channels != base.channels:
+        yield f"has in_channels = {channels}, base.channels is {base.channels}; make them equal"
+    halvings = len(settings.get("block_out_channels", (0, 0, 0, 0))) - 1
+    if base.resolution % 2**halvings:
+        size = f"base.resolution = {base.resolution} must be a multiple of {2**halvings}"
+        yield f"halves the picture {halvings} times; {size}"
+
+
+def build_unet2d(model_config: str | None, pretrained: str | None, base: Section) -> UNet2DModel:
+    """Makes the network, with random weights or those of a folder (or its sub-folder `unet`), in float32.
+
+    Raises ValueError where pretrained weights do not fit base.channels.
+    """
+    import torch
+    from diffusers import UNet2DModel
+
+    if pretrained is None:
+        return UNet2DModel.from_config(unet2d_settings(model_config, base))
+    subfolder = None if (Path(pretrained) / "config.json").is_file() else "unet"
+    try:
+        unet = UNet2DModel.from_pretrained(
+            pretrained, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"pretrained_model_name_or_path = {pretrained}: no UNet2DModel in safetensors format could be read; give a "
+            f"local folder with config.json, or with unet/config.json, or a hub name that can be reached ({error})"
+        ) from None
+    if unet.config.in_channels != base.channels:
+        raise ValueError(
+            f"pretrained_model_name_or_path = {pretrained}: has in_channels = {unet.config.in_channels}, "
+            f"base.channels is {base.channels}; make them equal"
+        )
+    unet.register_to_config(sample_size=base.resolution)
+    return unet

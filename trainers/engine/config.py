@@ -1,0 +1,232 @@
+"""From a config file and overrides to two checked dataclasses, or to one message that lists every problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainers import TRAINERS
+from trainers.base import Section, Trainer, TrainerConfig
+from trainers.engine.options import BaseConfig, launcher_problems
+from trainers.engine.schema import coerce, describe_kind, nearest, options
+
+MAX_FILE_BYTES = 1 << 20
+MAX_YAML_NODES = 100_000  # after aliases are expanded: a few lines of aliases can stand for gigabytes
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration, one a line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class RunConfig(NamedTuple):
+    """A checked configuration: the task's name, both sections and the class that trains it."""
+
+    task: str
+    base: BaseConfig
+    config: TrainerConfig
+    trainer_class: type[Trainer]
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        return {"base": dataclasses.asdict(self.base), self.task: dataclasses.asdict(self.config)}
+
+    def as_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads CONFIG, applies `section.key=value` overrides and checks both sections together.
+
+    Raises FileNotFoundError for a missing file and ConfigError with all problems otherwise.
+    """
+    document = _read(Path(path))
+    given, problems = _parse_overrides(overrides or [])
+    task = _task_of(document, given)
+    trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"))
+    schemas = {"base": BaseConfig, task: trainer_class.Config}
+    document = _resolve(_merge(document, given, schemas))
+
+    sections = {}
+    for name, schema in schemas.items():
+        values, found = _check_section(name, document[name], schema, schemas)
+        problems += found
+        sections[name] = schema(**values)
+    # rules over several options would only repeat what is wrong with one of them
+    wrong = {problem.split(" = ")[0] for problem in problems}
+    for name, section in sections.items():
+        for option, reason in section.problems(sections["base"]):
+            if f"{name}.{option}" not in wrong:
+                problems.append(f"{name}.{option} = {_show(getattr(section, option))}: {reason}")
+    problems += launcher_problems(sections["base"], os.environ)
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(task, sections["base"], sections[task], trainer_class)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
+        )
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ConfigError([f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}"])
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text, object_pairs_hook=_no_duplicates) if path.suffix == ".json" else _read_yaml(text)
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            [f"{path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]
+        ) from None
+    if not isinstance(document, dict):
+        raise ConfigError([f"{path} holds {type(document).__name__}; it must hold two sections, `base` and the task's"])
+    return document
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"found duplicate key {name}")
+    return dict(pairs)
+
+
+def _read_yaml(text: str) -> Any:
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is not None and _expanded_size(node, {}) > MAX_YAML_NODES:
+        raise ValueError(f"its aliases expand to more than {MAX_YAML_NODES} values; write them out")
+    loaded = OmegaConf.create(text) if text.strip() else None  # reads 1e-4 as a number, which plain PyYAML does not
+    return OmegaConf.to_container(loaded) if loaded is not None else None
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = MAX_YAML_NODES + 1  # a node that holds itself is endless
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
+
+
+def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    well_formed = [text for text in overrides if "." in text.partition("=")[0] and "=" in text]
+    problems = [f"{text}: an override reads section.key=value" for text in overrides if text not in well_formed]
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(well_formed)), problems
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}"]) from None
+
+
+def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
+    tasks = [str(name) for name in document if name != "base"]
+    known = ", ".join(TRAINERS)
+    problems = []
+    if "base" not in document:
+        problems.append("base: this section is missing; it holds output_dir, data and durations")
+    if len(tasks) != 1:
+        found = ", ".join(tasks) or "none"
+        problems.append(f"sections: beside base exactly one section must name the task ({known}), found {found}")
+    for name in [*document, *given]:
+        if name not in document:
+            problems.append(f"{name}: an override names this section, the file has {', '.join(map(str, document))}")
+        elif not isinstance(document[name], dict | None):
+            problems.append(f"{name} = {_show(document[name])}: must be a mapping of options to values")
+    if problems:
+        raise ConfigError(problems)
+    for name in document:
+        document[name] = document[name] or {}
+    return tasks[0]
+
+
+def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
+    """The Trainer of a task: `base.trainer_class` where given, else from the table; ConfigError if there is none."""
+    if trainer_class is None and task not in TRAINERS:
+        raise ConfigError(
+            [
+                f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
+                'For your own class set base.trainer_class: "package.module:Class"'
+            ]
+        )
+    module, _, name = str(trainer_class or TRAINERS[task]).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        place = f"base.trainer_class = {trainer_class}: must be an importable package.module:Class"
+        raise ConfigError([f"{place} ({error}); is its folder on PYTHONPATH?"]) from None
+    if not (isinstance(found, type) and issubclass(found, Trainer) and issubclass(found.Config, TrainerConfig)):
+        raise ConfigError([f"base.trainer_class = {trainer_class}: must be a trainers.base.Trainer with a Config"])
+    return found
+
+
+def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> dict[str, Any]:
+    """An override of one of an exclusive pair replaces the other; `x=null` replaces nothing."""
+    for name, schema in schemas.items():
+        chosen = {key for key, value in given.get(name, {}).items() if value is not None}
+        for group in schema.exclusive:
+            if chosen & set(group):
+                document[name] = {k: v for k, v in document[name].items() if k not in group}
+    return OmegaConf.to_container(OmegaConf.merge(document, given))
+
+
+def _resolve(document: dict[str, Any]) -> dict[str, Any]:
+    OmegaConf.clear_resolver("oc.env")  # a config is written to the run folder; the environment holds secrets
+    try:
+        return OmegaConf.to_container(OmegaConf.create(document), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a reference"
+        reason = str(error).splitlines()[0]
+        hint = "; environment variables are not read" if "oc.env" in reason else ""
+        raise ConfigError([f"{key}: {reason}{hint}"]) from None
+
+
+def _check_section(
+    section: str, values: dict, schema: type[Section], schemas: dict[str, type[Section]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values that fit, by name, and what is wrong with the others."""
+    known, checked, problems = options(schema), {}, []
+    for key, value in values.items():
+        shown = f"{section}.{key} = {_show(value)}"
+        if key not in known:
+            problems.append(f"{shown}: unknown option; {_place(str(key), section, known, schemas)}")
+            continue
+        try:
+            checked[key] = coerce(value, known[key].kind)
+        except ValueError as allowed:
+            problems.append(f"{shown}: must be {allowed}")
+    return checked, problems
+
+
+def _place(key: str, section: str, known: dict, schemas: dict[str, type[Section]]) -> str:
+    for other, schema in schemas.items():
+        if other != section and key in options(schema):
+            return f"it belongs in section {other}"
+    return f"did you mean {section}.{nearest(key, known)}?"
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def describe(task: str | None) -> Iterator[str]:
+    """Yields the lines of `--describe`: the tasks, or every option of a task and of `base`."""
+    if task is None:
+        yield from (f"{name:24} {target}" for name, target in TRAINERS.items())
+        return
+    for title, schema in (("base", BaseConfig), (task, find_trainer(task).Config)):
+        yield f"\n{title}:"
+        for option in options(schema).values():
+            yield f"  {option.name}: {describe_kind(option.kind)} = {_show(option.default)}"
+            yield f"      {option.comment}"

@@ -1,0 +1,74 @@
+"""An exponential moving average of trained weights, in float32, as a function of the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers.base import TrainerConfig
+
+
+def ema_decay(step: int, config: TrainerConfig) -> float:
+    """The decay after optimizer step `step` (from 0): diffusers' EMAModel with use_ema_warmup."""
+    if step <= 0:
+        return 0.0
+    return min(1 - (1 + step / config.ema_inv_gamma) ** -config.ema_power, config.ema_max_decay)
+
+
+class EMA:
+    """Averages of the trained parameters of several networks, by "network.parameter" name."""
+
+    def __init__(self, networks: dict[str, nn.Module], config: TrainerConfig) -> None:
+        self.config = config
+        self.parameters = {
+            f"{name}.{key}": parameter
+            for name, network in networks.items()
+            for key, parameter in network.named_parameters()
+            if parameter.requires_grad
+        }
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int, applied: Tensor) -> None:
+        """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
+        rate = applied * (1 - ema_decay(step, self.config))
+        averages = list(self.averages.values())
+        change = torch._foreach_sub(list(self.parameters.values()), averages)
+        torch._foreach_mul_(change, rate)  # by a tensor: whether the step was skipped is not known to the host
+        torch._foreach_add_(averages, change)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The networks hold the averages inside, their own weights again after it."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._copy_to_networks(self.averages)
+            yield
+        finally:
+            self._copy_to_networks(own)
+
+    @torch.no_grad()
+    def _copy_to_networks(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        for name, average in self.averages.items():
+            average.copy_(values[name])
+
+    def settings(self, steps_done: int) -> dict[str, Any]:
+        """What diffusers' EMAModel.save_pretrained adds to a network's config.json."""
+        return {
+            "decay": self.config.ema_max_decay,
+            "min_decay": 0.0,
+            "optimization_step": steps_done,
+            "update_after_step": 0,
+            "use_ema_warmup": True,
+            "inv_gamma": self.config.ema_inv_gamma,
+            "power": self.config.ema_power,
+        }

@@ -1,0 +1,68 @@
+"""The finished pipeline: float32 CPU copies of the networks with averaged weights, staged into the run folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from trainers.base import Trainer
+from trainers.engine.checkpoint import full_tensor
+from trainers.engine.ema import EMA
+from trainers.engine.run_folder import publish_pipeline
+
+
+def export_pipeline(accelerator: Accelerator, trainer: Trainer, ema: EMA | None, output_dir: Path) -> list[str]:
+    """Writes what inference loads into the run folder; returns the names of its entries. Collective.
+
+    Raises OSError on every rank where the main process could not write.
+    """
+    live = trainer.unwrapped
+    weights = {name: _averaged_weights(name, network, ema) for name, network in live.items()}
+    answer: list = [[], None]
+    if accelerator.is_main_process:
+        staging = output_dir / f".tmp-pipeline-{os.getpid()}"
+        try:
+            trainer.unwrapped = {name: cpu_copy(network, weights[name]) for name, network in live.items()}
+            trainer.save_pipeline(staging)
+            answer = [publish_pipeline(staging, output_dir), None]
+        except OSError as error:
+            answer[1] = f"the pipeline could not be written to {output_dir}: {error}"
+        finally:
+            trainer.unwrapped = live
+            shutil.rmtree(staging, ignore_errors=True)
+    names, error = broadcast_object_list(answer)
+    if error:
+        raise OSError(error)
+    return names
+
+
+def _averaged_weights(name: str, network: nn.Module, ema: EMA | None) -> dict[str, Tensor]:
+    averages = ema.averages if ema is not None else {}
+    own = dict(network.named_parameters()) | dict(network.named_buffers())
+    values = {key: full_tensor(averages.get(f"{name}.{key}", tensor)) for key, tensor in own.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
+
+
+def cpu_copy(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A copy of a network that holds `weights`, without a second copy on the device and without wrappers."""
+    memo: dict[int, object] = {}  # what deepcopy finds here it takes instead of copying
+    for key, parameter in network.named_parameters():
+        memo[id(parameter)] = nn.Parameter(weights[key], requires_grad=False)
+    for key, buffer in network.named_buffers():
+        memo[id(buffer)] = weights[key]
+    wrappers = {}
+    for module in network.modules():  # accelerate's autocast and torch.compile live in the instance
+        for key in ("forward", "_original_forward", "_compiled_call_impl"):
+            if module.__dict__.get(key) is not None:
+                wrappers.setdefault(id(module.__dict__[key]), module.__dict__[key])
+    copied = copy.deepcopy(network, memo | dict.fromkeys(wrappers))
+    for module in copied.modules():
+        for key in ("forward", "_original_forward"):
+            module.__dict__.pop(key, None)
+    return copied.eval()

@@ -1,0 +1,68 @@
+"""The task's networks as the loop trains them: prepared by accelerate, checkpointed, compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from trainers.base import Trainer
+from trainers.engine.clock import Clock
+from trainers.engine.encoding import FrozenStages
+from trainers.engine.feeding import first_batch
+from trainers.engine.options import BaseConfig
+from trainers.engine.randomness import SlotRandom
+
+
+def prepare_networks(
+    accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer, base: BaseConfig
+) -> Optimizer:
+    """Sets `trainer.modules` and `trainer.unwrapped`; returns the prepared optimizer.
+
+    Raises ValueError for an option that a network does not support.
+    """
+    for name, network in networks.items():
+        network.train()  # from_pretrained returns networks in eval mode
+        if base.gradient_checkpointing:
+            _method(network, name, "enable_gradient_checkpointing", "gradient_checkpointing")()
+        if base.enable_xformers_memory_efficient_attention:
+            option = "enable_xformers_memory_efficient_attention"
+            _method(network, name, option, option)()
+    *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    trainer.modules = dict(zip(networks, prepared, strict=True))
+    trainer.unwrapped = networks
+    if base.compile:
+        for network in networks.values():
+            network.compile()  # in place: a wrapper would change the names in checkpoints
+    return optimizer
+
+
+def _method(network: nn.Module, name: str, method: str, option: str) -> Any:
+    if not hasattr(network, method):
+        raise ValueError(f"base.{option} = true: network {name} ({type(network).__name__}) does not support it")
+    return getattr(network, method)
+
+
+def warm_up(
+    accelerator: Accelerator,
+    trainer: Trainer,
+    stages: FrozenStages,
+    optimizer: Optimizer,
+    train_set: Any,
+    clock: Clock,
+    base: BaseConfig,
+) -> None:
+    """One discarded backward before a checkpoint is loaded.
+
+    DDP puts its gradient buckets in another order after the first one, so without it a resumed run on three or more
+    processes would sum in another order than the uninterrupted one.
+    """
+    if accelerator.num_processes == 1:
+        return
+    batch = stages.encode(first_batch(train_set, clock, base, accelerator.process_index, accelerator.device))
+    loss, _ = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), clock.origin_step)
+    accelerator.backward(loss)
+    optimizer.zero_grad()
+    accelerator.step = 0

@@ -1,0 +1,162 @@
+"""The options of the config section `base`: the run, its data, its logging and how long things take."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal
+
+from trainers.base import Bounds, NonNegative, Positive, PositiveFloat, Section
+
+OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
+
+
+@dataclass(kw_only=True)
+class BaseConfig(Section):
+    """The options that every run has, whatever its task."""
+
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("num_epochs", "max_train_steps"),
+        ("dataset_name", "train_data_dir", "dataset"),
+        ("valid_epochs", "valid_steps"),
+        ("save_model_epochs", "save_model_steps"),
+    )
+
+    # the run
+    output_dir: str = "outputs/run"  # folder of the run: checkpoints, samples, logs and the finished pipeline
+    trainer_class: str | None = None  # "package.module:Class" of a task outside the repository
+    resume_from_checkpoint: str | bool | None = (
+        None  # latest (or true), a name such as checkpoint-500, a path; null: no
+    )
+    allow_changes: list[str] = field(default_factory=list)  # changes to accept on resume; now: dataset
+    seed: NonNegative = 0  # of weights, data order, noise and pictures
+    num_epochs: Positive | None = None  # passes over the data; exactly one of it and max_train_steps
+    max_train_steps: Positive | None = None  # optimizer steps; exactly one of it and num_epochs
+    train_batch_size: Positive = 16  # examples per process and micro-batch
+    gradient_accumulation_steps: Positive | None = None  # micro-batches per optimizer step; null: the launcher's, or 1
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # of activations; null: the launcher's, or no
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    enable_xformers_memory_efficient_attention: bool = False  # needs the extra xformers and a CUDA device
+    allow_tf32: bool = False  # faster float32 products with 10 bits of mantissa on Ampere and later GPUs
+    deterministic: bool = False  # only deterministic kernels: bit-equal runs on a GPU, slower
+    compile: bool = False  # torch.compile the networks in place
+
+    # checkpoints and the finished pipeline
+    checkpointing_steps: Positive = 500  # write checkpoint-N every this many steps, and at the end
+    checkpoints_total_limit: Positive | None = None  # keep the newest this many checkpoints; null: all
+    save_model_epochs: Positive | None = None  # export the pipeline every this many epochs; null: only at the end
+    save_model_steps: Positive | None = None  # the same in optimizer steps
+    push_to_hub: bool = (
+        False  # upload the finished pipeline and its card; log in with the hub library's `hf auth login`
+    )
+    hub_model_id: str | None = None  # repository to push to, such as me/digits; null: the name of output_dir
+
+    # validation
+    valid_epochs: Positive | None = None  # validate every this many epochs; null with valid_steps null: only at the end
+    valid_steps: Positive | None = None  # the same in optimizer steps
+    validation_split: str | OpenFraction | None = (
+        None  # a split's or folder's name, or the part to hold out; null: none
+    )
+
+    # logging
+    logging_dir: str = "logs"  # folder of the trackers' files, under output_dir
+    logger: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"  # trackers beside metrics.jsonl
+    logging_steps: Positive = 50  # log means over this many optimizer steps
+    tracker_project: str = "diffloop"  # W&B's project
+    run_name: str | None = None  # W&B's run; null: the name of output_dir
+
+    # data: exactly one of dataset_name, train_data_dir and dataset
+    dataset_name: str | None = None  # hub data set, or a local folder in a hub data set's layout
+    dataset_config_name: str | None = None  # configuration of dataset_name, where it has several
+    train_data_dir: str | None = None  # folder of images, any depth; metadata.jsonl, .txt captions or class folders
+    dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
+    dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
+    cache_dir: str | None = None  # where hub data sets are kept; null: the datasets library's folder
+    image_column: str | None = None  # null: found by type
+    label_column: str | None = None  # null: found by type
+    caption_column: str | None = None  # null: text, caption or prompt, if there is one
+    caption: str = ""  # the text of every example of a data set without captions
+    max_train_samples: Positive | None = None  # use a random subset of so many training examples; null: all
+    resolution: Positive = 64  # pixels, height and width of an example
+    channels: Literal[1, 3, 4] = 3  # 1 grey, 3 RGB, 4 RGB and alpha
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"  # for resizing the short side
+    center_crop: bool = False  # crop at the centre; false: at random in training
+    random_flip: bool = False  # mirror half of the examples in training
+    background_color: str = "white"  # put behind transparent pixels where channels is not 4
+    bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
+    max_image_pixels: Positive = 178956970  # larger images are refused before they are decoded
+    image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
+    dataloader_num_workers: NonNegative = 0  # processes that decode ahead, per training process
+    dataloader_timeout: PositiveFloat = 600.0  # seconds without a batch from the workers before the run stops
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        if (self.num_epochs is None) == (self.max_train_steps is None):
+            yield "num_epochs", "exactly one of num_epochs and max_train_steps must be set"
+        sources = [name for name in ("dataset_name", "train_data_dir", "dataset") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            given = " and ".join(sources) or "none"
+            yield "dataset_name", f"exactly one of dataset_name, train_data_dir and dataset must be set, not {given}"
+        for pair in self.exclusive[2:]:
+            if all(getattr(self, name) is not None for name in pair):
+                yield pair[0], f"at most one of {pair[0]} and {pair[1]} can be set"
+        yield from self._paths()
+        yield from self._without_effect()
+
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        logging_dir = PurePosixPath(self.logging_dir)
+        if not self.output_dir.strip():
+            yield "output_dir", "must name a folder"
+        if logging_dir.is_absolute() or ".." in logging_dir.parts or not logging_dir.parts:
+            yield "logging_dir", "must be a relative path below output_dir, such as logs"
+        if self.trainer_class is not None and not re.fullmatch(r"[\w.]+:\w+", self.trainer_class):
+            yield "trainer_class", 'must read "package.module:Class"'
+        if self.hub_model_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.hub_model_id):
+            yield "hub_model_id", "must read name or owner/name"
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """A setting that cannot take effect is an error, not silence."""
+        if self.hub_model_id is not None and not self.push_to_hub:
+            yield "hub_model_id", "has an effect with push_to_hub: true only"
+        for option in ("dataset_config_name", "cache_dir"):
+            if getattr(self, option) is not None and self.dataset_name is None:
+                yield option, "has an effect with dataset_name only"
+        for option in ("image_column", "label_column"):
+            if getattr(self, option) is not None and self.dataset_name is None:
+                yield option, "has an effect with dataset_name only"
+        if self.dataset_args and self.dataset is None:
+            yield "dataset_args", "has an effect with dataset only"
+        if self.run_name is not None and self.logger not in ("wandb", "both"):
+            yield "run_name", "has an effect with logger: wandb or both only"
+        if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+            yield "enable_xformers_memory_efficient_attention", "needs xformers: pip install diffloop[xformers]"
+        unknown = set(self.allow_changes) - {"dataset"}
+        if unknown:
+            yield "allow_changes", f"{', '.join(sorted(unknown))} is not known; allowed: dataset"
+
+
+def launcher_problems(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
+    """Yields where `accelerate launch` was told something else than the configuration.
+
+    It exports `no` and 1 also when nobody asked for them, so these two say nothing.
+    """
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        yield f"ACCELERATE_MIXED_PRECISION = {precision}: must be no, fp16 or bf16; change --mixed_precision"
+    elif precision not in ("no", base.mixed_precision or precision):
+        yield _two_values("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", str(base.gradient_accumulation_steps or steps)):
+        yield _two_values(
+            "gradient_accumulation_steps",
+            base.gradient_accumulation_steps,
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            steps,
+        )
+
+
+def _two_values(option: str, value: object, variable: str, launched: str) -> str:
+    launcher = f"the launcher says {variable} = {launched}"
+    return f"base.{option} = {value}: {launcher}; make them equal, or set base.{option}=null"

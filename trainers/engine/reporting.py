@@ -1,0 +1,73 @@
+"""What a person sees: one block at the start, a progress bar, and where the result is at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from trainers.base import Trainer
+from trainers.engine.clock import Clock
+from trainers.engine.config import RunConfig
+from trainers.engine.optimization import warmup_steps
+
+
+def start_block(
+    accelerator: Accelerator, run: RunConfig, networks: dict[str, nn.Module], clock: Clock, train_set: Any
+) -> str:
+    """The lines that say what is about to happen."""
+    base, config = run.base, run.config
+    rows = {"task": f"{run.task}, data {base.dataset_name or base.train_data_dir or base.dataset}"}
+    for name, network in networks.items():
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in network.parameters()) - trained
+        rows[f"network {name}"] = f"{trained:,} parameters trained, {frozen:,} frozen"
+    rows["examples"] = f"{clock.num_examples:,}"
+    epochs = clock.epochs_done(clock.total_steps)
+    resumed = f", resumed at {clock.origin_step:,}" if clock.origin_step else ""
+    rows["steps"] = f"{clock.total_steps:,} ({epochs:.1f} epochs){resumed}"
+    parts = f"{clock.micro_batch_size} x {clock.accumulation_steps} micro-batches x {clock.num_processes} processes"
+    rows["global batch"] = f"{clock.global_batch_size} = {parts}"
+    rows["learning rate"] = (
+        f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps)} warm-up"
+    )
+    rows["precision"] = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    rows["device"] = f"{accelerator.device}, {accelerator.distributed_type.value}"
+    rows["output"] = str(Path(base.output_dir))
+    lines = [f"  {name:16} {value}" for name, value in rows.items()]
+    lines += [f"  NOTE: {note}" for note in getattr(train_set, "notes", [])]
+    if clock.origin_step >= clock.total_steps:
+        lines.append("  NOTE: the run is finished already; its pipeline is written again")
+    if warmup_steps(config, clock.total_steps) >= clock.total_steps:
+        lines.append("  NOTE: the warm-up is as long as the run; the learning rate never reaches its value")
+    return "\n".join(lines)
+
+
+def end_block(trainer: Trainer, output_dir: Path) -> str:
+    """The lines that say where the pipeline is and how to load and sample it."""
+    usage = trainer.usage.format(output_dir=output_dir)
+    return f"The pipeline is in {output_dir}. To load and sample it:\n\n{_indented(usage)}\n"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def progress_bar(accelerator: Accelerator, clock: Clock) -> tqdm:
+    return tqdm(
+        total=clock.total_steps,
+        initial=clock.origin_step,
+        desc="steps",
+        unit="step",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+    )
+
+
+def show_metrics(bar: tqdm, metrics: dict[str, float]) -> None:
+    bar.set_postfix_str(
+        f"loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, {metrics['examples_per_second']:.0f} examples/s"
+    )

@@ -1,0 +1,130 @@
+"""What a section's dataclass says about its options: type check of a value, nearest name, and `--describe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import io
+import tokenize
+import types
+import typing
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from trainers.base import Section
+
+
+class Option(NamedTuple):
+    """One option of a section as its dataclass declares it."""
+
+    name: str
+    kind: Any  # the resolved annotation
+    default: Any
+    comment: str
+
+
+def options(section: type[Section]) -> dict[str, Option]:
+    """Lists the options of a section in the order of declaration, base classes first.
+
+    Raises TypeError where an annotated field was lost because a subclass lacks its @dataclass decorator.
+    """
+    kinds = typing.get_type_hints(section, include_extras=True)
+    comments = {name: text for cls in reversed(section.__mro__) for name, text in _trailing_comments(cls).items()}
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    for name, kind in kinds.items():
+        if name not in fields and get_origin(kind) is not typing.ClassVar:
+            raise TypeError(f"{section.__name__}.{name} is no field: decorate the class with @dataclass(kw_only=True)")
+    return {name: Option(name, kinds[name], _default(field), comments.get(name, "")) for name, field in fields.items()}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _trailing_comments(cls: type) -> dict[str, str]:
+    """{field: comment on the last line of its declaration}, from the source; empty where there is no source."""
+    if not (dataclasses.is_dataclass(cls) and issubclass(cls, Section)):
+        return {}
+    found, field, at_start = {}, None, True
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc("\n" + inspect.getsource(cls))).readline):
+        if at_start and token.type == tokenize.NAME and token.string in cls.__annotations__:
+            field = token.string
+        if token.type == tokenize.COMMENT and field:
+            comment = token.string.split("# fmt:")[0].strip("# ")
+            found[field] = comment or found.get(field, "")
+        if token.type == tokenize.NEWLINE:
+            field = None
+        at_start = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT)
+    return found
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """Returns `value` as `kind` wants it; raises ValueError(what is allowed) where it cannot be.
+
+    Whole floats pass as int and ints as float; YAML's bare `no`, read as False, passes for the word in an enumeration.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _first_fit(value, kind)
+    if origin is Annotated:
+        try:
+            number = coerce(value, args[0])
+        except ValueError:
+            _refuse(kind)
+        return number if number in args[1] else _refuse(kind)
+    if origin is Literal:
+        word = "no" if value is False and "no" in args else value
+        return word if (type(word), word) in {(type(arg), arg) for arg in args} else _refuse(kind)
+    if origin is list:
+        return [coerce(item, args[0]) for item in value] if isinstance(value, list) else _refuse(kind)
+    if origin is dict:
+        return {str(k): coerce(v, args[1]) for k, v in value.items()} if isinstance(value, dict) else _refuse(kind)
+    if kind is Any:
+        return value
+    return _scalar(value, kind)
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is float and isinstance(value, float) and value - value != 0:  # nan or inf
+        _refuse(kind)
+    return value if type(value) is kind else _refuse(kind)
+
+
+def _first_fit(value: Any, kind: Any) -> Any:
+    for choice in get_args(kind):
+        try:
+            return coerce(value, choice)
+        except ValueError:
+            continue
+    return _refuse(kind)
+
+
+def _refuse(kind: Any) -> typing.NoReturn:
+    raise ValueError(describe_kind(kind))
+
+
+def describe_kind(kind: Any) -> str:
+    """Says in words which values an annotation allows, such as "int at least 1 or null"."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_kind(choice) for choice in args)
+    if origin is Annotated:
+        return f"{args[0].__name__} {args[1]}"
+    if origin is Literal:
+        return "one of " + ", ".join(str(word) for word in args)
+    if origin is list:
+        return f"a list of {describe_kind(args[0])}"
+    if origin is dict:
+        return "a mapping" if args[1] is Any else f"a mapping of names to {describe_kind(args[1])}"
+    return {type(None): "null", str: "text", bool: "true or false"}.get(kind, getattr(kind, "__name__", "anything"))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name most like `name`."""
+    known = list(known)
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -1,0 +1,100 @@
+"""Where numbers and pictures go: metrics.jsonl always, and the trackers that accelerate runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trainers.engine.config import RunConfig
+from trainers.engine.run_folder import cut_metrics
+
+
+class Tracking:
+    """Writes on the main process; calls on other ranks do nothing."""
+
+    def __init__(self, accelerator: Accelerator, run: RunConfig, output_dir: Path, start_step: int) -> None:
+        self.accelerator = accelerator
+        self.output_dir = output_dir
+        self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
+        self.grids: list[Path] = []  # the newest grids
+        if accelerator.is_main_process:
+            cut_metrics(self.metrics_file, start_step)
+            (output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
+            (output_dir / run.base.logging_dir).mkdir(parents=True, exist_ok=True)
+        arguments = _tracker_arguments(run, output_dir, start_step) if accelerator.is_main_process else {}
+        accelerator.init_trackers(run.base.tracker_project, init_kwargs=arguments)
+        if accelerator.is_main_process:
+            for tracker in accelerator.trackers:
+                if tracker.name == "wandb":
+                    tracker.store_init_configuration(run.as_dict())
+                elif start_step == 0:  # TensorBoard's hparams take no lists and dicts, and make a run of their own
+                    tracker.tracker.add_text("config", f"```yaml\n{run.as_yaml()}```", 0)
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.accelerator.end_training()  # closes the trackers, then leaves the process group
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.output_dir / "metrics.jsonl"
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if not (values and self.accelerator.is_main_process):
+            return
+        self.latest |= values
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def log_grids(self, grids: dict[str, Tensor], step: int) -> None:
+        """Saves pictures [C, H, W] in [0, 1] as samples/<name>-step-<step>.png and sends them to the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        from torchvision.utils import save_image
+
+        self.grids = []
+        for name, grid in grids.items():
+            path = self.output_dir / "samples" / f"{name}-step-{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            save_image(grid, path)
+            self.grids.append(path)
+            pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0)[None].cpu().numpy()
+            for tracker in self.accelerator.trackers:
+                arguments = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: pixels}, step=step, **arguments)
+
+
+def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dict[str, dict[str, Any]]:
+    logging_dir = output_dir / run.base.logging_dir
+    if run.base.logger == "tensorboard":
+        return {"tensorboard": _tensorboard_arguments(start_step)}
+    if run.base.logger == "none":
+        return {}
+    wandb = {
+        "name": run.base.run_name or output_dir.resolve().name,
+        "dir": str(logging_dir),
+        "id": _wandb_id(logging_dir / "wandb-run-id", start_step),
+        "resume": "allow",
+    }
+    return {"tensorboard": _tensorboard_arguments(start_step), "wandb": wandb}
+
+
+def _tensorboard_arguments(start_step: int) -> dict[str, Any]:
+    return {"purge_step": start_step + 1} if start_step else {}  # hides what the interrupted run wrote later
+
+
+def _wandb_id(path: Path, start_step: int) -> str:
+    """The id under which a resumed run continues in W&B."""
+    if not (start_step and path.is_file()):
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
