@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from train import train
@@ -32,6 +33,7 @@ def pytest_collection_modifyitems(config, items):
 def fresh_accelerate(monkeypatch):
     """Every test starts as a new process would: accelerate keeps what was launched in class attributes."""
     monkeypatch.chdir(ROOT)
+    torch.set_num_threads(1)  # as in launched processes: another number sums in another order
     for variable in list(os.environ):
         if variable.startswith("ACCELERATE_"):
             monkeypatch.delenv(variable)
@@ -70,22 +72,16 @@ def run_in_process(tiny_config):
     return run
 
 
-@pytest.fixture
-def launch():
-    """launch(*arguments, processes=1) -> CompletedProcess of train.py, under torchrun where processes > 1."""
-
-    def start(*arguments, processes=1, env=None, timeout=300):
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-            command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command += ["train.py", *map(str, arguments)]
-        settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})}
-        return subprocess.run(
-            command, env={**os.environ, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=timeout
-        )
-
-    return start
+def launch(*arguments, processes=1, env=None, timeout=300):
+    """The CompletedProcess of train.py, under torchrun where processes > 1."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["train.py", *map(str, arguments)]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        command, env={**os.environ, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def read_metrics(folder, *, prefix=None):

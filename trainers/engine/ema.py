@@ -35,11 +35,9 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int, applied: Tensor) -> None:
         """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
-        rate = applied * (1 - ema_decay(step, self.config))
+        rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
         averages = list(self.averages.values())
-        change = torch._foreach_sub(list(self.parameters.values()), averages)
-        torch._foreach_mul_(change, rate)  # by a tensor: whether the step was skipped is not known to the host
-        torch._foreach_add_(averages, change)
+        torch._foreach_lerp_(averages, list(self.parameters.values()), [rate] * len(averages))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from trainers.engine.run_folder import cut_metrics
 
 
 class Tracking:
-    """Writes on the main process; calls on other ranks do nothing."""
+    """Writes on the main process; other ranks only remember the newest values."""
 
     def __init__(self, accelerator: Accelerator, run: RunConfig, output_dir: Path, start_step: int) -> None:
         self.accelerator = accelerator
@@ -48,9 +48,9 @@ class Tracking:
         return self.output_dir / "metrics.jsonl"
 
     def log(self, values: dict[str, float], step: int) -> None:
+        self.latest |= values
         if not (values and self.accelerator.is_main_process):
             return
-        self.latest |= values
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,0 +1,128 @@
+"""Speed, measured in one process with both sides interleaved: scripts/bench.py loop|data. Prints JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+import datasets_lib
+from train import train
+from trainers.engine.clock import Clock
+from trainers.engine.config import RunConfig, load_config
+from trainers.engine.feeding import training_batches
+from trainers.engine.options import BaseConfig
+
+WARM_UP_STEPS = 20  # the first window of a run pays for allocations
+
+
+def loop(config: str, pairs: int, steps: int) -> dict:
+    """Examples per second of train() against a bare PyTorch loop on the same network, in alternation."""
+    ours, bare = [], []
+    for pair in range(pairs):
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = [f"base.output_dir={folder}/run", f"base.max_train_steps={WARM_UP_STEPS + steps}"]
+            overrides += [
+                f"base.logging_steps={WARM_UP_STEPS}",
+                "ddpm.valid_batch_size=1",
+                "base.resume_from_checkpoint=null",
+            ]
+            run = load_config(config, [*overrides, "ddpm.ddpm_num_inference_steps=1"])
+            sides = [
+                lambda run=run: ours.append(diffloop_speed(run)),
+                lambda run=run: bare.append(bare_speed(run, steps)),
+            ]
+            for side in sides if pair % 2 == 0 else reversed(sides):
+                side()
+    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+    return {"median_ratio": statistics.median(ratios), "ratios": ratios, "diffloop": ours, "bare": bare}
+
+
+def diffloop_speed(run: RunConfig) -> float:
+    """Examples per second between the first log line and the last one."""
+    folder = train(run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["examples_per_second"] for line in lines if "loss" in line][1:]
+    return statistics.harmonic_mean(rates)  # windows of equal numbers of examples
+
+
+def bare_speed(run: RunConfig, steps: int) -> float:
+    """The plain loop: noise, forward, backward, clip, AdamW; no EMA, no log, one batch that is on the device."""
+    trainer = run.trainer_class(run.config, run.base)
+    network = trainer.init_modules()["unet"].train()
+    scheduler, size = trainer.scheduler, run.base.train_batch_size
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    images = torch.rand(size, run.base.channels, run.base.resolution, run.base.resolution) * 2 - 1
+    for step in range(WARM_UP_STEPS + steps):
+        if step == WARM_UP_STEPS:
+            began = time.perf_counter()
+        noise = torch.randn_like(images)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,))
+        prediction = network(scheduler.add_noise(images, noise, timesteps), timesteps).sample
+        torch.nn.functional.mse_loss(prediction, noise).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps * size / (time.perf_counter() - began)
+
+
+def data(images: int, side: int, resolution: int) -> dict:
+    """Images per second from files to batches, from a folder of JPEGs and from the decoded cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for number in range(images):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((side, side), Image.Resampling.BICUBIC).save(f"{folder}/{number:05}.jpg", quality=90)
+        return {
+            name: data_speed(BaseConfig(train_data_dir=folder, resolution=resolution, image_cache_mb=budget))
+            for name, budget in (("folder", 0), ("decoded cache", 512))
+        } | {"images": images, "side": side, "resolution": resolution}
+
+
+def data_speed(base: BaseConfig) -> float:
+    examples = datasets_lib.build(base, "train")
+    datasets_lib.prepare(examples, show_progress=False)
+    clock = Clock(len(examples), base.train_batch_size, 1, 1, max_train_steps=10**9)
+    batches = training_batches(examples, clock, base, 0, torch.device("cpu"))
+    next(batches)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < 5:
+        done += len(next(batches)["slot"])
+    return done / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=("loop", "data"))
+    parser.add_argument("--config", default="configs/ddpm_digits.yaml")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = loop(options.config, options.pairs, options.steps) if options.table == "loop" else data(500, 512, 64)
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": options.threads,
+    }
+    print(json.dumps(result | machine, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""One process against several, launched as users launch them. Every process runs one thread."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, launch, losses, read_metrics
+from test_resume import final_state, forget_after
+
+TINY = "configs/tests/ddpm.json"
+COMMON = [
+    "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.1",
+    "ddpm.lr_scheduler=cosine", "ddpm.lr_warmup_steps=2", "base.checkpointing_steps=2", "base.valid_steps=3",
+    "base.logger=tensorboard",
+]  # fmt: skip
+TWO, ONE = ["base.train_batch_size=4"], ["base.train_batch_size=4", "base.gradient_accumulation_steps=2"]
+
+
+def run(folder, *options, processes):
+    done = launch(TINY, f"base.output_dir={folder}", *COMMON, *options, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one") / "run", *ONE, processes=1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two") / "run", *TWO, processes=2)
+
+
+def test_two_micro_batches_on_one_process_are_one_on_each_of_two(one, two):
+    assert losses(one[0]) == losses(two[0])
+    assert final_state(one[0]) == final_state(two[0])
+    rates = [[line["lr"] for line in read_metrics(folder, prefix="lr")] for folder, _ in (one, two)]
+    assert rates[0] == rates[1]
+    assert rates[0][:3] == [0, 5e-4, 1e-3]
+
+
+def test_validation_is_shared_and_says_the_same(one, two):
+    metrics = [read_metrics(folder, prefix="valid") for folder, _ in (one, two)]
+    assert len(metrics[0]) == 2
+    for single, shared in zip(*metrics, strict=True):
+        assert single == pytest.approx(shared, rel=1e-6)
+    pictures = [(folder / "samples" / "samples-step-000006.png").read_bytes() for folder, _ in (one, two)]
+    assert pictures[0] == pictures[1]
+
+
+def test_only_the_main_process_writes_and_prints(one, two):
+    names = [
+        {p.name for p in folder.rglob("*") if p.is_file() and "tfevents" not in p.name} for folder, _ in (one, two)
+    ]
+    assert names[0] == names[1]
+    assert len(list((two[0] / "logs").rglob("*tfevents*"))) == 1
+    assert two[1].stdout.count("The pipeline is in") == 1
+    assert "8 = 4 x 1 micro-batches x 2 processes" in two[1].stdout
+
+
+@pytest.mark.parametrize(("source", "processes", "options"), [("one", 2, TWO), ("two", 2, TWO), ("two", 1, ONE)])
+def test_resume_on_another_number_of_processes(source, processes, options, one, two, tmp_path):
+    begun = tmp_path / "run"
+    shutil.copytree({"one": one, "two": two}[source][0], begun)
+    forget_after(begun, 2)
+    run(begun, *options, "base.resume_from_checkpoint=latest", processes=processes)
+    assert losses(begun) == losses(one[0])
+    assert final_state(begun) == final_state(one[0])
+
+
+def test_another_split_of_the_global_batch(one, tmp_path):
+    folder, _ = run(
+        tmp_path / "run", "base.train_batch_size=8", "ddpm.model_config=configs/tests/unet2d.json", processes=1
+    )
+    # dropout is keyed by micro-batch, so this comparison needs a network without it
+    network = json.loads((ROOT / "configs/tests/unet2d.json").read_text()) | {"dropout": 0.0}
+    (tmp_path / "net.json").write_text(json.dumps(network))
+    sides = []
+    for name, split in (
+        ("large", ["base.train_batch_size=8"]),
+        ("small", ["base.train_batch_size=2", "base.gradient_accumulation_steps=4"]),
+    ):
+        sides.append(run(tmp_path / name, *split, f"ddpm.model_config={tmp_path / 'net.json'}", processes=1)[0])
+    values = [[float.fromhex(value) for value in losses(side).values()] for side in sides]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert losses(folder) != losses(sides[0])
+
+
+def test_a_mistake_in_the_configuration_is_printed_once():
+    done = launch(TINY, "base.seed=-1", "ddpm.rank=4", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("problems in the configuration") == 1
+    assert done.stderr.count("ddpm.rank = 4: unknown option") == 1
+    assert 'File "' not in done.stderr.split("torch/distributed")[0]
+
+
+@pytest.mark.slow
+def test_resume_on_three_processes(tmp_path):
+    whole, _ = run(tmp_path / "whole", "base.train_batch_size=2", processes=3)
+    shutil.copytree(whole, tmp_path / "cut")
+    forget_after(tmp_path / "cut", 2)
+    run(tmp_path / "cut", "base.train_batch_size=2", "base.resume_from_checkpoint=latest", processes=3)
+    assert losses(tmp_path / "cut") == losses(whole)
+    assert final_state(tmp_path / "cut") == final_state(whole)

@@ -1,0 +1,210 @@
+"""A resumed run cannot be told from an uninterrupted one: losses by float.hex(), weights, averages, optimizer state by byte.
+
+The interrupted run is cut by its checkpoint: it trains to the end, then everything after the checkpoint is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import losses, read_metrics
+
+from train import main, train
+from trainers import TRAINERS
+from trainers.engine import checkpoint
+from trainers.engine.config import load_config
+
+RANDOM = {"base.random_flip": True, "base.resolution": 24}
+
+
+def final_state(folder, step=6):
+    """{file: its SHA-256} of a checkpoint: weights, averages and optimizer state."""
+    manifest = json.loads((folder / f"checkpoint-{step}" / "manifest.json").read_text())
+    return {name: digest for name, (_, digest) in manifest.items() if name.endswith(".safetensors")}
+
+
+def forget_after(folder, step):
+    """What a run that was killed right after checkpoint-<step> leaves behind, with a torn last line of metrics."""
+    for later, path in checkpoint.list_checkpoints(folder):
+        if later > step:
+            shutil.rmtree(path)
+    (folder / "model_index.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+
+
+def check_resume(tiny_config, options, changed=None, at=4, task="ddpm"):
+    """Trains, cuts at a checkpoint, resumes with the `changed` options, compares with the run that was not cut."""
+    whole = train(load_config(tiny_config(task, "whole", **options)))
+    cut = train(load_config(tiny_config(task, "cut", **options, **{"base.checkpointing_steps": 2})))
+    forget_after(cut, at)
+    resumed = {**options, "base.checkpointing_steps": 5, "base.resume_from_checkpoint": "latest", **(changed or {})}
+    train(load_config(tiny_config(task, "cut", **resumed)))
+    assert losses(cut) == losses(whole)
+    assert [line["lr"] for line in read_metrics(cut, prefix="lr")] == [
+        line["lr"] for line in read_metrics(whole, prefix="lr")
+    ]
+    assert final_state(cut) == final_state(whole)
+    return whole, cut
+
+
+CASES = {
+    "in the middle of an epoch": {},
+    "at the end of an epoch": {"base.max_train_samples": 8},
+    "with accumulation": {"base.gradient_accumulation_steps": 2},
+    "with workers": {"base.dataloader_num_workers": 2, **RANDOM},
+    "with random crop and flip": RANDOM,
+    "with a log window that is open": {"base.logging_steps": 3},
+    "with an epoch schedule": {
+        "base.max_train_steps": None,
+        "base.num_epochs": 2,
+        "base.max_train_samples": 11,
+        "ddpm.lr_scheduler": "cosine",
+    },
+    "in bf16": {"base.mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_exact(case, tiny_config):
+    check_resume(tiny_config, CASES[case])
+
+
+def test_resume_is_exact_with_other_cadences_and_workers(tiny_config):
+    changed = {"base.valid_steps": 1, "base.dataloader_num_workers": 1, "base.save_model_steps": 5}
+    check_resume(tiny_config, {**RANDOM, "base.validation_split": 0.1}, changed)
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+def test_every_task_resumes_exactly(task, tiny_config):
+    check_resume(tiny_config, {"base.gradient_accumulation_steps": 2, "base.logging_steps": 1}, task=task)
+
+
+def test_without_the_checkpoints_state_the_runs_differ(tiny_config, monkeypatch):
+    """The comparison can fail: without the optimizer's state the losses after the cut are others."""
+    monkeypatch.setattr(checkpoint, "_named_optimizer_state", lambda *_: {})
+    with pytest.raises(AssertionError):
+        check_resume(tiny_config, {})
+
+
+def test_resume_by_name_and_by_path(tiny_config, capsys):
+    folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 2})))
+    for place, name in (("checkpoint-2", "config"), (str(folder / "checkpoint-4"), "elsewhere"), (True, "config")):
+        resumed = train(load_config(tiny_config(name=name, **{"base.resume_from_checkpoint": place})))
+        assert "resumed at" in capsys.readouterr().out
+        assert final_state(resumed) == final_state(folder)
+
+
+def test_latest_without_a_checkpoint_starts_at_0_and_says_so(tiny_config, capsys):
+    train(load_config(tiny_config(**{"base.resume_from_checkpoint": "latest"})))
+    assert "No checkpoint in" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so(tiny_config, capsys):
+    folder = train(load_config(tiny_config()))
+    before = (folder / "metrics.jsonl").read_text()
+    assert main([str(tiny_config(**{"base.resume_from_checkpoint": "latest"}))]) == 0
+    assert "the run is finished already" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_longer_and_with_another_global_batch(tiny_config):
+    folder = train(load_config(tiny_config()))
+    options = {"base.resume_from_checkpoint": "latest", "base.max_train_steps": 8, "base.train_batch_size": 8}
+    train(load_config(tiny_config(**options)))
+    assert [line["epoch"] for line in read_metrics(folder)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
+    assert json.loads((folder / "checkpoint-8" / "state.json").read_text())["slot"] == 40
+
+
+def test_errors_of_resuming(tiny_config, capsys):
+    folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 3})))
+
+    def error_of(**values):
+        assert (
+            main([str(tiny_config(**{"base.resume_from_checkpoint": "latest", "base.max_train_steps": 8, **values}))])
+            == 1
+        )
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.out + captured.err
+
+    text = error_of(**{"base.resume_from_checkpoint": "checkpoint-5"})
+    assert "resume_from_checkpoint = checkpoint-5: no such folder; checkpoints in" in text
+    assert "checkpoint-6, checkpoint-3" in text
+    assert "the data set changed from 40 examples" in error_of(**{"base.max_train_samples": 39})
+    assert "does not fit this run's network" in error_of(**{"ddpm.model_config": "configs/models/unet_digits.json"})
+    weights = folder / "checkpoint-6" / "unet" / "diffusion_pytorch_model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    assert "unet/diffusion_pytorch_model.safetensors is missing or not what was written" in error_of(
+        **{"base.resume_from_checkpoint": "checkpoint-6"}
+    )
+    shutil.rmtree(folder / "checkpoint-3" / "unet_ema")
+    assert "all 2 checkpoints in" in error_of()
+    assert "damaged; remove them to start anew" in error_of()
+
+
+def test_another_data_set_can_be_accepted(tiny_config, capsys):
+    train(load_config(tiny_config()))
+    accepted = {
+        "base.resume_from_checkpoint": "latest",
+        "base.max_train_samples": 39,
+        "base.allow_changes": ["dataset"],
+    }
+    assert main([str(tiny_config(**accepted, **{"base.max_train_steps": 8}))]) == 0
+    assert "resumed at 6" in capsys.readouterr().out
+
+
+def test_latest_skips_a_damaged_checkpoint_loudly(tiny_config, capsys):
+    folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 3})))
+    (folder / "checkpoint-6" / "manifest.json").unlink()
+    train(load_config(tiny_config(**{"base.resume_from_checkpoint": "latest"})))
+    out = capsys.readouterr().out
+    assert "WARNING: skipping a damaged checkpoint" in out
+    assert "resumed at 3" in out
+
+
+def test_a_checkpoint_without_averages(tiny_config, capsys):
+    train(load_config(tiny_config(**{"ddpm.use_ema": False})))
+    options = {"base.resume_from_checkpoint": "latest", "base.max_train_steps": 8}
+    assert main([str(tiny_config(**options))]) == 1
+    assert "has no unet_ema: it was written with use_ema: false; set use_ema to false" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_leaves_older_checkpoints_intact(tiny_config, capsys, monkeypatch):
+    original = checkpoint.write
+
+    def fail_at_6(taken, folder):
+        original(taken, folder)
+        if taken.step == 6:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", fail_at_6)
+    path = tiny_config(**{"base.checkpointing_steps": 3})
+    assert main([str(path)]) == 1
+    text = capsys.readouterr().err
+    assert "checkpoint-6 could not be written to" in text
+    assert "No space left on device; older ones are intact" in text
+    folder = path.with_suffix("")
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3]
+    checkpoint.verify(folder / "checkpoint-3")
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_names_that_are_no_checkpoint(tmp_path):
+    for name in (
+        "checkpoint",
+        "checkpoint-",
+        "checkpoint-x",
+        "checkpoint-3.tmp",
+        "checkpoint-03",
+        ".tmp-checkpoint-3-1",
+        "checkpoint-10",
+        "checkpoint-9",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-11").symlink_to(tmp_path / "checkpoint-10")
+    assert [path.name for _, path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9"]

@@ -1,0 +1,382 @@
+"""The real script on the CPU: files, log lines, the pipeline that comes out, trackers, card, and its error texts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+
+import pytest
+import torch
+import yaml
+from conftest import losses, read_metrics
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
+from train import main, train
+from trainers import TRAINERS
+from trainers.engine.config import find_trainer, load_config
+from trainers.engine.randomness import SlotRandom
+
+PIPELINE = {
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
+CHECKPOINT = {"manifest.json", "state.json", "optimizer.safetensors"} | {
+    f"{folder}/{name}"
+    for folder in ("unet", "unet_ema")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors")
+}
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_exact_files_and_log_lines(run_in_process):
+    folder = run_in_process(
+        **{
+            "base.checkpointing_steps": 2,
+            "base.checkpoints_total_limit": 2,
+            "base.valid_steps": 3,
+            "base.validation_split": 0.1,
+        }
+    )
+    expected = {"config.yaml", "metrics.jsonl", "README.md"} | PIPELINE
+    expected |= {f"checkpoint-{step}/{name}" for step in (4, 6) for name in CHECKPOINT}
+    expected |= {f"samples/samples-step-{step:06d}.png" for step in (3, 6)}
+    assert files_in(folder) == expected
+    lines = read_metrics(folder, prefix="loss")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert set(lines[0]) == {"step", "epoch", "lr", "loss", "skipped", "grad_norm/unet", "examples_per_second"}
+    assert all(math.isfinite(line["loss"]) and line["grad_norm/unet"] > 0 for line in lines)
+    validations = read_metrics(folder, prefix="valid")
+    assert [sorted(line) for line in validations] == [["step", "valid/loss", "valid_ema/loss"]] * 2
+    manifest = json.loads((folder / "checkpoint-6" / "manifest.json").read_text())
+    assert set(manifest) == CHECKPOINT - {"manifest.json"}
+    assert oct((folder / "checkpoint-6/unet/diffusion_pytorch_model.safetensors").stat().st_mode & 0o777) == oct(
+        0o666 & ~_umask()
+    )
+    left, right = 4 * (16 + 2) // 2 + 2, 8
+    assert Image.open(folder / "samples/samples-step-000003.png").size == (2 * left + right, left)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize(("steps", "logging_steps", "lines"), [(6, 4, [4, 6]), (5, 5, [5]), (3, 10, [3])])
+def test_log_lines_come_at_the_cadence_and_at_the_end(run_in_process, steps, logging_steps, lines):
+    folder = run_in_process(**{"base.max_train_steps": steps, "base.logging_steps": logging_steps})
+    assert [line["step"] for line in read_metrics(folder)] == lines
+
+
+def test_a_logged_loss_is_the_mean_of_its_window(run_in_process):
+    every = run_in_process("every")
+    third = run_in_process("third", **{"base.logging_steps": 3})
+    single = [line["loss"] for line in read_metrics(every)]
+    assert [line["loss"] for line in read_metrics(third)] == pytest.approx(
+        [sum(single[:3]) / 3, sum(single[3:]) / 3], rel=1e-6
+    )
+
+
+def test_the_pipeline_holds_the_averaged_weights_and_draws_the_validations_pictures(run_in_process, monkeypatch):
+    drawn = {}
+    trainer_class = find_trainer("ddpm")
+    original = trainer_class.sample
+
+    def remember(self, requests, rng):
+        images = original(self, requests, rng)
+        drawn["last"] = images["samples"]
+        return images
+
+    monkeypatch.setattr(trainer_class, "sample", remember)
+    folder = run_in_process()
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    averaged = UNet2DModel.from_pretrained(folder / "checkpoint-6" / "unet_ema")
+    raw = UNet2DModel.from_pretrained(folder / "checkpoint-6" / "unet")
+    for name, tensor in pipeline.unet.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, averaged.state_dict()[name])
+    assert any(not torch.equal(tensor, averaged.state_dict()[name]) for name, tensor in raw.state_dict().items())
+    generators = SlotRandom(0, torch.arange(4), "sample").generators()
+    images = pipeline(batch_size=4, generator=generators, num_inference_steps=4, output_type="np").images
+    torch.testing.assert_close(torch.from_numpy(images).permute(0, 3, 1, 2), drawn["last"], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoints_have_diffusers_ema_format(run_in_process):
+    folder = run_in_process()
+    loaded = EMAModel.from_pretrained(folder / "checkpoint-6" / "unet_ema", UNet2DModel)
+    assert (loaded.optimization_step, loaded.use_ema_warmup, loaded.power, loaded.decay) == (6, True, 0.75, 0.9999)
+    weights = UNet2DModel.from_pretrained(folder / "checkpoint-6" / "unet_ema").parameters()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.shadow_params, weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "ddpm.prediction_type": "v_prediction",
+            "ddpm.rescale_betas_zero_snr": True,
+            "ddpm.snr_gamma": 5.0,
+            "ddpm.sampler": "ddim",
+        },
+        {"ddpm.prediction_type": "sample", "ddpm.use_ema": False, "ddpm.lr_scheduler": "one_cycle"},
+        {"base.channels": 3, "ddpm.model_config": None, "base.max_train_steps": 1, "base.resolution": 8},
+        {"base.channels": 4, "ddpm.model_config": None, "base.max_train_steps": 1, "ddpm.valid_batch_size": 1},
+        {"base.mixed_precision": "bf16", "base.gradient_accumulation_steps": 2, "ddpm.learning_rate": {"unet": 1e-3}},
+        {"base.dataloader_num_workers": 2, "base.random_flip": True, "base.resolution": 24, "base.save_model_steps": 2},
+    ],
+    ids=lambda options: " ".join(key.split(".")[1] for key in options),
+)
+def test_options_of_the_task(run_in_process, options):
+    folder = run_in_process(**options)
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(folder, prefix="loss"))
+    scheduler = DDPMPipeline.from_pretrained(folder).scheduler
+    assert isinstance(scheduler, DDPMScheduler)
+    for option in ("prediction_type", "rescale_betas_zero_snr"):
+        if f"ddpm.{option}" in options:
+            assert scheduler.config[option] == options[f"ddpm.{option}"]
+            assert scheduler.config.timestep_spacing == ("trailing" if "ddpm.snr_gamma" in options else "leading")
+    assert (folder / "checkpoint-6" / "unet_ema").exists() == (
+        options.get("ddpm.use_ema", True) and "base.channels" not in options
+    )
+
+
+def test_weights_stay_float32_in_mixed_precision(run_in_process):
+    folder = run_in_process(**{"base.mixed_precision": "bf16"})
+    for name in ("unet", "unet_ema"):
+        weights = UNet2DModel.from_pretrained(folder / "checkpoint-6" / name)
+        assert {p.dtype for p in weights.parameters()} == {torch.float32}
+    exact = run_in_process("exact")
+    assert losses(folder) != losses(exact)  # bf16 really ran
+    assert read_metrics(folder)[0]["loss"] == pytest.approx(read_metrics(exact)[0]["loss"], rel=0.02)
+
+
+def test_initial_weights_from_a_folder(run_in_process, tmp_path):
+    first = run_in_process("first")
+    options = {"ddpm.model_config": None, "base.max_train_steps": 1, "ddpm.learning_rate": 1e-12, "ddpm.use_ema": False}
+    for place in (first, first / "unet"):
+        second = run_in_process(f"from-{place.name}", **options, **{"ddpm.pretrained_model_name_or_path": str(place)})
+        before, after = (UNet2DModel.from_pretrained(folder, subfolder="unet") for folder in (first, second))
+        for name, tensor in before.state_dict().items():
+            torch.testing.assert_close(tensor, after.state_dict()[name], rtol=1e-6, atol=1e-7)
+    with pytest.raises(
+        FileNotFoundError, match=r"pretrained_model_name_or_path = .*nothing: no UNet2DModel in safetensors"
+    ):
+        run_in_process("missing", **options, **{"ddpm.pretrained_model_name_or_path": str(tmp_path / "nothing")})
+    with pytest.raises(ValueError, match="has in_channels = 1, base.channels is 3; make them equal"):
+        run_in_process("channels", **options, **{"ddpm.pretrained_model_name_or_path": str(first), "base.channels": 3})
+
+
+def test_gradient_checkpointing_changes_no_gradient(run_in_process):
+    plain, checkpointed = run_in_process("plain"), run_in_process("less", **{"base.gradient_checkpointing": True})
+    assert losses(plain) == losses(checkpointed)
+
+
+def test_validation_is_the_same_every_time_and_leaves_the_training_alone(run_in_process):
+    held_out = {"base.validation_split": 0.1}
+    often = run_in_process(
+        "often", **held_out, **{"base.valid_steps": 1, "base.checkpointing_steps": 1, "base.save_model_steps": 2}
+    )
+    rarely = run_in_process("rarely", **held_out)
+    assert losses(often) == losses(rarely)
+    assert read_metrics(often, prefix="valid")[-1] == read_metrics(rarely, prefix="valid")[-1]
+    frozen = run_in_process("frozen", **held_out, **{"base.valid_steps": 3, "ddpm.learning_rate": 1e-30})
+    first, second = (line["valid/loss"] for line in read_metrics(frozen, prefix="valid"))
+    assert first == second
+
+
+def test_tensorboard_files_read_back(run_in_process):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run_in_process(**{"base.logger": "tensorboard", "base.tracker_project": "digits"})
+    events = EventAccumulator(str(folder / "logs" / "digits"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    logged = [line["loss"] for line in read_metrics(folder, prefix="loss")]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+    assert [event.step for event in events.Images("samples")] == [6]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+def wandb_records(path):
+    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB after 7 bytes of header."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little left in the block for a header
+            position += 32768 - position % 32768
+            continue
+        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def test_wandb_offline_files_read_back(run_in_process, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = {
+        "base.logger": "both",
+        "base.tracker_project": "project",
+        "base.run_name": "name",
+        "base.checkpointing_steps": 3,
+    }
+    folder = run_in_process("run", **options)
+    run_in_process("run", **options, **{"base.resume_from_checkpoint": "checkpoint-3"})
+    stores = sorted((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))
+    runs, histories, config = [], [], {}
+    for path in stores:
+        steps = []
+        for record in wandb_records(path):
+            if record.WhichOneof("record_type") == "run":
+                runs.append(record.run)
+            if record.WhichOneof("record_type") == "config":
+                config |= {update.key: json.loads(update.value_json) for update in record.config.update}
+            if record.WhichOneof("record_type") == "history":
+                items = {
+                    ".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
+                steps += [(items["_step"], items["loss"])] if "loss" in items else []
+        histories.append(steps)
+    assert {(run.project, run.display_name) for run in runs} == {("project", "name")}
+    assert len({run.run_id for run in runs}) == 1  # the same run goes on
+    logged = [(line["step"], line["loss"]) for line in read_metrics(folder, prefix="loss")]
+    assert histories == [logged, logged[3:]]
+    assert config["base"]["seed"] == 0
+    assert config["ddpm"]["learning_rate"] == 1e-3
+
+
+def test_model_card(run_in_process):
+    from huggingface_hub import ModelCard
+
+    folder = run_in_process(**{"base.validation_split": 0.1})
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert "ddpm" in card.data.tags
+    [picture] = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert (folder / picture).is_file()
+    assert "| valid_ema/loss |" in card.text
+    usage = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1]) == yaml.safe_load(
+        (folder / "config.yaml").read_text()
+    )
+    assert len(usage.strip().splitlines()) == 3
+
+
+def test_push_to_hub_uploads_pipeline_card_and_grid_only(run_in_process, monkeypatch):
+    calls = {}
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls["repo"] = name
+            return type("Repo", (), {"repo_id": name, "__str__": lambda self: "address"})()
+
+        def upload_folder(self, **arguments):
+            calls.update(arguments)
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    folder = run_in_process(**{"base.push_to_hub": True, "base.hub_model_id": "me/digits"})
+    uploaded = set(huggingface_hub.utils.filter_repo_objects(files_in(folder), allow_patterns=calls["allow_patterns"]))
+    assert uploaded == PIPELINE | {"README.md", "samples/samples-step-000006.png"}
+    assert (calls["repo"], calls["folder_path"]) == ("me/digits", folder)
+    assert "token" not in (folder / "config.yaml").read_text()
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="base.push_to_hub = true: nobody is logged in; run `hf auth login`"):
+        run_in_process("second", **{"base.push_to_hub": True})
+
+
+def test_errors_after_the_configuration(tiny_config, capsys, tmp_path, monkeypatch):
+    def error_of(**values):
+        assert main([str(tiny_config(**values))]) == 1
+        return capsys.readouterr().err.strip()
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    folder = {"base.dataset": None, "base.train_data_dir": str(empty)}
+    assert str(empty) in error_of(name="a", **folder)
+    assert "needs a CUDA device and none is visible" in error_of(name="b", **{"base.mixed_precision": "fp16"})
+    assert "learning_rate = {'vae': 0.1}: needs one rate for each of the networks unet" in error_of(
+        name="c", **{"ddpm.learning_rate": {"vae": 0.1}}
+    )
+    (tmp_path / "file").touch()
+    assert "cannot be written" in error_of(**{"base.output_dir": str(tmp_path / "file" / "below")})
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "metrics.jsonl").touch()
+    text = error_of(name="held")
+    assert "holds a run already (metrics.jsonl); continue it with base.resume_from_checkpoint=latest" in text
+    assert "Traceback" not in text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE = 2: the launcher started these, 1 are connected" in error_of(name="d")
+
+
+def test_a_network_that_does_not_support_an_option(run_in_process, monkeypatch):
+    monkeypatch.setattr(UNet2DModel, "enable_gradient_checkpointing", property(), raising=False)
+    with pytest.raises(
+        ValueError, match=r"base.gradient_checkpointing = true: network unet \(UNet2DModel\) does not support it"
+    ):
+        run_in_process(**{"base.gradient_checkpointing": True})
+
+
+def test_errors_of_libraries_keep_their_traceback(tiny_config, monkeypatch):
+    monkeypatch.setattr("train.train", lambda run: int("not a number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        json.loads("{}", parse_int=None) or main([str(tiny_config())])
+
+
+def test_ctrl_c(tiny_config, monkeypatch, capsys):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.train", interrupt)
+    assert main([str(tiny_config())]) == 130
+    assert "continue with base.resume_from_checkpoint=latest" in capsys.readouterr().err
+
+
+def test_start_and_end_blocks(tiny_config, capsys):
+    train(load_config(tiny_config()))
+    text = capsys.readouterr().out
+    for expected in (
+        "41,609 parameters trained, 0 frozen",
+        "steps            6 (0.6 epochs)",
+        "4 = 4 x 1 micro-batches x 1 processes",
+    ):
+        assert expected in text
+    assert "DDPMPipeline.from_pretrained(" in text
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+def test_every_task_has_a_tiny_config_and_learns(task, run_in_process):
+    """Over 60 steps on the same 8 examples the loss must fall clearly: the update goes the right way."""
+    folder = run_in_process(
+        task=task, **{"base.max_train_steps": 60, "base.logging_steps": 20, "base.max_train_samples": 8}
+    )
+    first, *_, last = [line["loss"] for line in read_metrics(folder, prefix="loss")]
+    assert last < 0.9 * first
+    assert find_trainer(task).load_pipeline(folder) is not None
+
+
+@pytest.mark.slow
+def test_compile_changes_no_names_and_few_bits(run_in_process):
+    plain = run_in_process("plain", **{"ddpm.use_ema": False})
+    compiled = run_in_process("compiled", **{"ddpm.use_ema": False, "base.compile": True})
+    for step, value in losses(plain).items():
+        assert float.fromhex(losses(compiled)[step]) == pytest.approx(float.fromhex(value), rel=1e-3)
+    assert files_in(plain) == files_in(compiled)
+    DDPMPipeline.from_pretrained(compiled)
