@@ -1,0 +1,164 @@
+"""What the documents say is what happens: the README's task and commands, the article's config, the shipped configs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, read_metrics
+from PIL import Image
+
+from train import main
+from trainers.engine.config import load_config
+
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_task_of_the_readme(tmp_path, monkeypatch):
+    [source] = [block for block in code_blocks("python") if "class FlowTrainer" in block]
+    [config] = [block for block in code_blocks("yaml") if "flow:FlowTrainer" in block]
+    (tmp_path / "flow.py").write_text(source)
+    (tmp_path / "flow.yaml").write_text(config)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = [
+        "base.max_train_steps=40",
+        "base.logging_steps=10",
+        "base.logger=none",
+        "flow.model_config=configs/tests/unet2d.json",
+    ]
+    options += [
+        f"base.output_dir={tmp_path / 'run'}",
+        "flow.lr_warmup_steps=0",
+        "flow.learning_rate=2e-3",
+        "base.max_train_samples=16",
+    ]
+    assert main([str(tmp_path / "flow.yaml"), *options]) == 0
+    first, *_, last = [line["loss"] for line in read_metrics(tmp_path / "run", prefix="loss")]
+    assert last < 0.8 * first
+    from flow import FlowTrainer
+
+    assert FlowTrainer.load_pipeline(tmp_path / "run").config.sample_size == 16
+    assert main(["--describe", "flow"]) == 2
+
+
+def test_the_readme_explains_the_config_that_is_shipped():
+    [explained] = [yaml.safe_load(block) for block in code_blocks("yaml") if "outputs/quickstart" in block]
+    shipped = yaml.safe_load((ROOT / "configs/ddpm_digits.yaml").read_text())
+    for section, values in explained.items():
+        for option, value in values.items():
+            assert shipped[section][option] == value
+    assert f"checkpoint-{shipped['base']['max_train_steps']}/" in README
+    assert f"{shipped['base']['max_train_steps']:,} steps" in README
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in (ROOT / "configs").glob("*.*") if p.suffix in (".json", ".yaml")], ids=lambda p: p.name
+)
+def test_shipped_configs_load(path):
+    load_config(path)
+
+
+@pytest.fixture
+def local_mnist(tmp_path):
+    """A local folder with the features of ylecun/mnist: grey 28 x 28 pictures and ten classes, from real digits."""
+    import datasets
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pictures = [
+        Image.fromarray((image * 15.9375).round().astype(np.uint8)).resize((28, 28)) for image in digits.images[:64]
+    ]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+    )
+    columns = {"image": pictures, "label": digits.target[:64].tolist()}
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    return folder
+
+
+def test_the_articles_config_trains_on_a_local_data_set(local_mnist, tmp_path):
+    document = ROOT / "configs/ddpm_mnist.json"
+    options = [
+        f"base.dataset_name={local_mnist}",
+        f"base.output_dir={tmp_path / 'run'}",
+        "base.logger=none",
+        f"base.cache_dir={tmp_path}",
+    ]
+    smaller = [
+        "base.num_epochs=1",
+        "base.max_train_samples=4",
+        "base.train_batch_size=2",
+        "ddpm.ddpm_num_inference_steps=2",
+    ]
+    assert main([str(document), *options, *smaller]) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run", prefix="loss")] == [2]
+    assert (tmp_path / "run/unet/config.json").exists()
+    blocks = json.loads((tmp_path / "run/unet/config.json").read_text())["block_out_channels"]
+    assert blocks == [64, 128, 256, 256]
+
+
+def test_a_hub_name_that_cannot_be_had(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["configs/ddpm_mnist.json", f"base.output_dir={tmp_path / 'run'}", f"base.cache_dir={tmp_path}"]) == 1
+    text = capsys.readouterr().err
+    assert "ylecun/mnist" in text
+    assert "base.train_data_dir" in text
+    assert "Traceback" not in text
+
+
+def test_accelerate_launch_runs_the_command(tmp_path):
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command = [
+        *accelerate,
+        "--dynamo_backend",
+        "no",
+        "train.py",
+        "configs/tests/ddpm.json",
+        f"base.output_dir={tmp_path / 'run'}",
+    ]
+    options = ["base.mixed_precision=bf16", "base.gradient_accumulation_steps=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "precision        bf16" in done.stdout
+    assert "8 = 4 x 2 micro-batches x 1 processes" in done.stdout
+
+
+def test_quickstart_command(tmp_path):
+    options = [
+        f"base.output_dir={tmp_path / 'run'}",
+        "base.max_train_steps=2",
+        "ddpm.valid_batch_size=1",
+        "ddpm.ddpm_num_inference_steps=2",
+    ]
+    for said in ("No checkpoint in", "the run is finished already"):
+        done = subprocess.run(
+            ["bash", "scripts/quickstart.sh", *options], cwd=ROOT, capture_output=True, text=True, timeout=1200
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    assert (tmp_path / "run/samples/samples-step-000002.png").exists()
+
+
+def test_a_wrong_section_is_told_from_a_task_without_repository(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"base": {"dataset": "digits", "num_epochs": 1}, "sdxl": {}}))
+    assert main([str(path)]) == 2
+    assert 'For your own class set base.trainer_class: "package.module:Class"' in capsys.readouterr().err
