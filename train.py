@@ -70,7 +70,7 @@ def train(run: RunConfig) -> Path:
         bar = reporting.progress_bar(accelerator, clock)
 
         for step in range(clock.origin_step, clock.total_steps):
-            learning_rate = optimization.set_learning_rate(optimizer, rate_factor(step))
+            learning_rates = optimization.set_learning_rates(optimizer, rate_factor(step))
             for micro_step in range(clock.accumulation_steps):
                 batch = stages.encode(next(batches))
                 seed_network(base.seed, step, clock.micro_batch(micro_step, rank))
@@ -87,7 +87,7 @@ def train(run: RunConfig) -> Path:
 
             done = step + 1
             if clock.due(done, base.logging_steps):
-                metrics = {"epoch": clock.epochs_done(done), "lr": learning_rate} | meter.means()
+                metrics = {"epoch": clock.epochs_done(done)} | learning_rates | meter.means()
                 tracking.log(metrics | {"examples_per_second": speed.examples_per_second()}, done)
                 reporting.show_metrics(bar, tracking.latest)
             with speed.paused():
@@ -144,11 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    """Prints once: other processes than the first one wait until their launcher ends them, or for 5 seconds."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-    else:
+    """Prints an error that every process has once: when the first one ends, the launcher ends those that still wait."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank != 0:
         time.sleep(5)
+    print(f"\nerror{f' on process {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
     return code
 
 

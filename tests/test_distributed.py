@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
-from conftest import ROOT, launch, losses, read_metrics
+from conftest import launch, losses, read_metrics
 from test_resume import final_state, forget_after
 
 TINY = "configs/tests/ddpm.json"
@@ -71,22 +70,18 @@ def test_resume_on_another_number_of_processes(source, processes, options, one, 
     assert final_state(begun) == final_state(one[0])
 
 
-def test_another_split_of_the_global_batch(one, tmp_path):
-    folder, _ = run(
-        tmp_path / "run", "base.train_batch_size=8", "ddpm.model_config=configs/tests/unet2d.json", processes=1
-    )
-    # dropout is keyed by micro-batch, so this comparison needs a network without it
-    network = json.loads((ROOT / "configs/tests/unet2d.json").read_text()) | {"dropout": 0.0}
-    (tmp_path / "net.json").write_text(json.dumps(network))
-    sides = []
-    for name, split in (
-        ("large", ["base.train_batch_size=8"]),
-        ("small", ["base.train_batch_size=2", "base.gradient_accumulation_steps=4"]),
-    ):
-        sides.append(run(tmp_path / name, *split, f"ddpm.model_config={tmp_path / 'net.json'}", processes=1)[0])
-    values = [[float.fromhex(value) for value in losses(side).values()] for side in sides]
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    assert losses(folder) != losses(sides[0])
+def test_another_split_of_the_global_batch(run_in_process, network_without_dropout):
+    options = {"ddpm.model_config": network_without_dropout, "base.random_flip": True, "base.max_train_samples": 25}
+    splits = [(8, 1), (4, 2), (2, 4), (1, 8)]
+    runs = [
+        run_in_process(
+            f"{size}x{steps}", **options, **{"base.train_batch_size": size, "base.gradient_accumulation_steps": steps}
+        )
+        for size, steps in splits
+    ]
+    reference, *others = [[float.fromhex(value) for value in losses(folder).values()] for folder in runs]
+    for other in others:
+        assert other == pytest.approx(reference, rel=1e-5)
 
 
 def test_a_mistake_in_the_configuration_is_printed_once():

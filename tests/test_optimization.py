@@ -14,7 +14,7 @@ from torch import nn
 from trainers.base import TrainerConfig
 from trainers.engine.clock import Clock
 from trainers.engine.ema import EMA, ema_decay
-from trainers.engine.optimization import build_optimizer, optimizer_step, schedule, set_learning_rate, warmup_steps
+from trainers.engine.optimization import build_optimizer, optimizer_step, schedule, set_learning_rates, warmup_steps
 
 TOTAL, WARMUP = 200, 20
 CLOCK = Clock(100, 4, 2, 1, max_train_steps=TOTAL)
@@ -106,7 +106,7 @@ def test_tiny_runs_have_finite_rates(name, total):
 def test_scale_lr_and_rates_per_group():
     groups = [{"name": n, "params": [nn.Parameter(torch.ones(2))], "lr": lr} for n, lr in (("a", 0.5), ("b", 0.25))]
     optimizer = build_optimizer(groups, TrainerConfig(scale_lr=True), CLOCK, CPU)
-    assert set_learning_rate(optimizer, 0.1) == pytest.approx(0.5 * 8 * 0.1)
+    assert set_learning_rates(optimizer, 0.1) == pytest.approx({"lr": 0.4, "lr/b": 0.2})
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.2])
 
 

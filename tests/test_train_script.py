@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ def test_exact_files_and_log_lines(run_in_process):
     assert oct((folder / "checkpoint-6/unet/diffusion_pytorch_model.safetensors").stat().st_mode & 0o777) == oct(
         0o666 & ~_umask()
     )
-    left, right = 4 * (16 + 2) // 2 + 2, 8
-    assert Image.open(folder / "samples/samples-step-000003.png").size == (2 * left + right, left)
+    side, gap = 2 * (64 + 2) + 2, 8  # 2 x 2 pictures of 16 pixels, enlarged 4 times; raw and averaged weights
+    assert Image.open(folder / "samples/samples-step-000003.png").size == (2 * side + gap, side)
 
 
 def _umask():
@@ -373,10 +374,71 @@ def test_every_task_has_a_tiny_config_and_learns(task, run_in_process):
 
 
 @pytest.mark.slow
-def test_compile_changes_no_names_and_few_bits(run_in_process):
-    plain = run_in_process("plain", **{"ddpm.use_ema": False})
-    compiled = run_in_process("compiled", **{"ddpm.use_ema": False, "base.compile": True})
+def test_compile_changes_no_names_and_few_bits(run_in_process, network_without_dropout):
+    options = {"ddpm.model_config": network_without_dropout}  # compiled dropout draws other numbers
+    plain = run_in_process("plain", **options)
+    compiled = run_in_process("compiled", **options, **{"base.compile": True})
     for step, value in losses(plain).items():
         assert float.fromhex(losses(compiled)[step]) == pytest.approx(float.fromhex(value), rel=1e-3)
     assert files_in(plain) == files_in(compiled)
     DDPMPipeline.from_pretrained(compiled)
+
+
+def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
+    """Between two log lines no module of ours reads a tensor's value, which on a GPU would wait for it."""
+    readers = {}
+
+    def watch(method):
+        original = getattr(torch.Tensor, method)
+
+        def reading(self, *arguments, **options):
+            caller = sys._getframe(1).f_globals["__name__"]
+            if (
+                caller.split(".")[0] in ("train", "trainers") and caller != "trainers.engine.feeding"
+            ):  # the order is on the CPU
+                readers.setdefault(f"{caller} {method}", 0)
+                readers[f"{caller} {method}"] += 1
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, method, reading)
+
+    for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        watch(method)
+    expected = {
+        "trainers.engine.metering tolist": 2,
+        "trainers.engine.randomness tolist": 2,
+        "trainers.engine.evaluation cpu": 2,
+    }
+    run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.1, "ddpm.snr_gamma": 5.0})
+    assert readers.pop("trainers.engine.evaluation tolist") == 2  # validation metrics, raw and averaged
+    assert readers.pop("trainers.engine.tracking cpu") == readers.pop("trainers.engine.tracking numpy") == 1  # one grid
+    assert readers == expected  # 6 steps, 2 log lines
+
+
+def test_a_step_that_is_skipped_is_told(run_in_process, monkeypatch, capsys):
+    trainer_class = find_trainer("ddpm")
+    original = trainer_class.compute_loss
+
+    def sometimes_nan(self, batch, rng, step):
+        loss, values = original(self, batch, rng, step)
+        return (loss * math.nan if step == 3 and self.training else loss), values
+
+    monkeypatch.setattr(trainer_class, "compute_loss", sometimes_nan)
+    folder = run_in_process()
+    lines = read_metrics(folder, prefix="loss")
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 0, 0]
+    assert [line["loss"] is None for line in lines] == [False, False, False, True, False, False]
+    assert "WARNING: 100% of the last steps were skipped: a gradient was not finite" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_not_supported(run_in_process, monkeypatch):
+    monkeypatch.setattr("trainers.engine.launch.SUPPORTED", ())
+    with pytest.raises(ValueError, match=r"the launcher chose NO: not supported yet; launch with DDP"):
+        run_in_process()
+
+
+def test_an_error_of_another_process_names_it(tiny_config, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("train.time.sleep", lambda seconds: None)
+    assert main([str(tiny_config(**{"base.seed": -1}))]) == 2
+    assert "error on process 3: 1 problem" in capsys.readouterr().err

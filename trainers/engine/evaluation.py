@@ -18,6 +18,8 @@ from trainers.engine.feeding import validation_batches
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
 
+VISIBLE_SIZE = 64  # pixels; smaller pictures are enlarged in grids by a whole factor
+
 
 @contextmanager
 def evaluation_mode(trainer: Trainer) -> Iterator[None]:
@@ -91,7 +93,9 @@ def _side_by_side(pictures: list[Tensor]) -> Tensor:
     from torchvision.utils import make_grid
 
     columns = math.ceil(math.sqrt(len(pictures[0])))
-    grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in pictures]
+    zoom = max(1, VISIBLE_SIZE // pictures[0].shape[-1])
+    enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
+    grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
     gap = torch.ones(grids[0].shape[0], grids[0].shape[1], 8)
     parts = [part for grid in grids for part in (gap, grid)]
     return torch.cat(parts[1:], dim=2)

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 
 from trainers.engine.options import BaseConfig
 
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "both": ["tensorboard", "wandb"], "none": None}
 
 
 def start_accelerator(base: BaseConfig) -> Accelerator:
     """Joins the processes that the launcher started.
 
-    Raises ValueError where they are not connected, or where the device cannot run the precision.
+    Raises ValueError where they are not connected, for an engine that is not supported, and where the device cannot run
+    the precision.
     """
     steps = base.gradient_accumulation_steps or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     precision = base.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -32,6 +34,11 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
             project_dir=base.output_dir, logging_dir=os.path.join(base.output_dir, base.logging_dir)
         ),
     )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ValueError(
+            f"the launcher chose {accelerator.distributed_type.value}: not supported yet; launch with DDP "
+            "(accelerate launch --multi_gpu)"
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(

@@ -107,11 +107,12 @@ def _warmup_cosine(step: int, warmup: int, total_steps: int) -> float:
     return _cosine_between(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
 
 
-def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Sets every group's rate for this step; returns the first group's."""
+def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
+    """Sets every group's rate for this step; returns {"lr": the first one's}, and {"lr/<group>"} of the others."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
+    first, *others = optimizer.param_groups
+    return {"lr": first["lr"]} | {f"lr/{group['name']}": group["lr"] for group in others}
 
 
 def optimizer_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
@@ -35,7 +36,7 @@ def start_block(
         f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps)} warm-up"
     )
     rows["precision"] = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    rows["device"] = f"{accelerator.device}, {accelerator.distributed_type.value}"
+    rows["devices"] = _devices(accelerator)
     rows["output"] = str(Path(base.output_dir))
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
     lines += [f"  NOTE: {note}" for note in getattr(train_set, "notes", [])]
@@ -44,6 +45,12 @@ def start_block(
     if warmup_steps(config, clock.total_steps) >= clock.total_steps:
         lines.append("  NOTE: the warm-up is as long as the run; the learning rate never reaches its value")
     return "\n".join(lines)
+
+
+def _devices(accelerator: Accelerator) -> str:
+    device, engine = accelerator.device, accelerator.distributed_type.value
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{accelerator.num_processes} x {device.type}{name}" + ("" if engine == "NO" else f", {engine}")
 
 
 def end_block(trainer: Trainer, output_dir: Path) -> str:
@@ -68,6 +75,8 @@ def progress_bar(accelerator: Accelerator, clock: Clock) -> tqdm:
 
 
 def show_metrics(bar: tqdm, metrics: dict[str, float]) -> None:
+    if metrics["skipped"] > 0:
+        bar.write(f"WARNING: {metrics['skipped']:.0%} of the last steps were skipped: a gradient was not finite")
     bar.set_postfix_str(
         f"loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, {metrics['examples_per_second']:.0f} examples/s"
     )
