@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainers.engine.config import ConfigError, RunConfig, describe, load_config
+from trainers.engine.config import RunConfig, describe, load_config
+from trainers.engine.document import ConfigError
 
 
 def train(run: RunConfig) -> Path:
@@ -17,7 +18,7 @@ def train(run: RunConfig) -> Path:
     import torch
 
     import datasets_lib
-    from trainers.engine import card, checkpoint, evaluation, launch, optimization, reporting
+    from trainers.engine import card, checkpoint, evaluation, launch, optimization, reporting, resume
     from trainers.engine.clock import Clock
     from trainers.engine.ema import EMA
     from trainers.engine.encoding import FrozenStages
@@ -35,14 +36,14 @@ def train(run: RunConfig) -> Path:
     device, rank = accelerator.device, accelerator.process_index
     card.check_hub_login(base.push_to_hub)
     open_run_folder(accelerator, output_dir, base.resume_from_checkpoint)
-    resume_from = checkpoint.find(accelerator, output_dir, base.resume_from_checkpoint)
+    resume_from = resume.find_checkpoint(accelerator, output_dir, base.resume_from_checkpoint)
 
     # data
     with accelerator.main_process_first():  # it downloads, the others find the files
         train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
     clock = Clock.of_run(base, len(train_set), accelerator)
     datasets_lib.check_example(train_set.get(0, None), base)
-    saved = checkpoint.read_state(resume_from, train_set, base.allow_changes)
+    saved = resume.read_state(resume_from, train_set, base.allow_changes)
     clock = clock.resumed_at(saved["step"], saved["slot"])
 
     # networks and optimizer
@@ -61,7 +62,7 @@ def train(run: RunConfig) -> Path:
     with launch.numerics(base), Tracking(accelerator, run, output_dir, saved["step"]) as tracking:
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
-            checkpoint.load(resume_from, networks, ema, optimizer, accelerator.scaler)
+            resume.load(resume_from, networks, ema, optimizer, accelerator.scaler)
             meter.load(saved["meter"])
         datasets_lib.prepare(train_set, accelerator.is_main_process)
         datasets_lib.prepare(validation_set, accelerator.is_main_process)

@@ -11,8 +11,9 @@ import pytest
 
 from train import main
 from trainers.base import Section, TrainerConfig
-from trainers.engine.config import MAX_FILE_BYTES, ConfigError, describe, load_config
-from trainers.engine.options import BaseConfig, launcher_problems
+from trainers.engine.config import describe, load_config
+from trainers.engine.document import MAX_FILE_BYTES, ConfigError
+from trainers.engine.options import BaseConfig, resolve_launcher_values
 from trainers.engine.schema import coerce, options
 
 ARTICLE = {
@@ -260,8 +261,20 @@ def test_describe_reads_the_source():
     ],
 )  # fmt: skip
 def test_two_different_values_of_launcher_and_config(environment, message):
-    found = list(launcher_problems(BaseConfig(mixed_precision="bf16", gradient_accumulation_steps=2), environment))
+    found = list(
+        resolve_launcher_values(BaseConfig(mixed_precision="bf16", gradient_accumulation_steps=2), environment)
+    )
     assert message in found[0] if message else found == []
+
+
+def test_null_means_the_launchers_value(write, monkeypatch):
+    run = load_config(write(ARTICLE))
+    assert (run.base.mixed_precision, run.base.gradient_accumulation_steps) == ("no", 1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run = load_config(write(ARTICLE))
+    assert (run.base.mixed_precision, run.base.gradient_accumulation_steps) == ("bf16", 4)
+    assert "mixed_precision: bf16" in run.as_yaml()
 
 
 def test_the_command_reports_and_returns_2(write, capsys):

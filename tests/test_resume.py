@@ -13,7 +13,7 @@ from conftest import losses, read_metrics
 
 from train import main, train
 from trainers import TRAINERS
-from trainers.engine import checkpoint
+from trainers.engine import checkpoint, resume
 from trainers.engine.config import load_config
 
 RANDOM = {"base.random_flip": True, "base.resolution": 24}
@@ -84,7 +84,7 @@ def test_every_task_resumes_exactly(task, tiny_config):
 
 def test_without_the_checkpoints_state_the_runs_differ(tiny_config, monkeypatch):
     """The comparison can fail: without the optimizer's state the losses after the cut are others."""
-    monkeypatch.setattr(checkpoint, "_named_optimizer_state", lambda *_: {})
+    monkeypatch.setattr(resume, "_named_optimizer_state", lambda *_: {})
     with pytest.raises(AssertionError):
         check_resume(tiny_config, {})
 
@@ -190,7 +190,7 @@ def test_a_disk_that_fails_leaves_older_checkpoints_intact(tiny_config, capsys, 
     assert "No space left on device; older ones are intact" in text
     folder = path.with_suffix("")
     assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3]
-    checkpoint.verify(folder / "checkpoint-3")
+    resume.verify(folder / "checkpoint-3")
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 

@@ -207,6 +207,17 @@ def test_tensorboard_files_read_back(run_in_process):
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
+def test_tensorboard_shows_each_step_once_after_a_resume(run_in_process):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"base.logger": "tensorboard", "base.checkpointing_steps": 3}
+    run_in_process(**options)
+    folder = run_in_process(**options, **{"base.resume_from_checkpoint": "checkpoint-3"})
+    events = EventAccumulator(str(folder / "logs" / "diffloop"), size_guidance={"scalars": 0}).Reload()
+    assert len(list((folder / "logs" / "diffloop").glob("*tfevents*"))) == 2
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def wandb_records(path):
     """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB after 7 bytes of header."""
     from wandb.proto import wandb_internal_pb2

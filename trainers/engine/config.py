@@ -16,19 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainers import TRAINERS
 from trainers.base import Section, Trainer, TrainerConfig
-from trainers.engine.options import BaseConfig, launcher_problems
+from trainers.engine.document import ConfigError, read_document
+from trainers.engine.options import BaseConfig, resolve_launcher_values
 from trainers.engine.schema import coerce, describe_kind, nearest, options
-
-MAX_FILE_BYTES = 1 << 20
-MAX_YAML_NODES = 100_000  # after aliases are expanded: a few lines of aliases can stand for gigabytes
-
-
-class ConfigError(ValueError):
-    """All problems of a configuration, one a line."""
-
-    def __init__(self, problems: list[str]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 class RunConfig(NamedTuple):
@@ -51,7 +41,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises FileNotFoundError for a missing file and ConfigError with all problems otherwise.
     """
-    document = _read(Path(path))
+    document = read_document(Path(path))
     given, problems = _parse_overrides(overrides or [])
     task = _task_of(document, given)
     trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"))
@@ -69,56 +59,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         for option, reason in section.problems(sections["base"]):
             if f"{name}.{option}" not in wrong:
                 problems.append(f"{name}.{option} = {_show(getattr(section, option))}: {reason}")
-    problems += launcher_problems(sections["base"], os.environ)
+    problems += resolve_launcher_values(sections["base"], os.environ)
     if problems:
         raise ConfigError(problems)
     return RunConfig(task, sections["base"], sections[task], trainer_class)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
-        )
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError([f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}"])
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text, object_pairs_hook=_no_duplicates) if path.suffix == ".json" else _read_yaml(text)
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            [f"{path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]
-        ) from None
-    if not isinstance(document, dict):
-        raise ConfigError([f"{path} holds {type(document).__name__}; it must hold two sections, `base` and the task's"])
-    return document
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"found duplicate key {name}")
-    return dict(pairs)
-
-
-def _read_yaml(text: str) -> Any:
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    if node is not None and _expanded_size(node, {}) > MAX_YAML_NODES:
-        raise ValueError(f"its aliases expand to more than {MAX_YAML_NODES} values; write them out")
-    loaded = OmegaConf.create(text) if text.strip() else None  # reads 1e-4 as a number, which plain PyYAML does not
-    return OmegaConf.to_container(loaded) if loaded is not None else None
-
-
-def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    if id(node) in sizes:
-        return sizes[id(node)]
-    sizes[id(node)] = MAX_YAML_NODES + 1  # a node that holds itself is endless
-    children = node.value if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        children = [child for pair in node.value for child in pair]
-    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
-    return sizes[id(node)]
 
 
 def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:

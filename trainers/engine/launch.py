@@ -22,13 +22,11 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
     Raises ValueError where they are not connected, for an engine that is not supported, and where the device cannot run
     the precision.
     """
-    steps = base.gradient_accumulation_steps or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
-    precision = base.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision == "fp16" and not torch.cuda.is_available():
+    if base.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
     accelerator = Accelerator(
-        gradient_accumulation_steps=steps,
-        mixed_precision=precision,
+        gradient_accumulation_steps=base.gradient_accumulation_steps,
+        mixed_precision=base.mixed_precision,
         log_with=TRACKERS[base.logger],
         project_config=ProjectConfiguration(
             project_dir=base.output_dir, logging_dir=os.path.join(base.output_dir, base.logging_dir)

@@ -137,10 +137,10 @@ class BaseConfig(Section):
             yield "allow_changes", f"{', '.join(sorted(unknown))} is not known; allowed: dataset"
 
 
-def launcher_problems(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
-    """Yields where `accelerate launch` was told something else than the configuration.
+def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
+    """Puts what `accelerate launch` was told in place of null; yields where the configuration says something else.
 
-    It exports `no` and 1 also when nobody asked for them, so these two say nothing.
+    The launcher exports `no` and 1 also when nobody asked for them, so these two contradict nothing.
     """
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
@@ -149,12 +149,10 @@ def launcher_problems(base: BaseConfig, environment: Mapping[str, str]) -> Itera
         yield _two_values("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", str(base.gradient_accumulation_steps or steps)):
-        yield _two_values(
-            "gradient_accumulation_steps",
-            base.gradient_accumulation_steps,
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            steps,
-        )
+        variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        yield _two_values("gradient_accumulation_steps", base.gradient_accumulation_steps, variable, steps)
+    base.mixed_precision = base.mixed_precision or precision
+    base.gradient_accumulation_steps = base.gradient_accumulation_steps or int(steps)
 
 
 def _two_values(option: str, value: object, variable: str, launched: str) -> str:
