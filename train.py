@@ -9,15 +9,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets_lib
 from trainers.engine.config import RunConfig, describe, load_config
 from trainers.engine.document import ConfigError
+from trainers.engine.messages import is_message
 
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
     import torch
 
-    import datasets_lib
     from trainers.engine import card, checkpoint, evaluation, launch, optimization, reporting, resume
     from trainers.engine.clock import Clock
     from trainers.engine.ema import EMA
@@ -63,6 +64,7 @@ def train(run: RunConfig) -> Path:
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
             resume.load(resume_from, networks, ema, optimizer, accelerator.scaler)
+            resume.set_aside_later(accelerator, output_dir, saved["step"])
             meter.load(saved["meter"])
         datasets_lib.prepare(train_set, accelerator.is_main_process)
         datasets_lib.prepare(validation_set, accelerator.is_main_process)
@@ -92,24 +94,25 @@ def train(run: RunConfig) -> Path:
                 tracking.log(metrics | {"examples_per_second": speed.examples_per_second()}, done)
                 reporting.show_metrics(bar, tracking.latest)
             with speed.paused():
+                if clock.due(done, base.checkpointing_steps):
+                    state = checkpoint.run_state(clock, done, train_set, meter.state(), accelerator.scaler)
+                    taken = checkpoint.snapshot(networks, ema, optimizer, state, accelerator.is_main_process)
+                    checkpoint.save(accelerator, output_dir, taken, base.checkpoints_total_limit)
                 if clock.due(done, base.valid_steps, base.valid_epochs):
                     metrics, grids = evaluation.validate(accelerator, trainer, ema, stages, validation_set, base)
                     tracking.log(metrics, done)
                     tracking.log_grids(grids, done)
-                if clock.due(done, base.checkpointing_steps):
-                    state = checkpoint.run_state(clock, done, train_set, meter.state(), accelerator.scaler)
-                    taken = checkpoint.snapshot(networks, ema, optimizer, state)
-                    checkpoint.save(accelerator, output_dir, taken, base.checkpoints_total_limit)
                 if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
                     export_pipeline(accelerator, trainer, ema, output_dir)
         bar.close()
 
         pipeline_files = export_pipeline(accelerator, trainer, ema, output_dir)
         if accelerator.is_main_process:
-            card.write_card(run, trainer, output_dir, tracking.latest, tracking.grids)
-            if base.push_to_hub:
-                print("Uploaded to", card.push_to_hub(run, output_dir, pipeline_files, tracking.grids))
-        accelerator.print(reporting.end_block(trainer, output_dir))
+            repository = card.create_repository(run, output_dir) if base.push_to_hub else None
+            card.write_card(run, trainer, repository or output_dir, tracking)
+            if repository:
+                card.upload(repository, output_dir, pipeline_files, tracking.grids)
+        accelerator.print(reporting.end_block(trainer, output_dir, train_set))
     return output_dir
 
 
@@ -127,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.describe is not None:
             print("\n".join(describe(options.describe or None)))
             return 0
-        run = load_config(options.config, options.overrides)
+        run = load_config(options.config, options.overrides, datasets_lib.problems)
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error, 2)
     if options.print_config:
@@ -136,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train(run)
     except (ValueError, OSError) as error:
-        if not _is_ours(error):
+        if not is_message(error):
             raise
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -151,15 +154,6 @@ def _fail(error: object, code: int) -> int:
         time.sleep(5)
     print(f"\nerror{f' on process {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
     return code
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether diffloop raised it, as a message to the user; what a library raises keeps its traceback."""
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "")
-    return module.split(".")[0] in ("__main__", "train", "trainers", "datasets_lib")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from PIL import ImageColor
 
 from datasets_lib.choices import one_of
 from datasets_lib.example import check_example
 
-__all__ = ["DATASETS", "build", "check_example", "prepare"]
+__all__ = ["DATASETS", "build", "check_example", "prepare", "problems"]
 
 DATASETS = {"digits": "datasets_lib.digits:build"}
+
+
+def problems(args: Any) -> Iterator[tuple[str, str]]:
+    """Yield (option, what is wrong) for settings that are known to fail before any data is read."""
+    try:
+        if args.dataset is not None and ":" not in args.dataset:
+            one_of("base.dataset", args.dataset, DATASETS, "package.module:build")
+    except ValueError as error:
+        yield "dataset", str(error).partition("; ")[2]
+    try:
+        ImageColor.getrgb(args.background_color)
+    except ValueError:
+        yield "background_color", "must be a colour: a name such as white, or #rrggbb"
 
 
 def build(args: Any, split: str) -> Any | None:

@@ -11,6 +11,7 @@ import pytest
 
 from train import main
 from trainers.base import Section, TrainerConfig
+from trainers.common.unet2d import unet2d_problems
 from trainers.engine.config import describe, load_config
 from trainers.engine.document import MAX_FILE_BYTES, ConfigError
 from trainers.engine.options import BaseConfig, resolve_launcher_values
@@ -115,7 +116,9 @@ RULES = [
     ({}, {"learning_rate": {"unet": -1}}, 'ddpm.learning_rate = {"unet": -1.0}: every rate must be above 0'),
     ({}, {"model_config": "unet_cfgg"}, 'ddpm.model_config = "unet_cfgg": must be a folder with config.json, a JSON file, or a name'),
     ({}, {"model_config": "unet_cfgg"}, "the names in configs/models are unet_cfg, unet_digits"),
-    ({"channels": 1}, {}, "ddpm.model_config = \"unet_cfg\": has in_channels = 3, base.channels is 1; make them equal"),
+    ({}, {"use_ema": False, "ema_power": 0.5}, "ddpm.ema_power = 0.5: has an effect with use_ema: true only"),
+    ({}, {"use_8bit_adam": True}, "ddpm.use_8bit_adam = true: needs bitsandbytes: pip install diffloop[bitsandbytes]"),
+    ({"tracker_project": "a", "logger": "none"}, {}, 'base.tracker_project = "a": has no effect with logger: none'),
     ({"resolution": 28}, {}, "halves the picture 3 times; base.resolution = 28 must be a multiple of 8"),
     ({}, {"pretrained_model_name_or_path": "x"}, "ddpm.model_config = \"unet_cfg\": has no effect with pretrained_model_name_or_path"),
     ({}, {"rescale_betas_zero_snr": True}, "ddpm.rescale_betas_zero_snr = true: needs prediction_type: v_prediction or sample"),
@@ -137,7 +140,8 @@ STRUCTURE = [
     ('{"base": {}, "base": {}}', "config.json", "found duplicate key base"),
     ("base: {}\nbase: {}\n", "config.yaml", "found duplicate key"),
     ('{"ddpm": {}}', "config.json", "base: this section is missing"),
-    ('{"base": {}}', "config.json", "exactly one section must name the task (ddpm), found none"),
+    ('{"a":' * 100_000, "config.json", "cannot be read as JSON"),
+    ('{"base": {}}', "config.json", "sections: beside base exactly one section must name the task (ddpm), found none"),
     ('{"base": {}, "ddpm": {}, "lora": {}}', "config.json", "found ddpm, lora"),
     ('{"base": {}, "ddpm": 3}', "config.json", "ddpm = 3: must be a mapping of options to values"),
     ('{"base": {}, "dpm": {}}', "config.json", "dpm: no such task; allowed: ddpm; did you mean ddpm?"),
@@ -291,3 +295,37 @@ def test_the_command_reports_and_returns_2(write, capsys):
         main([])
     assert caught.value.code == 2
     assert "a CONFIG is needed" in capsys.readouterr().err
+
+
+def test_networks_that_do_not_fit(tmp_path):
+    def problems(**settings):
+        (tmp_path / "net.json").write_text(json.dumps(settings))
+        return list(unet2d_problems(str(tmp_path / "net.json"), BaseConfig(channels=1, resolution=32)))
+
+    assert problems(in_channels=3, out_channels=1) == ["has in_channels = 3, base.channels is 1; make them equal"]
+    assert problems(in_channels=1, out_channels=3) == ["has out_channels = 3, base.channels is 1; make them equal"]
+    assert problems(in_channels=1, out_channels=1, block_out_channels=5) == [
+        "is no config of a UNet2DModel: object of type 'int' has no len()"
+    ]
+    assert problems(in_channels=1, out_channels=1, block_out_channels=[8, 8]) == []
+    for resolution in (8, 16, 28, 32, 64, 256, 512):
+        base = BaseConfig(channels=1, resolution=resolution)
+        assert list(unet2d_problems(None, base)) == []
+
+
+def test_what_the_data_sets_say_comes_with_the_other_problems(write, capsys):
+    path = write(changed({"dataset_name": None, "dataset": "digit", "background_color": "whit", "seed": -1}))
+    assert main([str(path)]) == 2
+    text = capsys.readouterr().err
+    assert "3 problems in the configuration" in text
+    assert "base.dataset = \"digit\": it must be one of: digits, package.module:build; did you mean 'digits'?" in text
+    assert 'base.background_color = "whit": must be a colour: a name such as white, or #rrggbb' in text
+
+
+def test_a_home_folder_is_expanded(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(write(changed({"output_dir": "~/run"}))).base.output_dir == "/home/me/run"
+
+
+def test_describe_of_a_task_outside_the_repository():
+    assert "  snr_gamma: float above 0 or null = null" in "\n".join(describe("trainers.ddpm:DDPMTrainer"))

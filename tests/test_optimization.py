@@ -66,16 +66,15 @@ def test_schedules_at_the_first_step_after_warmup_and_at_the_last(name, first, a
     assert (ours(0), ours(WARMUP), ours(TOTAL - 1)) == pytest.approx((first, after_warmup, last), abs=2e-7)
 
 
-@pytest.mark.parametrize("warmup", [None, 20, 50])
-def test_one_cycle_is_torchs(warmup):
+@pytest.mark.parametrize(("warmup", "total"), [(None, 200), (None, 107), (20, 200), (50, 200)])
+def test_one_cycle_is_torchs(warmup, total):
     optimizer = one_parameter()
-    share = 0.3 if warmup is None else warmup / TOTAL
-    reference = torch_rates(
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, TOTAL, pct_start=share), optimizer, TOTAL - 1
-    )
-    ours = schedule(TrainerConfig(lr_scheduler="one_cycle", lr_warmup_steps=warmup), TOTAL)
-    assert [ours(step) for step in range(TOTAL - 1)] == pytest.approx(reference, abs=1e-9)
-    assert ours(TOTAL - 1) == pytest.approx(1 / 25e4)
+    share = 0.3 if warmup is None else warmup / total
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total, pct_start=share)
+    reference = torch_rates(one_cycle, optimizer, total - 1)
+    ours = schedule(TrainerConfig(lr_scheduler="one_cycle", lr_warmup_steps=warmup), total)
+    assert [ours(step) for step in range(total - 1)] == pytest.approx(reference, abs=1e-9)
+    assert ours(total - 1) == pytest.approx(1 / 25e4)
 
 
 def test_warmup_cosine_is_torchs_sequence():
@@ -187,7 +186,7 @@ def test_a_group_without_gradients_is_left_alone():
     assert second not in optimizer.optimizer.state
 
 
-def test_errors_of_the_optimizer(monkeypatch):
+def test_errors_of_the_optimizer():
     def build_with(parameters, **options):
         return build_optimizer([{"name": "net", "params": parameters, "lr": 1}], TrainerConfig(**options), CLOCK, CPU)
 
@@ -195,11 +194,6 @@ def test_errors_of_the_optimizer(monkeypatch):
         build_with([])
     with pytest.raises(ValueError, match=r"network net trains weights in .*bfloat16.*use float32"):
         build_with([nn.Parameter(torch.ones(1, dtype=torch.bfloat16))])
-    with pytest.raises(
-        ValueError, match=r"use_8bit_adam = true: needs bitsandbytes; pip install diffloop\[bitsandbytes\]"
-    ):
-        build_with([nn.Parameter(torch.ones(1))], use_8bit_adam=True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ValueError, match="needs a CUDA device, this run is on cpu"):
         build_with([nn.Parameter(torch.ones(1))], use_8bit_adam=True)
 

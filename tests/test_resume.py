@@ -6,10 +6,13 @@ The interrupted run is cut by its checkpoint: it trains to the end, then everyth
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
+import torch
 from conftest import losses, read_metrics
+from safetensors.torch import save_file
 
 from train import main, train
 from trainers import TRAINERS
@@ -91,7 +94,7 @@ def test_without_the_checkpoints_state_the_runs_differ(tiny_config, monkeypatch)
 
 def test_resume_by_name_and_by_path(tiny_config, capsys):
     folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 2})))
-    for place, name in (("checkpoint-2", "config"), (str(folder / "checkpoint-4"), "elsewhere"), (True, "config")):
+    for place, name in ((str(folder / "checkpoint-4"), "elsewhere"), ("checkpoint-2", "config"), (True, "config")):
         resumed = train(load_config(tiny_config(name=name, **{"base.resume_from_checkpoint": place})))
         assert "resumed at" in capsys.readouterr().out
         assert final_state(resumed) == final_state(folder)
@@ -104,10 +107,13 @@ def test_latest_without_a_checkpoint_starts_at_0_and_says_so(tiny_config, capsys
 
 def test_a_finished_run_says_so(tiny_config, capsys):
     folder = train(load_config(tiny_config()))
-    before = (folder / "metrics.jsonl").read_text()
+    before, card = (folder / "metrics.jsonl").read_text(), (folder / "README.md").read_text()
     assert main([str(tiny_config(**{"base.resume_from_checkpoint": "latest"}))]) == 0
     assert "the run is finished already" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
+    assert (folder / "README.md").read_text() == card.replace(
+        "resume_from_checkpoint: null", "resume_from_checkpoint: latest"
+    )
 
 
 def test_longer_and_with_another_global_batch(tiny_config):
@@ -174,24 +180,62 @@ def test_a_checkpoint_without_averages(tiny_config, capsys):
     assert "has no unet_ema: it was written with use_ema: false; set use_ema to false" in capsys.readouterr().err
 
 
-def test_a_disk_that_fails_leaves_older_checkpoints_intact(tiny_config, capsys, monkeypatch):
+@pytest.mark.parametrize("limit", [20_000, 250_000])
+def test_a_disk_that_is_full_leaves_older_checkpoints_intact(tiny_config, capsys, monkeypatch, limit):
+    """With a limit on the size of a file, so that the real writers fail: of weights, and of the optimizer's state."""
     original = checkpoint.write
 
     def fail_at_6(taken, folder):
-        original(taken, folder)
-        if taken.step == 6:
-            raise OSError(28, "No space left on device")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if taken.step == 6 else limits[0], limits[1]))
+        try:
+            original(taken, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(checkpoint, "write", fail_at_6)
     path = tiny_config(**{"base.checkpointing_steps": 3})
     assert main([str(path)]) == 1
     text = capsys.readouterr().err
     assert "checkpoint-6 could not be written to" in text
-    assert "No space left on device; older ones are intact" in text
+    assert "older ones are intact" in text
     folder = path.with_suffix("")
     assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3]
     resume.verify(folder / "checkpoint-3")
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tiny_config, capsys, monkeypatch):
+    def fail(path, **options):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint, "shutil", type("Shutil", (), {"rmtree": fail}))
+    folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 3, "base.checkpoints_total_limit": 1})))
+    assert "WARNING: checkpoint-3 could not be removed" in capsys.readouterr().out
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [6]
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tiny_config, capsys):
+    train(load_config(tiny_config(**{"base.checkpointing_steps": 2})))
+    options = {
+        "base.resume_from_checkpoint": "checkpoint-2",
+        "base.max_train_steps": 4,
+        "base.checkpoints_total_limit": 1,
+    }
+    folder = train(load_config(tiny_config(**options)))
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [4]
+    assert sorted(path.name.split("-", 3)[3] for path in folder.glob("set-aside-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert "is later than step 2: renamed to set-aside-" in capsys.readouterr().out
+
+
+def test_checkpoints_of_another_run(tmp_path):
+    with pytest.raises(ValueError, match="unet holds no weights; the checkpoint is of a run with other networks"):
+        resume._read_weights(tmp_path / "unet")
+    save_file({"net.old.exp_avg": torch.zeros(1)}, tmp_path / "optimizer.safetensors")
+    network = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(network.parameters())
+    with pytest.raises(ValueError, match="has state for parameters that this run does not train"):
+        resume._named_optimizer_state(tmp_path, {"net": network}, optimizer)
 
 
 def test_names_that_are_no_checkpoint(tmp_path):

@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 
+from datasets_lib.choices import one_of
 from trainers.engine.clock import Clock
-from trainers.engine.feeding import EpochOrder, SlotBatches, SlotExamples, collate, training_batches, validation_batches
+from trainers.engine.feeding import EpochOrder, SlotBatches, training_batches, validation_batches
+from trainers.engine.messages import is_message
 from trainers.engine.options import BaseConfig
 
 
@@ -142,16 +144,28 @@ def test_validation_batches_count_every_example_once_on_any_number_of_processes(
     assert all(not batch["drawn"].any() for share in shares for batch, _ in share)
 
 
-def test_errors_of_the_data_set_reach_the_loop_unwrapped():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_messages_about_the_data_reach_the_loop_unwrapped(workers):
     class Broken(Numbers):
         def get(self, index, generator):
-            raise ValueError("cat.jpg is empty")
+            one_of("cat.jpg", "broken", ["whole"])
 
-    assert isinstance(collate([SlotExamples(Broken(1), 0, True)[0, 0]]), ValueError)
-    for workers in (0, 1):
-        base = BaseConfig(dataloader_num_workers=workers)
-        with pytest.raises(ValueError, match=r"^cat\.jpg is empty$"):
-            next(training_batches(Broken(3), clock_of(3, 1, 1, 1, 1), base, 0, torch.device("cpu")))
+    base, clock = BaseConfig(dataloader_num_workers=workers), clock_of(3, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="^cat.jpg is 'broken'; it must be one of: whole"):
+        next(training_batches(Broken(3), clock, base, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bugs_in_a_data_set_keep_their_traceback(workers):
+    class Broken(Numbers):
+        def get(self, index, generator):
+            return int("not a number")
+
+    base, clock = BaseConfig(dataloader_num_workers=workers), clock_of(3, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="not a number") as caught:
+        next(training_batches(Broken(3), clock, base, 0, torch.device("cpu")))
+    assert not is_message(caught.value)
+    assert workers == 0 or "Traceback" in str(caught.value)
 
 
 def test_no_examples():

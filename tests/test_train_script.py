@@ -131,7 +131,13 @@ def test_checkpoints_have_diffusers_ema_format(run_in_process):
         },
         {"ddpm.prediction_type": "sample", "ddpm.use_ema": False, "ddpm.lr_scheduler": "one_cycle"},
         {"base.channels": 3, "ddpm.model_config": None, "base.max_train_steps": 1, "base.resolution": 8},
-        {"base.channels": 4, "ddpm.model_config": None, "base.max_train_steps": 1, "ddpm.valid_batch_size": 1},
+        {
+            "base.channels": 4,
+            "ddpm.model_config": None,
+            "base.max_train_steps": 1,
+            "ddpm.valid_batch_size": 1,
+            "base.logger": "tensorboard",
+        },
         {"base.mixed_precision": "bf16", "base.gradient_accumulation_steps": 2, "ddpm.learning_rate": {"unet": 1e-3}},
         {"base.dataloader_num_workers": 2, "base.random_flip": True, "base.resolution": 24, "base.save_model_steps": 2},
     ],
@@ -294,7 +300,7 @@ def test_push_to_hub_uploads_pipeline_card_and_grid_only(run_in_process, monkeyp
     class Api:
         def create_repo(self, name, exist_ok):
             calls["repo"] = name
-            return type("Repo", (), {"repo_id": name, "__str__": lambda self: "address"})()
+            return type("Repo", (), {"repo_id": f"me/{name}"})()
 
         def upload_folder(self, **arguments):
             calls.update(arguments)
@@ -303,10 +309,11 @@ def test_push_to_hub_uploads_pipeline_card_and_grid_only(run_in_process, monkeyp
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    folder = run_in_process(**{"base.push_to_hub": True, "base.hub_model_id": "me/digits"})
+    folder = run_in_process("digits", **{"base.push_to_hub": True})
     uploaded = set(huggingface_hub.utils.filter_repo_objects(files_in(folder), allow_patterns=calls["allow_patterns"]))
     assert uploaded == PIPELINE | {"README.md", "samples/samples-step-000006.png"}
-    assert (calls["repo"], calls["folder_path"]) == ("me/digits", folder)
+    assert (calls["repo"], calls["repo_id"], calls["folder_path"]) == ("digits", "me/digits", folder)
+    assert 'from_pretrained("me/digits")' in (folder / "README.md").read_text()
     assert "token" not in (folder / "config.yaml").read_text()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match="base.push_to_hub = true: nobody is logged in; run `hf auth login`"):
@@ -332,7 +339,9 @@ def test_errors_after_the_configuration(tiny_config, capsys, tmp_path, monkeypat
     held.mkdir()
     (held / "metrics.jsonl").touch()
     text = error_of(name="held")
-    assert "holds a run already (metrics.jsonl); continue it with base.resume_from_checkpoint=latest" in text
+    assert (
+        "holds a run or other folders already (metrics.jsonl); continue with base.resume_from_checkpoint=latest" in text
+    )
     assert "Traceback" not in text
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE = 2: the launcher started these, 1 are connected" in error_of(name="d")
@@ -422,7 +431,6 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     }
     run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.1, "ddpm.snr_gamma": 5.0})
     assert readers.pop("trainers.engine.evaluation tolist") == 2  # validation metrics, raw and averaged
-    assert readers.pop("trainers.engine.tracking cpu") == readers.pop("trainers.engine.tracking numpy") == 1  # one grid
     assert readers == expected  # 6 steps, 2 log lines
 
 
@@ -453,3 +461,75 @@ def test_an_error_of_another_process_names_it(tiny_config, capsys, monkeypatch):
     monkeypatch.setattr("train.time.sleep", lambda seconds: None)
     assert main([str(tiny_config(**{"base.seed": -1}))]) == 2
     assert "error on process 3: 1 problem" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "polynomial", "one_cycle", "warmup_cosine", "cosine_with_min_lr", "cosine_with_restarts"]
+)
+def test_rates_under_accumulation(name, run_in_process):
+    from trainers.engine.optimization import schedule
+
+    options = {"ddpm.lr_scheduler": name, "ddpm.lr_warmup_steps": 2, "base.gradient_accumulation_steps": 2}
+    folder = run_in_process(**options)
+    config = load_config(folder / "config.yaml").config
+    expected = [1e-3 * schedule(config, 6)(step) for step in range(6)]
+    assert [line["lr"] for line in read_metrics(folder, prefix="lr")] == pytest.approx(expected)
+
+
+def test_a_folder_with_other_content_is_refused(run_in_process, tmp_path):
+    (tmp_path / "mine" / "unet").mkdir(parents=True)
+    (tmp_path / "mine" / "unet" / "precious.txt").touch()
+    with pytest.raises(ValueError, match=r"holds a run or other folders already \(unet\)"):
+        run_in_process("mine")
+    with pytest.raises(
+        ValueError, match="network unet would share the run's folder unet; rename it, or base.logging_dir"
+    ):
+        run_in_process("other", **{"base.logging_dir": "unet"})
+
+
+def test_wandb_without_a_login(run_in_process, monkeypatch):
+    import wandb
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        ValueError, match=r"W&B does not start: No API key configured\.; run `wandb login`, or set WANDB_MODE=offline"
+    ):
+        run_in_process(**{"base.logger": "wandb"})
+    run_in_process(**{"base.resume_from_checkpoint": "latest"})  # nothing stands in the way of the corrected command
+
+
+def test_replaced_images_are_told(run_in_process, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(20):
+        Image.new("L", (16, 16), number).save(pictures / f"{number}.png")
+    (pictures / "3.png").write_bytes(b"")
+    run_in_process(
+        **{
+            "base.dataset": None,
+            "base.train_data_dir": str(pictures),
+            "base.max_train_samples": 20,
+            "base.bad_images": "skip",
+        }
+    )
+    assert "NOTE: 1 of 20 training images could not be read and were replaced" in capsys.readouterr().out
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(run_in_process, capsys):
+    run_in_process(**{"ddpm.lr_scheduler": "cosine", "ddpm.lr_warmup_steps": 6})
+    assert "NOTE: the warm-up is as long as the run" in capsys.readouterr().out
+
+
+def test_a_pipeline_that_cannot_be_written(tiny_config, capsys, monkeypatch):
+    def fail(self, output_dir):
+        output_dir.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(find_trainer("ddpm"), "save_pipeline", fail)
+    path = tiny_config()
+    assert main([str(path)]) == 1
+    assert "the pipeline could not be written to" in capsys.readouterr().err
+    assert [p.name for p in path.with_suffix("").iterdir() if p.name.startswith(".")] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -90,6 +91,7 @@ class TrainerConfig(Section):
     valid_batch_size: Positive = 16  # pictures drawn at a validation, in all
 
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        fields = type(self).__dataclass_fields__
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             yield "lr_warmup_steps", "has no effect with lr_scheduler: constant; use constant_with_warmup, or null"
         for option, schedule in (
@@ -97,9 +99,14 @@ class TrainerConfig(Section):
             ("lr_num_cycles", "cosine_with_restarts"),
             ("lr_power", "polynomial"),
         ):
-            default = type(self).__dataclass_fields__[option].default
+            default = fields[option].default
             if getattr(self, option) != default and self.lr_scheduler != schedule:
                 yield option, f"has an effect with lr_scheduler: {schedule} only; leave it at {default}"
+        for option in ("ema_max_decay", "ema_inv_gamma", "ema_power"):
+            if not self.use_ema and getattr(self, option) != fields[option].default:
+                yield option, "has an effect with use_ema: true only"
+        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+            yield "use_8bit_adam", "needs bitsandbytes: pip install diffloop[bitsandbytes]"
         rates = self.learning_rate.values() if isinstance(self.learning_rate, dict) else ()
         if any(rate <= 0 for rate in rates):
             yield "learning_rate", "every rate must be above 0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +58,16 @@ def unet2d_problems(model_config: str | None, base: Section) -> Iterator[str]:
     except (FileNotFoundError, ValueError, AttributeError) as error:
         yield f"must be a folder with config.json, a JSON file, or a name in configs/models: {error}"
         return
-    channels = settings.get("in_channels", 3)
-    if channels != base.channels:
-        yield f"has in_channels = {channels}, base.channels is {base.channels}; make them equal"
+    try:
+        yield from _misfits(settings, base)
+    except TypeError as error:
+        yield f"is no config of a UNet2DModel: {error}"
+
+
+def _misfits(settings: Mapping[str, Any], base: Section) -> Iterator[str]:
+    for option in ("in_channels", "out_channels"):
+        if settings.get(option, 3) != base.channels:
+            yield f"has {option} = {settings.get(option, 3)}, base.channels is {base.channels}; make them equal"
     halvings = len(settings.get("block_out_channels", (0, 0, 0, 0))) - 1
     if base.resolution % 2**halvings:
         size = f"base.resolution = {base.resolution} must be a multiple of {2**halvings}"
@@ -70,7 +77,7 @@ def unet2d_problems(model_config: str | None, base: Section) -> Iterator[str]:
 def build_unet2d(model_config: str | None, pretrained: str | None, base: Section) -> UNet2DModel:
     """Makes the network, with random weights or those of a folder (or its sub-folder `unet`), in float32.
 
-    Raises ValueError where pretrained weights do not fit base.channels.
+    Raises ValueError where pretrained weights do not fit base.channels or base.resolution.
     """
     import torch
     from diffusers import UNet2DModel
@@ -87,10 +94,7 @@ def build_unet2d(model_config: str | None, pretrained: str | None, base: Section
             f"pretrained_model_name_or_path = {pretrained}: no UNet2DModel in safetensors format could be read; give a "
             f"local folder with config.json, or with unet/config.json, or a hub name that can be reached ({error})"
         ) from None
-    if unet.config.in_channels != base.channels:
-        raise ValueError(
-            f"pretrained_model_name_or_path = {pretrained}: has in_channels = {unet.config.in_channels}, "
-            f"base.channels is {base.channels}; make them equal"
-        )
+    for misfit in _misfits(unet.config, base):
+        raise ValueError(f"pretrained_model_name_or_path = {pretrained}: {misfit}")
     unet.register_to_config(sample_size=base.resolution)
     return unet

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from trainers.base import Trainer
 from trainers.engine.config import RunConfig
+from trainers.engine.tracking import Tracking
 
 
-def write_card(
-    run: RunConfig, trainer: Trainer, output_dir: Path, metrics: dict[str, float], grids: list[Path]
-) -> None:
-    """Writes README.md: task, data, options, final metrics, a grid and how to load the result."""
+def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking: Tracking) -> None:
+    """Writes README.md: task, data, options, final metrics, a grid, and how to load the result from `location`."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    data = run.base.dataset_name or run.base.dataset or Path(run.base.train_data_dir).name
-    header = ModelCardData(
-        library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if run.base.dataset_name else None
-    )
-    pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in grids]
+    output_dir = tracking.output_dir
+    data = run.base.dataset_name or run.base.dataset or run.base.train_data_dir
+    on_hub = run.base.dataset_name is not None and not Path(data).exists()
+    header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
+    pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracking.grids]
     if run.config.use_ema and pictures:
         pictures.append("Left: the weights of the last step. Right: their moving average, which this pipeline holds.")
-    rows = [f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items())]
+    rows = [f"| {name} | {value:.6g} |" for name, value in sorted(tracking.latest.items())]
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {output_dir.resolve().name}",
-        f"Trained with diffloop: task `{run.task}`, data `{data}`.",
+        f"Trained with diffloop: task `{run.task}`, data `{data if on_hub else Path(data).name}`.",
         *pictures,
         "## Use",
-        f"```python\n{trainer.usage.format(output_dir=run.base.hub_model_id or output_dir)}\n```",
+        f"```python\n{trainer.usage.format(output_dir=location)}\n```",
         "## Final metrics",
         "\n".join(["| metric | value |", "|---|---|", *rows]),
         "## Configuration",
@@ -37,7 +35,7 @@ def write_card(
     ]
     text = "\n\n".join(sections) + "\n"
     ModelCard(text)  # raises ValueError where a hub would refuse the header
-    replacement = output_dir / f".README-{os.getpid()}.md"
+    replacement = output_dir / ".README.md"
     replacement.write_text(text, encoding="utf-8")
     replacement.replace(output_dir / "README.md")
 
@@ -51,15 +49,19 @@ def check_hub_login(push_to_hub: bool) -> None:
             raise ValueError("base.push_to_hub = true: nobody is logged in; run `hf auth login`, or set it to false")
 
 
-def push_to_hub(run: RunConfig, output_dir: Path, pipeline_files: list[str], grids: list[Path]) -> str:
-    """Uploads the finished pipeline, its card and grid, never checkpoints or logs; returns the page's address."""
+def create_repository(run: RunConfig, output_dir: Path) -> str:
+    """Makes the repository where it does not exist; returns its id, owner/name."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    repo = api.create_repo(run.base.hub_model_id or output_dir.resolve().name, exist_ok=True)
+    return HfApi().create_repo(run.base.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+
+
+def upload(repository: str, output_dir: Path, pipeline_files: list[str], grids: list[Path]) -> None:
+    """Uploads the finished pipeline, its card and grids, never checkpoints or logs."""
+    from huggingface_hub import HfApi
+
     patterns = [pattern for name in pipeline_files for pattern in (name, f"{name}/*")]
     patterns += ["README.md", *(f"samples/{grid.name}" for grid in grids)]
-    api.upload_folder(
-        repo_id=repo.repo_id, folder_path=output_dir, allow_patterns=patterns, commit_message="Upload pipeline"
-    )
-    return str(repo)
+    place = {"repo_id": repository, "folder_path": output_dir}
+    HfApi().upload_folder(**place, allow_patterns=patterns, commit_message="Upload pipeline")
+    print(f"Uploaded to {repository}")

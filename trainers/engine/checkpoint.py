@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -53,26 +55,27 @@ def run_state(clock: Clock, steps_done: int, train_set: Any, meter: dict, scaler
     }
 
 
-def snapshot(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer, state: dict[str, Any]) -> Snapshot:
-    """Copies weights, averages and optimizer state to the CPU by name. Collective: every rank must call it."""
+def snapshot(
+    networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer, state: dict[str, Any], wanted: bool
+) -> Snapshot:
+    """Copies weights, averages and optimizer state to the CPU by name. Collective: every rank must call it.
+
+    Where it is not `wanted`, on all ranks but the one that writes, shards are sent and nothing is kept.
+    """
     step, tensors, texts = state["step"], {}, {"state.json": json.dumps(state, indent=1)}
     for name, network in networks.items():
-        weights = {key: full_tensor(tensor) for key, tensor in trained_state(network).items()}
+        weights = {key: full_tensor(tensor, wanted) for key, tensor in trained_state(network).items()}
         sets = {name: (weights, {})}
         if ema is not None:
-            averages = {
-                key: full_tensor(ema.averages[f"{name}.{key}"]) for key in weights if f"{name}.{key}" in ema.averages
-            }
-            sets[f"{name}_ema"] = ({**weights, **averages}, ema.settings(step))
+            averages = {key: full_tensor(tensor, wanted) for key, tensor in ema.averages_of(name).items()}
+            sets[f"{name}_ema"] = (weights | averages, ema.settings(step))
         for folder, (values, settings) in sets.items():
             if _in_diffusers_format(network):
-                texts[f"{folder}/config.json"] = json.dumps(
-                    {**json.loads(network.to_json_string()), **settings}, indent=2
-                )
                 tensors[f"{folder}/{DIFFUSERS_WEIGHTS}"] = values
+                texts[f"{folder}/config.json"] = json.dumps(json.loads(network.to_json_string()) | settings, indent=2)
             else:
                 tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
-    tensors["optimizer.safetensors"] = _optimizer_tensors(networks, optimizer)
+    tensors["optimizer.safetensors"] = _optimizer_tensors(networks, optimizer, wanted)
     return Snapshot(step, tensors, texts)
 
 
@@ -88,20 +91,20 @@ def _in_diffusers_format(network: nn.Module) -> bool:
     return isinstance(network, ModelMixin) and all(p.requires_grad for p in network.parameters())
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A CPU copy that shares no memory; shards are gathered."""
+def full_tensor(tensor: Tensor, wanted: bool) -> Tensor:
+    """A CPU copy that shares no memory, or an empty tensor where it is not wanted; every rank gathers shards."""
     whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    return whole.to("cpu", copy=True).contiguous()
+    return whole.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
 
 
 def parameter_names(networks: dict[str, nn.Module]) -> dict[int, str]:
     return {id(p): f"{name}.{key}" for name, network in networks.items() for key, p in network.named_parameters()}
 
 
-def _optimizer_tensors(networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(networks: dict[str, nn.Module], optimizer: Optimizer, wanted: bool) -> dict[str, Tensor]:
     names = parameter_names(networks)
     return {
-        f"{names[id(parameter)]}.{key}": full_tensor(torch.as_tensor(value))
+        f"{names[id(parameter)]}.{key}": full_tensor(torch.as_tensor(value), wanted)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -113,24 +116,33 @@ def save(accelerator: Accelerator, output_dir: Path, taken: Snapshot, keep: int 
     Every rank must call it. Raises OSError on every rank where the main process could not write.
     """
     final = output_dir / f"checkpoint-{taken.step}"
-    staging = output_dir / f".tmp-checkpoint-{taken.step}-{os.getpid()}"
+    staging = output_dir / f".tmp-checkpoint-{taken.step}-{secrets.token_hex(4)}"
     error = None
     if accelerator.is_main_process:
         try:
             write(taken, staging)
-            _publish(staging, final)
-        except OSError as failure:
+            staging.rename(final)
+            _flush(output_dir)
+        except (OSError, SafetensorError) as failure:
             error = f"checkpoint-{taken.step} could not be written to {output_dir}: {failure}; older ones are intact"
             shutil.rmtree(staging, ignore_errors=True)
     [error] = broadcast_object_list([error])
     if error:
         raise OSError(error)
     if accelerator.is_main_process and keep is not None:
-        for step, folder in list_checkpoints(output_dir)[keep:]:
-            trash = folder.rename(output_dir / f".trash-checkpoint-{step}-{os.getpid()}")
-            shutil.rmtree(trash)
+        for _, folder in list_checkpoints(output_dir)[keep:]:
+            _prune(folder)
     accelerator.wait_for_everyone()
     return final
+
+
+def _prune(folder: Path) -> None:
+    """Removes an old checkpoint; a failure is told, and is no reason to stop the training."""
+    trash = folder.with_name(f".trash-{folder.name}-{secrets.token_hex(4)}")
+    try:
+        shutil.rmtree(folder.rename(trash))
+    except OSError as error:
+        print(f"WARNING: {folder.name} could not be removed: {error}", flush=True)
 
 
 def write(taken: Snapshot, folder: Path) -> None:
@@ -147,13 +159,6 @@ def write(taken: Snapshot, folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
         _flush(path)
-
-
-def _publish(staging: Path, final: Path) -> None:
-    if final.exists():  # left by a run that was resumed from an earlier step
-        shutil.rmtree(final.rename(final.parent / f".trash-{final.name}-{os.getpid()}"))
-    staging.rename(final)
-    _flush(final.parent)
 
 
 def _umask() -> int:

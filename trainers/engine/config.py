@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,12 @@ from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.document import ConfigError, read_document
 from trainers.engine.options import BaseConfig, resolve_launcher_values
 from trainers.engine.schema import coerce, describe_kind, nearest, options
+
+Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
+
+
+def no_problems(base: BaseConfig) -> Iterable[tuple[str, str]]:
+    return ()
 
 
 class RunConfig(NamedTuple):
@@ -36,9 +42,10 @@ class RunConfig(NamedTuple):
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None, data_problems: Check = no_problems) -> RunConfig:
     """Reads CONFIG, applies `section.key=value` overrides and checks both sections together.
 
+    `data_problems(base)` yields what the data sets have to say; the engine does not know them.
     Raises FileNotFoundError for a missing file and ConfigError with all problems otherwise.
     """
     document = read_document(Path(path))
@@ -55,10 +62,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         sections[name] = schema(**values)
     # rules over several options would only repeat what is wrong with one of them
     wrong = {problem.split(" = ")[0] for problem in problems}
-    for name, section in sections.items():
-        for option, reason in section.problems(sections["base"]):
-            if f"{name}.{option}" not in wrong:
-                problems.append(f"{name}.{option} = {_show(getattr(section, option))}: {reason}")
+    found = [("base", *problem) for problem in data_problems(sections["base"])]
+    found += [(name, *problem) for name, section in sections.items() for problem in section.problems(sections["base"])]
+    for name, option, reason in found:
+        if f"{name}.{option}" not in wrong:
+            problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")
     problems += resolve_launcher_values(sections["base"], os.environ)
     if problems:
         raise ConfigError(problems)
@@ -165,11 +173,12 @@ def _show(value: Any) -> str:
 
 
 def describe(task: str | None) -> Iterator[str]:
-    """Yields the lines of `--describe`: the tasks, or every option of a task and of `base`."""
+    """Yields the lines of `--describe`: the tasks, or the options of `base` and a task (or "package.module:Class")."""
     if task is None:
         yield from (f"{name:24} {target}" for name, target in TRAINERS.items())
         return
-    for title, schema in (("base", BaseConfig), (task, find_trainer(task).Config)):
+    trainer_class = find_trainer(task, task if ":" in task else None)
+    for title, schema in (("base", BaseConfig), (task, trainer_class.Config)):
         yield f"\n{title}:"
         for option in options(schema).values():
             yield f"  {option.name}: {describe_kind(option.kind)} = {_show(option.default)}"

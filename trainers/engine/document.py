@@ -36,7 +36,7 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         document = json.loads(text, object_pairs_hook=_no_duplicates) if path.suffix == ".json" else _read_yaml(text)
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
             [f"{path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]
         ) from None

@@ -59,6 +59,11 @@ class EMA:
         for name, average in self.averages.items():
             average.copy_(values[name])
 
+    def averages_of(self, network: str) -> dict[str, Tensor]:
+        """The averages of one network, by the names of its parameters."""
+        prefix = f"{network}."
+        return {name.removeprefix(prefix): a for name, a in self.averages.items() if name.startswith(prefix)}
+
     def settings(self, steps_done: int) -> dict[str, Any]:
         """What diffusers' EMAModel.save_pretrained adds to a network's config.json."""
         return {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
+import secrets
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainers.base import Trainer
@@ -23,15 +24,16 @@ def export_pipeline(accelerator: Accelerator, trainer: Trainer, ema: EMA | None,
     Raises OSError on every rank where the main process could not write.
     """
     live = trainer.unwrapped
-    weights = {name: _averaged_weights(name, network, ema) for name, network in live.items()}
+    wanted = accelerator.is_main_process
+    weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}
     answer: list = [[], None]
-    if accelerator.is_main_process:
-        staging = output_dir / f".tmp-pipeline-{os.getpid()}"
+    if wanted:
+        staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
         try:
             trainer.unwrapped = {name: cpu_copy(network, weights[name]) for name, network in live.items()}
             trainer.save_pipeline(staging)
             answer = [publish_pipeline(staging, output_dir), None]
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             answer[1] = f"the pipeline could not be written to {output_dir}: {error}"
         finally:
             trainer.unwrapped = live
@@ -42,10 +44,10 @@ def export_pipeline(accelerator: Accelerator, trainer: Trainer, ema: EMA | None,
     return names
 
 
-def _averaged_weights(name: str, network: nn.Module, ema: EMA | None) -> dict[str, Tensor]:
-    averages = ema.averages if ema is not None else {}
+def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
     own = dict(network.named_parameters()) | dict(network.named_buffers())
-    values = {key: full_tensor(averages.get(f"{name}.{key}", tensor)) for key, tensor in own.items()}
+    own |= ema.averages_of(name) if ema is not None else {}
+    values = {key: full_tensor(tensor, wanted) for key, tensor in own.items()}
     return {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
 
 

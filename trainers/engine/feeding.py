@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from trainers.engine.clock import Clock
+from trainers.engine.messages import is_message
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import example_generator, key_of
 
@@ -55,7 +56,7 @@ class SlotBatches:
 class SlotExamples(Dataset):
     """Examples by (slot, index), each augmented from a generator of its own; none where `augment` is false.
 
-    What the data set raises is returned: torch would wrap a worker's exception in its traceback.
+    Our own messages about the data are returned: torch would wrap a worker's exception in its traceback.
     """
 
     def __init__(self, examples: Any, seed: int, augment: bool) -> None:
@@ -69,7 +70,9 @@ class SlotExamples(Dataset):
         try:
             return {**self.examples.get(index, generator), "slot": slot}
         except (ValueError, OSError) as error:
-            return error
+            if is_message(error):
+                return error
+            raise
 
 
 def collate(examples: list[Batch | Exception]) -> Batch | Exception:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 
 from trainers.engine.options import BaseConfig
 
@@ -25,7 +25,8 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
     if base.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
     accelerator = Accelerator(
-        gradient_accumulation_steps=base.gradient_accumulation_steps,
+        # the plugin, because the number alone would give way to the environment
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=base.gradient_accumulation_steps),
         mixed_precision=base.mixed_precision,
         log_with=TRACKERS[base.logger],
         project_config=ProjectConfiguration(

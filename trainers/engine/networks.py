@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -9,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainers.base import Trainer
+from trainers.engine.checkpoint import NAME
 from trainers.engine.clock import Clock
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.feeding import first_batch
@@ -21,9 +23,12 @@ def prepare_networks(
 ) -> Optimizer:
     """Sets `trainer.modules` and `trainer.unwrapped`; returns the prepared optimizer.
 
-    Raises ValueError for an option that a network does not support.
+    Raises ValueError for an option that a network does not support, and for a network named like a folder of the run.
     """
+    reserved = {"samples", Path(base.logging_dir).parts[0]}
     for name, network in networks.items():
+        if name in reserved or NAME.fullmatch(name):
+            raise ValueError(f"network {name} would share the run's folder {name}; rename it, or base.logging_dir")
         network.train()  # from_pretrained returns networks in eval mode
         if base.gradient_checkpointing:
             _method(network, name, "enable_gradient_checkpointing", "gradient_checkpointing")()

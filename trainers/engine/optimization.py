@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,8 +42,6 @@ def build_optimizer(
 
 
 def _adamw_8bit(device: torch.device) -> type[Optimizer]:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("use_8bit_adam = true: needs bitsandbytes; pip install diffloop[bitsandbytes]")
     if device.type != "cuda":
         raise ValueError(f"use_8bit_adam = true: needs a CUDA device, this run is on {device.type}; set it to false")
     import bitsandbytes
@@ -62,12 +59,15 @@ def schedule(config: TrainerConfig, total_steps: int) -> Callable[[int], float]:
     return _library_schedule(config, warmup, total_steps)
 
 
-def warmup_steps(config: TrainerConfig, total_steps: int) -> int:
-    """`lr_warmup_steps`, or the schedule's own: none, 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %."""
+def warmup_steps(config: TrainerConfig, total_steps: int) -> float:
+    """`lr_warmup_steps`, or the schedule's own: none, 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %.
+
+    Not rounded for one_cycle, as torch does it.
+    """
     if config.lr_warmup_steps is not None:
         return config.lr_warmup_steps
-    share = {"constant": 0.0, "one_cycle": 0.3, "warmup_cosine": 0.15}.get(config.lr_scheduler)
-    return min(500, total_steps // 10) if share is None else round(share * total_steps)
+    own = {"constant": 0, "one_cycle": 0.3 * total_steps, "warmup_cosine": round(0.15 * total_steps)}
+    return own.get(config.lr_scheduler, min(500, total_steps // 10))
 
 
 def _library_schedule(config: TrainerConfig, warmup: int, total_steps: int) -> Callable[[int], float]:
@@ -92,7 +92,7 @@ def _cosine_between(high: float, low: float, part: float) -> float:
     return low + (high - low) * (1 + math.cos(math.pi * part)) / 2
 
 
-def _one_cycle(step: int, warmup: int, total_steps: int) -> float:
+def _one_cycle(step: int, warmup: float, total_steps: int) -> float:
     """torch's OneCycleLR with its defaults: from 1/25 up to 1, then down to 1/25e4 at the last step."""
     peak, last = max(warmup - 1, 0), total_steps - 1
     if step <= peak and peak > 0:
@@ -100,7 +100,7 @@ def _one_cycle(step: int, warmup: int, total_steps: int) -> float:
     return _cosine_between(1.0, 1 / 25e4, (step - peak) / max(last - peak, 1))
 
 
-def _warmup_cosine(step: int, warmup: int, total_steps: int) -> float:
+def _warmup_cosine(step: int, warmup: float, total_steps: int) -> float:
     """Linear from 0.1 to 1 over the warm-up, then a cosine to 0."""
     if step < warmup:
         return 0.1 + 0.9 * step / warmup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class BaseConfig(Section):
     logging_dir: str = "logs"  # folder of the trackers' files, under output_dir
     logger: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"  # trackers beside metrics.jsonl
     logging_steps: Positive = 50  # log means over this many optimizer steps
-    tracker_project: str = "diffloop"  # W&B's project
+    tracker_project: str = "diffloop"  # W&B's project; TensorBoard's folder in logging_dir
     run_name: str | None = None  # W&B's run; null: the name of output_dir
 
     # data: exactly one of dataset_name, train_data_dir and dataset
@@ -92,6 +93,9 @@ class BaseConfig(Section):
     dataloader_num_workers: NonNegative = 0  # processes that decode ahead, per training process
     dataloader_timeout: PositiveFloat = 600.0  # seconds without a batch from the workers before the run stops
 
+    def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)
+
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         if (self.num_epochs is None) == (self.max_train_steps is None):
             yield "num_epochs", "exactly one of num_epochs and max_train_steps must be set"
@@ -111,8 +115,6 @@ class BaseConfig(Section):
             yield "output_dir", "must name a folder"
         if logging_dir.is_absolute() or ".." in logging_dir.parts or not logging_dir.parts:
             yield "logging_dir", "must be a relative path below output_dir, such as logs"
-        if self.trainer_class is not None and not re.fullmatch(r"[\w.]+:\w+", self.trainer_class):
-            yield "trainer_class", 'must read "package.module:Class"'
         if self.hub_model_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.hub_model_id):
             yield "hub_model_id", "must read name or owner/name"
 
@@ -120,14 +122,13 @@ class BaseConfig(Section):
         """A setting that cannot take effect is an error, not silence."""
         if self.hub_model_id is not None and not self.push_to_hub:
             yield "hub_model_id", "has an effect with push_to_hub: true only"
-        for option in ("dataset_config_name", "cache_dir"):
-            if getattr(self, option) is not None and self.dataset_name is None:
-                yield option, "has an effect with dataset_name only"
-        for option in ("image_column", "label_column"):
+        for option in ("dataset_config_name", "cache_dir", "image_column", "label_column"):
             if getattr(self, option) is not None and self.dataset_name is None:
                 yield option, "has an effect with dataset_name only"
         if self.dataset_args and self.dataset is None:
             yield "dataset_args", "has an effect with dataset only"
+        if self.tracker_project != "diffloop" and self.logger == "none":
+            yield "tracker_project", "has no effect with logger: none"
         if self.run_name is not None and self.logger not in ("wandb", "both"):
             yield "run_name", "has an effect with logger: wandb or both only"
         if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:

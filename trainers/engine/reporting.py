@@ -33,7 +33,7 @@ def start_block(
     parts = f"{clock.micro_batch_size} x {clock.accumulation_steps} micro-batches x {clock.num_processes} processes"
     rows["global batch"] = f"{clock.global_batch_size} = {parts}"
     rows["learning rate"] = (
-        f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps)} warm-up"
+        f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps):.0f} warm-up"
     )
     rows["precision"] = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     rows["devices"] = _devices(accelerator)
@@ -53,9 +53,12 @@ def _devices(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {device.type}{name}" + ("" if engine == "NO" else f", {engine}")
 
 
-def end_block(trainer: Trainer, output_dir: Path) -> str:
-    """The lines that say where the pipeline is and how to load and sample it."""
+def end_block(trainer: Trainer, output_dir: Path, train_set: Any) -> str:
+    """The lines that say where the pipeline is and how to load and sample it, and what was wrong with the data."""
     usage = trainer.usage.format(output_dir=output_dir)
+    bad = getattr(train_set, "bad_count", 0)
+    if bad:
+        usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
     return f"The pipeline is in {output_dir}. To load and sample it:\n\n{_indented(usage)}\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from trainers.engine.ema import EMA
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose manifest is missing or disagrees with its files."""
+
+
+def set_aside_later(accelerator: Accelerator, output_dir: Path, steps_done: int) -> None:
+    """Renames checkpoints after the step from which a run goes on: `latest` must not return to the branch it left."""
+    if not accelerator.is_main_process:
+        return
+    for step, folder in list_checkpoints(output_dir):
+        if step > steps_done:
+            aside = folder.with_name(f"set-aside-{secrets.token_hex(2)}-{folder.name}")
+            print(f"WARNING: {folder} is later than step {steps_done}: renamed to {aside.name}", flush=True)
+            folder.rename(aside)
 
 
 def verify(folder: Path) -> None:

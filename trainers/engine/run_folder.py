@@ -10,9 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from trainers.engine.checkpoint import list_checkpoints
-
-RUN_FILES = ("metrics.jsonl", "config.yaml", "model_index.json")
+RUN_FILES = ("metrics.jsonl", "config.yaml", "model_index.json", "README.md")
 
 
 def open_run_folder(accelerator: Accelerator, output_dir: Path, resume: str | bool | None) -> None:
@@ -36,12 +34,11 @@ def _open(output_dir: Path, resume: str | bool | None) -> Exception | None:
         probe.unlink()
     except OSError as error:
         return OSError(f"base.output_dir = {output_dir}: cannot be written ({error}); choose another folder")
-    held = [name for name in RUN_FILES if (output_dir / name).exists()]
-    held += [folder.name for _, folder in list_checkpoints(output_dir)]
+    held = sorted(path.name for path in output_dir.iterdir() if path.is_dir() or path.name in RUN_FILES)
     if held and not resume:
         return ValueError(
-            f"base.output_dir = {output_dir}: holds a run already ({', '.join(held)}); continue it with "
-            "base.resume_from_checkpoint=latest, choose another base.output_dir, or remove the folder"
+            f"base.output_dir = {output_dir}: holds a run or other folders already ({', '.join(held[:5])}); continue "
+            "with base.resume_from_checkpoint=latest, choose another base.output_dir, or remove the folder"
         )
     return None
 

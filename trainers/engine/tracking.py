@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -26,16 +27,38 @@ class Tracking:
         self.grids: list[Path] = []  # the newest grids
         if accelerator.is_main_process:
             cut_metrics(self.metrics_file, start_step)
-            (output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
+            if start_step:
+                self._remember()
             (output_dir / run.base.logging_dir).mkdir(parents=True, exist_ok=True)
-        arguments = _tracker_arguments(run, output_dir, start_step) if accelerator.is_main_process else {}
-        accelerator.init_trackers(run.base.tracker_project, init_kwargs=arguments)
+        self._start_trackers(run, start_step)
         if accelerator.is_main_process:
-            for tracker in accelerator.trackers:
-                if tracker.name == "wandb":
-                    tracker.store_init_configuration(run.as_dict())
-                elif start_step == 0:  # TensorBoard's hparams take no lists and dicts, and make a run of their own
-                    tracker.tracker.add_text("config", f"```yaml\n{run.as_yaml()}```", 0)
+            (output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
+
+    def _remember(self) -> None:
+        """Takes up what an interrupted run logged."""
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+        for line in lines:
+            self.latest |= {k: math.nan if v is None else v for k, v in json.loads(line).items() if k != "step"}
+        newest: dict[str, Path] = {}
+        for path in sorted((self.output_dir / "samples").glob("*-step-*.png")):
+            newest[path.name.rpartition("-step-")[0]] = path
+        self.grids = list(newest.values())
+
+    def _start_trackers(self, run: RunConfig, start_step: int) -> None:
+        main, project = self.accelerator.is_main_process, run.base.tracker_project
+        arguments = _tracker_arguments(run, self.output_dir, start_step) if main else {}
+        try:
+            self.accelerator.init_trackers(project, init_kwargs=arguments)
+        except Exception as error:
+            if run.base.logger in ("wandb", "both") and type(error).__module__.startswith("wandb"):
+                reason = f"base.logger = {run.base.logger}: W&B does not start: {error}"
+                raise ValueError(f"{reason}; run `wandb login`, or set WANDB_MODE=offline") from None
+            raise
+        for tracker in self.accelerator.trackers if main else []:
+            if tracker.name == "wandb":
+                tracker.store_init_configuration(run.as_dict())
+            elif start_step == 0:  # TensorBoard's hparams take no lists and dicts, and make a run of their own
+                tracker.tracker.add_text("config", f"```yaml\n{run.as_yaml()}```", 0)
 
     def __enter__(self) -> Tracking:
         return self
@@ -68,10 +91,16 @@ class Tracking:
             path.parent.mkdir(exist_ok=True)
             save_image(grid, path)
             self.grids.append(path)
-            pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0)[None].cpu().numpy()
             for tracker in self.accelerator.trackers:
                 arguments = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: pixels}, step=step, **arguments)
+                tracker.log_images({name: _opaque_pixels(grid)}, step=step, **arguments)
+
+
+def _opaque_pixels(grid: Tensor) -> np.ndarray:
+    """uint8 [1, H, W, 3]; TensorBoard takes no alpha channel, so what is transparent becomes white."""
+    color, alpha = grid[:3], grid[3:] if len(grid) == 4 else 1.0
+    opaque = color * alpha + (1 - alpha)
+    return (opaque * 255).round().to(torch.uint8).permute(1, 2, 0)[None].cpu().numpy()
 
 
 def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dict[str, dict[str, Any]]:
