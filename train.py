@@ -60,14 +60,16 @@ def train(run: RunConfig) -> Path:
     trainer.encoded = stages.encoded
     meter, speed = Meter(accelerator), Speed()
 
+    if resume_from:
+        warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
+        resume.load(resume_from, networks, ema, optimizer, accelerator.scaler)
+        resume.set_aside_later(accelerator, output_dir, saved["step"])
+        meter.load(saved["meter"])
+    for examples in (train_set, validation_set):
+        datasets_lib.prepare(examples, accelerator.is_main_process)
+
+    # steps
     with launch.numerics(base), Tracking(accelerator, run, output_dir, saved["step"]) as tracking:
-        if resume_from:
-            warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
-            resume.load(resume_from, networks, ema, optimizer, accelerator.scaler)
-            resume.set_aside_later(accelerator, output_dir, saved["step"])
-            meter.load(saved["meter"])
-        datasets_lib.prepare(train_set, accelerator.is_main_process)
-        datasets_lib.prepare(validation_set, accelerator.is_main_process)
         accelerator.print(reporting.start_block(accelerator, run, networks, clock, train_set))
         batches = training_batches(train_set, clock, base, rank, device)
         bar = reporting.progress_bar(accelerator, clock)
@@ -106,12 +108,10 @@ def train(run: RunConfig) -> Path:
                     export_pipeline(accelerator, trainer, ema, output_dir)
         bar.close()
 
+        # finish
         pipeline_files = export_pipeline(accelerator, trainer, ema, output_dir)
         if accelerator.is_main_process:
-            repository = card.create_repository(run, output_dir) if base.push_to_hub else None
-            card.write_card(run, trainer, repository or output_dir, tracking)
-            if repository:
-                card.upload(repository, output_dir, pipeline_files, tracking.grids)
+            card.publish(run, trainer, tracking, pipeline_files)
         accelerator.print(reporting.end_block(trainer, output_dir, train_set))
     return output_dir
 

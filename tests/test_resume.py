@@ -140,7 +140,10 @@ def test_errors_of_resuming(tiny_config, capsys):
     assert "resume_from_checkpoint = checkpoint-5: no such folder; checkpoints in" in text
     assert "checkpoint-6, checkpoint-3" in text
     assert "the data set changed from 40 examples" in error_of(**{"base.max_train_samples": 39})
-    assert "does not fit this run's network" in error_of(**{"ddpm.model_config": "configs/models/unet_digits.json"})
+    other = {"ddpm.model_config": "configs/models/unet_digits.json", "base.resume_from_checkpoint": "checkpoint-3"}
+    assert "does not fit this run's network" in error_of(**other)
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [6, 3]
+    assert len(read_metrics(folder)) == 6  # a resume that fails has changed nothing
     weights = folder / "checkpoint-6" / "unet" / "diffusion_pytorch_model.safetensors"
     flipped = bytearray(weights.read_bytes())
     flipped[-1] ^= 1

@@ -175,7 +175,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar loss, the mean over the batch, and detached scalars to log."""
+        """Returns the scalar loss, the mean over the batch, and detached scalars to log: the same names on every rank."""
 
     @abstractmethod
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:

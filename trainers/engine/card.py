@@ -49,6 +49,14 @@ def check_hub_login(push_to_hub: bool) -> None:
             raise ValueError("base.push_to_hub = true: nobody is logged in; run `hf auth login`, or set it to false")
 
 
+def publish(run: RunConfig, trainer: Trainer, tracking: Tracking, pipeline_files: list[str]) -> None:
+    """Writes the card, and uploads the finished pipeline where it is asked for; main process only."""
+    repository = create_repository(run, tracking.output_dir) if run.base.push_to_hub else None
+    write_card(run, trainer, repository or tracking.output_dir, tracking)
+    if repository:
+        upload(repository, tracking.output_dir, pipeline_files, tracking.grids)
+
+
 def create_repository(run: RunConfig, output_dir: Path) -> str:
     """Makes the repository where it does not exist; returns its id, owner/name."""
     from huggingface_hub import HfApi
