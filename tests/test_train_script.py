@@ -170,6 +170,8 @@ def test_weights_stay_float32_in_mixed_precision(run_in_process):
 def test_initial_weights_from_a_folder(run_in_process, tmp_path):
     first = run_in_process("first")
     options = {"ddpm.model_config": None, "base.max_train_steps": 1, "ddpm.learning_rate": 1e-12, "ddpm.use_ema": False}
+    same_shape = run_in_process("shape", **{"ddpm.model_config": str(first / "unet")})  # a folder with config.json
+    assert losses(same_shape) == losses(first)
     for place in (first, first / "unet"):
         second = run_in_process(f"from-{place.name}", **options, **{"ddpm.pretrained_model_name_or_path": str(place)})
         before, after = (UNet2DModel.from_pretrained(folder, subfolder="unet") for folder in (first, second))

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
@@ -161,6 +161,7 @@ class Trainer(ABC):
     weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
     training: bool = True  # False in validation: no label or caption dropout
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
+    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # shows a bar over a sampler's steps
 
     def __init__(self, config: TrainerConfig, base: Section) -> None:
         self.config = config
@@ -175,7 +176,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar loss, the mean over the batch, and detached scalars to log: the same names on every rank."""
+        """Returns the scalar loss, the mean over the batch, and detached scalars to log, the same on every rank."""
 
     @abstractmethod
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:

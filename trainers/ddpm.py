@@ -87,7 +87,8 @@ class DDPMTrainer(Trainer):
         if self.config.sampler == "ddim":
             scheduler = DDIMScheduler.from_config(self.scheduler.config)
         steps = self.config.ddpm_num_inference_steps
-        return {"samples": to_unit_range(denoise(self._predict, scheduler, noise, steps, generators))}
+        drawn = denoise(self._predict, scheduler, noise, steps, generators, self.progress)
+        return {"samples": to_unit_range(drawn)}
 
     def save_pipeline(self, output_dir: Path) -> None:
         from diffusers import DDPMPipeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +25,13 @@ def denoise(
     noise: Tensor,
     num_inference_steps: int,
     generators: list[torch.Generator],
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
     """Runs the reverse process on a copy of `scheduler`; equal to what DDPMPipeline draws from the same generators."""
     scheduler = type(scheduler).from_config(scheduler.config)  # set_timesteps changes a scheduler
     scheduler.set_timesteps(num_inference_steps)
     sample = noise
-    for timestep in scheduler.timesteps:
+    for timestep in progress(scheduler.timesteps):
         prediction = predict(sample, timestep).float()
         sample = scheduler.step(prediction, timestep, sample, generator=generators).prev_sample
     return sample

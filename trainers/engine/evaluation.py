@@ -17,6 +17,7 @@ from trainers.engine.encoding import FrozenStages
 from trainers.engine.feeding import validation_batches
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
+from trainers.engine.reporting import passing_bar
 
 VISIBLE_SIZE = 64  # pixels; smaller pictures are enlarged in grids by a whole factor
 
@@ -68,7 +69,8 @@ def validation_metrics(
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    for batch, weight in validation_batches(validation_set, base, rank, world, accelerator.device):
+    share = validation_batches(validation_set, base, rank, world, accelerator.device)
+    for batch, weight in passing_bar(accelerator, "validating")(share):
         rng = SlotRandom(base.seed, batch["slot"], "validation")
         for name, values in trainer.validation_metrics(stages.encode(batch), rng).items():
             sums[name] = sums.get(name, 0) + weight * values.float().sum()

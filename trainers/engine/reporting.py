@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,13 @@ def progress_bar(accelerator: Accelerator, clock: Clock) -> tqdm:
         unit="step",
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
+    )
+
+
+def passing_bar(accelerator: Accelerator, what: str) -> Callable[[Iterable], Iterable]:
+    """A bar over something that may take long within a step; it shows after two seconds and goes when it is done."""
+    return partial(
+        tqdm, desc=what, delay=2, leave=False, disable=not accelerator.is_main_process, dynamic_ncols=True, position=1
     )
 
 
