@@ -76,4 +76,11 @@ def _call(builder: Callable, args: Any, split: str) -> Any:
             f"base.dataset_args is {args.dataset_args}, which base.dataset={args.dataset} does not take ({error}); "
             f"its arguments: {accepted}"
         ) from error
-    return builder(args, split, **args.dataset_args)
+    dataset = builder(args, split, **args.dataset_args)
+    lacking = [name for name in ("__len__", "get", "fingerprint") if dataset is not None and not hasattr(dataset, name)]
+    if lacking:
+        raise ValueError(
+            f"base.dataset={args.dataset} returned a {type(dataset).__name__} without {', '.join(lacking)}; "
+            "a data set has __len__, get(index, generator) -> {'image': ...} and fingerprint, a text that changes with its content"
+        )
+    return dataset

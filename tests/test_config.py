@@ -188,7 +188,11 @@ def test_overrides(write):
     ("name", "message"),
     [
         ("nothing.here:Trainer", "must be an importable package.module:Class (No module named 'nothing')"),
-        ("json:JSONDecoder", "must be a trainers.base.Trainer with a Config"),
+        ("json:JSONDecoder", "must be a subclass of trainers.base.Trainer"),
+        (
+            "trainers.base:Trainer",
+            "lacks compute_loss, init_modules, sample, save_pipeline, Config; see trainers/base.py",
+        ),
         ("trainers.ddpm:Missing", "must be an importable package.module:Class"),
     ],
 )

@@ -70,9 +70,27 @@ def assert_same(left, right):
     assert left == right
 
 
+class Own:
+    """The smallest data set that keeps the contract."""
+
+    fingerprint = "own"
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def get(self, index, generator):
+        return {"image": torch.zeros(1, 8, 8)}
+
+
 def build_for_test(args, split, size=3):
-    """A builder as someone outside of this package would write it."""
-    return size
+    return Own(size)
+
+
+def build_a_list(args, split):
+    return [1, 2]
 
 
 # --- choosing a data set
@@ -114,8 +132,13 @@ def test_there_is_no_validation_set_without_validation_split():
 
 def test_a_data_set_of_ones_own():
     name = f"{__name__}:build_for_test"
-    assert datasets_lib.build(settings(dataset=name), "train") == 3
-    assert datasets_lib.build(settings(dataset=name, dataset_args={"size": 5}), "train") == 5
+    assert len(datasets_lib.build(settings(dataset=name), "train")) == 3
+    assert len(datasets_lib.build(settings(dataset=name, dataset_args={"size": 5}), "train")) == 5
+    datasets_lib.prepare(datasets_lib.build(settings(dataset=name), "train"), show_progress=False)
+    with pytest.raises(
+        ValueError, match=r"build_a_list returned a list without get, fingerprint; a data set has __len__"
+    ):
+        datasets_lib.build(settings(dataset=f"{__name__}:build_a_list"), "train")
     with pytest.raises(ValueError, match=r"base.dataset_args is {'sise': 5}.*does not take.*its arguments: size"):
         datasets_lib.build(settings(dataset=name, dataset_args={"sise": 5}), "train")
     with pytest.raises(ValueError, match=r"base.dataset_args is .*its arguments: none"):

@@ -535,3 +535,14 @@ def test_a_pipeline_that_cannot_be_written(tiny_config, capsys, monkeypatch):
     assert main([str(path)]) == 1
     assert "the pipeline could not be written to" in capsys.readouterr().err
     assert [p.name for p in path.with_suffix("").iterdir() if p.name.startswith(".")] == []
+
+
+def test_pictures_of_a_wrong_shape(run_in_process, monkeypatch):
+    monkeypatch.setattr(
+        find_trainer("ddpm"), "sample", lambda self, requests, rng: {"samples": torch.rand(len(requests), 16, 16)}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"sample\(\) of DDPMTrainer returned samples of shape \[4, 16, 16\]; it must be \[4, C, H, W\]",
+    ):
+        run_in_process()

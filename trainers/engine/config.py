@@ -118,8 +118,11 @@ def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
     except (ImportError, AttributeError, ValueError) as error:
         place = f"base.trainer_class = {trainer_class}: must be an importable package.module:Class"
         raise ConfigError([f"{place} ({error}); is its folder on PYTHONPATH?"]) from None
-    if not (isinstance(found, type) and issubclass(found, Trainer) and issubclass(found.Config, TrainerConfig)):
-        raise ConfigError([f"base.trainer_class = {trainer_class}: must be a trainers.base.Trainer with a Config"])
+    if not (isinstance(found, type) and issubclass(found, Trainer)):
+        raise ConfigError([f"base.trainer_class = {trainer_class}: must be a subclass of trainers.base.Trainer"])
+    lacking = sorted(found.__abstractmethods__) + ([] if hasattr(found, "Config") else ["Config"])
+    if lacking:
+        raise ConfigError([f"base.trainer_class = {trainer_class}: lacks {', '.join(lacking)}; see trainers/base.py"])
     return found
 
 

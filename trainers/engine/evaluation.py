@@ -87,6 +87,10 @@ def draw_samples(accelerator: Accelerator, trainer: Trainer, validation_set: Any
     mine = [number if number < len(requests) else 0 for number in range(first, first + share)]
     slots = torch.tensor(mine, device=accelerator.device)
     drawn = trainer.sample([requests[number] for number in mine], SlotRandom(seed, slots, "sample"))
+    for name, images in drawn.items():
+        if images.ndim != 4 or len(images) != share:
+            found = f"sample() of {type(trainer).__name__} returned {name} of shape {list(images.shape)}"
+            raise ValueError(f"{found}; it must be [{share}, C, H, W], a picture for each request")
     return {name: accelerator.gather(images.contiguous())[: len(requests)].cpu() for name, images in drawn.items()}
 
 
