@@ -81,6 +81,6 @@ def _call(builder: Callable, args: Any, split: str) -> Any:
     if lacking:
         raise ValueError(
             f"base.dataset={args.dataset} returned a {type(dataset).__name__} without {', '.join(lacking)}; "
-            "a data set has __len__, get(index, generator) -> {'image': ...} and fingerprint, a text that changes with its content"
+            "a data set has __len__, get(index, generator) and fingerprint, a text that changes with its content"
         )
     return dataset
