@@ -36,7 +36,7 @@ def train(run: RunConfig) -> Path:
     accelerator = launch.start_accelerator(base)
     device, rank = accelerator.device, accelerator.process_index
     card.check_hub_login(base.push_to_hub)
-    open_run_folder(accelerator, output_dir, base.resume_from_checkpoint)
+    open_run_folder(accelerator, output_dir, base)
     resume_from = resume.find_checkpoint(accelerator, output_dir, base.resume_from_checkpoint)
 
     # data

@@ -78,6 +78,8 @@ def _call(builder: Callable, args: Any, split: str) -> Any:
         ) from error
     dataset = builder(args, split, **args.dataset_args)
     lacking = [name for name in ("__len__", "get", "fingerprint") if dataset is not None and not hasattr(dataset, name)]
+    if not lacking and dataset is not None and not isinstance(dataset.fingerprint, str):
+        lacking = ["a fingerprint that is text"]
     if lacking:
         raise ValueError(
             f"base.dataset={args.dataset} returned a {type(dataset).__name__} without {', '.join(lacking)}; "

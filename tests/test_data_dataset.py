@@ -89,6 +89,12 @@ def build_for_test(args, split, size=3):
     return Own(size)
 
 
+def build_with_a_method(args, split):
+    own = Own(3)
+    own.fingerprint = lambda: "own"
+    return own
+
+
 def build_a_list(args, split):
     return [1, 2]
 
@@ -139,6 +145,8 @@ def test_a_data_set_of_ones_own():
         ValueError, match=r"build_a_list returned a list without get, fingerprint; a data set has __len__"
     ):
         datasets_lib.build(settings(dataset=f"{__name__}:build_a_list"), "train")
+    with pytest.raises(ValueError, match=r"returned a Own without a fingerprint that is text"):
+        datasets_lib.build(settings(dataset=f"{__name__}:build_with_a_method"), "train")
     with pytest.raises(ValueError, match=r"base.dataset_args is {'sise': 5}.*does not take.*its arguments: size"):
         datasets_lib.build(settings(dataset=name, dataset_args={"sise": 5}), "train")
     with pytest.raises(ValueError, match=r"base.dataset_args is .*its arguments: none"):

@@ -227,7 +227,11 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tiny_config
     }
     folder = train(load_config(tiny_config(**options)))
     assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [4]
-    assert sorted(path.name.split("-", 3)[3] for path in folder.glob("set-aside-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(path.name.split("-", 3)[3] for path in folder.glob("set-aside-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "metrics.jsonl",
+    ]
     assert "is later than step 2: renamed to set-aside-" in capsys.readouterr().out
 
 

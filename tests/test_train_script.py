@@ -372,6 +372,14 @@ def test_ctrl_c(tiny_config, monkeypatch, capsys):
     assert "continue with base.resume_from_checkpoint=latest" in capsys.readouterr().err
 
 
+def test_the_printed_lines_run(run_in_process, tmp_path, monkeypatch):
+    folder = run_in_process()
+    usage = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(usage, {})
+    assert Image.open("sample.png").size == (16, 16)
+
+
 def test_start_and_end_blocks(tiny_config, capsys):
     train(load_config(tiny_config()))
     text = capsys.readouterr().out
@@ -500,7 +508,7 @@ def test_wandb_without_a_login(run_in_process, monkeypatch):
         ValueError, match=r"W&B does not start: No API key configured\.; run `wandb login`, or set WANDB_MODE=offline"
     ):
         run_in_process(**{"base.logger": "wandb"})
-    run_in_process(**{"base.resume_from_checkpoint": "latest"})  # nothing stands in the way of the corrected command
+    run_in_process()  # nothing stands in the way of the corrected command
 
 
 def test_replaced_images_are_told(run_in_process, tmp_path, capsys):

@@ -29,8 +29,8 @@ class Bounds(NamedTuple):
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+            return f"{'above' if self.open_low else 'at least'} {self.low:.10g}"
+        return f"in {'(' if self.open_low else '['}{self.low:.10g}, {self.high:.10g}]"
 
 
 Positive = Annotated[int, Bounds(1)]
@@ -148,7 +148,7 @@ class Trainer(ABC):
     """
 
     Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section
-    usage: ClassVar[str] = (  # how to load and sample the result, printed at the end and in the model card
+    usage: ClassVar[str] = (  # loads and samples the result; {output_dir} and the task's options are filled in
         "from diffusers import DiffusionPipeline\n"
         'pipeline = DiffusionPipeline.from_pretrained("{output_dir}")\n'
         'pipeline().images[0].save("sample.png")'
@@ -222,6 +222,10 @@ class Trainer(ABC):
         from diffusers import DiffusionPipeline
 
         return DiffusionPipeline.from_pretrained(output_dir)
+
+    def usage_of(self, location: str | Path) -> str:
+        """The lines that load and sample the result from `location`, for the end of a run and the model card."""
+        return self.usage.format(**vars(self.config) | {"output_dir": location})
 
     def raw(self, name: str) -> nn.Module:
         """The network without wrappers; within save_pipeline a float32 CPU copy with the averaged weights."""

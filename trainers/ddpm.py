@@ -51,7 +51,7 @@ class DDPMTrainer(Trainer):
     usage = (
         "from diffusers import DDPMPipeline\n"
         'pipeline = DDPMPipeline.from_pretrained("{output_dir}")\n'
-        'pipeline().images[0].save("sample.png")'
+        'pipeline(num_inference_steps={ddpm_num_steps}).images[0].save("sample.png")'
     )
 
     def init_modules(self) -> dict[str, nn.Module]:

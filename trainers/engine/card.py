@@ -27,7 +27,7 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking:
         f"Trained with diffloop: task `{run.task}`, data `{data if on_hub else Path(data).name}`.",
         *pictures,
         "## Use",
-        f"```python\n{trainer.usage.format(output_dir=location)}\n```",
+        f"```python\n{trainer.usage_of(location)}\n```",
         "## Final metrics",
         "\n".join(["| metric | value |", "|---|---|", *rows]),
         "## Configuration",

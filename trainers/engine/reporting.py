@@ -57,7 +57,7 @@ def _devices(accelerator: Accelerator) -> str:
 
 def end_block(trainer: Trainer, output_dir: Path, train_set: Any) -> str:
     """The lines that say where the pipeline is and how to load and sample it, and what was wrong with the data."""
-    usage = trainer.usage.format(output_dir=output_dir)
+    usage = trainer.usage_of(output_dir)
     bad = getattr(train_set, "bad_count", 0)
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,16 @@ class DamagedCheckpoint(ValueError):
 
 def set_aside_later(accelerator: Accelerator, output_dir: Path, steps_done: int) -> None:
     """Renames checkpoints after the step from which a run goes on: `latest` must not return to the branch it left."""
-    if not accelerator.is_main_process:
+    later = [folder for step, folder in list_checkpoints(output_dir) if step > steps_done]
+    if not (later and accelerator.is_main_process):
         return
-    for step, folder in list_checkpoints(output_dir):
-        if step > steps_done:
-            aside = folder.with_name(f"set-aside-{secrets.token_hex(2)}-{folder.name}")
-            print(f"WARNING: {folder} is later than step {steps_done}: renamed to {aside.name}", flush=True)
-            folder.rename(aside)
+    prefix, metrics = f"set-aside-{secrets.token_hex(2)}-", output_dir / "metrics.jsonl"
+    for folder in later:
+        aside = folder.with_name(prefix + folder.name)
+        print(f"WARNING: {folder} is later than step {steps_done}: renamed to {aside.name}", flush=True)
+        folder.rename(aside)
+    if metrics.exists():  # it is cut next
+        shutil.copy(metrics, output_dir / (prefix + metrics.name))
 
 
 def verify(folder: Path) -> None:

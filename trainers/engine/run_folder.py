@@ -10,23 +10,25 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from trainers.engine.options import BaseConfig
+
 RUN_FILES = ("metrics.jsonl", "config.yaml", "model_index.json", "README.md")
 
 
-def open_run_folder(accelerator: Accelerator, output_dir: Path, resume: str | bool | None) -> None:
+def open_run_folder(accelerator: Accelerator, output_dir: Path, base: BaseConfig) -> None:
     """Makes the folder and probes that it can be written.
 
     Raises OSError where it cannot, ValueError where it holds a run and none is to be resumed; on every rank.
     """
     error: list[Exception | None] = [None]
     if accelerator.is_main_process:
-        error = [_open(output_dir, resume)]
+        error = [_open(output_dir, base.resume_from_checkpoint, base.logging_dir)]
     [found] = broadcast_object_list(error)
     if found is not None:
         raise found
 
 
-def _open(output_dir: Path, resume: str | bool | None) -> Exception | None:
+def _open(output_dir: Path, resume: str | bool | None, logging_dir: str) -> Exception | None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / f".probe-{os.getpid()}"
@@ -35,6 +37,7 @@ def _open(output_dir: Path, resume: str | bool | None) -> Exception | None:
     except OSError as error:
         return OSError(f"base.output_dir = {output_dir}: cannot be written ({error}); choose another folder")
     held = sorted(path.name for path in output_dir.iterdir() if path.is_dir() or path.name in RUN_FILES)
+    held = [] if held == [logging_dir] else held  # all that a start that failed leaves behind
     if held and not resume:
         return ValueError(
             f"base.output_dir = {output_dir}: holds a run or other folders already ({', '.join(held[:5])}); continue "
