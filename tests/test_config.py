@@ -191,7 +191,7 @@ def test_overrides(write):
         ("json:JSONDecoder", "must be a subclass of trainers.base.Trainer"),
         (
             "trainers.base:Trainer",
-            "lacks compute_loss, init_modules, sample, save_pipeline, Config; see trainers/base.py",
+            "lacks compute_loss, init_modules, sample, save_pipeline, a Config derived from TrainerConfig; see trainers/base.py",
         ),
         ("trainers.ddpm:Missing", "must be an importable package.module:Class"),
     ],

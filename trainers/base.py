@@ -72,9 +72,7 @@ class TrainerConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts",
         "polynomial", "one_cycle", "warmup_cosine",
     ] = "cosine"  # learning rate as a function of the optimizer step  # fmt: skip
-    lr_warmup_steps: NonNegative | None = (
-        None  # optimizer steps; null: 30 % in one_cycle, 15 % in warmup_cosine, else 500 or 10 %
-    )
+    lr_warmup_steps: NonNegative | None = None  # steps; null: 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %
     lr_min_ratio: Fraction = 0.1  # floor of cosine_with_min_lr, as a part of learning_rate
     lr_num_cycles: Positive = 1  # restarts of cosine_with_restarts
     lr_power: PositiveFloat = 1.0  # exponent of polynomial

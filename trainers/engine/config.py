@@ -120,7 +120,8 @@ def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
         raise ConfigError([f"{place} ({error}); is its folder on PYTHONPATH?"]) from None
     if not (isinstance(found, type) and issubclass(found, Trainer)):
         raise ConfigError([f"base.trainer_class = {trainer_class}: must be a subclass of trainers.base.Trainer"])
-    lacking = sorted(found.__abstractmethods__) + ([] if hasattr(found, "Config") else ["Config"])
+    has_config = issubclass(getattr(found, "Config", object), TrainerConfig)
+    lacking = sorted(found.__abstractmethods__) + ([] if has_config else ["a Config derived from TrainerConfig"])
     if lacking:
         raise ConfigError([f"base.trainer_class = {trainer_class}: lacks {', '.join(lacking)}; see trainers/base.py"])
     return found
