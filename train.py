@@ -7,117 +7,122 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import datasets_lib
 from trainers.engine.config import RunConfig, describe, load_config
 from trainers.engine.document import ConfigError
-from trainers.engine.messages import is_message
+from trainers.engine.messages import Interrupted, is_message
 
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
     import torch
 
-    from trainers.engine import card, checkpoint, evaluation, launch, optimization, reporting, resume
+    from trainers.engine import card, checkpoint, evaluation, export, feeding, launch, optimization, reporting, resume
     from trainers.engine.clock import Clock
+    from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
     from trainers.engine.encoding import FrozenStages
-    from trainers.engine.export import export_pipeline
-    from trainers.engine.feeding import training_batches
     from trainers.engine.metering import Meter, Speed
     from trainers.engine.networks import prepare_networks, warm_up
     from trainers.engine.randomness import SlotRandom, seed_network
     from trainers.engine.run_folder import open_run_folder
+    from trainers.engine.stopping import Stopping
     from trainers.engine.tracking import Tracking
+    from trainers.engine.watches import Watches
 
-    # processes and folder
     base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
+    card.check_hub_login(base.push_to_hub)
     accelerator = launch.start_accelerator(base)
     device, rank = accelerator.device, accelerator.process_index
-    card.check_hub_login(base.push_to_hub)
-    open_run_folder(accelerator, output_dir, base)
-    resume_from = resume.find_checkpoint(accelerator, output_dir, base.resume_from_checkpoint)
+    with Stopping(accelerator, base) as stopping, open_run_folder(accelerator, base), launch.numerics(base):
+        resume_from = resume.find_checkpoint(accelerator, output_dir, base.resume_from_checkpoint)
 
-    # data
-    with accelerator.main_process_first():  # it downloads, the others find the files
-        train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
-    clock = Clock.of_run(base, len(train_set), accelerator)
-    datasets_lib.check_example(train_set.get(0, None), base)
-    saved = resume.read_state(resume_from, train_set, base.allow_changes)
-    clock = clock.resumed_at(saved["step"], saved["slot"])
+        # data
+        with accelerator.main_process_first():  # it downloads, the others find the files
+            train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
+        clock = Clock.of_run(base, len(train_set), accelerator)
+        datasets_lib.check_example(train_set.get(0, None), base)
+        saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
 
-    # networks and optimizer
-    torch.manual_seed(base.seed)
-    trainer = run.trainer_class(config, base)
-    trainer.device, trainer.weight_dtype = device, launch.weight_dtype(accelerator)
-    networks = trainer.init_modules()
-    optimizer = optimization.build_optimizer(trainer.param_groups(networks), config, clock, device)
-    optimizer = prepare_networks(accelerator, trainer, networks, optimizer, base)
-    rate_factor = optimization.schedule(config, clock.total_steps)
-    ema = EMA(networks, config) if config.use_ema else None
-    stages = FrozenStages(trainer.encoders(), device)
-    trainer.encoded = stages.encoded
-    meter, speed = Meter(accelerator), Speed()
+        # networks and optimizer
+        torch.manual_seed(base.seed)
+        trainer = run.trainer_class(config, base)
+        trainer.device, trainer.weight_dtype = device, launch.weight_dtype(accelerator)
+        networks = trainer.init_modules()
+        optimizer = optimization.build_optimizer(trainer.param_groups(networks), config, clock, device)
+        optimizer = prepare_networks(accelerator, trainer, networks, optimizer, base)
+        rate_factor = optimization.schedule(config, clock.total_steps)
+        ema = EMA(networks, config) if config.use_ema else None
+        stages = FrozenStages(trainer.encoders(), device)
+        trainer.encoded = stages.encoded
+        meter, speed = Meter(accelerator), Speed()
+        divergence = Divergence(accelerator, output_dir, base, clock, stopping)
 
-    if resume_from:
-        warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
-        resume.load(resume_from, networks, ema, optimizer, accelerator.scaler)
-        resume.set_aside_later(accelerator, output_dir, saved["step"])
-        meter.load(saved["meter"])
-    for examples in (train_set, validation_set):
-        datasets_lib.prepare(examples, accelerator.is_main_process)
+        if resume_from:
+            warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
+            resume.load(accelerator, resume_from, saved, networks, ema, optimizer, meter, divergence)
+            resume.set_aside_later(accelerator, output_dir, resume_from, clock.origin_step)
+        watches = Watches(accelerator, optimizer, clock, rate_factor)
+        datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
 
-    # steps
-    with launch.numerics(base), Tracking(accelerator, run, output_dir, saved["step"]) as tracking:
+        # steps
+        tracking = Tracking(accelerator, run, output_dir, clock.origin_step)
+        batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
+        save = partial(checkpoint.save, accelerator, run, clock, networks, ema, optimizer, train_set, meter, divergence)
+        validate = partial(evaluation.validate, accelerator, trainer, ema, stages, validation_set, stopping, tracking)
         accelerator.print(reporting.start_block(accelerator, run, networks, clock, train_set))
-        batches = training_batches(train_set, clock, base, rank, device)
-        bar = reporting.progress_bar(accelerator, clock)
+        with tracking, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
+            done = clock.origin_step
+            if tracking.validated_at < done and clock.due(done, base.valid_steps, base.valid_epochs):
+                validate(done)  # the run that wrote the checkpoint did not get to it
+            for step in stopping.steps(clock.origin_step, clock.total_steps):
+                learning_rates = optimization.set_learning_rates(optimizer, rate_factor(step))
+                for micro_step in range(clock.accumulation_steps):
+                    batch = stages.encode(next(batches))
+                    seed_network(base.seed, step, clock.micro_batch(micro_step, rank))
+                    with accelerator.accumulate(*trainer.modules.values()):
+                        loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
+                        accelerator.backward(divergence.checked(loss))
+                    meter.add({"loss": loss} | values)
+                applied, norms = optimization.optimizer_step(accelerator, optimizer, config.max_grad_norm)
+                if ema is not None:
+                    ema.update(step, applied)
+                meter.add(divergence.after_step(step, applied, norms) | norms)
+                speed.examples += clock.global_batch_size
+                bar.update()
 
-        for step in range(clock.origin_step, clock.total_steps):
-            learning_rates = optimization.set_learning_rates(optimizer, rate_factor(step))
-            for micro_step in range(clock.accumulation_steps):
-                batch = stages.encode(next(batches))
-                seed_network(base.seed, step, clock.micro_batch(micro_step, rank))
-                with accelerator.accumulate(*trainer.modules.values()):
-                    loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
-                    accelerator.backward(loss)
-                meter.add({"loss": loss} | values)
-            applied, norms = optimization.optimizer_step(accelerator, optimizer, config.max_grad_norm)
-            if ema is not None:
-                ema.update(step, applied)
-            meter.add({"skipped": 1 - applied} | norms)
-            speed.examples += clock.global_batch_size
-            bar.update()
+                done = step + 1
+                watches.after_step(done, batch["slot"])
+                if clock.due(done, base.logging_steps):
+                    metrics = {"epoch": clock.epochs_done(done)} | learning_rates | meter.means()
+                    tracking.log(metrics | {"examples_per_second": speed.examples_per_second()}, done)
+                    reporting.show_metrics(bar, tracking.latest)
+                with speed.paused():
+                    if clock.due(done, base.checkpointing_steps):
+                        save(done)
+                    if clock.due(done, base.valid_steps, base.valid_epochs):
+                        validate(done)
+                    if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
+                        export.export_pipeline(accelerator, trainer, ema, output_dir)
+            bar.close()
+            stopping.finish(done, save)
 
-            done = step + 1
-            if clock.due(done, base.logging_steps):
-                metrics = {"epoch": clock.epochs_done(done)} | learning_rates | meter.means()
-                tracking.log(metrics | {"examples_per_second": speed.examples_per_second()}, done)
-                reporting.show_metrics(bar, tracking.latest)
-            with speed.paused():
-                if clock.due(done, base.checkpointing_steps):
-                    state = checkpoint.run_state(clock, done, train_set, meter.state(), accelerator.scaler)
-                    taken = checkpoint.snapshot(networks, ema, optimizer, state, accelerator.is_main_process)
-                    checkpoint.save(accelerator, output_dir, taken, base.checkpoints_total_limit)
-                if clock.due(done, base.valid_steps, base.valid_epochs):
-                    metrics, grids = evaluation.validate(accelerator, trainer, ema, stages, validation_set, base)
-                    tracking.log(metrics, done)
-                    tracking.log_grids(grids, done)
-                if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
-                    export_pipeline(accelerator, trainer, ema, output_dir)
-        bar.close()
-
-        # finish
-        pipeline_files = export_pipeline(accelerator, trainer, ema, output_dir)
-        if accelerator.is_main_process:
-            card.publish(run, trainer, tracking, pipeline_files)
-        accelerator.print(reporting.end_block(trainer, output_dir, train_set))
+            # finish
+            pipeline_files = export.export_pipeline(accelerator, trainer, ema, output_dir)
+            card.publish(accelerator, run, trainer, tracking, pipeline_files)
+            accelerator.print(reporting.end_block(trainer, output_dir, train_set))
     return output_dir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: returns 0, 2 for a mistake in the configuration, 1 for one that shows later, 130 after Ctrl-C."""
+    """The command: returns 0, 2 for a mistake in the configuration, 1 for one that shows later.
+
+    After a signal: 143 (TERM), 130 (INT) or 75 (USR1).
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", help="JSON or YAML file with the sections `base` and the task's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
@@ -142,8 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_message(error):
             raise
         return _fail(error, 1)
+    except Interrupted as interruption:
+        return _fail(interruption, interruption.code)
     except KeyboardInterrupt:
-        return _fail("interrupted; continue with base.resume_from_checkpoint=latest", 130)
+        return _fail("interrupted before the first step", 130)
     return 0
 
 

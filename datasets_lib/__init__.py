@@ -45,10 +45,11 @@ def build(args: Any, split: str) -> Any | None:
     return _load(target)(args, split)
 
 
-def prepare(dataset: Any, show_progress: bool) -> None:
-    """Decode a data set ahead where it can and its images fit `image_cache_mb`; once, before loader workers start."""
-    if hasattr(dataset, "prepare"):
-        dataset.prepare(show_progress)
+def prepare(*datasets: Any, show_progress: bool) -> None:
+    """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start."""
+    for dataset in datasets:
+        if hasattr(dataset, "prepare"):
+            dataset.prepare(show_progress)
 
 
 def _load(target: str) -> Callable:

@@ -55,6 +55,10 @@ class ImageDataset:
         """How many images were found broken so far and replaced, in all worker processes."""
         return 0 if self.bad is None else int(self.bad.sum())
 
+    def name(self, index: int) -> str:
+        """Return the file, or the row, from which an example comes."""
+        return self.source.name(self.rows[index])
+
     def prepare(self, show_progress: bool = True) -> None:
         """Decode everything into memory if `args.image_cache_mb` holds it; call once, before workers start.
 

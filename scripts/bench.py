@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
@@ -25,6 +26,7 @@ from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig, load_config
 from trainers.engine.feeding import training_batches
 from trainers.engine.options import BaseConfig
+from trainers.engine.stopping import Stopping
 
 WARM_UP_STEPS = 20  # the first window of a run pays for allocations
 
@@ -104,7 +106,7 @@ def data_speed(base: BaseConfig) -> float:
     examples = datasets_lib.build(base, "train")
     datasets_lib.prepare(examples, show_progress=False)
     clock = Clock(len(examples), base.train_batch_size, 1, 1, max_train_steps=10**9)
-    batches = training_batches(examples, clock, base, 0, torch.device("cpu"))
+    batches = training_batches(examples, clock, base, 0, torch.device("cpu"), Stopping(Accelerator(cpu=True), base))
     next(batches)
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < 5:

@@ -109,7 +109,6 @@ RULES = [
     ({"cache_dir": "x", "dataset": "digits", "dataset_name": None}, {}, "base.cache_dir = \"x\": has an effect with dataset_name only"),
     ({"dataset_args": {"a": 1}}, {}, 'base.dataset_args = {"a": 1}: has an effect with dataset only'),
     ({"run_name": "a"}, {}, 'base.run_name = "a": has an effect with logger: wandb or both only'),
-    ({"allow_changes": ["seed"]}, {}, "seed is not known; allowed: dataset"),
     ({"enable_xformers_memory_efficient_attention": True}, {}, "needs xformers: pip install diffloop[xformers]"),
     ({}, {"lr_scheduler": "constant", "lr_warmup_steps": 5}, "ddpm.lr_warmup_steps = 5: has no effect with lr_scheduler: constant"),
     ({}, {"lr_num_cycles": 3}, "ddpm.lr_num_cycles = 3: has an effect with lr_scheduler: cosine_with_restarts only"),

@@ -18,7 +18,7 @@ from trainers.engine.launch import numerics
 from trainers.engine.metering import Meter, Speed
 from trainers.engine.optimization import build_optimizer, optimizer_step
 from trainers.engine.options import BaseConfig
-from trainers.engine.run_folder import cut_metrics, publish_pipeline
+from trainers.engine.run_folder import cut_lines, publish_pipeline
 
 CPU = torch.device("cpu")
 
@@ -158,9 +158,9 @@ def test_a_pipeline_replaces_the_one_before(tmp_path):
 
 def test_metrics_are_cut_after_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    cut_metrics(path, 3)
+    cut_lines(path, 3)
     path.write_text('{"step": 2}\n{"step": 3}\n{"step": 4}\n{"step": 3, "to')
-    cut_metrics(path, 3)
+    cut_lines(path, 3)
     assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
 
 

@@ -8,12 +8,16 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from datasets_lib.choices import one_of
 from trainers.engine.clock import Clock
 from trainers.engine.feeding import EpochOrder, SlotBatches, training_batches, validation_batches
 from trainers.engine.messages import is_message
 from trainers.engine.options import BaseConfig
+from trainers.engine.stopping import Stopping
+
+STOPPING = Stopping(Accelerator(cpu=True), BaseConfig())
 
 
 class Numbers:
@@ -99,11 +103,11 @@ def test_loader_draws_by_slot(workers):
     base = BaseConfig(num_epochs=1, dataset="numbers", dataloader_num_workers=workers, seed=3)
     state = torch.get_rng_state()
     clock = clock_of(10, 2, 1, 1, epochs=2)
-    batches = list(training_batches(Numbers(10), clock, base, 0, torch.device("cpu")))
+    batches = list(training_batches(Numbers(10), clock, base, 0, torch.device("cpu"), STOPPING))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(batches) == 10
     halves = [
-        list(training_batches(Numbers(10), clock_of(10, 1, 1, 2, epochs=2), base, r, torch.device("cpu")))
+        list(training_batches(Numbers(10), clock_of(10, 1, 1, 2, epochs=2), base, r, torch.device("cpu"), STOPPING))
         for r in (0, 1)
     ]
     for batch, one, two in zip(batches, *halves, strict=True):
@@ -124,7 +128,7 @@ def test_the_hundred_thousandth_batch_costs_no_decoding():
     examples = Undecodable(1_000_000)
     clock = Clock(1_000_000, 64, 1, 1, max_train_steps=200_000).resumed_at(100_000, 6_400_000)
     began = time.perf_counter()
-    batch = next(training_batches(examples, clock, BaseConfig(), 0, torch.device("cpu")))
+    batch = next(training_batches(examples, clock, BaseConfig(), 0, torch.device("cpu"), STOPPING))
     assert batch["slot"].tolist() == list(range(6_400_000, 6_400_064))
     assert examples.decoded == 64
     assert time.perf_counter() - began < 1  # seconds; decoding 6.4 million examples would take minutes
@@ -135,7 +139,7 @@ def test_the_hundred_thousandth_batch_costs_no_decoding():
 def test_validation_batches_count_every_example_once_on_any_number_of_processes(processes, examples):
     base = BaseConfig(train_batch_size=4)
     shares = [
-        list(validation_batches(Numbers(examples), base, rank, processes, torch.device("cpu")))
+        list(validation_batches(Numbers(examples), base, rank, processes, torch.device("cpu"), STOPPING))
         for rank in range(processes)
     ]
     assert len({len(share) for share in shares}) == 1
@@ -152,7 +156,7 @@ def test_messages_about_the_data_reach_the_loop_unwrapped(workers):
 
     base, clock = BaseConfig(dataloader_num_workers=workers), clock_of(3, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="^cat.jpg is 'broken'; it must be one of: whole"):
-        next(training_batches(Broken(3), clock, base, 0, torch.device("cpu")))
+        next(training_batches(Broken(3), clock, base, 0, torch.device("cpu"), STOPPING))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -163,14 +167,11 @@ def test_bugs_in_a_data_set_keep_their_traceback(workers):
 
     base, clock = BaseConfig(dataloader_num_workers=workers), clock_of(3, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="not a number") as caught:
-        next(training_batches(Broken(3), clock, base, 0, torch.device("cpu")))
+        next(training_batches(Broken(3), clock, base, 0, torch.device("cpu"), STOPPING))
     assert not is_message(caught.value)
     assert workers == 0 or "Traceback" in str(caught.value)
 
 
 def test_no_examples():
-    class Accelerator:
-        gradient_accumulation_steps = num_processes = 1
-
     with pytest.raises(ValueError, match="the training set has 0 examples"):
-        Clock.of_run(BaseConfig(), 0, Accelerator())
+        Clock.of_run(BaseConfig(), 0, Accelerator(cpu=True))

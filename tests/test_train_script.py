@@ -47,7 +47,7 @@ def test_exact_files_and_log_lines(run_in_process):
             "base.validation_split": 0.1,
         }
     )
-    expected = {"config.yaml", "metrics.jsonl", "README.md"} | PIPELINE
+    expected = {"config.yaml", "metrics.jsonl", "README.md", ".lock"} | PIPELINE
     expected |= {f"checkpoint-{step}/{name}" for step in (4, 6) for name in CHECKPOINT}
     expected |= {f"samples/samples-step-{step:06d}.png" for step in (3, 6)}
     assert files_in(folder) == expected
@@ -56,7 +56,7 @@ def test_exact_files_and_log_lines(run_in_process):
     assert set(lines[0]) == {"step", "epoch", "lr", "loss", "skipped", "grad_norm/unet", "examples_per_second"}
     assert all(math.isfinite(line["loss"]) and line["grad_norm/unet"] > 0 for line in lines)
     validations = read_metrics(folder, prefix="valid")
-    assert [sorted(line) for line in validations] == [["step", "valid/loss", "valid_ema/loss"]] * 2
+    assert [sorted(line) for line in validations] == [["step", "valid/loss", "valid/seconds", "valid_ema/loss"]] * 2
     manifest = json.loads((folder / "checkpoint-6" / "manifest.json").read_text())
     assert set(manifest) == CHECKPOINT - {"manifest.json"}
     assert oct((folder / "checkpoint-6/unet/diffusion_pytorch_model.safetensors").stat().st_mode & 0o777) == oct(
@@ -75,14 +75,14 @@ def _umask():
 @pytest.mark.parametrize(("steps", "logging_steps", "lines"), [(6, 4, [4, 6]), (5, 5, [5]), (3, 10, [3])])
 def test_log_lines_come_at_the_cadence_and_at_the_end(run_in_process, steps, logging_steps, lines):
     folder = run_in_process(**{"base.max_train_steps": steps, "base.logging_steps": logging_steps})
-    assert [line["step"] for line in read_metrics(folder)] == lines
+    assert [line["step"] for line in read_metrics(folder, prefix="loss")] == lines
 
 
 def test_a_logged_loss_is_the_mean_of_its_window(run_in_process):
     every = run_in_process("every")
     third = run_in_process("third", **{"base.logging_steps": 3})
-    single = [line["loss"] for line in read_metrics(every)]
-    assert [line["loss"] for line in read_metrics(third)] == pytest.approx(
+    single = [line["loss"] for line in read_metrics(every, prefix="loss")]
+    assert [line["loss"] for line in read_metrics(third, prefix="loss")] == pytest.approx(
         [sum(single[:3]) / 3, sum(single[3:]) / 3], rel=1e-6
     )
 
@@ -197,7 +197,9 @@ def test_validation_is_the_same_every_time_and_leaves_the_training_alone(run_in_
     )
     rarely = run_in_process("rarely", **held_out)
     assert losses(often) == losses(rarely)
-    assert read_metrics(often, prefix="valid")[-1] == read_metrics(rarely, prefix="valid")[-1]
+    last = [read_metrics(folder, prefix="valid")[-1] for folder in (often, rarely)]
+    assert all(line.pop("valid/seconds") > 0 for line in last)
+    assert last[0] == last[1]
     frozen = run_in_process("frozen", **held_out, **{"base.valid_steps": 3, "ddpm.learning_rate": 1e-30})
     first, second = (line["valid/loss"] for line in read_metrics(frozen, prefix="valid"))
     assert first == second
@@ -369,7 +371,7 @@ def test_ctrl_c(tiny_config, monkeypatch, capsys):
 
     monkeypatch.setattr("train.train", interrupt)
     assert main([str(tiny_config())]) == 130
-    assert "continue with base.resume_from_checkpoint=latest" in capsys.readouterr().err
+    assert "interrupted before the first step" in capsys.readouterr().err
 
 
 def test_the_printed_lines_run(run_in_process, tmp_path, monkeypatch):
@@ -441,6 +443,8 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     }
     run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.1, "ddpm.snr_gamma": 5.0})
     assert readers.pop("trainers.engine.evaluation tolist") == 2  # validation metrics, raw and averaged
+    assert readers.pop("trainers.engine.divergence tolist") == 6  # of copies on the host, once the device is done
+    assert readers.pop("trainers.engine.checkpoint __bool__") > 0  # of the snapshot on the host
     assert readers == expected  # 6 steps, 2 log lines
 
 
@@ -542,7 +546,7 @@ def test_a_pipeline_that_cannot_be_written(tiny_config, capsys, monkeypatch):
     path = tiny_config()
     assert main([str(path)]) == 1
     assert "the pipeline could not be written to" in capsys.readouterr().err
-    assert [p.name for p in path.with_suffix("").iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in path.with_suffix("").iterdir() if p.name.startswith(".")] == [".lock"]
 
 
 def test_pictures_of_a_wrong_shape(run_in_process, monkeypatch):

@@ -48,6 +48,7 @@ class Section:
     """
 
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
+    passive: ClassVar[tuple[str, ...]] = ()  # options that change nothing that is trained: free to change on resume
 
     def __init_subclass__(cls) -> None:
         for name, value in vars(cls).items():
@@ -65,6 +66,8 @@ class Section:
 @dataclass(kw_only=True)
 class TrainerConfig(Section):
     """The options that every task has: optimizer, learning rate, averaging of the weights."""
+
+    passive: ClassVar[tuple[str, ...]] = ("valid_batch_size",)
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-4  # at the top of the schedule; a dict: one per network
     scale_lr: bool = False  # multiply the learning rate by the global batch size
@@ -159,7 +162,8 @@ class Trainer(ABC):
     weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
     training: bool = True  # False in validation: no label or caption dropout
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
-    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # shows a bar over a sampler's steps
+    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # around a sampler's steps, as many on every rank:
+    # shows a bar, and lets a signal end the validation
 
     def __init__(self, config: TrainerConfig, base: Section) -> None:
         self.config = config

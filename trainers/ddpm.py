@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
 from trainers.common.objective import DDPMObjective
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class DDPMConfig(TrainerConfig):
     """Options of the section `ddpm`."""
+
+    passive: ClassVar[tuple[str, ...]] = (*TrainerConfig.passive, "sampler", "ddpm_num_inference_steps")
 
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
     pretrained_model_name_or_path: str | None = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from trainers.base import Trainer
 from trainers.engine.config import RunConfig
 from trainers.engine.tracking import Tracking
@@ -49,8 +51,12 @@ def check_hub_login(push_to_hub: bool) -> None:
             raise ValueError("base.push_to_hub = true: nobody is logged in; run `hf auth login`, or set it to false")
 
 
-def publish(run: RunConfig, trainer: Trainer, tracking: Tracking, pipeline_files: list[str]) -> None:
-    """Writes the card, and uploads the finished pipeline where it is asked for; main process only."""
+def publish(
+    accelerator: Accelerator, run: RunConfig, trainer: Trainer, tracking: Tracking, pipeline_files: list[str]
+) -> None:
+    """Writes the card, and uploads the finished pipeline where it is asked for; only the main process does."""
+    if not accelerator.is_main_process:
+        return
     repository = create_repository(run, tracking.output_dir) if run.base.push_to_hub else None
     write_card(run, trainer, repository or tracking.output_dir, tracking)
     if repository:

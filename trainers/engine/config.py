@@ -67,6 +67,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, data_probl
     for name, option, reason in found:
         if f"{name}.{option}" not in wrong:
             problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")
+    problems += _unknown_changes(sections["base"].allow_changes, schemas)
     problems += resolve_launcher_values(sections["base"], os.environ)
     if problems:
         raise ConfigError(problems)
@@ -163,6 +164,14 @@ def _check_section(
         except ValueError as allowed:
             problems.append(f"{shown}: must be {allowed}")
     return checked, problems
+
+
+def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> Iterator[str]:
+    known = ["dataset", *(name for schema in schemas.values() for name in options(schema))]
+    for name in allowed:
+        section, _, option = name.rpartition(".")
+        if (option or name) not in known or (section and section not in schemas):
+            yield f"base.allow_changes: {name} is no option; did you mean {nearest(name, known)}?"
 
 
 def _place(key: str, section: str, known: dict, schemas: dict[str, type[Section]]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,25 +16,26 @@ from trainers.base import Trainer
 from trainers.engine.ema import EMA
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.feeding import validation_batches
-from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
 from trainers.engine.reporting import passing_bar
+from trainers.engine.stopping import Abandoned, Stopping
+from trainers.engine.tracking import VALIDATION_TIME, Tracking
 
 VISIBLE_SIZE = 64  # pixels; smaller pictures are enlarged in grids by a whole factor
 
 
 @contextmanager
-def evaluation_mode(trainer: Trainer) -> Iterator[None]:
+def evaluation_mode(trainer: Trainer, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[None]:
     """Networks in eval mode without gradients and `trainer.training` False inside; as they were after it."""
     modes = [(module, module.training) for network in trainer.modules.values() for module in network.modules()]
-    trainer.training = False
+    trainer.training, trainer.progress = False, progress
     try:
         for network in trainer.modules.values():
             network.eval()
         with torch.no_grad():
             yield
     finally:
-        trainer.training = True
+        trainer.training, trainer.progress = True, iter
         for module, mode in modes:
             module.training = mode
 
@@ -44,34 +46,47 @@ def validate(
     ema: EMA | None,
     stages: FrozenStages,
     validation_set: Any | None,
-    base: BaseConfig,
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Returns metrics by name ("valid/loss", with averaged weights "valid_ema/loss") and grids [C, H, W] by name.
+    stopping: Stopping,
+    tracking: Tracking,
+    steps_done: int,
+) -> None:
+    """Logs metrics ("valid/loss", with averaged weights "valid_ema/loss") and grids of pictures. Collective.
 
-    Left of a grid are the raw weights' pictures, right the averaged ones'. Collective.
+    Left of a grid are the raw weights' pictures, right the averaged ones'. Where the run is asked to stop, the
+    validation is abandoned and nothing of it is logged: a resumed run makes it up.
     """
     weights = {"valid": nullcontext()} | ({"valid_ema": ema.applied()} if ema is not None else {})
-    metrics, pictures = {}, []
-    with evaluation_mode(trainer):
-        for prefix, applied in weights.items():
-            with applied:
-                if validation_set is not None:
-                    found = validation_metrics(accelerator, trainer, stages, validation_set, base)
-                    metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
-                pictures.append(draw_samples(accelerator, trainer, validation_set, base.seed))
-    return metrics, {name: _side_by_side([images[name] for images in pictures]) for name in pictures[0]}
+    metrics, pictures, began = {}, [], time.perf_counter()
+    try:
+        with evaluation_mode(trainer, lambda steps: stopping.watch(passing_bar(accelerator, "sampling")(steps))):
+            for prefix, applied in weights.items():
+                with applied:
+                    if validation_set is not None:
+                        found = validation_metrics(accelerator, trainer, stages, validation_set, stopping)
+                        metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+                    pictures.append(draw_samples(accelerator, trainer, validation_set, trainer.base.seed))
+    except Abandoned:
+        accelerator.print(f"The validation at step {steps_done} is abandoned; a resumed run makes it up")
+        return
+    grids = {name: _side_by_side([images[name] for images in pictures]) for name in pictures[0]}
+    tracking.log_grids(grids, steps_done)
+    tracking.log(metrics | {VALIDATION_TIME: time.perf_counter() - began}, steps_done)
 
 
 def validation_metrics(
-    accelerator: Accelerator, trainer: Trainer, stages: FrozenStages, validation_set: Any, base: BaseConfig
+    accelerator: Accelerator,
+    trainer: Trainer,
+    stages: FrozenStages,
+    validation_set: Any,
+    stopping: Stopping,
 ) -> dict[str, float]:
     """Means over the validation set, with the same noise every time. Collective."""
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    share = validation_batches(validation_set, base, rank, world, accelerator.device)
-    for batch, weight in passing_bar(accelerator, "validating")(share):
-        rng = SlotRandom(base.seed, batch["slot"], "validation")
+    share = validation_batches(validation_set, trainer.base, rank, world, accelerator.device, stopping)
+    for batch, weight in stopping.watch(passing_bar(accelerator, "validating")(share)):
+        rng = SlotRandom(trainer.base.seed, batch["slot"], "validation")
         for name, values in trainer.validation_metrics(stages.encode(batch), rng).items():
             sums[name] = sums.get(name, 0) + weight * values.float().sum()
         count += weight * len(batch["slot"])

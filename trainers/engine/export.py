@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainers.base import Trainer
-from trainers.engine.checkpoint import full_tensor
 from trainers.engine.ema import EMA
 from trainers.engine.run_folder import publish_pipeline
+from trainers.engine.snapshot import full_tensor
 
 
 def export_pipeline(accelerator: Accelerator, trainer: Trainer, ema: EMA | None, output_dir: Path) -> list[str]:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from trainers.engine.options import BaseConfig
 
@@ -19,32 +25,47 @@ TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "both": ["tensor
 def start_accelerator(base: BaseConfig) -> Accelerator:
     """Joins the processes that the launcher started.
 
-    Raises ValueError where they are not connected, for an engine that is not supported, and where the device cannot run
-    the precision.
+    Raises ValueError where they are not connected, for an engine that is not supported, for a global batch size that
+    they do not divide, and where the device cannot run the precision.
     """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
     if base.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
     accelerator = Accelerator(
         # the plugin, because the number alone would give way to the environment
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=base.gradient_accumulation_steps),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps(base, launched)),
         mixed_precision=base.mixed_precision,
         log_with=TRACKERS[base.logger],
         project_config=ProjectConfiguration(
             project_dir=base.output_dir, logging_dir=os.path.join(base.output_dir, base.logging_dir)
         ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=base.collective_timeout))],
     )
     if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
             f"the launcher chose {accelerator.distributed_type.value}: not supported yet; launch with DDP "
             "(accelerate launch --multi_gpu)"
         )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
             f"WORLD_SIZE = {launched}: the launcher started these, {accelerator.num_processes} are connected, "
             "and each would write the same folder; on CPUs launch with ACCELERATE_USE_CPU=true torchrun"
         )
     return accelerator
+
+
+def accumulation_steps(base: BaseConfig, num_processes: int) -> int:
+    """Micro-batches per optimizer step, given or as `global_batch_size` asks; ValueError where it does not divide."""
+    if base.global_batch_size is None:
+        return base.gradient_accumulation_steps
+    at_once = base.train_batch_size * num_processes
+    steps, left = divmod(base.global_batch_size, at_once)
+    if left:
+        raise ValueError(
+            f"base.global_batch_size = {base.global_batch_size}: must be a multiple of {at_once} = "
+            f"{base.train_batch_size} (train_batch_size) x {num_processes} processes"
+        )
+    return steps
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -10,19 +10,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainers.base import Trainer
-from trainers.engine.checkpoint import NAME
 from trainers.engine.clock import Clock
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.feeding import first_batch
+from trainers.engine.manifest import NAME
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
-from trainers.engine.reporting import passing_bar
 
 
 def prepare_networks(
     accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer, base: BaseConfig
 ) -> Optimizer:
-    """Sets the trainer's `modules`, `unwrapped` and `progress`; returns the prepared optimizer.
+    """Sets the trainer's `modules` and `unwrapped`; returns the prepared optimizer.
 
     Raises ValueError for an option that a network does not support, and for a network named like a folder of the run.
     """
@@ -39,7 +38,6 @@ def prepare_networks(
     *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
     trainer.modules = dict(zip(networks, prepared, strict=True))
     trainer.unwrapped = networks
-    trainer.progress = passing_bar(accelerator, "sampling")
     if base.compile:
         for network in networks.values():
             network.compile()  # in place: a wrapper would change the names in checkpoints

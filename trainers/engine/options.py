@@ -24,7 +24,20 @@ class BaseConfig(Section):
         ("dataset_name", "train_data_dir", "dataset"),
         ("valid_epochs", "valid_steps"),
         ("save_model_epochs", "save_model_steps"),
+        ("gradient_accumulation_steps", "global_batch_size"),
     )
+    passive: ClassVar[tuple[str, ...]] = (
+        "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
+        "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs",
+        "save_model_steps", "push_to_hub", "hub_model_id", "valid_epochs", "valid_steps", "logging_dir", "logger",
+        "logging_steps", "tracker_project", "run_name", "cache_dir", "max_image_pixels", "image_cache_mb",
+        "dataloader_num_workers", "dataloader_timeout",
+        # on resume these are compared by what they come to: the global batch size, the learning rates that are left,
+        # the data set's fingerprint
+        "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
+        "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
+        "validation_split",
+    )  # fmt: skip
 
     # the run
     output_dir: str = "outputs/run"  # folder of the run: checkpoints, samples, logs and the finished pipeline
@@ -32,18 +45,21 @@ class BaseConfig(Section):
     resume_from_checkpoint: str | bool | None = (
         None  # latest (or true), a name such as checkpoint-500, a path; null: no
     )
-    allow_changes: list[str] = field(default_factory=list)  # changes to accept on resume; now: dataset
+    allow_changes: list[str] = field(default_factory=list)  # on resume: options, dataset or global_batch_size to accept
     seed: NonNegative = 0  # of weights, data order, noise and pictures
     num_epochs: Positive | None = None  # passes over the data; exactly one of it and max_train_steps
     max_train_steps: Positive | None = None  # optimizer steps; exactly one of it and num_epochs
     train_batch_size: Positive = 16  # examples per process and micro-batch
     gradient_accumulation_steps: Positive | None = None  # micro-batches per optimizer step; null: the launcher's, or 1
+    global_batch_size: Positive | None = None  # examples per optimizer step, instead of the accumulation; null: follows
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # of activations; null: the launcher's, or no
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     enable_xformers_memory_efficient_attention: bool = False  # needs the extra xformers and a CUDA device
     allow_tf32: bool = False  # faster float32 products with 10 bits of mantissa on Ampere and later GPUs
     deterministic: bool = False  # only deterministic kernels: bit-equal runs on a GPU, slower
     compile: bool = False  # torch.compile the networks in place
+    max_skipped_steps: Positive = 10  # stop after so many steps in a row whose loss or gradient was not finite
+    collective_timeout: PositiveFloat = 1800.0  # seconds that a process waits for the others before the run fails
 
     # checkpoints and the finished pipeline
     checkpointing_steps: Positive = 500  # write checkpoint-N every this many steps, and at the end
@@ -133,9 +149,6 @@ class BaseConfig(Section):
             yield "run_name", "has an effect with logger: wandb or both only"
         if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
             yield "enable_xformers_memory_efficient_attention", "needs xformers: pip install diffloop[xformers]"
-        unknown = set(self.allow_changes) - {"dataset"}
-        if unknown:
-            yield "allow_changes", f"{', '.join(sorted(unknown))} is not known; allowed: dataset"
 
 
 def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
@@ -152,8 +165,12 @@ def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) ->
     if steps not in ("1", str(base.gradient_accumulation_steps or steps)):
         variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
         yield _two_values("gradient_accumulation_steps", base.gradient_accumulation_steps, variable, steps)
+    elif steps != "1" and base.global_batch_size is not None:
+        launched = f"the launcher says ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {steps}"
+        yield f"base.global_batch_size = {base.global_batch_size}: {launched}; give one of them"
     base.mixed_precision = base.mixed_precision or precision
-    base.gradient_accumulation_steps = base.gradient_accumulation_steps or int(steps)
+    if base.global_batch_size is None:
+        base.gradient_accumulation_steps = base.gradient_accumulation_steps or int(steps)
 
 
 def _two_values(option: str, value: object, variable: str, launched: str) -> str:

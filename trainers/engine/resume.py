@@ -13,49 +13,36 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from trainers.engine.checkpoint import (
-    DIFFUSERS_WEIGHTS,
-    TRAINABLE_WEIGHTS,
-    list_checkpoints,
-    parameter_names,
-    sha256,
-    trained_state,
-)
+from trainers.engine.changes import harmless_changes, trajectory_changes
+from trainers.engine.checkpoint import FORMAT
+from trainers.engine.clock import Clock
+from trainers.engine.config import RunConfig
+from trainers.engine.divergence import Divergence
 from trainers.engine.ema import EMA
+from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
+from trainers.engine.metering import Meter
+from trainers.engine.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, parameter_names, trained_state
 
 
-class DamagedCheckpoint(ValueError):
-    """A checkpoint whose manifest is missing or disagrees with its files."""
-
-
-def set_aside_later(accelerator: Accelerator, output_dir: Path, steps_done: int) -> None:
+def set_aside_later(accelerator: Accelerator, output_dir: Path, resumed_from: Path, steps_done: int) -> None:
     """Renames checkpoints after the step from which a run goes on: `latest` must not return to the branch it left."""
-    later = [folder for step, folder in list_checkpoints(output_dir) if step > steps_done]
+    later = [
+        folder
+        for step, folder in list_checkpoints(output_dir)
+        if step >= steps_done and folder.resolve() != resumed_from.resolve()
+    ]
     if not (later and accelerator.is_main_process):
         return
     prefix, metrics = f"set-aside-{secrets.token_hex(2)}-", output_dir / "metrics.jsonl"
     for folder in later:
         aside = folder.with_name(prefix + folder.name)
-        print(f"WARNING: {folder} is later than step {steps_done}: renamed to {aside.name}", flush=True)
+        print(f"WARNING: {folder} is of another run from step {steps_done} on: renamed to {aside.name}", flush=True)
         folder.rename(aside)
     if metrics.exists():  # it is cut next
         shutil.copy(metrics, output_dir / (prefix + metrics.name))
-
-
-def verify(folder: Path) -> None:
-    """Raises DamagedCheckpoint where a file is missing, or differs from the manifest in size or content."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, (size, digest) in manifest.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
-                raise DamagedCheckpoint(f"{folder}: {name} is missing or not what was written")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from None
 
 
 def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | bool | None) -> Path | None:
@@ -95,6 +82,11 @@ def _find_latest(output_dir: Path) -> Path | None:
 
 def _find_named(output_dir: Path, name: str) -> Path:
     for folder in (output_dir / name, Path(name)):
+        inside = list_checkpoints(folder)
+        if inside and not (folder / "manifest.json").exists():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint = {name}: a folder of checkpoints; name one, such as {inside[0][1]}"
+            )
         if folder.is_dir():
             verify(folder)
             return folder
@@ -102,54 +94,83 @@ def _find_named(output_dir: Path, name: str) -> Path:
     raise FileNotFoundError(f"resume_from_checkpoint = {name}: no such folder; checkpoints in {output_dir}: {there}")
 
 
-def read_state(folder: Path | None, train_set: Any, allow_changes: list[str]) -> dict[str, Any]:
-    """The saved state, or that of a run at step 0.
+def read_state(
+    accelerator: Accelerator, folder: Path | None, run: RunConfig, clock: Clock, train_set: Any
+) -> tuple[dict[str, Any], Clock]:
+    """The saved state and the clock that goes on from it; no state and the clock as it is for a run from step 0.
 
-    Raises ValueError where the data set is not the one that the checkpoint was trained on.
+    Raises ValueError that lists every change which alters the training and is not in `base.allow_changes`.
     """
     if folder is None:
-        return {"step": 0, "slot": 0, "meter": {}, "scaler": None}
+        return {}, clock
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    before, now = (state["num_examples"], state["fingerprint"]), (len(train_set), train_set.fingerprint)
-    if before != now and "dataset" not in allow_changes:
+    if state.get("format") != FORMAT:
         raise ValueError(
-            f"{folder}: the data set changed from {before[0]} examples ({before[1]}) to {now[0]} ({now[1]}); "
-            "give the old one, or accept it with base.allow_changes=[dataset]"
+            f"{folder}: written by another version of diffloop (format {state.get('format')}, not {FORMAT})"
         )
-    return state
+    clock = clock.resumed_at(state["step"], state["slot"])
+    changes = trajectory_changes(state, run, clock, train_set)
+    refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
+    if refused:
+        names = ",".join(dict.fromkeys([*run.base.allow_changes, *(change.names[0] for change in refused)]))
+        raise ValueError(
+            f"{folder}: the training would go on differently; undo these changes, or accept them with "
+            f"base.allow_changes=[{names}]:\n" + "\n".join(f"  {change.text}" for change in refused)
+        )
+    for text in [*harmless_changes(state, run), *(f"{change.text} (allowed)" for change in changes)]:
+        accelerator.print(f"Changed since the checkpoint: {text}")
+    return state, clock
 
 
 def load(
-    folder: Path, networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer, scaler: GradScaler | None
+    accelerator: Accelerator,
+    folder: Path,
+    state: dict[str, Any],
+    networks: dict[str, nn.Module],
+    ema: EMA | None,
+    optimizer: Optimizer,
+    meter: Meter,
+    divergence: Divergence,
 ) -> None:
-    """Loads weights, averages and optimizer state; reads and compares everything before it changes anything.
+    """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
 
     Raises ValueError where the checkpoint holds other networks or other shapes than the run.
     """
-    weights = {name: _read_weights(folder / name) for name in networks}
-    averages = {}
-    for name, network in networks.items():
-        _compare(folder / name, weights[name], trained_state(network))
+    weights, averages = read_weights(folder, networks), {}
+    for name in networks:
         if ema is not None:
             if not (folder / f"{name}_ema").is_dir():
                 raise ValueError(
                     f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
                 )
-            averages |= {f"{name}.{key}": tensor for key, tensor in _read_weights(folder / f"{name}_ema").items()}
-    state = _named_optimizer_state(folder, networks, optimizer)
-    for name, network in networks.items():
-        with torch.no_grad():
-            for key, tensor in trained_state(network).items():
-                tensor.copy_(_like(weights[name][key], tensor))
+            averages |= {f"{name}.{key}": tensor for key, tensor in _read(folder / f"{name}_ema").items()}
+    moments = _named_optimizer_state(folder, networks, optimizer)
+    put_weights(weights, networks)
     if ema is not None:
         ema.load({name: _like(averages[name], average) for name, average in ema.averages.items()})
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    scale = json.loads((folder / "state.json").read_text(encoding="utf-8"))["scaler"]
-    if scaler is not None and scale:
-        scaler.load_state_dict(scale)
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    if accelerator.scaler is not None and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    meter.load(state["meter"])
+    divergence.load(state["divergence"])
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """The trained weights and buffers of a checkpoint by network; ValueError where they do not fit these networks."""
+    weights = {name: _read(folder / name) for name in networks}
+    for name, network in networks.items():
+        _compare(folder / name, weights[name], trained_state(network))
+    return weights
+
+
+@torch.no_grad()
+def put_weights(weights: dict[str, dict[str, Tensor]], networks: dict[str, nn.Module]) -> None:
+    for name, network in networks.items():
+        for key, tensor in trained_state(network).items():
+            tensor.copy_(_like(weights[name][key], tensor))
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
     for name in (DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS):
         if (folder / name).is_file():
             return load_file(folder / name)

@@ -3,47 +3,76 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 
+from trainers.engine.lock import take
 from trainers.engine.options import BaseConfig
 
 RUN_FILES = ("metrics.jsonl", "config.yaml", "model_index.json", "README.md")
+LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
 
 
-def open_run_folder(accelerator: Accelerator, output_dir: Path, base: BaseConfig) -> None:
-    """Makes the folder and probes that it can be written.
+@contextmanager
+def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[None]:
+    """Makes the folder, probes on every rank that it can be written, and holds its lock inside.
 
-    Raises OSError where it cannot, ValueError where it holds a run and none is to be resumed; on every rank.
+    Raises OSError where it cannot be written, ValueError where another run uses it, or where it holds a run and none
+    is to be resumed; the same on every rank.
     """
-    error: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        error = [_open(output_dir, base.resume_from_checkpoint, base.logging_dir)]
-    [found] = broadcast_object_list(error)
-    if found is not None:
-        raise found
+    output_dir, lock = Path(base.output_dir), None
+    errors = [_probe(output_dir)]
+    if accelerator.is_main_process and errors == [None]:
+        try:
+            lock = take(output_dir)
+            _sweep(output_dir)
+            _refuse_another_run(output_dir, base)
+        except (OSError, ValueError) as error:
+            errors = [error]
+    try:
+        for error in gather_object(errors):
+            if error is not None:
+                raise error
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
-def _open(output_dir: Path, resume: str | bool | None, logging_dir: str) -> Exception | None:
+def _probe(output_dir: Path) -> OSError | None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / f".probe-{os.getpid()}"
+        probe = output_dir / f".probe-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         return OSError(f"base.output_dir = {output_dir}: cannot be written ({error}); choose another folder")
+    return None
+
+
+def _sweep(output_dir: Path) -> None:
+    """Removes what a run left behind that died while it wrote; the lock says that it is dead."""
+    for path in sorted(output_dir.iterdir()):
+        if LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            print(f"Removing {path.name}, which a run left behind that did not end well", flush=True)
+            shutil.rmtree(path)
+
+
+def _refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
     held = sorted(path.name for path in output_dir.iterdir() if path.is_dir() or path.name in RUN_FILES)
-    held = [] if held == [logging_dir] else held  # all that a start that failed leaves behind
-    if held and not resume:
-        return ValueError(
+    held = [] if held == [base.logging_dir] else held  # all that a start that failed leaves behind
+    if held and not base.resume_from_checkpoint:
+        raise ValueError(
             f"base.output_dir = {output_dir}: holds a run or other folders already ({', '.join(held[:5])}); continue "
             "with base.resume_from_checkpoint=latest, choose another base.output_dir, or remove the folder"
         )
-    return None
 
 
 def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
@@ -65,8 +94,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def cut_metrics(path: Path, steps_done: int) -> None:
-    """Drops the lines of metrics.jsonl after a step: a resumed run writes them again."""
+def cut_lines(path: Path, steps_done: int) -> None:
+    """Drops the lines of a JSON-lines file after a step: a resumed run writes them again."""
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= steps_done]

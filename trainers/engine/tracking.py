@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from trainers.engine.config import RunConfig
-from trainers.engine.run_folder import cut_metrics
+from trainers.engine.run_folder import cut_lines
+
+VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
 
 
 class Tracking:
@@ -25,11 +28,13 @@ class Tracking:
         self.output_dir = output_dir
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
+        self.validated_at = 0  # the step of the newest validation
         if accelerator.is_main_process:
-            cut_metrics(self.metrics_file, start_step)
+            cut_lines(self.metrics_file, start_step)
             if start_step:
                 self._remember()
             (output_dir / run.base.logging_dir).mkdir(parents=True, exist_ok=True)
+        [self.validated_at] = broadcast_object_list([self.validated_at])
         self._start_trackers(run, start_step)
         if accelerator.is_main_process:
             (output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
@@ -37,8 +42,10 @@ class Tracking:
     def _remember(self) -> None:
         """Takes up what an interrupted run logged."""
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-        for line in lines:
-            self.latest |= {k: math.nan if v is None else v for k, v in json.loads(line).items() if k != "step"}
+        for line in map(json.loads, lines):
+            self.latest |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
+            if VALIDATION_TIME in line:
+                self.validated_at = line["step"]
         newest: dict[str, Path] = {}
         for path in sorted((self.output_dir / "samples").glob("*-step-*.png")):
             newest[path.name.rpartition("-step-")[0]] = path

@@ -1,0 +1,92 @@
+"""What differs between the configuration of a checkpoint and that of the run which goes on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from trainers.engine.clock import Clock
+from trainers.engine.config import RunConfig
+from trainers.engine.optimization import schedule
+
+OWN_TO_A_RUN = {"base.output_dir", "base.resume_from_checkpoint", "base.allow_changes"}
+COMPARED_RATES = 1000  # steps at which two schedules are compared
+
+
+class Change(NamedTuple):
+    """One difference; `names` are what `base.allow_changes` calls it."""
+
+    names: tuple[str, ...]
+    text: str
+
+
+def trajectory_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: Any) -> list[Change]:
+    """Everything that makes the rest of the run another one than the uninterrupted run would have been."""
+    found = [
+        Change((key.partition(".")[2], key), f"{key}: {show(before)} -> {show(now)}")
+        for key, before, now in option_changes(state["config"], run)
+        if key.partition(".")[2] not in _passive(run, key)
+    ]
+    if state["global_batch_size"] != clock.global_batch_size:
+        text = f"global batch size: {state['global_batch_size']} -> {clock.global_batch_size}"
+        found.append(Change(("global_batch_size",), text))
+    before, now = (state["num_examples"], state["fingerprint"]), (len(train_set), train_set.fingerprint)
+    if before != now:
+        found.append(
+            Change(("dataset",), f"data set: {before[0]} examples ({before[1]}) -> {now[0]} examples ({now[1]})")
+        )
+    return found + list(_length_change(state, run, clock))
+
+
+def harmless_changes(state: dict[str, Any], run: RunConfig) -> list[str]:
+    """Options with another value that do not touch what is trained."""
+    return [
+        f"{key}: {show(before)} -> {show(now)}"
+        for key, before, now in option_changes(state["config"], run)
+        if key.partition(".")[2] in _passive(run, key) and key not in OWN_TO_A_RUN
+    ]
+
+
+def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value in the checkpoint, value now); an option that the checkpoint does not know had its default."""
+    for section, schema in (("base", run.base), (run.task, run.config)):
+        defaults = json.loads(json.dumps(dataclasses.asdict(type(schema)())))
+        before = defaults | saved.get(section, {})
+        for option, now in json.loads(json.dumps(dataclasses.asdict(schema))).items():
+            if before[option] != now:
+                yield f"{section}.{option}", before[option], now
+    for section in saved:
+        if section not in ("base", run.task):
+            yield "base.task", section, run.task
+
+
+def _passive(run: RunConfig, key: str) -> tuple[str, ...]:
+    return (run.base if key.startswith("base.") else run.config).passive
+
+
+def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Iterator[Change]:
+    """Another number of steps matters only where the learning rate depends on it."""
+    before, now, done = state["total_steps"], clock.total_steps, clock.origin_step
+    old, new = schedule(run.config, before), schedule(run.config, now)
+    steps = range(done, max(before, now) + 1, max(1, (max(before, now) - done) // COMPARED_RATES))
+    if before != now and any(old(step) != new(step) for step in steps):
+        option = "num_epochs" if run.base.num_epochs else "max_train_steps"
+        rates = [_rate(state["config"].get(run.task, {}), run, before, done), _rate({}, run, now, done)]
+        text = f"steps: {before} -> {now}; the learning rate of the next step would have been {rates[0]}, and is now "
+        yield Change((option, f"base.{option}"), text + rates[1])
+
+
+def _rate(options: dict[str, Any], run: RunConfig, total_steps: int, step: int) -> str:
+    """The learning rate of a step where these options replace those of the run."""
+    known = {name: value for name, value in options.items() if hasattr(run.config, name)}
+    config = dataclasses.replace(run.config, **known)
+    factor = schedule(config, total_steps)(step)
+    if isinstance(config.learning_rate, dict):
+        return ", ".join(f"{rate * factor:.4g} ({name})" for name, rate in config.learning_rate.items())
+    return f"{config.learning_rate * factor:.4g}"
+
+
+def show(value: Any) -> str:
+    return json.dumps(value)

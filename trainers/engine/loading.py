@@ -1,0 +1,129 @@
+"""Examples read ahead by worker processes, and what happens when one of these dies."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from trainers.engine.messages import is_message
+from trainers.engine.options import BaseConfig
+from trainers.engine.randomness import example_generator
+from trainers.engine.stopping import EXIT_CODES, FAULT, Stopping
+
+Batch = dict[str, Any]
+Keys = list[tuple[int, int]]  # (slot, index) of the examples of a batch
+CHECK_SECONDS = 2.0  # how often a wait for workers looks whether they live
+END, DEAD = object(), object()  # instead of a batch
+
+
+class SlotExamples(Dataset):
+    """Examples by (slot, index), each augmented from a generator of its own; none where `augment` is false.
+
+    Our own messages about the data are returned: torch would wrap a worker's exception in its traceback.
+    """
+
+    def __init__(self, examples: Any, seed: int, augment: bool) -> None:
+        self.examples = examples
+        self.seed = seed
+        self.augment = augment and getattr(examples, "random", True)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | Exception:
+        slot, index = key
+        generator = example_generator(self.seed, slot) if self.augment else None
+        try:
+            return {**self.examples.get(index, generator), "slot": slot}
+        except (ValueError, OSError) as error:
+            if is_message(error):
+                return error
+            raise
+
+
+def collate(examples: list[Batch | Exception]) -> Batch | Exception:
+    """Stacks examples to a batch, or passes the first error on."""
+    return next((example for example in examples if isinstance(example, Exception)), None) or default_collate(examples)
+
+
+def load_ahead(
+    dataset: SlotExamples, batches: Iterable[Keys], base: BaseConfig, device: torch.device, stopping: Stopping
+) -> Iterator[Batch | Exception]:
+    """Yields the batches of these keys, read in `dataloader_num_workers` processes, which end with the generator.
+
+    Where a worker dies, this process reads the batch itself and asks all ranks to stop after the step.
+    """
+    if base.dataloader_num_workers == 0:
+        yield from _read_here(dataset, batches)
+        return
+    others = set(multiprocessing.active_children())
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=base.dataloader_num_workers,
+        timeout=min(CHECK_SECONDS, base.dataloader_timeout),
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else iter() draws from the main generator
+        worker_init_fn=_ignore_signals,
+    )
+    loaded = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) != before:
+        signal.signal(signal.SIGCHLD, before)  # torch's handler would raise in the middle of a step
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        for number in itertools.count():
+            batch = _next_of(loaded, workers, base.dataloader_timeout)
+            if batch is END:
+                return
+            if batch is DEAD:
+                stopping.ask(FAULT, _death_of(workers))
+                yield from _read_here(dataset, itertools.islice(batches, number, None))
+                return
+            yield batch
+    finally:
+        del loaded  # ends the workers that listen
+        for worker in workers:  # one that hangs ignores TERM, and Python would wait for it at exit
+            worker.kill()
+
+
+def _read_here(dataset: SlotExamples, batches: Iterable[Keys]) -> Iterator[Batch | Exception]:
+    for keys in batches:
+        yield collate([dataset[key] for key in keys])
+
+
+def _next_of(loaded: Iterator, workers: set, timeout_seconds: float) -> Batch | Exception | object:
+    """The next batch, END after the last one, DEAD where a worker is; OSError where nothing came for too long."""
+    began = time.monotonic()
+    while time.monotonic() - began < timeout_seconds:
+        try:
+            return next(loaded, END)
+        except RuntimeError as error:
+            if not all(worker.is_alive() for worker in workers):
+                return DEAD
+            if "timed out" not in str(error):
+                raise
+    raise OSError(
+        f"no batch came from the {len(workers)} data workers in base.dataloader_timeout = {timeout_seconds:g} seconds; "
+        "look at the disk that holds the data, or raise it"
+    )
+
+
+def _death_of(workers: set) -> str:
+    dead = [f"pid {worker.pid} with exit code {worker.exitcode}" for worker in workers if not worker.is_alive()]
+    return (
+        f"a data worker of process {os.environ.get('RANK', 0)} died ({', '.join(dead)}); -9 is usually a lack of "
+        "memory: lower base.dataloader_num_workers or base.image_cache_mb"
+    )
+
+
+def _ignore_signals(worker_id: int) -> None:
+    """What asks a run to stop reaches every process of a terminal or a job; the main process decides what happens."""
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,38 @@
+"""One run at a time in a folder: a lock that the kernel takes back when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+NAME = ".lock"
+
+
+def take(output_dir: Path) -> TextIO:
+    """Locks the folder until the returned file is closed or this process ends.
+
+    A POSIX lock: data workers that this process forks do not inherit it, so they cannot keep a dead run's folder
+    locked. Raises ValueError with the holder's pid and host where another run has the folder.
+    """
+    file = (output_dir / NAME).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"WARNING: {output_dir} cannot be locked ({error}); see to it that only one run uses it", flush=True)
+            return file
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"base.output_dir = {output_dir}: in use by {holder}; wait for that run, stop it with kill -TERM, or "
+            "choose another base.output_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

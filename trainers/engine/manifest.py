@@ -1,0 +1,51 @@
+"""What makes a folder a checkpoint: its name, and a manifest of every file with its size and SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+NAME = re.compile(r"checkpoint-([1-9]\d*)")
+PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".joblib"}  # may run code when loaded
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was written: its manifest is missing or disagrees with its files."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Raises DamagedCheckpoint where a file differs from the manifest, is missing, or could run code when loaded."""
+    pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
+    if pickles:
+        raise DamagedCheckpoint(f"{folder} holds {pickles[0]}, a kind of file that can run code; diffloop writes none")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, (size, digest) in manifest.items():
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise DamagedCheckpoint(f"{folder}: its manifest names {name}, which is outside of it")
+            if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
+                raise DamagedCheckpoint(f"{folder}: {name} is missing or not what was written")
+        if "state.json" not in manifest:
+            raise DamagedCheckpoint(f"{folder}: its manifest does not name state.json")
+    except DamagedCheckpoint:
+        raise
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from None
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is called checkpoint-N, newest first; symbolic links do not count."""
+    if not output_dir.is_dir():
+        return []
+    found = [
+        (NAME.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

@@ -1,0 +1,86 @@
+"""A collective copy of everything that is trained, on the CPU and by name: what a checkpoint is written from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from trainers.engine.ema import EMA
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRAINABLE_WEIGHTS = "trainable.safetensors"
+
+
+@dataclass
+class Snapshot:
+    """Everything trained at one step, on the CPU: files of tensors and files of text by path within the checkpoint."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    texts: dict[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [tensor for values in self.tensors.values() for tensor in values.values()]
+        return sum(tensor.nbytes for tensor in tensors) + sum(len(text.encode()) for text in self.texts.values())
+
+
+def snapshot(
+    networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer, state: dict[str, Any], wanted: bool
+) -> Snapshot:
+    """Copies weights, averages and optimizer state to the CPU by name. Collective: every rank must call it.
+
+    Where it is not `wanted`, on all ranks but the one that writes, shards are sent and nothing is kept.
+    """
+    step, tensors, texts = state["step"], {}, {"state.json": json.dumps(state, indent=1)}
+    for name, network in networks.items():
+        weights = {key: full_tensor(tensor, wanted) for key, tensor in trained_state(network).items()}
+        sets = {name: (weights, {})}
+        if ema is not None:
+            averages = {key: full_tensor(tensor, wanted) for key, tensor in ema.averages_of(name).items()}
+            sets[f"{name}_ema"] = (weights | averages, ema.settings(step))
+        for folder, (values, settings) in sets.items():
+            if _in_diffusers_format(network):
+                tensors[f"{folder}/{DIFFUSERS_WEIGHTS}"] = values
+                texts[f"{folder}/config.json"] = json.dumps(json.loads(network.to_json_string()) | settings, indent=2)
+            else:
+                tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
+    tensors["optimizer.safetensors"] = _optimizer_tensors(networks, optimizer, wanted)
+    return Snapshot(step, tensors, texts)
+
+
+def trained_state(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights and buffers by name, without what is frozen."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+def _in_diffusers_format(network: nn.Module) -> bool:
+    from diffusers import ModelMixin
+
+    return isinstance(network, ModelMixin) and all(p.requires_grad for p in network.parameters())
+
+
+def full_tensor(tensor: Tensor, wanted: bool) -> Tensor:
+    """A CPU copy that shares no memory, or an empty tensor where it is not wanted; every rank gathers shards."""
+    whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return whole.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
+
+
+def parameter_names(networks: dict[str, nn.Module]) -> dict[int, str]:
+    return {id(p): f"{name}.{key}" for name, network in networks.items() for key, p in network.named_parameters()}
+
+
+def _optimizer_tensors(networks: dict[str, nn.Module], optimizer: Optimizer, wanted: bool) -> dict[str, Tensor]:
+    names = parameter_names(networks)
+    return {
+        f"{names[id(parameter)]}.{key}": full_tensor(torch.as_tensor(value), wanted)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }

@@ -1,0 +1,149 @@
+"""Ending a run early: a signal or a fault that one rank found, agreed on, so that all stop after the same step."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from trainers.engine.messages import Interrupted
+from trainers.engine.options import BaseConfig
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
+FAULT, DIVERGED = 100, 101  # reasons beside signals, and above all of their numbers: the ranks take the largest
+LAST_SIGNAL = 3  # the first ones ask, this one takes its default action
+
+
+class Abandoned(BaseException):
+    """A validation is left unfinished, by all ranks at the same place."""
+
+
+class Stopping:
+    """Signals and faults as requests to stop, which the loop asks about once a step.
+
+    Before the steps and after them a signal ends the run at once. On several processes a request is agreed over a
+    group of its own on the CPU, so no step waits for a device; the answer is one call old.
+    """
+
+    def __init__(self, accelerator: Accelerator, base: BaseConfig) -> None:
+        self.main = accelerator.is_main_process
+        self.timeout = base.collective_timeout
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+        self.work: dist.Work | None = None
+        self.flag = torch.zeros((), dtype=torch.int64)
+        self.asked, self.text = 0, ""  # what this rank wants
+        self.reason = 0  # what all ranks agreed on
+        self.received = 0
+        self.waits = False  # whether signals wait for the end of a step
+        self.launcher = launcher_pid()
+
+    def __enter__(self) -> Stopping:
+        self.handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+            self.handlers = {number: signal.signal(number, self._receive) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received += 1
+        if self.received >= LAST_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        name = signal.Signals(number).name
+        if not self.waits:
+            raise Interrupted(f"ended by {name} outside of the steps", EXIT_CODES[number])
+        self.ask(number)
+        if self.main:  # not print(): a handler may run within another print
+            os.write(sys.__stderr__.fileno(), f"\n{name}: finishing the step, then saving\n".encode())
+
+    def ask(self, reason: int, text: str = "") -> None:
+        """Asks all ranks to stop: for a signal's number, FAULT (after a save) or DIVERGED (without one)."""
+        if reason > self.asked:
+            self.asked, self.text = reason, text
+
+    def agreed(self) -> bool:
+        """Whether the run is to stop; the same on every rank. Collective."""
+        if self.launcher and os.getppid() != self.launcher:  # it died, and nobody else would tell
+            self.ask(signal.SIGTERM)
+        if self.group is None:
+            self.reason = self.asked
+        else:
+            faulthandler.dump_traceback_later(0.9 * self.timeout, file=sys.__stderr__)  # where a rank hangs
+            self._await()
+            self.flag = torch.tensor(self.asked)
+            self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        return self.reason > 0
+
+    def _await(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.reason = max(self.reason, int(self.flag))
+
+    def steps(self, first: int, last: int) -> Iterator[int]:
+        """The steps from first to last - 1, during which signals wait; ends early where a stop was agreed.
+
+        Raises ValueError on every rank where the run diverged.
+        """
+        self.waits = True
+        for step in range(first, last):
+            yield step
+            if self.agreed():
+                break
+        if self.reason == DIVERGED:
+            raise ValueError(self._text_of_all())
+
+    def watch(self, items: Iterable) -> Iterator:
+        """The items of a long loop within a step, as many on every rank; raises Abandoned where a stop was agreed."""
+        for item in items:
+            yield item
+            if self.agreed():
+                raise Abandoned
+
+    def finish(self, steps_done: int, save: Callable[[int], None]) -> None:
+        """After the last step; where the run ends early it is saved, and Interrupted or OSError raised. Collective."""
+        if self.group is not None:
+            self._await()
+        if self.reason:
+            save(steps_done)
+        self.waits = False
+        way_on = f"checkpoint-{steps_done} is written; continue with base.resume_from_checkpoint=latest"
+        if self.reason == FAULT:
+            raise OSError(f"{self._text_of_all()}; {way_on}")
+        if self.reason:
+            name = signal.Signals(self.reason).name
+            raise Interrupted(f"ended by {name} after step {steps_done}; {way_on}", EXIT_CODES[self.reason])
+        faulthandler.cancel_dump_traceback_later()
+
+    def _text_of_all(self) -> str:
+        texts = [self.text]
+        if self.group is not None:
+            texts = [""] * dist.get_world_size(self.group)
+            dist.all_gather_object(texts, self.text, self.group)
+        return next(text for text in texts if text)
+
+
+def launcher_pid() -> int | None:
+    """The parent's pid where it is accelerate or torchrun; a shell may end before a run that it started."""
+    parent = os.getppid()
+    try:
+        arguments = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:4]
+    except OSError:  # another user's process, or a system without /proc
+        return None
+    known = ("accelerate", "torchrun", "torch.distributed")
+    return parent if any(Path(os.fsdecode(argument)).name.startswith(known) for argument in arguments) else None
