@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,12 +93,41 @@ def launch(*arguments, processes=1, env=None, timeout=300):
     )
 
 
+def start(*arguments, processes=1, launcher=None, faults=None, log=None):
+    """The Popen of train.py with faults (tests/faulty.py), its output in `log`; `launcher` goes in front of the script."""
+    launchers = {1: [sys.executable]}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*(launcher or launchers.get(processes, torchrun)), "tests/faulty.py", json.dumps(faults or {})]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with open(log or os.devnull, "w") as output:
+        return subprocess.Popen(
+            [*command, *map(str, arguments)], env={**os.environ, **settings}, cwd=ROOT, stdout=output, stderr=output
+        )
+
+
+def wait_for(condition, process=None, seconds=90):
+    """What `condition()` returns when it is true; fails where the process ends before, or after some time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        assert process is None or process.poll() is None, "the process has ended"
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
 def read_metrics(folder, *, prefix=None):
     """The lines of metrics.jsonl; with a prefix only those that have such a key."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if prefix is None or any(key.startswith(prefix) for key in line)]
 
 
-def losses(folder):
-    """{step: loss as float.hex()} of a run."""
+def losses(folder, torn=False):
+    """{step: loss as float.hex()} of a run; with `torn` also of one that was killed, or has not begun to log."""
+    path = Path(folder) / "metrics.jsonl"
+    if torn and path.exists():
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if line.endswith("\n")))
+    if torn and not path.exists():
+        return {}
     return {line["step"]: line["loss"].hex() for line in read_metrics(folder) if "loss" in line}

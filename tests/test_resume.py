@@ -125,7 +125,9 @@ def test_longer_and_with_another_global_batch(tiny_config):
         "base.allow_changes": ["global_batch_size"],
     }
     train(load_config(tiny_config(**options)))
-    assert [line["epoch"] for line in read_metrics(folder, prefix="loss")] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
+    assert [line["epoch"] for line in read_metrics(folder, prefix="loss")] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+    )
     assert json.loads((folder / "checkpoint-8" / "state.json").read_text())["slot"] == 40
 
 

@@ -88,7 +88,7 @@ class Divergence:
             file.write(json.dumps(line) + "\n")
 
     def _stop_if_hopeless(self, step: int) -> None:
-        limit = self.base.max_skipped_steps
+        limit = min(self.base.max_skipped_steps, self.clock.total_steps)  # a short run whose steps all fail has failed
         if self.skipped_in_a_row >= limit:
             what = f"the loss or a gradient was not finite in {self.skipped_in_a_row} steps in a row"
         elif self.overflows_in_a_row >= limit + SCALE_HALVINGS:
@@ -97,10 +97,9 @@ class Divergence:
             return
         self.stopping.ask(
             DIVERGED,
-            f"{what}, up to step {step + 1} (base.max_skipped_steps = {limit}); the weights did not move in them and "
-            f"no checkpoint was written. Look at the batch with `python scripts/replay.py {self.base.output_dir} "
-            f"{step + 1}`; {self.file} lists them all. Usual causes: a learning rate that is too high, broken data, "
-            "fp16 (try bf16)",
+            f"{what}, up to step {step + 1} (base.max_skipped_steps = {self.base.max_skipped_steps}); the weights did "
+            f"not move in them. Look at the batch with `python scripts/replay.py {self.base.output_dir} {step + 1}`; "
+            f"{self.file} lists them all. Usual causes: a learning rate that is too high, broken data, fp16 (try bf16)",
         )
 
     def state(self) -> dict[str, int]:

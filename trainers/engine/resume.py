@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -173,8 +174,17 @@ def put_weights(weights: dict[str, dict[str, Tensor]], networks: dict[str, nn.Mo
 def _read(folder: Path) -> dict[str, Tensor]:
     for name in (DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS):
         if (folder / name).is_file():
-            return load_file(folder / name)
+            return _tensors(folder / name)
     raise ValueError(f"{folder} holds no weights; the checkpoint is of a run with other networks")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file ({error}); the checkpoint was not written by diffloop"
+        ) from None
 
 
 def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -194,7 +204,7 @@ def _like(saved: Tensor, own: Tensor) -> Tensor:
 def _named_optimizer_state(folder: Path, networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[int, dict]:
     """The saved state by the number that torch gives a parameter: its place in the groups."""
     saved: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+    for name, tensor in _tensors(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition(".")
         saved.setdefault(parameter, {})[key] = tensor
     names = parameter_names(networks)

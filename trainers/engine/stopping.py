@@ -38,6 +38,8 @@ class Stopping:
     def __init__(self, accelerator: Accelerator, base: BaseConfig) -> None:
         self.main = accelerator.is_main_process
         self.timeout = base.collective_timeout
+        place = accelerator.process_index / accelerator.num_processes
+        self.dump_after = (0.9 + 0.08 * place) * self.timeout  # one after the other, or the dumps would mix
         self.group = None
         if accelerator.num_processes > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
@@ -84,7 +86,7 @@ class Stopping:
         if self.group is None:
             self.reason = self.asked
         else:
-            faulthandler.dump_traceback_later(0.9 * self.timeout, file=sys.__stderr__)  # where a rank hangs
+            faulthandler.dump_traceback_later(self.dump_after, file=sys.__stderr__)  # where a rank hangs
             self._await()
             self.flag = torch.tensor(self.asked)
             self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)

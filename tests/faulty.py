@@ -1,0 +1,130 @@
+"""train.py with faults on purpose: `python tests/faulty.py '{"fault": argument, ...}' CONFIG [overrides]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+RANK = int(os.environ.get("RANK", 0))
+WRITERS = ("checkpoint.py", "manifest.py", "run_folder.py", "tracking.py", "export.py", "resume.py", "lock.py")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow_steps(seconds):
+    from trainers.engine import optimization
+
+    original = optimization.optimizer_step
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        return original(*arguments)
+
+    optimization.optimizer_step = slow
+
+
+def slow_write(seconds):
+    from trainers.engine import checkpoint
+
+    original = checkpoint.write
+
+    def slow(taken, folder):
+        folder.mkdir()
+        time.sleep(seconds)
+        original(taken, folder)
+
+    checkpoint.write = slow
+
+
+def kill_in_save(step_and_rank):
+    """The rank is killed a while after all ranks entered the save of this step."""
+    from trainers.engine import checkpoint
+
+    step, rank = step_and_rank
+    original = checkpoint.save
+
+    def killing(*arguments):
+        if arguments[-1] == step and rank == RANK:
+            threading.Timer(1.0, die).start()
+        original(*arguments)
+
+    checkpoint.save = killing
+
+
+def kill_at_line(number):
+    """Killed before the n-th line that runs in the modules which write files; 0 prints how many there are."""
+    seen = [0]
+
+    def trace(frame, event, argument):
+        if event == "call" and not frame.f_code.co_filename.endswith(WRITERS):
+            return None
+        if event == "line":
+            seen[0] += 1
+            if seen[0] == number:
+                die()
+        return trace
+
+    sys.settrace(trace)
+    return lambda: print(f"{seen[0]} lines")
+
+
+def kill_workers_at(step):
+    """All data workers are killed after this many optimizer steps, as by a lack of memory."""
+    import multiprocessing
+
+    from trainers.engine import optimization
+
+    original, done = optimization.optimizer_step, [0]
+
+    def killing(*arguments):
+        done[0] += 1
+        if done[0] == step and RANK == 0:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return original(*arguments)
+
+    optimization.optimizer_step = killing
+
+
+def hang_at(step_and_rank):
+    """The rank stops for good in this step."""
+    from trainers.engine import optimization
+
+    (step, rank), original, done = step_and_rank, optimization.optimizer_step, [0]
+
+    def hanging(*arguments):
+        done[0] += 1
+        if done[0] == step and rank == RANK:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun needs no half minute to kill it
+            time.sleep(3600)
+        return original(*arguments)
+
+    optimization.optimizer_step = hanging
+
+
+def run(faults, arguments):
+    """The exit code of train.py with these faults, in this process."""
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+    reports = [globals()[name](argument) for name, argument in faults.items()]
+    code = train.main(arguments)
+    sys.settrace(None)
+    for report in filter(None, reports):
+        report()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run(json.loads(sys.argv[1]), sys.argv[2:]))
