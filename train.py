@@ -65,7 +65,7 @@ def train(run: RunConfig) -> Path:
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
             resume.load(accelerator, resume_from, saved, networks, ema, optimizer, meter, divergence)
-            resume.set_aside_later(accelerator, output_dir, resume_from, clock.origin_step)
+            resume.set_aside_later(accelerator, base, resume_from, clock.origin_step)
         watches = Watches(accelerator, optimizer, clock, rate_factor)
         datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
 
@@ -148,7 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(error, 1)
     except Interrupted as interruption:
-        return _fail(interruption, interruption.code)
+        if interruption.text:
+            print(f"\n{interruption}", file=sys.stderr, flush=True)
+        return interruption.code
     except KeyboardInterrupt:
         return _fail("interrupted before the first step", 130)
     return 0

@@ -1,4 +1,4 @@
-"""Speed, measured in one process with both sides interleaved: scripts/bench.py loop|data. Prints JSON."""
+"""Speed, measured in one process, comparisons interleaved: scripts/bench.py loop|data|checkpoint. Prints JSON."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
 
 import datasets_lib
 from train import train
+from trainers.engine import checkpoint, optimization
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig, load_config
 from trainers.engine.feeding import training_batches
+from trainers.engine.manifest import list_checkpoints
 from trainers.engine.options import BaseConfig
 from trainers.engine.stopping import Stopping
 
@@ -60,8 +63,7 @@ def loop(config: str, pairs: int, steps: int) -> dict:
 def diffloop_speed(run: RunConfig) -> float:
     """Examples per second between the first log line and the last one."""
     folder = train(run)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [line["examples_per_second"] for line in lines if "loss" in line][1:]
     return statistics.harmonic_mean(rates)  # windows of equal numbers of examples
@@ -114,16 +116,80 @@ def data_speed(base: BaseConfig) -> float:
     return done / (time.perf_counter() - began)
 
 
+def checkpoints(config: str, repetitions: int) -> dict:
+    """Seconds that a save stalls the loop, and from `latest` to the first step, for two sizes of network."""
+    large = {
+        "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": [128, 256, 448, 544],
+        "layers_per_block": 2, "down_block_types": ["DownBlock2D"] * 4, "up_block_types": ["UpBlock2D"] * 4,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "large.json").write_text(json.dumps(large))
+        return {
+            name: checkpoint_times(config, f"{folder}/{name}", overrides, repetitions)
+            for name, overrides in (
+                ("the config's network", []),
+                ("large", [f"ddpm.model_config={folder}/large.json", "base.train_batch_size=1", "base.resolution=32"]),
+            )
+        }
+
+
+def checkpoint_times(config: str, folder: str, overrides: list[str], repetitions: int) -> dict:
+    stalls, starts = [], []
+    original_save, original_step = checkpoint.save, optimization.set_learning_rates
+
+    def timed_save(*arguments) -> None:
+        began = time.perf_counter()
+        original_save(*arguments)
+        stalls.append(time.perf_counter() - began)
+
+    def first_step(*arguments) -> dict:
+        starts.append(time.perf_counter())
+        return original_step(*arguments)
+
+    checkpoint.save, optimization.set_learning_rates = timed_save, first_step
+    options = [
+        f"base.output_dir={folder}", "ddpm.lr_scheduler=constant", "ddpm.lr_warmup_steps=null", "base.valid_steps=null",
+        "base.checkpointing_steps=1", "base.checkpoints_total_limit=1", "base.resume_from_checkpoint=latest",
+        "ddpm.valid_batch_size=1", "ddpm.ddpm_num_inference_steps=1", *overrides,
+    ]  # fmt: skip
+    try:
+        train(load_config(config, [*options, f"base.max_train_steps={repetitions}"]))
+        reset_accelerate()
+        starts.clear()
+        began = time.perf_counter()
+        train(load_config(config, [*options, f"base.max_train_steps={repetitions + 1}"]))
+        reset_accelerate()
+    finally:
+        checkpoint.save, optimization.set_learning_rates = original_save, original_step
+    sealed = list_checkpoints(Path(folder))[0][1]
+    return {
+        "parameters": sum(tensor.numel() for tensor in load_file(next(sealed.glob("unet/*.safetensors"))).values()),
+        "checkpoint_mb": round(sum(path.stat().st_size for path in sealed.rglob("*") if path.is_file()) / 2**20, 1),
+        "save_seconds": [round(seconds, 3) for seconds in stalls],
+        "train_to_first_step_seconds": round(starts[0] - began, 3),
+    }
+
+
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=("loop", "data"))
+    parser.add_argument("table", choices=("loop", "data", "checkpoint"))
     parser.add_argument("--config", default="configs/ddpm_digits.yaml")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = loop(options.config, options.pairs, options.steps) if options.table == "loop" else data(500, 512, 64)
+    tables = {
+        "loop": lambda: loop(options.config, options.pairs, options.steps),
+        "data": lambda: data(500, 512, 64),
+        "checkpoint": lambda: checkpoints(options.config, options.pairs),
+    }
+    result = tables[options.table]()
     machine = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,

@@ -123,11 +123,13 @@ def read_metrics(folder, *, prefix=None):
     return [line for line in lines if prefix is None or any(key.startswith(prefix) for key in line)]
 
 
-def losses(folder, torn=False):
-    """{step: loss as float.hex()} of a run; with `torn` also of one that was killed, or has not begun to log."""
-    path = Path(folder) / "metrics.jsonl"
-    if torn and path.exists():
-        path.write_text("".join(line for line in path.read_text().splitlines(True) if line.endswith("\n")))
-    if torn and not path.exists():
-        return {}
+def losses(folder):
+    """{step: loss as float.hex()} of a run."""
     return {line["step"]: line["loss"].hex() for line in read_metrics(folder) if "loss" in line}
+
+
+def logged_steps(folder):
+    """The steps that a run has logged so far: it may not have begun, be writing, or have been killed while it wrote."""
+    path = Path(folder) / "metrics.jsonl"
+    whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    return [line["step"] for line in map(json.loads, whole) if "loss" in line]

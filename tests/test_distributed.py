@@ -8,17 +8,19 @@ import pytest
 from conftest import launch, losses, read_metrics
 from test_resume import final_state, forget_after
 
-TINY = "configs/tests/ddpm.json"
+from trainers import TRAINERS
+
 COMMON = [
     "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.1",
-    "ddpm.lr_scheduler=cosine", "ddpm.lr_warmup_steps=2", "base.checkpointing_steps=10", "base.valid_steps=10",
-    "base.logger=tensorboard", "base.max_train_steps=20",
+    "base.checkpointing_steps=10", "base.valid_steps=10", "base.logger=tensorboard", "base.max_train_steps=20",
 ]  # fmt: skip
 TWO, ONE = ["base.train_batch_size=4"], ["base.train_batch_size=4", "base.gradient_accumulation_steps=2"]
 
 
-def run(folder, *options, processes):
-    done = launch(TINY, f"base.output_dir={folder}", *COMMON, *options, processes=processes)
+def run(folder, *options, processes, task="ddpm"):
+    schedule = [f"{task}.lr_scheduler=cosine", f"{task}.lr_warmup_steps=2"]
+    arguments = [f"configs/tests/{task}.json", f"base.output_dir={folder}", *COMMON, *schedule, *options]
+    done = launch(*arguments, processes=processes)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -86,7 +88,7 @@ def test_another_split_of_the_global_batch(run_in_process, network_without_dropo
 
 
 def test_a_mistake_in_the_configuration_is_printed_once():
-    done = launch(TINY, "base.seed=-1", "ddpm.rank=4", processes=2)
+    done = launch("configs/tests/ddpm.json", "base.seed=-1", "ddpm.rank=4", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("problems in the configuration") == 1
     assert done.stderr.count("ddpm.rank = 4: unknown option") == 1
@@ -94,10 +96,15 @@ def test_a_mistake_in_the_configuration_is_printed_once():
 
 
 @pytest.mark.slow
-def test_resume_on_three_processes(tmp_path):
-    whole, _ = run(tmp_path / "whole", "base.train_batch_size=2", processes=3)
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("task", TRAINERS)
+def test_every_task_resumes_exactly_in_new_processes(task, processes, tmp_path):
+    """In the middle of an epoch, with accumulation, data workers, crops, flips and dropout."""
+    options = ["base.train_batch_size=2", "base.gradient_accumulation_steps=2", "base.dataloader_num_workers=2"]
+    whole, _ = run(tmp_path / "whole", *options, processes=processes, task=task)
     shutil.copytree(whole, tmp_path / "cut")
     forget_after(tmp_path / "cut", 10)
-    run(tmp_path / "cut", "base.train_batch_size=2", "base.resume_from_checkpoint=latest", processes=3)
+    changed = ["base.resume_from_checkpoint=latest", "base.dataloader_num_workers=0", "base.valid_steps=7"]
+    run(tmp_path / "cut", *options, *changed, processes=processes, task=task)
     assert losses(tmp_path / "cut") == losses(whole)
     assert final_state(tmp_path / "cut", 20) == final_state(whole, 20)

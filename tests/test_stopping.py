@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from conftest import losses, read_metrics, start, wait_for
+from conftest import logged_steps, losses, read_metrics, start, wait_for
 from test_resume import final_state
 
 from train import main, train
@@ -60,7 +60,7 @@ def launch(kind, moment, folder, log):
     launcher = ACCELERATE if kind == "accelerate" else None
     process = start(*options, processes=processes, launcher=launcher, faults=faults, log=log)
     step = 3 if moment == "validation" else 2
-    wait_for(lambda: step in losses(folder, torn=True), process)
+    wait_for(lambda: step in logged_steps(folder), process)
     if moment == "save":
         wait_for(lambda: list(folder.glob(".tmp-checkpoint-3-*")), process)
     if moment == "validation":

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -257,6 +258,7 @@ def test_wandb_offline_files_read_back(run_in_process, monkeypatch):
         "base.checkpointing_steps": 3,
     }
     folder = run_in_process("run", **options)
+    shutil.rmtree(folder / "checkpoint-6")  # as if it had been killed before
     run_in_process("run", **options, **{"base.resume_from_checkpoint": "checkpoint-3"})
     stores = sorted((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))
     runs, histories, config = [], [], {}
@@ -279,6 +281,10 @@ def test_wandb_offline_files_read_back(run_in_process, monkeypatch):
     assert histories == [logged, logged[3:]]
     assert config["base"]["seed"] == 0
     assert config["ddpm"]["learning_rate"] == 1e-3
+    # going back to an older checkpoint is another branch: W&B would drop its steps
+    before = (folder / "logs" / "wandb-run-id").read_text()
+    run_in_process("run", **options, **{"base.resume_from_checkpoint": "checkpoint-3"})
+    assert (folder / "logs" / "wandb-run-id").read_text() != before
 
 
 def test_model_card(run_in_process):

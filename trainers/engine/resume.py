@@ -25,11 +25,17 @@ from trainers.engine.divergence import Divergence
 from trainers.engine.ema import EMA
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 from trainers.engine.metering import Meter
+from trainers.engine.options import BaseConfig
 from trainers.engine.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, parameter_names, trained_state
+from trainers.engine.tracking import WANDB_ID_FILE
 
 
-def set_aside_later(accelerator: Accelerator, output_dir: Path, resumed_from: Path, steps_done: int) -> None:
-    """Renames checkpoints after the step from which a run goes on: `latest` must not return to the branch it left."""
+def set_aside_later(accelerator: Accelerator, base: BaseConfig, resumed_from: Path, steps_done: int) -> None:
+    """Renames checkpoints after the step from which a run goes on: `latest` must not return to the branch it left.
+
+    W&B, which cannot take logged steps back, gets a new run for the new branch.
+    """
+    output_dir = Path(base.output_dir)
     later = [
         folder
         for step, folder in list_checkpoints(output_dir)
@@ -44,6 +50,7 @@ def set_aside_later(accelerator: Accelerator, output_dir: Path, resumed_from: Pa
         folder.rename(aside)
     if metrics.exists():  # it is cut next
         shutil.copy(metrics, output_dir / (prefix + metrics.name))
+    (output_dir / base.logging_dir / WANDB_ID_FILE).unlink(missing_ok=True)
 
 
 def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | bool | None) -> Path | None:

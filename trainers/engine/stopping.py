@@ -69,7 +69,8 @@ class Stopping:
             os.kill(os.getpid(), number)
         name = signal.Signals(number).name
         if not self.waits:
-            raise Interrupted(f"ended by {name} outside of the steps", EXIT_CODES[number])
+            way_on = "continue with base.resume_from_checkpoint=latest"
+            raise Interrupted(f"ended by {name} outside of the steps; {way_on}", EXIT_CODES[number])
         self.ask(number)
         if self.main:  # not print(): a handler may run within another print
             os.write(sys.__stderr__.fileno(), f"\n{name}: finishing the step, then saving\n".encode())
@@ -129,7 +130,8 @@ class Stopping:
             raise OSError(f"{self._text_of_all()}; {way_on}")
         if self.reason:
             name = signal.Signals(self.reason).name
-            raise Interrupted(f"ended by {name} after step {steps_done}; {way_on}", EXIT_CODES[self.reason])
+            text = f"ended by {name} after step {steps_done}; {way_on}" if self.main else ""  # once is enough
+            raise Interrupted(text, EXIT_CODES[self.reason])
         faulthandler.cancel_dump_traceback_later()
 
     def _text_of_all(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from trainers.engine.config import RunConfig
 from trainers.engine.run_folder import cut_lines
 
+WANDB_ID_FILE = "wandb-run-id"  # in logging_dir: under which id a resumed run continues
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
 
 
@@ -119,7 +120,7 @@ def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dic
     wandb = {
         "name": run.base.run_name or output_dir.resolve().name,
         "dir": str(logging_dir),
-        "id": _wandb_id(logging_dir / "wandb-run-id", start_step),
+        "id": _wandb_id(logging_dir / WANDB_ID_FILE, start_step),
         "resume": "allow",
     }
     return {"tensorboard": _tensorboard_arguments(start_step), "wandb": wandb}
