@@ -64,8 +64,7 @@ def train(run: RunConfig) -> Path:
 
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
-            resume.load(accelerator, resume_from, saved, networks, ema, optimizer, meter, divergence)
-            resume.set_aside_later(accelerator, base, resume_from, clock.origin_step)
+            resume.load(accelerator, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
         watches = Watches(accelerator, optimizer, clock, rate_factor)
         datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
 
@@ -104,12 +103,14 @@ def train(run: RunConfig) -> Path:
                 with speed.paused():
                     if clock.due(done, base.checkpointing_steps):
                         save(done)
-                    if clock.due(done, base.valid_steps, base.valid_epochs):
-                        validate(done)
+                    if stopping.agreed():
+                        break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
                         export.export_pipeline(accelerator, trainer, ema, output_dir)
+                    if clock.due(done, base.valid_steps, base.valid_epochs):
+                        validate(done)
             bar.close()
-            stopping.finish(done, save)
+            stopping.finish(done, save, tracking.close)
 
             # finish
             pipeline_files = export.export_pipeline(accelerator, trainer, ema, output_dir)

@@ -119,7 +119,7 @@ def data_speed(base: BaseConfig) -> float:
 def checkpoints(config: str, repetitions: int) -> dict:
     """Seconds that a save stalls the loop, and from `latest` to the first step, for two sizes of network."""
     large = {
-        "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": [128, 256, 448, 544],
+        "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": [128, 256, 448, 576],
         "layers_per_block": 2, "down_block_types": ["DownBlock2D"] * 4, "up_block_types": ["UpBlock2D"] * 4,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

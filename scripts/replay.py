@@ -21,7 +21,6 @@ import datasets_lib
 from trainers.engine import launch
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig, load_config
-from trainers.engine.divergence import FILE
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.feeding import EpochOrder
 from trainers.engine.loading import SlotExamples, collate
@@ -29,13 +28,13 @@ from trainers.engine.manifest import list_checkpoints, verify
 from trainers.engine.networks import prepare_networks
 from trainers.engine.optimization import build_optimizer
 from trainers.engine.randomness import SlotRandom, seed_network
-from trainers.engine.resume import put_weights, read_weights
+from trainers.engine.restore import put_weights, read_weights
+from trainers.engine.run_folder import SKIPPED_STEPS, read_lines
 
 
 def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, int]:
     """A step's slots and the size of its micro-batches: from skipped_steps.jsonl, else from a checkpoint's state."""
-    lines = (folder / FILE).read_text(encoding="utf-8").splitlines() if (folder / FILE).exists() else []
-    for line in map(json.loads, lines):
+    for line in read_lines(folder / SKIPPED_STEPS):
         if line["step"] == step:
             return range(*line["slots"]), line["micro_batch_size"]
     states = [json.loads((path / "state.json").read_text(encoding="utf-8")) for _, path in list_checkpoints(folder)]
@@ -44,6 +43,8 @@ def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, i
             f"{folder}: step {step} was not skipped, and there is no checkpoint from which to count its slots"
         )
     nearest = min(states, key=lambda state: (state["step"] >= step, abs(state["step"] - step)))
+    if not 1 <= step <= nearest["total_steps"]:
+        raise ValueError(f"{folder}: step {step} is not one of its steps, 1 to {nearest['total_steps']}")
     size = nearest["global_batch_size"]
     first = nearest["slot"] + (step - 1 - nearest["step"]) * size
     return range(first, first + size), micro_batch_size

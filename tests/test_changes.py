@@ -7,7 +7,7 @@ import json
 
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import losses, read_metrics
+from conftest import ROOT, losses, read_metrics
 from test_resume import final_state
 
 from train import main, train
@@ -197,6 +197,75 @@ def test_an_option_that_is_new_had_its_default(begun, capsys, monkeypatch):
     assert resume() == 0
     assert resume(**{"base.resume_from_checkpoint": "checkpoint-3", "ddpm.snr_gamma": 5.0}) == 1
     assert "ddpm.snr_gamma: null -> 5.0" in capsys.readouterr().err
+
+
+def test_another_network_is_refused_although_its_file_has_the_same_name(tiny_config, tmp_path, capsys):
+    """And the same network from another file passes."""
+    network = json.loads((ROOT / "configs/tests/unet2d.json").read_text())
+    for name, dropout in (("a.json", 0.1), ("b.json", 0.1)):
+        (tmp_path / name).write_text(json.dumps(network | {"dropout": dropout}))
+    folder = train(load_config(tiny_config(**{"ddpm.model_config": str(tmp_path / "a.json")})))
+    changed = {**LATEST, "base.max_train_steps": 8}
+    assert main([str(tiny_config(**changed, **{"ddpm.model_config": str(tmp_path / "b.json")}))]) == 0
+    (tmp_path / "b.json").write_text(json.dumps(network | {"dropout": 0.5}))
+    again = {**changed, "ddpm.model_config": str(tmp_path / "b.json"), "base.max_train_steps": 9}
+    capsys.readouterr()
+    assert main([str(tiny_config(**again))]) == 1
+    error = capsys.readouterr().err
+    assert (
+        f"{folder}/checkpoint-8/unet: the network changed (dropout: 0.1 -> 0.5); undo that, or accept it with" in error
+    )
+    assert main([str(tiny_config(**again, **{"base.allow_changes": ["network"]}))]) == 0
+
+
+def test_a_task_of_ones_own(tiny_config, tmp_path, monkeypatch, capsys):
+    """An option without a default, and a section that is renamed."""
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import dataclass\nfrom trainers.ddpm import DDPMConfig, DDPMTrainer\n"
+        "@dataclass(kw_only=True)\nclass Config(DDPMConfig):\n    extra: int  # anything\n"
+        "class Own(DDPMTrainer):\n    Config = Config\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    document = json.loads(tiny_config(**{"base.trainer_class": "own:Own", "ddpm.extra": 1}).read_text())
+
+    def run(task, **values):
+        path = tmp_path / "own.json"
+        path.write_text(json.dumps({"base": document["base"] | values, task: document["ddpm"]}))
+        return main([str(path)])
+
+    assert run("first") == 0
+    latest = {"resume_from_checkpoint": "latest"}
+    assert run("first", **latest) == 0
+    assert run("second", **latest) == 1
+    error = capsys.readouterr().err
+    assert error.count(" -> ") == 1
+    assert 'base.task: "first" -> "second"' in error
+    assert run("second", **latest, allow_changes=["task"]) == 0
+
+
+def test_a_length_below_the_checkpoint(begun, capsys):
+    _, resume = begun
+    assert resume(**{"base.max_train_steps": 4}) == 1
+    error = capsys.readouterr().err
+    assert "base.max_train_steps = 4: the run would end at step 4, and " in error
+    assert "checkpoint-6 is later; raise it, or resume from an earlier checkpoint" in error
+    assert resume(**{"base.max_train_steps": 4, "base.resume_from_checkpoint": "checkpoint-3"}) == 0
+
+
+def test_a_resume_that_is_refused_leaves_the_skipped_steps(begun):
+    folder, resume = begun
+    (folder / "skipped_steps.jsonl").write_text('{"step": 5}\n{"step": 2}\n')
+    assert resume(**{"base.seed": 5, "base.resume_from_checkpoint": "checkpoint-3"}) == 1
+    assert len((folder / "skipped_steps.jsonl").read_text().splitlines()) == 2
+    assert resume(**{"base.resume_from_checkpoint": "checkpoint-3"}) == 0
+    assert (folder / "skipped_steps.jsonl").read_text() == '{"step": 2}\n'
+
+
+def test_rates_are_shown_as_scale_lr_makes_them(tiny_config, capsys):
+    options = {"ddpm.lr_scheduler": "linear", "ddpm.lr_warmup_steps": 0, "ddpm.scale_lr": True}
+    train(load_config(tiny_config(**options)))
+    assert main([str(tiny_config(**options, **LATEST, **{"base.max_train_steps": 12}))]) == 1
+    assert "the next step would have been 0, and is now 0.002" in capsys.readouterr().err  # 4 x 0.001 / 2
 
 
 @pytest.mark.parametrize("name", ["sed", "base.learning_rat", "lora.rank"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -16,13 +17,16 @@ from safetensors.torch import load_file
 from test_resume import final_state
 
 from datasets_lib.dataset import ImageDataset
+from scripts.replay import find_slots
 from scripts.replay import replay as replay_step
 from train import main
 from trainers.engine import optimization
 from trainers.engine.clock import Clock
 from trainers.engine.config import find_trainer, load_config
 from trainers.engine.divergence import SCALE_HALVINGS, Divergence
+from trainers.engine.feeding import EpochOrder
 from trainers.engine.options import BaseConfig
+from trainers.engine.snapshot import find_not_finite
 from trainers.engine.stopping import DIVERGED, Stopping
 from trainers.engine.watches import Watches
 
@@ -107,6 +111,7 @@ def test_a_run_that_skips_every_step_fails(break_loss, tiny_config, capsys):
     assert main([str(path)]) == 1
     assert "not finite in 6 steps in a row, up to step 6" in capsys.readouterr().err
     assert not (path.with_suffix("") / "model_index.json").exists()
+    assert not list(path.with_suffix("").glob("checkpoint-*"))  # a resume must not take it for a finished run
 
 
 def test_what_is_not_finite_is_never_saved(tiny_config, monkeypatch, capsys):
@@ -122,10 +127,23 @@ def test_what_is_not_finite_is_never_saved(tiny_config, monkeypatch, capsys):
     path = tiny_config(**{"base.checkpointing_steps": 1})
     assert main([str(path)]) == 1
     assert (
-        "checkpoint-1 is not written: unet/diffusion_pytorch_model.safetensors would hold conv_in.weight, which is not"
+        "checkpoint-1 is not written: weight unet.conv_in.weight is not finite; continue from the checkpoint before"
         in capsys.readouterr().err
     )
     assert not list(path.with_suffix("").glob("checkpoint-*"))
+
+
+def test_a_mask_of_infinities_is_no_divergence():
+    network = torch.nn.Linear(2, 2)
+    network.register_buffer("mask", torch.full((2,), -math.inf))
+    network.register_buffer("table", torch.zeros(2, dtype=torch.complex64))
+    optimizer = torch.optim.AdamW(network.parameters())
+    assert find_not_finite({"net": network}, None, optimizer) is None
+    network(torch.ones(2)).sum().backward()
+    optimizer.step()
+    assert find_not_finite({"net": network}, None, optimizer) is None
+    optimizer.state[network.bias]["exp_avg"][0] = math.nan
+    assert find_not_finite({"net": network}, None, optimizer) == "exp_avg of net.bias"
 
 
 def test_all_ranks_skip_what_one_found(tmp_path):
@@ -176,25 +194,30 @@ def test_replay_names_what_is_broken(run_in_process, monkeypatch, capsys):
     monkeypatch.setattr(ImageDataset, "get", broken)
     folder = run_in_process(**{"base.max_train_steps": 10})
     [line] = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
-    done = replay(folder, line["step"])  # without the broken picture: the same slots, all finite
+    step, first, end = line["step"], *line["slots"]
+    capsys.readouterr()
+    found = replay_step(load_config(folder / "config.yaml"), folder, step)
+    out = capsys.readouterr().out
+    assert f"step {step}: slots {first} to {end - 1}, weights of the start" in out
+    assert math.isnan(found["losses"][0])
+    [slot] = [slot for slot in range(first, end) if EpochOrder(40, 0).index(slot) == 7]
+    assert re.findall(r"slot (\d+): row \d+ of .*, pixels nan to nan, NOT FINITE", out) == [str(slot)]
+    done = replay(folder, step)  # in a process without the broken picture: the same slots, all finite
     assert done.returncode == 0, done.stderr
-    assert (
-        f"step {line['step']}: slots {line['slots'][0]} to {line['slots'][1] - 1}, weights of the start" in done.stdout
-    )
+    assert f"slots {first} to {end - 1}" in done.stdout
     assert "NOT FINITE" not in done.stdout
-    assert Image.open(folder / f"replay-step-{line['step']}.png").size[0] > 16
-    from scripts.replay import replay as replay_step
-
-    replay_step(load_config(folder / "config.yaml"), folder, line["step"])
+    assert Image.open(folder / f"replay-step-{step}.png").size[0] > 16
 
 
 def test_replay_says_what_it_cannot_do(tmp_path, run_in_process):
     assert "config.yaml does not exist" in replay(tmp_path, 3).stderr
     folder = run_in_process()
+    with pytest.raises(ValueError, match="step 7 is not one of its steps, 1 to 6"):
+        find_slots(folder, 7, 4)
     (folder / "checkpoint-6").rename(folder / "elsewhere")
-    assert (
-        "step 3 was not skipped, and there is no checkpoint from which to count its slots" in replay(folder, 3).stderr
-    )
+    (folder / "skipped_steps.jsonl").write_text('{"step": 2, "slo')  # torn by a kill
+    with pytest.raises(ValueError, match="step 2 was not skipped, and there is no checkpoint from which to count"):
+        find_slots(folder, 2, 4)
 
 
 @pytest.fixture

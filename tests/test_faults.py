@@ -22,7 +22,7 @@ from conftest import ROOT, logged_steps, losses, read_metrics, start, wait_for
 from test_resume import final_state
 
 from train import main, train
-from trainers.engine import checkpoint, resume
+from trainers.engine import checkpoint, restore, resume
 from trainers.engine.config import load_config
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 
@@ -152,7 +152,7 @@ def two_checkpoints(run_in_process):
 
 def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monkeypatch, capsys):
     """Each is found before a tensor is loaded, and `latest` takes the checkpoint before with a loud line."""
-    monkeypatch.setattr(resume, "load_file", lambda path: pytest.fail(f"{path} was loaded"))
+    monkeypatch.setattr(restore, "load_file", lambda path: pytest.fail(f"{path} was loaded"))
     accelerator, rng, found = Accelerator(), random.Random(0), 0
     newest = two_checkpoints / "checkpoint-6"
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
@@ -211,7 +211,9 @@ def test_pickles_are_refused_and_never_run(two_checkpoints, tmp_path, tiny_confi
     marker, newest = tmp_path / "ran", two_checkpoints / "checkpoint-6"
     attack = pickle.dumps(Payload(marker))
     (newest / "custom_checkpoint_0.pkl").write_bytes(attack)
-    with pytest.raises(DamagedCheckpoint, match=r"custom_checkpoint_0.pkl, a kind of file that can run code"):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"custom_checkpoint_0.pkl, which diffloop does not write there; it could run code"
+    ):
         verify(newest)
     (newest / "custom_checkpoint_0.pkl").unlink()
     weights = newest / "unet" / "diffusion_pytorch_model.safetensors"
@@ -227,7 +229,29 @@ def test_pickles_are_refused_and_never_run(two_checkpoints, tmp_path, tiny_confi
     assert marker.exists()
 
 
-@pytest.mark.parametrize("name", ["../checkpoint-3/state.json", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "name", ["custom_checkpoint_0.PKL", ".metadata", "0.distcp", "pickle", "more.json", "link.json"]
+)
+def test_a_file_that_the_manifest_does_not_name_is_refused(two_checkpoints, name):
+    path = two_checkpoints / "checkpoint-6" / "unet" / name
+    path.symlink_to("/etc/hostname") if name == "link.json" else path.write_bytes(b"x")
+    with pytest.raises(DamagedCheckpoint, match=f"holds unet/{name}, which diffloop does not write there"):
+        verify(two_checkpoints / "checkpoint-6")
+    path.rename(path.with_name(".DS_Store"))  # systems put such files anywhere
+    verify(two_checkpoints / "checkpoint-6")
+
+
+def test_a_file_that_could_run_code_is_refused_although_the_manifest_names_it(two_checkpoints):
+    newest = two_checkpoints / "checkpoint-6"
+    (newest / "extra.bin").write_bytes(b"x")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["extra.bin"] = [1, checkpoint.sha256(newest / "extra.bin")]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match=r"holds extra.bin, which diffloop does not write there"):
+        verify(newest)
+
+
+@pytest.mark.parametrize("name", ["../checkpoint-3/state.json", "/etc/hostname.json"])
 def test_a_manifest_stays_in_its_folder(two_checkpoints, name):
     path = two_checkpoints / "checkpoint-6" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: [1, "0"]}))
@@ -237,7 +261,10 @@ def test_a_manifest_stays_in_its_folder(two_checkpoints, name):
 
 def test_a_manifest_that_names_no_state(two_checkpoints):
     path = two_checkpoints / "checkpoint-6" / "manifest.json"
-    path.write_text("{}")
+    (path.parent / "state.json").unlink()
+    manifest = json.loads(path.read_text())
+    del manifest["state.json"]
+    path.write_text(json.dumps(manifest))
     with pytest.raises(DamagedCheckpoint, match=r"its manifest does not name state.json"):
         verify(path.parent)
 
@@ -263,7 +290,11 @@ def test_a_folder_that_cannot_be_locked_is_told(tmp_path, monkeypatch, capsys):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", fail)
-    assert main(["configs/tests/ddpm.json", f"base.output_dir={tmp_path}/run"]) == 0
+    staged = tmp_path / "run" / ".tmp-checkpoint-9-ab12"
+    staged.mkdir(parents=True)
+    options = [f"base.output_dir={tmp_path}/run", "base.resume_from_checkpoint=latest"]
+    assert main(["configs/tests/ddpm.json", *options]) == 0
+    assert staged.exists()  # it may be a living run's
     assert (
         "cannot be locked ([Errno 37] No locks available); see to it that only one run uses it"
         in capsys.readouterr().out
@@ -395,6 +426,15 @@ def test_workers_that_hang_do_not_keep_the_run_alive(tmp_path):
     assert done.returncode == 1
     assert "no batch came from the 1 data workers in base.dataloader_timeout = 3 seconds" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_log_that_cannot_be_written(tiny_config, capsys):
+    path = tiny_config(**{"base.resume_from_checkpoint": "latest"})
+    (path.with_suffix("") / "metrics.jsonl").mkdir(parents=True)
+    assert main([str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "metrics.jsonl" in error
+    assert "Traceback" not in error
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, capsys):

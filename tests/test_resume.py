@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from train import main, train
 from trainers import TRAINERS
-from trainers.engine import resume
+from trainers.engine import restore, resume
 from trainers.engine.config import load_config
 from trainers.engine.manifest import list_checkpoints
 
@@ -87,7 +87,7 @@ def test_every_task_resumes_exactly(task, tiny_config):
 
 def test_without_the_checkpoints_state_the_runs_differ(tiny_config, monkeypatch):
     """The comparison can fail: without the optimizer's state the losses after the cut are others."""
-    monkeypatch.setattr(resume, "_named_optimizer_state", lambda *_: {})
+    monkeypatch.setattr(resume, "named_optimizer_state", lambda *_: {})
     with pytest.raises(AssertionError):
         check_resume(tiny_config, {})
 
@@ -152,7 +152,7 @@ def test_errors_of_resuming(tiny_config, capsys):
     other = {
         "ddpm.model_config": "configs/models/unet_digits.json",
         "base.resume_from_checkpoint": "checkpoint-3",
-        "base.allow_changes": ["model_config"],
+        "base.allow_changes": ["network"],
     }
     assert "does not fit this run's network" in error_of(**other)
     assert [step for step, _ in list_checkpoints(folder)] == [6, 3]
@@ -199,17 +199,38 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tiny_config
         "checkpoint-6",
         "metrics.jsonl",
     ]
-    assert "is of another run from step 2 on: renamed to set-aside-" in capsys.readouterr().out
+    assert "is not of the run from " in capsys.readouterr().out
+
+
+def test_going_on_from_another_runs_checkpoint_sets_all_of_this_run_aside(tiny_config):
+    source = train(load_config(tiny_config(name="source", **{"base.checkpointing_steps": 3})))
+    folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 2, "ddpm.learning_rate": 1e-2})))
+    train(load_config(tiny_config(**{"base.resume_from_checkpoint": str(source / "checkpoint-3")})))
+    assert [step for step, _ in list_checkpoints(folder)] == [6]
+    assert final_state(folder) == final_state(source)
+    assert list(losses(folder)) == [4, 5, 6]
+    aside = sorted(path.name.split("-", 3)[3] for path in folder.glob("set-aside-*"))
+    assert aside == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "metrics.jsonl"]
+
+
+def test_a_run_that_has_lost_its_checkpoints_keeps_its_log(tiny_config):
+    folder = train(load_config(tiny_config()))
+    shutil.rmtree(folder / "checkpoint-6")
+    before = (folder / "metrics.jsonl").read_text()
+    train(load_config(tiny_config(**{"base.resume_from_checkpoint": "latest"})))
+    [aside] = folder.glob("set-aside-*-metrics.jsonl")
+    assert aside.read_text() == before
+    assert list(losses(folder)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_checkpoints_of_another_run(tmp_path):
     with pytest.raises(ValueError, match="unet holds no weights; the checkpoint is of a run with other networks"):
-        resume.read_weights(tmp_path, {"unet": torch.nn.Linear(1, 1)})
+        restore.read_weights(tmp_path, {"unet": torch.nn.Linear(1, 1)})
     save_file({"net.old.exp_avg": torch.zeros(1)}, tmp_path / "optimizer.safetensors")
     network = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(network.parameters())
     with pytest.raises(ValueError, match="has state for parameters that this run does not train"):
-        resume._named_optimizer_state(tmp_path, {"net": network}, optimizer)
+        restore.named_optimizer_state(tmp_path, {"net": network}, optimizer)
 
 
 def test_names_that_are_no_checkpoint(tmp_path):

@@ -172,6 +172,18 @@ def test_bugs_in_a_data_set_keep_their_traceback(workers):
     assert workers == 0 or "Traceback" in str(caught.value)
 
 
+def test_an_error_of_the_data_that_speaks_of_time_is_not_the_loaders():
+    """torch's iterator has gone on by then: to wait for the next batch would lose one."""
+
+    class Slow(Numbers):
+        def get(self, index, generator):
+            raise RuntimeError("connection to storage timed out")
+
+    base, clock = BaseConfig(dataloader_num_workers=1), clock_of(3, 1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="connection to storage timed out"):
+        next(training_batches(Slow(3), clock, base, 0, torch.device("cpu"), STOPPING))
+
+
 def test_no_examples():
     with pytest.raises(ValueError, match="the training set has 0 examples"):
         Clock.of_run(BaseConfig(), 0, Accelerator(cpu=True))

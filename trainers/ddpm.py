@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 class DDPMConfig(TrainerConfig):
     """Options of the section `ddpm`."""
 
-    passive: ClassVar[tuple[str, ...]] = (*TrainerConfig.passive, "sampler", "ddpm_num_inference_steps")
+    passive: ClassVar[tuple[str, ...]] = (
+        *TrainerConfig.passive, "sampler", "ddpm_num_inference_steps",
+        "model_config", "pretrained_model_name_or_path",  # the network itself is compared on resume
+    )  # fmt: skip
 
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
     pretrained_model_name_or_path: str | None = (

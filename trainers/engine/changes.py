@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.optimization import schedule
+from trainers.engine.schema import options
 
 OWN_TO_A_RUN = {"base.output_dir", "base.resume_from_checkpoint", "base.allow_changes"}
 COMPARED_RATES = 1000  # steps at which two schedules are compared
@@ -51,15 +52,16 @@ def harmless_changes(state: dict[str, Any], run: RunConfig) -> list[str]:
 
 def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, value in the checkpoint, value now); an option that the checkpoint does not know had its default."""
-    for section, schema in (("base", run.base), (run.task, run.config)):
-        defaults = json.loads(json.dumps(dataclasses.asdict(type(schema)())))
-        before = defaults | saved.get(section, {})
-        for option, now in json.loads(json.dumps(dataclasses.asdict(schema))).items():
-            if before[option] != now:
-                yield f"{section}.{option}", before[option], now
-    for section in saved:
-        if section not in ("base", run.task):
-            yield "base.task", section, run.task
+    [task] = [section for section in saved if section != "base"]
+    if task != run.task:
+        yield "base.task", task, run.task
+    for section, now, before in (("base", run.base, saved["base"]), (run.task, run.config, saved[task])):
+        for name, option in options(type(now)).items():
+            value = _plain(getattr(now, name))
+            default = value if option.default is dataclasses.MISSING else _plain(option.default)
+            old = before.get(name, default)
+            if old != value:
+                yield f"{section}.{name}", old, value
 
 
 def _passive(run: RunConfig, key: str) -> tuple[str, ...]:
@@ -73,19 +75,25 @@ def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Itera
     steps = range(done, max(before, now) + 1, max(1, (max(before, now) - done) // COMPARED_RATES))
     if before != now and any(old(step) != new(step) for step in steps):
         option = "num_epochs" if run.base.num_epochs else "max_train_steps"
-        rates = [_rate(state["config"].get(run.task, {}), run, before, done), _rate({}, run, now, done)]
+        own = {"config": run.as_dict(), "total_steps": now, "global_batch_size": clock.global_batch_size}
+        rates = [_rate(of, run, done) for of in (state, own)]
         text = f"steps: {before} -> {now}; the learning rate of the next step would have been {rates[0]}, and is now "
         yield Change((option, f"base.{option}"), text + rates[1])
 
 
-def _rate(options: dict[str, Any], run: RunConfig, total_steps: int, step: int) -> str:
-    """The learning rate of a step where these options replace those of the run."""
-    known = {name: value for name, value in options.items() if hasattr(run.config, name)}
-    config = dataclasses.replace(run.config, **known)
-    factor = schedule(config, total_steps)(step)
+def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
+    """The learning rate of a step under the configuration, the length and the batch size of a state."""
+    saved = next(values for section, values in state["config"].items() if section != "base")
+    config = dataclasses.replace(run.config, **{k: v for k, v in saved.items() if hasattr(run.config, k)})
+    factor = schedule(config, state["total_steps"])(step) * (state["global_batch_size"] if config.scale_lr else 1)
     if isinstance(config.learning_rate, dict):
         return ", ".join(f"{rate * factor:.4g} ({name})" for name, rate in config.learning_rate.items())
     return f"{config.learning_rate * factor:.4g}"
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from state.json."""
+    return json.loads(json.dumps(value))
 
 
 def show(value: Any) -> str:

@@ -9,21 +9,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
+from trainers.engine.agreement import on_main
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.divergence import Divergence
 from trainers.engine.ema import EMA
 from trainers.engine.manifest import list_checkpoints, sha256
 from trainers.engine.metering import Meter
-from trainers.engine.snapshot import Snapshot, snapshot
+from trainers.engine.snapshot import Snapshot, find_not_finite, snapshot
 
 FORMAT = 1  # of state.json
 SPARE_BYTES = 1 << 20  # beside the tensors: headers, texts, the file system's own
@@ -47,8 +46,15 @@ def save(
     process could not write, ValueError where something that was trained is not finite.
     """
     output_dir = Path(run.base.output_dir)
-    if _agreed(accelerator, lambda: (output_dir / f"checkpoint-{steps_done}").exists()):
+    counts = divergence.state()
+    if divergence.hopeless or on_main(accelerator, lambda: (output_dir / f"checkpoint-{steps_done}").exists()):
         return
+    broken = find_not_finite(networks, ema, optimizer)
+    if broken is not None:
+        raise ValueError(
+            f"checkpoint-{steps_done} is not written: {broken} is not finite; continue from the checkpoint before with "
+            "a lower learning rate"
+        )
     state = {
         "format": FORMAT,
         "step": steps_done,
@@ -58,37 +64,22 @@ def save(
         "num_examples": len(train_set),
         "fingerprint": train_set.fingerprint,
         "meter": meter.state(),
-        "divergence": divergence.state(),
+        "divergence": counts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "config": run.as_dict(),
     }
     taken = snapshot(networks, ema, optimizer, state, accelerator.is_main_process)
-    _agreed(accelerator, lambda: publish(taken, output_dir))
+    on_main(accelerator, lambda: publish(taken, output_dir))
     if accelerator.is_main_process and run.base.checkpoints_total_limit is not None:
         for _, folder in list_checkpoints(output_dir)[run.base.checkpoints_total_limit :]:
             _prune(folder)
     accelerator.wait_for_everyone()
 
 
-def _agreed(accelerator: Accelerator, action: Any) -> Any:
-    """What `action()` returns on the main process, or raises there, on every rank."""
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer = [action(), None]
-        except (OSError, ValueError) as error:
-            answer = [None, error]
-    result, error = broadcast_object_list(answer)
-    if error is not None:
-        raise error
-    return result
-
-
 def publish(taken: Snapshot, output_dir: Path) -> None:
     """Writes a snapshot to a temporary folder, flushes it and gives it its name; removes it where that fails."""
     final = output_dir / f"checkpoint-{taken.step}"
     staging = output_dir / f".tmp-checkpoint-{taken.step}-{secrets.token_hex(4)}"
-    _refuse_what_is_not_finite(taken)
     needed, free = taken.num_bytes + SPARE_BYTES, shutil.disk_usage(output_dir).free
     space = f"it needs {needed:,} bytes, {free:,} were free"
     intact = "older checkpoints are intact; make room and continue with base.resume_from_checkpoint=latest"
@@ -103,16 +94,6 @@ def publish(taken: Snapshot, output_dir: Path) -> None:
     except (OSError, SafetensorError) as failure:
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"{final.name} could not be written to {output_dir}: {failure}; {space}; {intact}") from None
-
-
-def _refuse_what_is_not_finite(taken: Snapshot) -> None:
-    for path, tensors in taken.tensors.items():
-        for name, tensor in tensors.items():
-            if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                raise ValueError(
-                    f"checkpoint-{taken.step} is not written: {path} would hold {name}, which is not finite; "
-                    "continue from the checkpoint before with a lower learning rate"
-                )
 
 
 def _prune(folder: Path) -> None:

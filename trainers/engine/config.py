@@ -167,7 +167,7 @@ def _check_section(
 
 
 def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> Iterator[str]:
-    known = ["dataset", *(name for schema in schemas.values() for name in options(schema))]
+    known = ["dataset", "network", "task", *(name for schema in schemas.values() for name in options(schema))]
     for name in allowed:
         section, _, option = name.rpartition(".")
         if (option or name) not in known or (section and section not in schemas):

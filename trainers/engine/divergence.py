@@ -12,10 +12,9 @@ from torch import Tensor
 
 from trainers.engine.clock import Clock
 from trainers.engine.options import BaseConfig
-from trainers.engine.run_folder import cut_lines
+from trainers.engine.run_folder import SKIPPED_STEPS
 from trainers.engine.stopping import DIVERGED, Stopping
 
-FILE = "skipped_steps.jsonl"
 SCALE_HALVINGS = 24  # fp16: after so many overflows in a row the loss scale is about 1, and the cause is another
 
 
@@ -26,13 +25,12 @@ class Divergence:
         self, accelerator: Accelerator, output_dir: Path, base: BaseConfig, clock: Clock, stopping: Stopping
     ) -> None:
         self.accelerator = accelerator
-        self.file = output_dir / FILE
+        self.file = output_dir / SKIPPED_STEPS
         self.base, self.clock, self.stopping = base, clock, stopping
         self.finite = torch.ones((), device=accelerator.device)  # whether the losses of this step are
         self.pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self.skipped_in_a_row = self.overflows_in_a_row = 0
-        if accelerator.is_main_process:
-            cut_lines(self.file, clock.origin_step)
+        self.hopeless = False  # the run stops, and is not saved any more
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss, times NaN where it is not finite: an infinite loss can have a finite gradient.
@@ -51,7 +49,7 @@ class Divergence:
             loss_is_bad = self.accelerator.reduce(1 - self.finite, "sum").clamp(max=1)
             metrics = {"skipped": skipped * loss_is_bad, "scaler_skipped": skipped * (1 - loss_is_bad)}
         self.finite = torch.ones_like(self.finite)
-        values = torch.stack([skipped, metrics["skipped"], *norms.values()]).to("cpu", non_blocking=True)
+        values = torch.stack([skipped, metrics["skipped"], *norms.values()]).to("cpu", non_blocking=skipped.is_cuda)
         event = torch.cuda.Event() if skipped.is_cuda else None
         if event:
             event.record()
@@ -95,6 +93,7 @@ class Divergence:
             what = f"fp16 gradients overflowed in {self.overflows_in_a_row} steps in a row, whatever the loss scale"
         else:
             return
+        self.hopeless = True
         self.stopping.ask(
             DIVERGED,
             f"{what}, up to step {step + 1} (base.max_skipped_steps = {self.base.max_skipped_steps}); the weights did "

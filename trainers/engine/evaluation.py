@@ -58,6 +58,8 @@ def validate(
     weights = {"valid": nullcontext()} | ({"valid_ema": ema.applied()} if ema is not None else {})
     metrics, pictures, began = {}, [], time.perf_counter()
     try:
+        if stopping.agreed(wait=True):
+            raise Abandoned
         with evaluation_mode(trainer, lambda steps: stopping.watch(passing_bar(accelerator, "sampling")(steps))):
             for prefix, applied in weights.items():
                 with applied:

@@ -107,7 +107,7 @@ def _next_of(loaded: Iterator, workers: set, timeout_seconds: float) -> Batch | 
         except RuntimeError as error:
             if not all(worker.is_alive() for worker in workers):
                 return DEAD
-            if "timed out" not in str(error):
+            if not str(error).startswith("DataLoader timed out"):
                 raise
     raise OSError(
         f"no batch came from the {len(workers)} data workers in base.dataloader_timeout = {timeout_seconds:g} seconds; "

@@ -12,8 +12,8 @@ from typing import TextIO
 NAME = ".lock"
 
 
-def take(output_dir: Path) -> TextIO:
-    """Locks the folder until the returned file is closed or this process ends.
+def take(output_dir: Path) -> TextIO | None:
+    """Locks the folder until the returned file is closed or this process ends; None where that is not supported.
 
     A POSIX lock: data workers that this process forks do not inherit it, so they cannot keep a dead run's folder
     locked. Raises ValueError with the holder's pid and host where another run has the folder.
@@ -24,7 +24,8 @@ def take(output_dir: Path) -> TextIO:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             print(f"WARNING: {output_dir} cannot be locked ({error}); see to it that only one run uses it", flush=True)
-            return file
+            file.close()
+            return None
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 NAME = re.compile(r"checkpoint-([1-9]\d*)")
-PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".joblib"}  # may run code when loaded
+SUFFIXES = {".json", ".safetensors"}  # of all files of a checkpoint: neither runs code when it is loaded
+IGNORED = re.compile(r"\.DS_Store|\.nfs|\._")  # what systems put into any folder; it is never loaded
 
 
 class DamagedCheckpoint(ValueError):
@@ -21,12 +22,16 @@ def sha256(path: Path) -> str:
 
 
 def verify(folder: Path) -> None:
-    """Raises DamagedCheckpoint where a file differs from the manifest, is missing, or could run code when loaded."""
-    pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
-    if pickles:
-        raise DamagedCheckpoint(f"{folder} holds {pickles[0]}, a kind of file that can run code; diffloop writes none")
+    """Raises DamagedCheckpoint where a file differs from the manifest, is missing, or is none of a checkpoint's."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+        strange = sorted(name for name in there - {*manifest, "manifest.json"} if not IGNORED.match(Path(name).name))
+        strange += [name for name in manifest if Path(name).suffix not in SUFFIXES]
+        if strange:
+            raise DamagedCheckpoint(
+                f"{folder} holds {strange[0]}, which diffloop does not write there; it could run code when loaded"
+            )
         for name, (size, digest) in manifest.items():
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):

@@ -30,7 +30,7 @@ class BaseConfig(Section):
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
         "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs",
         "save_model_steps", "push_to_hub", "hub_model_id", "valid_epochs", "valid_steps", "logging_dir", "logger",
-        "logging_steps", "tracker_project", "run_name", "cache_dir", "max_image_pixels", "image_cache_mb",
+        "logging_steps", "tracker_project", "run_name", "cache_dir", "image_cache_mb",
         "dataloader_num_workers", "dataloader_timeout",
         # on resume these are compared by what they come to: the global batch size, the learning rates that are left,
         # the data set's fingerprint

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 from torch.optim import Optimizer
 
+from trainers.engine.agreement import on_main
 from trainers.engine.changes import harmless_changes, trajectory_changes
 from trainers.engine.checkpoint import FORMAT
 from trainers.engine.clock import Clock
@@ -26,31 +21,34 @@ from trainers.engine.ema import EMA
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 from trainers.engine.metering import Meter
 from trainers.engine.options import BaseConfig
-from trainers.engine.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, parameter_names, trained_state
+from trainers.engine.restore import compare_shape, like, named_optimizer_state, put_weights, read_tensors, read_weights
+from trainers.engine.run_folder import set_metrics_aside
 from trainers.engine.tracking import WANDB_ID_FILE
 
 
 def set_aside_later(accelerator: Accelerator, base: BaseConfig, resumed_from: Path, steps_done: int) -> None:
-    """Renames checkpoints after the step from which a run goes on: `latest` must not return to the branch it left.
+    """Renames what is not of the run that goes on from a checkpoint: `latest` must not return to the branch it left.
 
-    W&B, which cannot take logged steps back, gets a new run for the new branch.
+    That is what is later, or all of it where the checkpoint is another folder's. W&B, which cannot take logged steps
+    back, gets a new run for the new branch. Collective.
     """
-    output_dir = Path(base.output_dir)
-    later = [
+    on_main(accelerator, lambda: _set_aside(Path(base.output_dir), base.logging_dir, resumed_from, steps_done))
+
+
+def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_done: int) -> None:
+    own = resumed_from.resolve().parent == output_dir.resolve()
+    others = [
         folder
         for step, folder in list_checkpoints(output_dir)
-        if step >= steps_done and folder.resolve() != resumed_from.resolve()
+        if not own or (step >= steps_done and folder.resolve() != resumed_from.resolve())
     ]
-    if not (later and accelerator.is_main_process):
-        return
-    prefix, metrics = f"set-aside-{secrets.token_hex(2)}-", output_dir / "metrics.jsonl"
-    for folder in later:
-        aside = folder.with_name(prefix + folder.name)
-        print(f"WARNING: {folder} is of another run from step {steps_done} on: renamed to {aside.name}", flush=True)
-        folder.rename(aside)
-    if metrics.exists():  # it is cut next
-        shutil.copy(metrics, output_dir / (prefix + metrics.name))
-    (output_dir / base.logging_dir / WANDB_ID_FILE).unlink(missing_ok=True)
+    prefix = f"set-aside-{secrets.token_hex(2)}-"
+    for folder in others:
+        print(f"WARNING: {folder} is not of the run from {resumed_from}: renamed to {prefix}{folder.name}", flush=True)
+        folder.rename(folder.with_name(prefix + folder.name))
+    if others or not own:
+        set_metrics_aside(output_dir, prefix, keep=own)
+        (output_dir / logging_dir / WANDB_ID_FILE).unlink(missing_ok=True)
 
 
 def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | bool | None) -> Path | None:
@@ -60,16 +58,8 @@ def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | bo
     """
     if not resume:
         return None
-    answer: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            answer = [_find_latest(output_dir) if resume in (True, "latest") else _find_named(output_dir, str(resume))]
-        except (FileNotFoundError, DamagedCheckpoint) as error:
-            answer = [error]
-    [found] = broadcast_object_list(answer)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    latest = resume in (True, "latest")
+    return on_main(accelerator, lambda: _find_latest(output_dir) if latest else _find_named(output_dir, str(resume)))
 
 
 def _find_latest(output_dir: Path) -> Path | None:
@@ -117,6 +107,12 @@ def read_state(
             f"{folder}: written by another version of diffloop (format {state.get('format')}, not {FORMAT})"
         )
     clock = clock.resumed_at(state["step"], state["slot"])
+    if clock.total_steps < clock.origin_step:
+        option = f"max_train_steps = {run.base.max_train_steps}" if run.base.max_train_steps else "num_epochs"
+        raise ValueError(
+            f"base.{option}: the run would end at step {clock.total_steps}, and {folder} is later; raise it, or resume "
+            "from an earlier checkpoint"
+        )
     changes = trajectory_changes(state, run, clock, train_set)
     refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
     if refused:
@@ -132,6 +128,7 @@ def read_state(
 
 def load(
     accelerator: Accelerator,
+    run: RunConfig,
     folder: Path,
     state: dict[str, Any],
     networks: dict[str, nn.Module],
@@ -144,6 +141,8 @@ def load(
 
     Raises ValueError where the checkpoint holds other networks or other shapes than the run.
     """
+    for name, network in networks.items():
+        compare_shape(folder / name, network, run.base.allow_changes)
     weights, averages = read_weights(folder, networks), {}
     for name in networks:
         if ema is not None:
@@ -151,78 +150,14 @@ def load(
                 raise ValueError(
                     f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
                 )
-            averages |= {f"{name}.{key}": tensor for key, tensor in _read(folder / f"{name}_ema").items()}
-    moments = _named_optimizer_state(folder, networks, optimizer)
+            averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
+    moments = named_optimizer_state(folder, networks, optimizer)
     put_weights(weights, networks)
     if ema is not None:
-        ema.load({name: _like(averages[name], average) for name, average in ema.averages.items()})
+        ema.load({name: like(averages[name], average) for name, average in ema.averages.items()})
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
+    set_aside_later(accelerator, run.base, folder, state["step"])
     meter.load(state["meter"])
     divergence.load(state["divergence"])
-
-
-def read_weights(folder: Path, networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """The trained weights and buffers of a checkpoint by network; ValueError where they do not fit these networks."""
-    weights = {name: _read(folder / name) for name in networks}
-    for name, network in networks.items():
-        _compare(folder / name, weights[name], trained_state(network))
-    return weights
-
-
-@torch.no_grad()
-def put_weights(weights: dict[str, dict[str, Tensor]], networks: dict[str, nn.Module]) -> None:
-    for name, network in networks.items():
-        for key, tensor in trained_state(network).items():
-            tensor.copy_(_like(weights[name][key], tensor))
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    for name in (DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS):
-        if (folder / name).is_file():
-            return _tensors(folder / name)
-    raise ValueError(f"{folder} holds no weights; the checkpoint is of a run with other networks")
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no safetensors file ({error}); the checkpoint was not written by diffloop"
-        ) from None
-
-
-def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    differing = sorted(saved.keys() ^ own.keys()) or [key for key in own if saved[key].shape != own[key].shape]
-    if differing:
-        raise ValueError(
-            f"{folder} does not fit this run's network: {len(differing)} tensors differ, first {differing[0]}"
-        )
-
-
-def _like(saved: Tensor, own: Tensor) -> Tensor:
-    if isinstance(own, DTensor):
-        return distribute_tensor(saved.to(own.device), own.device_mesh, own.placements)
-    return saved
-
-
-def _named_optimizer_state(folder: Path, networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[int, dict]:
-    """The saved state by the number that torch gives a parameter: its place in the groups."""
-    saved: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _tensors(folder / "optimizer.safetensors").items():
-        parameter, _, key = name.rpartition(".")
-        saved.setdefault(parameter, {})[key] = tensor
-    names = parameter_names(networks)
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if not saved.keys() <= set(order):
-        raise ValueError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        number: {
-            key: value if value.ndim == 0 else _like(value, parameters[number]) for key, value in saved[name].items()
-        }
-        for number, name in enumerate(order)
-        if name in saved
-    }

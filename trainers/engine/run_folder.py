@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -18,6 +19,8 @@ from trainers.engine.options import BaseConfig
 
 RUN_FILES = ("metrics.jsonl", "config.yaml", "model_index.json", "README.md")
 LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
+METRICS = "metrics.jsonl"
+SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 @contextmanager
@@ -32,7 +35,8 @@ def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[None
     if accelerator.is_main_process and errors == [None]:
         try:
             lock = take(output_dir)
-            _sweep(output_dir)
+            if lock is not None:  # else what looks left behind may be a living run's
+                _sweep(output_dir)
             _refuse_another_run(output_dir, base)
         except (OSError, ValueError) as error:
             errors = [error]
@@ -52,6 +56,8 @@ def _probe(output_dir: Path) -> OSError | None:
         probe = output_dir / f".probe-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
+        for left_over in output_dir.glob(".probe-*"):
+            left_over.unlink(missing_ok=True)
     except OSError as error:
         return OSError(f"base.output_dir = {output_dir}: cannot be written ({error}); choose another folder")
     return None
@@ -94,18 +100,29 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; the last line of a killed run may be torn and is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict) and "step" in line]
+
+
 def cut_lines(path: Path, steps_done: int) -> None:
     """Drops the lines of a JSON-lines file after a step: a resumed run writes them again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= steps_done]
+    kept = [line for line in read_lines(path) if line["step"] <= steps_done]
     replacement = path.with_name(f".{path.name}")
-    replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     replacement.replace(path)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the last line of a killed run may be torn
-        return float("inf")
+def set_metrics_aside(output_dir: Path, prefix: str, keep: bool) -> None:
+    """Puts copies of the logs of a run beside them, before lines are cut off; without `keep` the logs go there."""
+    for name in (METRICS, SKIPPED_STEPS):
+        if (output_dir / name).exists():
+            (shutil.copy if keep else shutil.move)(output_dir / name, output_dir / (prefix + name))

@@ -55,6 +55,26 @@ def snapshot(
     return Snapshot(step, tensors, texts)
 
 
+def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
+    """The first trained weight, average or optimizer state that is not finite, the same on every rank.
+
+    Buffers are left out: a mask may hold infinities.
+    """
+    names = parameter_names(networks)
+    tensors = {f"weight {names[id(p)]}": p for group in optimizer.param_groups for p in group["params"]}
+    tensors |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
+    for parameter, values in optimizer.state.items():
+        tensors |= {f"{key} of {names[id(parameter)]}": torch.as_tensor(value) for key, value in values.items()}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    for listed in by_device.values():  # one wait per device
+        finite = torch.stack([tensors[name].detach().isfinite().all() for name in listed]).tolist()
+        if not all(finite):
+            return listed[finite.index(False)]
+    return None
+
+
 def trained_state(network: nn.Module) -> dict[str, Tensor]:
     """A network's weights and buffers by name, without what is frozen."""
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}

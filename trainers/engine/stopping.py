@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -44,7 +46,7 @@ class Stopping:
         if accelerator.num_processes > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
         self.work: dist.Work | None = None
-        self.flag = torch.zeros((), dtype=torch.int64)
+        self.armed = -math.inf  # when the stack dump was last put off
         self.asked, self.text = 0, ""  # what this rank wants
         self.reason = 0  # what all ranks agreed on
         self.received = 0
@@ -80,17 +82,21 @@ class Stopping:
         if reason > self.asked:
             self.asked, self.text = reason, text
 
-    def agreed(self) -> bool:
-        """Whether the run is to stop; the same on every rank. Collective."""
+    def agreed(self, wait: bool = False) -> bool:
+        """Whether the run is to stop; the same on every rank. Collective; with `wait` the answer is of this call."""
         if self.launcher and os.getppid() != self.launcher:  # it died, and nobody else would tell
             self.ask(signal.SIGTERM)
         if self.group is None:
             self.reason = self.asked
-        else:
+            return self.reason > 0
+        if time.monotonic() - self.armed > 1:  # each time costs a thread
             faulthandler.dump_traceback_later(self.dump_after, file=sys.__stderr__)  # where a rank hangs
+            self.armed = time.monotonic()
+        self._await()
+        self.flag = torch.tensor(self.asked)
+        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        if wait:
             self._await()
-            self.flag = torch.tensor(self.asked)
-            self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
         return self.reason > 0
 
     def _await(self) -> None:
@@ -99,47 +105,48 @@ class Stopping:
             self.reason = max(self.reason, int(self.flag))
 
     def steps(self, first: int, last: int) -> Iterator[int]:
-        """The steps from first to last - 1, during which signals wait; ends early where a stop was agreed.
-
-        Raises ValueError on every rank where the run diverged.
-        """
+        """The steps from first to last - 1, during which signals wait; none after a stop was agreed on."""
         self.waits = True
         for step in range(first, last):
             yield step
-            if self.agreed():
+            if self.reason:
                 break
-        if self.reason == DIVERGED:
-            raise ValueError(self._text_of_all())
 
     def watch(self, items: Iterable) -> Iterator:
-        """The items of a long loop within a step, as many on every rank; raises Abandoned where a stop was agreed."""
+        """The items of a long loop within a step, as many on every rank; raises Abandoned once a stop is agreed on."""
         for item in items:
             yield item
             if self.agreed():
                 raise Abandoned
 
-    def finish(self, steps_done: int, save: Callable[[int], None]) -> None:
-        """After the last step; where the run ends early it is saved, and Interrupted or OSError raised. Collective."""
-        if self.group is not None:
-            self._await()
-        if self.reason:
-            save(steps_done)
-        self.waits = False
+    def finish(self, steps_done: int, save: Callable[[int], None], close: Callable[[], None]) -> None:
+        """After the last step: where the run ends early, saves it, closes the trackers and raises. Collective.
+
+        Raises Interrupted after a signal, OSError after a fault, ValueError where the run diverged. Signals wait until
+        then: a launcher sends more of them when its first process ends.
+        """
+        if not self.agreed(wait=True):
+            self.waits = False
+            faulthandler.cancel_dump_traceback_later()
+            return
+        save(steps_done)
+        close()
+        text = self._text_of_all()  # all ranks leave together, after the trackers
         way_on = f"checkpoint-{steps_done} is written; continue with base.resume_from_checkpoint=latest"
+        if self.reason == DIVERGED:
+            raise ValueError(text)
         if self.reason == FAULT:
-            raise OSError(f"{self._text_of_all()}; {way_on}")
-        if self.reason:
-            name = signal.Signals(self.reason).name
-            text = f"ended by {name} after step {steps_done}; {way_on}" if self.main else ""  # once is enough
-            raise Interrupted(text, EXIT_CODES[self.reason])
-        faulthandler.cancel_dump_traceback_later()
+            raise OSError(f"{text}; {way_on}")
+        name = signal.Signals(self.reason).name
+        text = f"ended by {name} after step {steps_done}; {way_on}" if self.main else ""  # once is enough
+        raise Interrupted(text, EXIT_CODES[self.reason])
 
     def _text_of_all(self) -> str:
         texts = [self.text]
         if self.group is not None:
             texts = [""] * dist.get_world_size(self.group)
             dist.all_gather_object(texts, self.text, self.group)
-        return next(text for text in texts if text)
+        return next((text for text in texts if text), "")
 
 
 def launcher_pid() -> int | None:

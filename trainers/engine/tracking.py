@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from trainers.engine.agreement import on_main
 from trainers.engine.config import RunConfig
-from trainers.engine.run_folder import cut_lines
+from trainers.engine.run_folder import METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 
 WANDB_ID_FILE = "wandb-run-id"  # in logging_dir: under which id a resumed run continues
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
@@ -29,28 +29,31 @@ class Tracking:
         self.output_dir = output_dir
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
-        self.validated_at = 0  # the step of the newest validation
-        if accelerator.is_main_process:
-            cut_lines(self.metrics_file, start_step)
-            if start_step:
-                self._remember()
-            (output_dir / run.base.logging_dir).mkdir(parents=True, exist_ok=True)
-        [self.validated_at] = broadcast_object_list([self.validated_at])
+        self.validated_at = on_main(accelerator, lambda: self._take_up(start_step, run.base.logging_dir))
         self._start_trackers(run, start_step)
         if accelerator.is_main_process:
             (output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
 
-    def _remember(self) -> None:
-        """Takes up what an interrupted run logged."""
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-        for line in map(json.loads, lines):
+    def _take_up(self, start_step: int, logging_dir: str) -> int:
+        """Cuts off what a resumed run logs again, and remembers the rest; returns the step of the newest validation."""
+        (self.output_dir / logging_dir).mkdir(parents=True, exist_ok=True)
+        if start_step == 0 and (self.output_dir / "model_index.json").exists():  # a run that has lost its checkpoints
+            set_metrics_aside(self.output_dir, f"set-aside-{secrets.token_hex(2)}-", keep=True)
+        for name in (METRICS, SKIPPED_STEPS):
+            cut_lines(self.output_dir / name, start_step)
+        return self._remember() if start_step else 0
+
+    def _remember(self) -> int:
+        validated_at = 0
+        for line in read_lines(self.metrics_file):
             self.latest |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
             if VALIDATION_TIME in line:
-                self.validated_at = line["step"]
+                validated_at = line["step"]
         newest: dict[str, Path] = {}
         for path in sorted((self.output_dir / "samples").glob("*-step-*.png")):
             newest[path.name.rpartition("-step-")[0]] = path
         self.grids = list(newest.values())
+        return validated_at
 
     def _start_trackers(self, run: RunConfig, start_step: int) -> None:
         main, project = self.accelerator.is_main_process, run.base.tracker_project
@@ -74,17 +77,25 @@ class Tracking:
     def __exit__(self, *error: object) -> None:
         self.accelerator.end_training()  # closes the trackers, then leaves the process group
 
+    def close(self) -> None:
+        """Closes the trackers, before the processes leave."""
+        while self.accelerator.trackers:
+            self.accelerator.trackers.pop().finish()
+
     @property
     def metrics_file(self) -> Path:
-        return self.output_dir / "metrics.jsonl"
+        return self.output_dir / METRICS
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.latest |= values
         if not (values and self.accelerator.is_main_process):
             return
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.metrics_file} cannot be written: {error}") from None
         self.accelerator.log(values, step=step)
 
     def log_grids(self, grids: dict[str, Tensor], step: int) -> None:
@@ -127,7 +138,7 @@ def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dic
 
 
 def _tensorboard_arguments(start_step: int) -> dict[str, Any]:
-    return {"purge_step": start_step + 1} if start_step else {}  # hides what the interrupted run wrote later
+    return {"purge_step": start_step + 1}  # hides what the interrupted run wrote later
 
 
 def _wandb_id(path: Path, start_step: int) -> str:

@@ -37,7 +37,7 @@ class Watches:
         if done == 1 and self.accelerator.num_processes > 1:
             self._compare_draws(slots)
         last = steps_done == self.clock.total_steps
-        if done == MOVED_AFTER_STEPS or (last and done < MOVED_AFTER_STEPS):
+        if done == MOVED_AFTER_STEPS or (last and self.clock.origin_step == 0 and done < MOVED_AFTER_STEPS):
             self._compare_weights(done)
         if last:
             self._compare_rates()
