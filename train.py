@@ -19,15 +19,13 @@ from trainers.engine.messages import Interrupted, is_message
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    import torch
-
     from trainers.engine import card, checkpoint, evaluation, export, feeding, launch, optimization, reporting, resume
     from trainers.engine.clock import Clock
     from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
     from trainers.engine.encoding import FrozenStages
     from trainers.engine.metering import Meter, Speed
-    from trainers.engine.networks import prepare_networks, warm_up
+    from trainers.engine.networks import build_trainer, prepare_networks, warm_up
     from trainers.engine.randomness import SlotRandom, seed_network
     from trainers.engine.run_folder import open_run_folder
     from trainers.engine.stopping import Stopping
@@ -49,9 +47,7 @@ def train(run: RunConfig) -> Path:
         saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
 
         # networks and optimizer
-        torch.manual_seed(base.seed)
-        trainer = run.trainer_class(config, base)
-        trainer.device, trainer.weight_dtype = device, launch.weight_dtype(accelerator)
+        trainer = build_trainer(accelerator, run, train_set)
         networks = trainer.init_modules()
         optimizer = optimization.build_optimizer(trainer.param_groups(networks), config, clock, device)
         optimizer = prepare_networks(accelerator, trainer, networks, optimizer, base)

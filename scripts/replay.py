@@ -25,7 +25,7 @@ from trainers.engine.encoding import FrozenStages
 from trainers.engine.feeding import EpochOrder
 from trainers.engine.loading import SlotExamples, collate
 from trainers.engine.manifest import list_checkpoints, verify
-from trainers.engine.networks import prepare_networks
+from trainers.engine.networks import build_trainer, prepare_networks
 from trainers.engine.optimization import build_optimizer
 from trainers.engine.randomness import SlotRandom, seed_network
 from trainers.engine.restore import put_weights, read_weights
@@ -59,9 +59,7 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     train_set = datasets_lib.build(base, "train")
     order, examples = EpochOrder(len(train_set), base.seed), SlotExamples(train_set, base.seed, augment=True)
 
-    torch.manual_seed(base.seed)
-    trainer = run.trainer_class(run.config, base)
-    trainer.device, trainer.weight_dtype = accelerator.device, launch.weight_dtype(accelerator)
+    trainer = build_trainer(accelerator, run, train_set)
     networks = trainer.init_modules()
     clock = Clock.of_run(base, len(train_set), accelerator)
     optimizer = build_optimizer(trainer.param_groups(networks), run.config, clock, accelerator.device)

@@ -3,4 +3,5 @@
 # type -> "module:Class", imported only when used: a config is checked without loading the other tasks' libraries.
 TRAINERS = {
     "ddpm": "trainers.ddpm:DDPMTrainer",
+    "conditional_ddpm": "trainers.conditional_ddpm:ConditionalDDPMTrainer",
 }

@@ -161,6 +161,8 @@ class Trainer(ABC):
     device: torch.device
     weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
     training: bool = True  # False in validation: no label or caption dropout
+    label_names: list[str] | None = None  # of the data set's classes, set before init_modules
+    grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
     progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # around a sampler's steps, as many on every rank:
     # shows a bar, and lets a signal end the validation

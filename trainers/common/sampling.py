@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers import DDPMScheduler, SchedulerMixin
 
 
 def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device) -> Tensor:
@@ -35,6 +35,17 @@ def denoise(
         prediction = predict(sample, timestep).float()
         sample = scheduler.step(prediction, timestep, sample, generator=generators).prev_sample
     return sample
+
+
+def build_sampler(name: str, scheduler: DDPMScheduler) -> SchedulerMixin:
+    """The sampler ddpm, ddim or dpmsolver++ over the noise schedule that was trained with."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    if name == "ddim":
+        return DDIMScheduler.from_config(scheduler.config)
+    if name == "dpmsolver++":
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
+    return type(scheduler).from_config(scheduler.config)
 
 
 def to_unit_range(sample: Tensor) -> Tensor:

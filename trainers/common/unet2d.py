@@ -74,16 +74,19 @@ def _misfits(settings: Mapping[str, Any], base: Section) -> Iterator[str]:
         yield f"halves the picture {halvings} times; {size}"
 
 
-def build_unet2d(model_config: str | None, pretrained: str | None, base: Section) -> UNet2DModel:
+def build_unet2d(
+    model_config: str | None, pretrained: str | None, base: Section, settings: Mapping[str, Any] | None = None
+) -> UNet2DModel:
     """Makes the network, with random weights or those of a folder (or its sub-folder `unet`), in float32.
 
-    Raises ValueError where pretrained weights do not fit base.channels or base.resolution.
+    `settings` are what the task decides, such as `num_class_embeds`. Raises ValueError where pretrained weights do not
+    fit them, base.channels or base.resolution.
     """
     import torch
     from diffusers import UNet2DModel
 
     if pretrained is None:
-        return UNet2DModel.from_config(unet2d_settings(model_config, base))
+        return UNet2DModel.from_config(unet2d_settings(model_config, base) | dict(settings or {}))
     subfolder = None if (Path(pretrained) / "config.json").is_file() else "unet"
     try:
         unet = UNet2DModel.from_pretrained(
@@ -96,5 +99,9 @@ def build_unet2d(model_config: str | None, pretrained: str | None, base: Section
         ) from None
     for misfit in _misfits(unet.config, base):
         raise ValueError(f"pretrained_model_name_or_path = {pretrained}: {misfit}")
+    for name, value in (settings or {}).items():
+        if unet.config.get(name) != value:
+            found = f"has {name} = {unet.config.get(name)}, and this run needs {value}"
+            raise ValueError(f"pretrained_model_name_or_path = {pretrained}: {found}")
     unet.register_to_config(sample_size=base.resolution)
     return unet

@@ -52,7 +52,7 @@ def validate(
 ) -> None:
     """Logs metrics ("valid/loss", with averaged weights "valid_ema/loss") and grids of pictures. Collective.
 
-    Left of a grid are the raw weights' pictures, right the averaged ones'. Where the run is asked to stop, the
+    The raw weights' pictures come first, left or above, the averaged ones' second. Where the run is asked to stop, the
     validation is abandoned and nothing of it is logged: a resumed run makes it up.
     """
     weights = {"valid": nullcontext()} | ({"valid_ema": ema.applied()} if ema is not None else {})
@@ -70,7 +70,7 @@ def validate(
     except Abandoned:
         accelerator.print(f"The validation at step {steps_done} is abandoned; a resumed run makes it up")
         return
-    grids = {name: _side_by_side([images[name] for images in pictures]) for name in pictures[0]}
+    grids = {name: _grid([images[name] for images in pictures], trainer.grid_columns) for name in pictures[0]}
     tracking.log_grids(grids, steps_done)
     tracking.log(metrics | {VALIDATION_TIME: time.perf_counter() - began}, steps_done)
 
@@ -111,14 +111,16 @@ def draw_samples(accelerator: Accelerator, trainer: Trainer, validation_set: Any
     return {name: accelerator.gather(images.contiguous())[: len(requests)].cpu() for name, images in drawn.items()}
 
 
-def _side_by_side(pictures: list[Tensor]) -> Tensor:
-    """Grids of several sets of pictures [N, C, H, W], next to each other with a white gap."""
+def _grid(pictures: list[Tensor], columns: int | None) -> Tensor:
+    """One grid of several sets of pictures [N, C, H, W] with a white gap: below each other where columns are given."""
     from torchvision.utils import make_grid
 
-    columns = math.ceil(math.sqrt(len(pictures[0])))
+    below = columns is not None
+    columns = columns or math.ceil(math.sqrt(len(pictures[0])))
     zoom = max(1, VISIBLE_SIZE // pictures[0].shape[-1])
     enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
     grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
-    gap = torch.ones(grids[0].shape[0], grids[0].shape[1], 8)
+    channels, height, width = grids[0].shape
+    gap = torch.ones(channels, 8, width) if below else torch.ones(channels, height, 8)
     parts = [part for grid in grids for part in (gap, grid)]
-    return torch.cat(parts[1:], dim=2)
+    return torch.cat(parts[1:], dim=1 if below else 2)

@@ -5,17 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
 from trainers.base import Trainer
 from trainers.engine.clock import Clock
+from trainers.engine.config import RunConfig
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.feeding import first_batch
+from trainers.engine.launch import weight_dtype
 from trainers.engine.manifest import NAME
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
+
+
+def build_trainer(accelerator: Accelerator, run: RunConfig, train_set: Any) -> Trainer:
+    """The task's trainer, told where it runs and what it learns, with the seed set for its initial weights."""
+    torch.manual_seed(run.base.seed)
+    trainer = run.trainer_class(run.config, run.base)
+    trainer.device, trainer.weight_dtype = accelerator.device, weight_dtype(accelerator)
+    trainer.label_names = getattr(train_set, "label_names", None)
+    return trainer
 
 
 def prepare_networks(

@@ -1,0 +1,76 @@
+"""The pipeline of a class-conditional UNet2DModel in pixel space, which diffusers does not have."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+
+from trainers.common.guidance import Guidance, noise_level
+from trainers.common.sampling import build_sampler, to_unit_range
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Draws pictures of classes by name or number.
+
+    The network has one embedding more than there are classes; the last one means "no class". `sampler` is ddpm, ddim or
+    dpmsolver++, `label_names` may be None.
+    """
+
+    def __init__(
+        self, unet: UNet2DModel, scheduler: object, label_names: list[str] | None = None, sampler: str = "ddpm"
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(label_names=label_names, sampler=sampler)
+
+    @property
+    def num_classes(self) -> int:
+        return self.unet.config.num_class_embeds - 1
+
+    def class_indices(self, classes: list[str | int]) -> list[int]:
+        """The numbers of classes given by name or number; ValueError for one that the network does not know."""
+        names = self.config.label_names or []
+        known = {name: number for number, name in enumerate(names)}
+        found = [known.get(str(item), item) if isinstance(item, str) else item for item in classes]
+        for given, number in zip(classes, found, strict=True):
+            if not (isinstance(number, int) and 0 <= number < self.num_classes):
+                allowed = ", ".join(names) or "their numbers"
+                raise ValueError(f"class {given!r}: must be one of 0 to {self.num_classes - 1}, or {allowed}")
+        return found
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        classes: list[str | int] | str | int,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        sampler: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Pictures, one per class given; see Guidance for its arguments. `output_type` is pil, np or pt."""
+        numbers = self.class_indices(classes if isinstance(classes, list) else [classes])
+        labels = torch.tensor(numbers, device=self.device)
+        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        sample = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
+        scheduler = build_sampler(sampler or self.config.sampler, self.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        for timestep in self.progress_bar(scheduler.timesteps):
+            sigma = noise_level(self.scheduler.alphas_cumprod, timestep)
+            prediction = guidance.predict(self._network, sample, timestep, labels, self.num_classes, sigma)
+            sample = scheduler.step(prediction.float(), timestep, sample, generator=generator).prev_sample
+        images = to_unit_range(sample).cpu()
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _network(self, noisy: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.unet(noisy, timestep, class_labels=labels).sample

@@ -1,0 +1,81 @@
+"""What diffusion models of pixels share: a UNet2DModel, a DDPM schedule, an objective and a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from trainers.base import Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+from trainers.common.objective import DDPMObjective
+from trainers.common.sampling import build_sampler, denoise, initial_noise, to_unit_range
+from trainers.common.unet2d import build_unet2d, unet2d_problems
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class PixelDiffusionConfig(TrainerConfig):
+    """Network, schedule, objective and sampler."""
+
+    passive: ClassVar[tuple[str, ...]] = (
+        *TrainerConfig.passive, "sampler", "ddpm_num_inference_steps",
+        "model_config", "pretrained_model_name_or_path",  # the network itself is compared on resume
+    )  # fmt: skip
+
+    model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
+    pretrained_model_name_or_path: str | None = (
+        None  # initial weights: folder or hub name of a UNet2DModel; null: random
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
+    snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
+    ddpm_num_steps: Positive = 1000  # timesteps of the forward process
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # its noise per timestep
+    rescale_betas_zero_snr: bool = False  # last timestep is pure noise (arXiv 2305.08891); not with epsilon
+    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = "ddpm"  # for the pictures at validations
+    ddpm_num_inference_steps: Positive = 1000  # steps of the sampler
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        if self.pretrained_model_name_or_path is None:
+            yield from (("model_config", problem) for problem in unet2d_problems(self.model_config, base))
+        elif self.model_config is not None:
+            yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            yield "ddpm_num_inference_steps", f"must be at most ddpm_num_steps = {self.ddpm_num_steps}"
+
+
+class PixelDiffusionTrainer(Trainer):
+    """Trains a UNet2DModel on pixels; a task says how its network is asked."""
+
+    config: PixelDiffusionConfig
+
+    def init_modules(self) -> dict[str, nn.Module]:
+        from diffusers import DDPMScheduler
+
+        config = self.config
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=config.ddpm_num_steps,
+            beta_schedule=config.ddpm_beta_schedule,
+            prediction_type=config.prediction_type,
+            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+            timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
+        )
+        self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
+        settings = self.network_settings()
+        return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, self.base, settings)}
+
+    def network_settings(self) -> dict[str, Any]:
+        """What the task sets in the network's config, whatever the file says."""
+        return {}
+
+    def draw(self, predict: Any, rng: RandomSource) -> Tensor:
+        """Pictures [B, C, H, W] in [0, 1]; `predict(noisy, timestep)` asks the network."""
+        generators, size = rng.generators(), self.base.resolution
+        noise = initial_noise((self.base.channels, size, size), generators, self.device)
+        scheduler = build_sampler(self.config.sampler, self.scheduler)
+        steps = self.config.ddpm_num_inference_steps
+        return to_unit_range(denoise(predict, scheduler, noise, steps, generators, self.progress))
