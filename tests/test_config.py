@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 
 from train import main
+from trainers import TRAINERS
 from trainers.base import Section, TrainerConfig
 from trainers.common.unet2d import unet2d_problems
 from trainers.engine.config import describe, load_config
@@ -132,6 +133,7 @@ def test_rules_over_several_options(write, base, ddpm, message):
     assert message in text
 
 
+TASKS = ", ".join(TRAINERS)
 STRUCTURE = [
     ("[1, 2]", "config.yaml", "holds list; it must hold two sections, `base` and the task's"),
     ("{", "config.json", "cannot be read as JSON"),
@@ -140,10 +142,10 @@ STRUCTURE = [
     ("base: {}\nbase: {}\n", "config.yaml", "found duplicate key"),
     ('{"ddpm": {}}', "config.json", "base: this section is missing"),
     ('{"a":' * 100_000, "config.json", "cannot be read as JSON"),
-    ('{"base": {}}', "config.json", "sections: beside base exactly one section must name the task (ddpm), found none"),
+    ('{"base": {}}', "config.json", f"exactly one section must name the task ({TASKS}), found none"),
     ('{"base": {}, "ddpm": {}, "lora": {}}', "config.json", "found ddpm, lora"),
     ('{"base": {}, "ddpm": 3}', "config.json", "ddpm = 3: must be a mapping of options to values"),
-    ('{"base": {}, "dpm": {}}', "config.json", "dpm: no such task; allowed: ddpm; did you mean ddpm?"),
+    ('{"base": {}, "dpm": {}}', "config.json", f"dpm: no such task; allowed: {TASKS}; did you mean ddpm?"),
     ("base: {output_dir: '${oc.env:HOME}'}\nddpm: {}", "config.yaml", "environment variables are not read"),
     ("base: {output_dir: '${base.nothing}'}\nddpm: {}", "config.yaml", "base.output_dir: Interpolation key"),
 ]
