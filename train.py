@@ -19,7 +19,7 @@ from trainers.engine.messages import Interrupted, is_message
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine import card, checkpoint, evaluation, export, feeding, launch, optimization, reporting, resume
+    from trainers.engine import card, checkpoint, export, feeding, launch, optimization, reporting, resume
     from trainers.engine.clock import Clock
     from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
@@ -30,6 +30,7 @@ def train(run: RunConfig) -> Path:
     from trainers.engine.run_folder import open_run_folder
     from trainers.engine.stopping import Stopping
     from trainers.engine.tracking import Tracking
+    from trainers.engine.validation import Validation
     from trainers.engine.watches import Watches
 
     base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
@@ -68,12 +69,12 @@ def train(run: RunConfig) -> Path:
         tracking = Tracking(accelerator, run, output_dir, clock.origin_step)
         batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
         save = partial(checkpoint.save, accelerator, run, clock, networks, ema, optimizer, train_set, meter, divergence)
-        validate = partial(evaluation.validate, accelerator, trainer, ema, stages, validation_set, stopping, tracking)
+        sets = train_set, validation_set
+        validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, tracking)
         accelerator.print(reporting.start_block(accelerator, run, networks, clock, train_set))
         with tracking, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
             done = clock.origin_step
-            if tracking.validated_at < done and clock.due(done, base.valid_steps, base.valid_epochs):
-                validate(done)  # the run that wrote the checkpoint did not get to it
+            validation.make_up(done)
             for step in stopping.steps(clock.origin_step, clock.total_steps):
                 learning_rates = optimization.set_learning_rates(optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
@@ -103,8 +104,7 @@ def train(run: RunConfig) -> Path:
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
                         export.export_pipeline(accelerator, trainer, ema, output_dir)
-                    if clock.due(done, base.valid_steps, base.valid_epochs):
-                        validate(done)
+                    validation.after_step(done)
             bar.close()
             stopping.finish(done, save, tracking.close)
 

@@ -28,6 +28,7 @@ class ImageDataset:
         self.rows = select_rows(len(source.images), args, split)
         self.fingerprint = digest(source.fingerprint, split, np.array(self.rows, dtype=np.int64).tobytes())
         self.label_names = source.label_names
+        self.highest_label = max(source.labels) if source.labels else None
         self.notes = source.notes
         self.captioned = source.captions is not None
         self.caption = args.caption

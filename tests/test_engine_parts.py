@@ -11,8 +11,8 @@ from torch import nn
 
 from trainers.base import Encoder, TrainerConfig
 from trainers.engine.clock import Clock
+from trainers.engine.drawing import evaluation_mode
 from trainers.engine.encoding import FrozenStages
-from trainers.engine.evaluation import evaluation_mode
 from trainers.engine.export import cpu_copy
 from trainers.engine.launch import numerics
 from trainers.engine.metering import Meter, Speed

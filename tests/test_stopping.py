@@ -163,7 +163,7 @@ def test_a_validation_that_was_interrupted_is_made_up(tiny_config, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.engine.evaluation.validation_metrics", interrupt)
+        patch.setattr("trainers.engine.validation.Validation.held_out_metrics", interrupt)
         assert main([str(tiny_config(name="cut", **options))]) == 130
     cut = folder.with_name("cut")
     assert [step for step, _ in list_checkpoints(cut)] == [2]

@@ -4,4 +4,5 @@
 TRAINERS = {
     "ddpm": "trainers.ddpm:DDPMTrainer",
     "conditional_ddpm": "trainers.conditional_ddpm:ConditionalDDPMTrainer",
+    "noisy_classifier": "trainers.noisy_classifier:NoisyClassifierTrainer",
 }

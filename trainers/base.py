@@ -162,10 +162,12 @@ class Trainer(ABC):
     weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
     training: bool = True  # False in validation: no label or caption dropout
     label_names: list[str] | None = None  # of the data set's classes, set before init_modules
+    highest_label: int | None = None  # in the data set, where it is known, set before init_modules
     grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
     progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # around a sampler's steps, as many on every rank:
     # shows a bar, and lets a signal end the validation
+    frames: list[Tensor] | None = None  # where a list, sample() appends its pictures [N, C, H, W] after every step
 
     def __init__(self, config: TrainerConfig, base: Section) -> None:
         self.config = config
@@ -184,15 +186,19 @@ class Trainer(ABC):
 
     @abstractmethod
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}."""
+        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}; not called without requests."""
 
     @abstractmethod
     def save_pipeline(self, output_dir: Path) -> None:
         """Writes what inference loads, from `self.raw(name)`; main process only, no collective calls."""
 
     def sample_requests(self, validation_set: Any) -> list[dict]:
-        """What to draw at a validation: the same list on every rank."""
+        """What to draw at a validation: the same list on every rank; empty for a task without pictures."""
         return [{} for _ in range(self.config.valid_batch_size)]
+
+    def evaluation_requests(self, count: int) -> list[dict]:
+        """What to draw for metrics over many pictures; a `label` says which class was asked for, all equally often."""
+        return [{} for _ in range(count)]
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns numbers per example, {name: [B]}; by default the batch's loss."""

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, RandomSource, Section
-from trainers.common.guidance import Guidance, noise_level
+from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.common.classes import count_classes, labels_of
+from trainers.common.guidance import ClassifierGuidance, Guidance, noise_level
 from trainers.common.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+TASK = "conditional_ddpm"
 ClassNumber = Annotated[int, Bounds(0)]
 
 
@@ -23,6 +25,7 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
 
     passive: ClassVar[tuple[str, ...]] = (
         *PixelDiffusionConfig.passive, "guidance_scale", "guidance_rescale", "guidance_interval", "valid_classes",
+        "classifier", "classifier_scale",
     )  # fmt: skip
 
     num_classes: Positive | None = None  # null: as many as the data set names
@@ -30,6 +33,8 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
     guidance_scale: NonNegativeFloat = 1.0  # of the pictures at validations; 1: conditional alone, 0: no class
     guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
     guidance_interval: list[float] | None = None  # [low, high] of the noise level sigma to guide in; null: all
+    classifier: str | None = None  # a finished noisy_classifier run, for classifier guidance; null: none
+    classifier_scale: PositiveFloat = 1.0  # how strongly it guides, beside or instead of guidance_scale
     valid_classes: list[str | ClassNumber] | None = None  # one column each, by name or number; null: all classes
 
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
@@ -40,6 +45,13 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
         for option in ("guidance_rescale", "guidance_interval"):
             if getattr(self, option) and self.guidance_scale in (0.0, 1.0):
                 yield option, "has an effect with a guidance_scale other than 0 and 1 only"
+        if self.classifier is None and self.classifier_scale != 1.0:
+            yield "classifier_scale", "has an effect with classifier only"
+        if self.classifier is not None and not (Path(self.classifier) / "classifier" / "config.json").is_file():
+            yield (
+                "classifier",
+                "must be a finished noisy_classifier run; there is no classifier/config.json",
+            )
         if self.valid_classes == []:
             yield "valid_classes", "must name at least one class, or be null"
 
@@ -48,6 +60,7 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
     """Trains a UNet2DModel with an embedding per class and one for "no class"; the result draws classes by name."""
 
     Config = ConditionalDDPMConfig
+    classifier: ClassifierGuidance | None = None
     usage = (
         "from trainers.common.class_pipeline import ClassConditionalPipeline\n"
         'pipeline = ClassConditionalPipeline.from_pretrained("{output_dir}")\n'
@@ -55,39 +68,29 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
     )
 
     def network_settings(self) -> dict[str, Any]:
-        named, given = len(self.label_names or []), self.config.num_classes
-        if named and given and named != given:
-            raise ValueError(
-                f"conditional_ddpm.num_classes = {given}: the data set names {named} classes; set it to null"
-            )
-        if not (named or given):
-            raise ValueError("conditional_ddpm.num_classes = null: the data set names no classes; say how many it has")
-        self.num_classes = given or named
+        self.num_classes = count_classes(TASK, self, self.config.num_classes)
         self.columns = self._class_numbers(self.config.valid_classes or list(range(self.num_classes)))
         self.grid_columns = len(self.columns)
         return {"num_class_embeds": self.num_classes + 1, "class_embed_type": None}
 
     def _class_numbers(self, classes: list[str | int]) -> list[int]:
+        """Names win over numbers: with the names "1" and "0" the class "1" is number 0."""
         names = self.label_names or []
+        known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
         for item in classes:
-            if item not in names and item not in range(self.num_classes):
+            if str(item) not in known:
                 allowed = f"0 to {self.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
-                raise ValueError(f"conditional_ddpm.valid_classes: {item!r} is no class; allowed: {allowed}")
-        return [names.index(item) if item in names else item for item in classes]
+                raise ValueError(f"{TASK}.valid_classes: {item!r} is no class; allowed: {allowed}")
+        return [item if isinstance(item, int) else known[item] for item in classes]
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        labels = self._labels(batch)
+        labels = labels_of(TASK, batch)
         if self.training:  # per example, so that a batch has both
             labels = labels.masked_fill(rng.bernoulli("label_dropout", self.config.label_dropout), self.num_classes)
         return self.objective.loss(self._asking(labels), batch["image"], rng).mean(), {}
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        return {"loss": self.objective.loss(self._asking(self._labels(batch)), batch["image"], rng)}
-
-    def _labels(self, batch: dict[str, Any]) -> Tensor:
-        if "label" not in batch:
-            raise ValueError("conditional_ddpm needs labels, and the data set has none; give a folder per class")
-        return batch["label"]
+        return {"loss": self.objective.loss(self._asking(labels_of(TASK, batch)), batch["image"], rng)}
 
     def _asking(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda noisy, timesteps: self._network(noisy, timesteps, labels)
@@ -96,9 +99,12 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         return self.modules["unet"](noisy, timesteps, class_labels=labels).sample
 
     def sample_requests(self, validation_set: Any) -> list[dict]:
-        """Rows of one picture per class, `valid_batch_size` in all but at least one row."""
-        rows = max(1, self.config.valid_batch_size // len(self.columns))
-        return [{"label": label} for _ in range(rows) for label in self.columns]
+        """One picture of each class, then again, `valid_batch_size` in all but at least one of each."""
+        count = max(self.config.valid_batch_size, len(self.columns))
+        return [{"label": self.columns[number % len(self.columns)]} for number in range(count)]
+
+    def evaluation_requests(self, count: int) -> list[dict]:
+        return [{"label": number % self.num_classes} for number in range(count)]
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         import torch
@@ -107,10 +113,17 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         labels = torch.tensor([request["label"] for request in requests], device=self.device)
         interval = tuple(config.guidance_interval) if config.guidance_interval else None
         guidance = Guidance(config.guidance_scale, config.guidance_rescale, interval)
+        if config.classifier is not None and self.classifier is None:
+            self.classifier = ClassifierGuidance.load(
+                config.classifier, config.classifier_scale, self.scheduler, self.device
+            )
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             sigma = noise_level(self.scheduler.alphas_cumprod, timestep)
-            return guidance.predict(self._network, noisy, timestep, labels, self.num_classes, sigma)
+            prediction = guidance.predict(self._network, noisy, timestep, labels, self.num_classes, sigma)
+            if self.classifier is not None:
+                prediction = self.classifier.guide(prediction, noisy, timestep, labels)
+            return prediction
 
         return {"samples": self.draw(predict, rng)}
 

@@ -12,29 +12,25 @@ from trainers.common.sampling import build_sampler, denoise, initial_noise, to_u
 from trainers.common.unet2d import build_unet2d, unet2d_problems
 
 if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
     from torch import Tensor, nn
 
 
 @dataclass(kw_only=True)
-class PixelDiffusionConfig(TrainerConfig):
-    """Network, schedule, objective and sampler."""
+class NoisyPixelsConfig(TrainerConfig):
+    """A network that sees pixels with noise: its shape, and how much noise there is at which timestep."""
 
-    passive: ClassVar[tuple[str, ...]] = (
-        *TrainerConfig.passive, "sampler", "ddpm_num_inference_steps",
-        "model_config", "pretrained_model_name_or_path",  # the network itself is compared on resume
+    passive: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
+        *TrainerConfig.passive, "model_config", "pretrained_model_name_or_path",
     )  # fmt: skip
 
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
     pretrained_model_name_or_path: str | None = (
         None  # initial weights: folder or hub name of a UNet2DModel; null: random
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
-    snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
     ddpm_num_steps: Positive = 1000  # timesteps of the forward process
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # its noise per timestep
     rescale_betas_zero_snr: bool = False  # last timestep is pure noise (arXiv 2305.08891); not with epsilon
-    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = "ddpm"  # for the pictures at validations
-    ddpm_num_inference_steps: Positive = 1000  # steps of the sampler
 
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -42,6 +38,34 @@ class PixelDiffusionConfig(TrainerConfig):
             yield from (("model_config", problem) for problem in unet2d_problems(self.model_config, base))
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
+
+
+def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
+    """The noise schedule of a config; `settings` such as the prediction type are the scheduler's own."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
+        **settings,
+    )
+
+
+@dataclass(kw_only=True)
+class PixelDiffusionConfig(NoisyPixelsConfig):
+    """Objective and sampler."""
+
+    passive: ClassVar[tuple[str, ...]] = (*NoisyPixelsConfig.passive, "sampler", "ddpm_num_inference_steps")
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
+    snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
+    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = "ddpm"  # for the pictures at validations
+    ddpm_num_inference_steps: Positive = 1000  # steps of the sampler
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
@@ -54,16 +78,8 @@ class PixelDiffusionTrainer(Trainer):
     config: PixelDiffusionConfig
 
     def init_modules(self) -> dict[str, nn.Module]:
-        from diffusers import DDPMScheduler
-
         config = self.config
-        self.scheduler = DDPMScheduler(
-            num_train_timesteps=config.ddpm_num_steps,
-            beta_schedule=config.ddpm_beta_schedule,
-            prediction_type=config.prediction_type,
-            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-            timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
-        )
+        self.scheduler = build_schedule(config, prediction_type=config.prediction_type)
         self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
         settings = self.network_settings()
         return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, self.base, settings)}
@@ -78,4 +94,4 @@ class PixelDiffusionTrainer(Trainer):
         noise = initial_noise((self.base.channels, size, size), generators, self.device)
         scheduler = build_sampler(self.config.sampler, self.scheduler)
         steps = self.config.ddpm_num_inference_steps
-        return to_unit_range(denoise(predict, scheduler, noise, steps, generators, self.progress))
+        return to_unit_range(denoise(predict, scheduler, noise, steps, generators, self.progress, self.frames))

@@ -97,7 +97,8 @@ def build_unet2d(
             f"pretrained_model_name_or_path = {pretrained}: no UNet2DModel in safetensors format could be read; give a "
             f"local folder with config.json, or with unet/config.json, or a hub name that can be reached ({error})"
         ) from None
-    for misfit in _misfits(unet.config, base):
+    decided = {"out_channels": base.channels} if "out_channels" in (settings or {}) else {}
+    for misfit in _misfits({**unet.config, **decided}, base):
         raise ValueError(f"pretrained_model_name_or_path = {pretrained}: {misfit}")
     for name, value in (settings or {}).items():
         if unet.config.get(name) != value:

@@ -63,6 +63,7 @@ def save(
         "total_steps": clock.total_steps,
         "num_examples": len(train_set),
         "fingerprint": train_set.fingerprint,
+        "label_names": getattr(train_set, "label_names", None),
         "meter": meter.state(),
         "divergence": counts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,

@@ -48,7 +48,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None, data_probl
     `data_problems(base)` yields what the data sets have to say; the engine does not know them.
     Raises FileNotFoundError for a missing file and ConfigError with all problems otherwise.
     """
-    document = read_document(Path(path))
+    return check_config(read_document(Path(path)), overrides, data_problems)
+
+
+def check_config(
+    document: dict[str, Any], overrides: list[str] | None = None, data_problems: Check = no_problems
+) -> RunConfig:
+    """The same of a document that was read already."""
     given, problems = _parse_overrides(overrides or [])
     task = _task_of(document, given)
     trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"))

@@ -27,6 +27,7 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, train_set: Any) -> T
     trainer = run.trainer_class(run.config, run.base)
     trainer.device, trainer.weight_dtype = accelerator.device, weight_dtype(accelerator)
     trainer.label_names = getattr(train_set, "label_names", None)
+    trainer.highest_label = getattr(train_set, "highest_label", None)
     return trainer
 
 

@@ -30,7 +30,8 @@ class BaseConfig(Section):
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
         "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs",
         "save_model_steps", "push_to_hub", "hub_model_id", "valid_epochs", "valid_steps", "logging_dir", "logger",
-        "logging_steps", "tracker_project", "run_name", "cache_dir", "image_cache_mb",
+        "logging_steps", "tracker_project", "run_name", "cache_dir", "image_cache_mb", "eval_steps",
+        "eval_num_samples", "eval_features", "eval_classifier",
         "dataloader_num_workers", "dataloader_timeout",
         # on resume these are compared by what they come to: the global batch size, the learning rates that are left,
         # the data set's fingerprint
@@ -77,6 +78,10 @@ class BaseConfig(Section):
     validation_split: str | OpenFraction | None = (
         None  # a split's or folder's name, or the part to hold out; null: none
     )
+    eval_steps: Positive | None = None  # draw many pictures and measure them every this many steps; null: never
+    eval_num_samples: Annotated[int, Bounds(5)] = 1000  # pictures to draw for it, of the weights that will be exported
+    eval_features: str = "inception"  # network of FID, KID, precision, recall: inception, none, or a file (see README)
+    eval_classifier: str | None = None  # a noisy_classifier run or TorchScript file; null: an SVM on the training set
 
     # logging
     logging_dir: str = "logs"  # folder of the trackers' files, under output_dir
@@ -123,6 +128,7 @@ class BaseConfig(Section):
             if all(getattr(self, name) is not None for name in pair):
                 yield pair[0], f"at most one of {pair[0]} and {pair[1]} can be set"
         yield from self._paths()
+        yield from self._judges()
         yield from self._without_effect()
 
     def _paths(self) -> Iterator[tuple[str, str]]:
@@ -134,6 +140,14 @@ class BaseConfig(Section):
         if self.hub_model_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.hub_model_id):
             yield "hub_model_id", "must read name or owner/name"
 
+    def _judges(self) -> Iterator[tuple[str, str]]:
+        from trainers.engine import judges
+
+        problems = {"eval_features": judges.features_problem(self.eval_features)}
+        if self.eval_classifier is not None:
+            problems["eval_classifier"] = judges.classifier_problem(self.eval_classifier)
+        yield from ((option, problem) for option, problem in problems.items() if problem)
+
     def _without_effect(self) -> Iterator[tuple[str, str]]:
         """A setting that cannot take effect is an error, not silence."""
         if self.hub_model_id is not None and not self.push_to_hub:
@@ -141,6 +155,9 @@ class BaseConfig(Section):
         for option in ("dataset_config_name", "cache_dir", "image_column", "label_column"):
             if getattr(self, option) is not None and self.dataset_name is None:
                 yield option, "has an effect with dataset_name only"
+        for option in ("eval_num_samples", "eval_features", "eval_classifier"):
+            if self.eval_steps is None and getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                yield option, "has an effect with eval_steps only"
         if self.dataset_args and self.dataset is None:
             yield "dataset_args", "has an effect with dataset only"
         if self.tracker_project != "diffloop" and self.logger == "none":

@@ -29,11 +29,14 @@ def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) ->
         )
 
 
-def read_weights(folder: Path, networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """The trained weights and buffers of a checkpoint by network; ValueError where they do not fit these networks."""
-    weights = {name: read_tensors(folder / name) for name in networks}
+def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "") -> dict[str, dict[str, Tensor]]:
+    """The trained weights and buffers of a checkpoint by network, averaged ones with the suffix "_ema".
+
+    Raises ValueError where they do not fit these networks.
+    """
+    weights = {name: read_tensors(folder / f"{name}{suffix}") for name in networks}
     for name, network in networks.items():
-        _compare(folder / name, weights[name], trained_state(network))
+        _compare(folder / f"{name}{suffix}", weights[name], trained_state(network))
     return weights
 
 

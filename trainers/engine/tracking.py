@@ -19,6 +19,7 @@ from trainers.engine.run_folder import METRICS, SKIPPED_STEPS, cut_lines, read_l
 
 WANDB_ID_FILE = "wandb-run-id"  # in logging_dir: under which id a resumed run continues
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
+EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
 
 
 class Tracking:
@@ -29,31 +30,30 @@ class Tracking:
         self.output_dir = output_dir
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
-        self.validated_at = on_main(accelerator, lambda: self._take_up(start_step, run.base.logging_dir))
+        self.logged_at = on_main(accelerator, lambda: self._take_up(start_step, run.base.logging_dir))
         self._start_trackers(run, start_step)
         if accelerator.is_main_process:
             (output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
 
-    def _take_up(self, start_step: int, logging_dir: str) -> int:
-        """Cuts off what a resumed run logs again, and remembers the rest; returns the step of the newest validation."""
+    def _take_up(self, start_step: int, logging_dir: str) -> dict[str, int]:
+        """Cuts off what a resumed run logs again, and remembers the rest; returns when each metric was last logged."""
         (self.output_dir / logging_dir).mkdir(parents=True, exist_ok=True)
         if start_step == 0 and (self.output_dir / "model_index.json").exists():  # a run that has lost its checkpoints
             set_metrics_aside(self.output_dir, f"set-aside-{secrets.token_hex(2)}-", keep=True)
         for name in (METRICS, SKIPPED_STEPS):
             cut_lines(self.output_dir / name, start_step)
-        return self._remember() if start_step else 0
+        return self._remember() if start_step else {}
 
-    def _remember(self) -> int:
-        validated_at = 0
+    def _remember(self) -> dict[str, int]:
+        logged_at = {}
         for line in read_lines(self.metrics_file):
             self.latest |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
-            if VALIDATION_TIME in line:
-                validated_at = line["step"]
+            logged_at |= dict.fromkeys(line, line["step"])
         newest: dict[str, Path] = {}
         for path in sorted((self.output_dir / "samples").glob("*-step-*.png")):
             newest[path.name.rpartition("-step-")[0]] = path
         self.grids = list(newest.values())
-        return validated_at
+        return logged_at
 
     def _start_trackers(self, run: RunConfig, start_step: int) -> None:
         main, project = self.accelerator.is_main_process, run.base.tracker_project

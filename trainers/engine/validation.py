@@ -1,0 +1,137 @@
+"""Validation on every rank: metrics on held-out examples, pictures of fixed noise, and metrics of many pictures."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trainers.base import Trainer
+from trainers.engine.clock import Clock
+from trainers.engine.drawing import draw_samples, evaluation_mode
+from trainers.engine.ema import EMA
+from trainers.engine.encoding import FrozenStages
+from trainers.engine.evaluation import Evaluation
+from trainers.engine.feeding import validation_batches
+from trainers.engine.randomness import SlotRandom
+from trainers.engine.reporting import passing_bar
+from trainers.engine.stopping import Abandoned, Stopping
+from trainers.engine.tracking import EVALUATION_TIME, VALIDATION_TIME, Tracking
+
+VISIBLE_SIZE = 64  # pixels; smaller pictures are enlarged in grids by a whole factor
+
+
+class Validation:
+    """Validates and evaluates a run when it is due. Every call is collective.
+
+    Where the run is asked to stop in the middle, nothing of the validation is logged, and a resumed run makes it up.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        trainer: Trainer,
+        ema: EMA | None,
+        stages: FrozenStages,
+        sets: tuple[Any, Any | None],
+        clock: Clock,
+        stopping: Stopping,
+        tracking: Tracking,
+    ) -> None:
+        self.accelerator, self.trainer, self.ema, self.stages = accelerator, trainer, ema, stages
+        self.train_set, self.validation_set = sets
+        self.clock, self.stopping, self.tracking = clock, stopping, tracking
+        self.base = trainer.base
+        if self.base.eval_steps is not None:
+            self.evaluation = Evaluation(accelerator, trainer, *sets)
+
+    def make_up(self, steps_done: int) -> None:
+        """What the run that wrote the checkpoint did not get to."""
+        if steps_done > 0:
+            self._run_due(steps_done, lambda name: self.tracking.logged_at.get(name, 0) < steps_done)
+
+    def after_step(self, steps_done: int) -> None:
+        self._run_due(steps_done, lambda name: True)
+
+    def _run_due(self, steps_done: int, wanted: Callable[[str], bool]) -> None:
+        due, base = self.clock.due, self.base
+        if wanted(VALIDATION_TIME) and due(steps_done, base.valid_steps, base.valid_epochs):
+            self._unless_stopped("validation", steps_done, self.validate)
+        if wanted(EVALUATION_TIME) and base.eval_steps is not None and due(steps_done, base.eval_steps):
+            self._unless_stopped("evaluation", steps_done, self.evaluate)
+
+    def _unless_stopped(self, what: str, steps_done: int, action: Callable[[int], None]) -> None:
+        try:
+            if self.stopping.agreed(wait=True):
+                raise Abandoned
+            with evaluation_mode(self.trainer, self._watched("sampling")):
+                action(steps_done)
+        except Abandoned:
+            self.accelerator.print(f"The {what} at step {steps_done} is abandoned; a resumed run makes it up")
+
+    def _watched(self, what: str) -> Callable[[Iterable], Iterable]:
+        """A bar around steps that are as many on every rank, and that a signal ends."""
+        return lambda steps: self.stopping.watch(passing_bar(self.accelerator, what)(steps))
+
+    def validate(self, steps_done: int) -> None:
+        """Logs metrics ("valid/loss", with averaged weights "valid_ema/loss") and grids of pictures.
+
+        The raw weights' pictures come first, left or above, the averaged ones' second.
+        """
+        weights = {"valid": nullcontext()} | ({"valid_ema": self.ema.applied()} if self.ema is not None else {})
+        metrics, pictures, began = {}, [], time.perf_counter()
+        requests = self.trainer.sample_requests(self.validation_set)
+        for prefix, applied in weights.items():
+            with applied:
+                if self.validation_set is not None:
+                    found = self.held_out_metrics()
+                    metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+                if requests:
+                    pictures.append(draw_samples(self.accelerator, self.trainer, requests, self.base.seed))
+        names = list(pictures[0]) if pictures else []
+        grids = {name: grid_of([images[name] for images in pictures], self.trainer.grid_columns) for name in names}
+        self.tracking.log_grids(grids, steps_done)
+        self.tracking.log(metrics | {VALIDATION_TIME: time.perf_counter() - began}, steps_done)
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Means over the validation set, with the same noise every time."""
+        accelerator, sums = self.accelerator, {}
+        count = torch.zeros((), device=accelerator.device)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        share = validation_batches(self.validation_set, self.base, rank, world, accelerator.device, self.stopping)
+        for batch, weight in self._watched("validating")(share):
+            rng = SlotRandom(self.base.seed, batch["slot"], "validation")
+            for name, values in self.trainer.validation_metrics(self.stages.encode(batch), rng).items():
+                sums[name] = sums.get(name, 0) + weight * values.float().sum()
+            count += weight * len(batch["slot"])
+        totals = accelerator.reduce(torch.stack([*sums.values(), count]), "sum").tolist()
+        return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
+
+    def evaluate(self, steps_done: int) -> None:
+        """Logs metrics of `eval_num_samples` pictures ("eval/fid") with the weights that the pipeline will hold."""
+        began = time.perf_counter()
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            found = self.evaluation.metrics()
+        metrics = {f"eval/{name}": value for name, value in found.items()}
+        self.tracking.log(metrics | {EVALUATION_TIME: time.perf_counter() - began}, steps_done)
+
+
+def grid_of(pictures: list[Tensor], columns: int | None) -> Tensor:
+    """One grid of several sets of pictures [N, C, H, W] with a white gap: below each other where columns are given."""
+    from torchvision.utils import make_grid
+
+    below = columns is not None
+    columns = columns or math.ceil(math.sqrt(len(pictures[0])))
+    zoom = max(1, VISIBLE_SIZE // pictures[0].shape[-1])
+    enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
+    grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
+    channels, height, width = grids[0].shape
+    gap = torch.ones(channels, 8, width) if below else torch.ones(channels, height, 8)
+    parts = [part for grid in grids for part in (gap, grid)]
+    return torch.cat(parts[1:], dim=1 if below else 2)

@@ -1,0 +1,82 @@
+"""Task `noisy_classifier`: a classifier of noisy pictures, which can guide a diffusion model, arXiv 2105.05233."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.base import Positive, RandomSource, Trainer
+from trainers.common.classes import count_classes, labels_of
+from trainers.common.pixel_diffusion import NoisyPixelsConfig, build_schedule
+from trainers.common.unet2d import build_unet2d
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TASK = "noisy_classifier"
+
+
+@dataclass(kw_only=True)
+class NoisyClassifierConfig(NoisyPixelsConfig):
+    """Options of the section `noisy_classifier`; the noise must be that of the diffusion model which it is to guide."""
+
+    num_classes: Positive | None = None  # null: as many as the data set names
+
+
+class NoisyClassifierTrainer(Trainer):
+    """Trains a UNet2DModel whose output has a channel per class; its mean over the pixels is the class's logit."""
+
+    Config = NoisyClassifierConfig
+    usage = (
+        "from diffusers import UNet2DModel\n"
+        'classifier = UNet2DModel.from_pretrained("{output_dir}", subfolder="classifier")\n'
+        "logits = classifier(pictures, 0).sample.mean((2, 3))  # pictures in [-1, 1], without noise"
+    )
+
+    def init_modules(self) -> dict[str, nn.Module]:
+        config = self.config
+        self.scheduler = build_schedule(config)
+        settings = {"out_channels": count_classes(TASK, self, config.num_classes)}
+        network = build_unet2d(config.model_config, config.pretrained_model_name_or_path, self.base, settings)
+        return {"classifier": network}
+
+    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        metrics = self.validation_metrics(batch, rng)
+        return metrics["loss"].mean(), {"accuracy": metrics["accuracy"].mean().detach()}
+
+    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        """Cross-entropy and accuracy at a random timestep; in validation the accuracy without noise, too."""
+        from torch.nn.functional import cross_entropy
+
+        images, labels = batch["image"], labels_of(TASK, batch)
+        timesteps = rng.integers("timestep", self.config.ddpm_num_steps)
+        noisy = self.scheduler.add_noise(images, rng.normal("noise", images.shape[1:]), timesteps)
+        logits = self._logits(noisy, timesteps)
+        metrics = {
+            "loss": cross_entropy(logits, labels, reduction="none"),
+            "accuracy": (logits.argmax(1) == labels).float(),
+        }
+        if not self.training:
+            clean = self._logits(images, timesteps.new_zeros(len(labels)))
+            metrics["accuracy_without_noise"] = (clean.argmax(1) == labels).float()
+        return metrics
+
+    def _logits(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return self.modules["classifier"](noisy, timesteps).sample.float().mean((2, 3))
+
+    def sample_requests(self, validation_set: Any) -> list[dict]:
+        return []
+
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        raise ValueError("noisy_classifier draws no pictures; give its folder to conditional_ddpm.classifier")
+
+    def save_pipeline(self, output_dir: Path) -> None:
+        self.raw("classifier").save_pretrained(output_dir / "classifier")
+        self.scheduler.save_pretrained(output_dir / "scheduler")
+
+    @classmethod
+    def load_pipeline(cls, output_dir: str | Path) -> Any:
+        from diffusers import UNet2DModel
+
+        return UNet2DModel.from_pretrained(output_dir, subfolder="classifier")
