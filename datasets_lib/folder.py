@@ -21,12 +21,11 @@ def build(args: Any, split: str) -> ImageDataset:
     Captions come from metadata.jsonl or metadata.csv, else from a .txt file beside each image. Without metadata, the
     first-level sub-folders are classes if there are two or more and every image lies in one. Hidden files are ignored.
     """
-    for option in ("image_column", "label_column"):
-        if getattr(args, option) is not None:
-            raise ValueError(
-                f"base.{option} is {getattr(args, option)!r}, but base.train_data_dir has no such columns; unset it, "
-                "or load the folder with base.dataset_name"
-            )
+    if args.image_column is not None:
+        raise ValueError(
+            f"base.image_column is {args.image_column!r}, but base.train_data_dir has no such columns; unset it, "
+            "or load the folder with base.dataset_name"
+        )
     return ImageDataset(read_source(args, split), args, split)
 
 
@@ -39,16 +38,22 @@ def read_source(args: Any, split: str) -> Source:
     found, others = list_files(folder, excluded, top)
     metadata = find_metadata(folder, top)
     if metadata is not None:
-        images, captions = read_metadata(metadata, folder, excluded, found, args.caption_column)
-        label_names = None
+        images, captions, classes = read_metadata(metadata, folder, excluded, found, args)
     else:
+        if args.label_column is not None:
+            raise ValueError(f"base.label_column is {args.label_column!r}, but there is no metadata in {top}; unset it")
         images, captions = found, read_text_files(found, others, args.caption_column)
+        classes = class_folders(folder, images)
+    if split == "validation" and isinstance(args.validation_split, str):
         # A held-out folder may lack a class, so the numbers are always those of the training folder.
-        held_out = split == "validation" and isinstance(args.validation_split, str)
-        label_names = read_source(args, "train").label_names if held_out else class_names(folder, images)
-
-    labels = None if label_names is None else read_labels(folder, images, label_names)
-    notes = [] if label_names is None else [f"classes from the sub-folders of {folder}: {', '.join(label_names)}"]
+        label_names = read_source(args, "train").label_names
+        if metadata is None and label_names is not None:
+            classes = [image.relative_to(folder).parts[0] for image in images]
+    else:
+        label_names = class_names(classes)
+    labels = number_classes(classes, label_names, folder)
+    origin = "sub-folders" if metadata is None else metadata.name
+    notes = [f"classes from the {origin} of {folder}: {', '.join(label_names)}"] if label_names else []
     if left_out := len(found) - len(set(images)):
         notes.append(f"{left_out} of {len(found)} images in {folder} are not in {metadata.name}: left out")
     # Sizes but no modification times: a copied folder is the same data.
@@ -109,17 +114,26 @@ def read_text_files(images: list[Path], others: list[Path], caption_column: str 
     return captions
 
 
-def class_names(folder: Path, images: list[Path]) -> list[str] | None:
-    """Return the first-level sub-folders, sorted, if they look like classes."""
+def class_folders(folder: Path, images: list[Path]) -> list[str] | None:
+    """Return each image's first-level sub-folder, if these look like classes."""
     parts = [image.relative_to(folder).parts for image in images]
-    names = sorted({first for first, *_ in parts})
-    return names if len(names) >= 2 and all(len(part) > 1 for part in parts) else None
+    looks_so = len({first for first, *_ in parts}) >= 2 and all(len(part) > 1 for part in parts)
+    return [first for first, *_ in parts] if looks_so else None
 
 
-def read_labels(folder: Path, images: list[Path], label_names: list[str]) -> list[int]:
+def class_names(classes: list[str | int] | None) -> list[str] | None:
+    """Return the names in order, numbers by their value; None where classes are integers already."""
+    if classes is None or all(isinstance(item, int) for item in classes):
+        return None
+    names = {str(item) for item in classes}
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def number_classes(classes: list[str | int] | None, label_names: list[str] | None, folder: Path) -> list[int] | None:
     """Return the number of each image's class."""
-    classes = [image.relative_to(folder).parts[0] for image in images]
-    for name in sorted(set(classes)):
-        one_of(f"the class of a sub-folder of {folder}", name, label_names)
+    if classes is None or label_names is None:
+        return classes
+    for name in sorted({str(item) for item in classes}):
+        one_of(f"the class of an image in {folder}", name, label_names)
     numbers = {name: number for number, name in enumerate(label_names)}
-    return [numbers[name] for name in classes]
+    return [numbers[str(item)] for item in classes]

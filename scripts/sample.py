@@ -20,43 +20,12 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.base import Trainer
-from trainers.engine.config import RunConfig
 from trainers.engine.drawing import draw, evaluation_mode
-from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.schema import options as options_of
+from trainers.engine.sampling_arguments import add_sampling_arguments, trainer_of
 from trainers.engine.validation import grid_of
 
 GIF_FRAMES = 40  # at most, of the steps of the sampler
 GIF_SECONDS = 2.0  # for the last frame
-
-# command line -> how the option is called in a task's section; an ending, as ddpm_num_inference_steps
-OPTIONS = {
-    "steps": "num_inference_steps",
-    "sampler": "sampler",
-    "guidance": "guidance_scale",
-    "guidance_rescale": "guidance_rescale",
-    "guidance_interval": "guidance_interval",
-    "classes": "valid_classes",
-    "classifier": "classifier",
-    "classifier_scale": "classifier_scale",
-    "number": "valid_batch_size",
-}
-
-
-def overrides_of(arguments: argparse.Namespace, run: RunConfig) -> list[str]:
-    """The options of the command line as overrides; ValueError for one that the task does not have."""
-    found = []
-    for argument, option in OPTIONS.items():
-        value = getattr(arguments, argument)
-        if value is None:
-            continue
-        names = [name for name in options_of(type(run.config)) if name == option or name.endswith(f"_{option}")]
-        if not names:
-            raise ValueError(f"--{argument.replace('_', '-')} {value}: task {run.task} has no option {option}")
-        if argument == "classes":
-            value = json.dumps(value.split(","))  # names stay texts
-        found.append(f"{run.task}.{names[0]}=" + (f"[{value}]" if argument == "guidance_interval" else str(value)))
-    return found
 
 
 def sample(trainer: Trainer, requests: list[dict], seed: int, batch_size: int, gif: bool) -> tuple[dict, Tensor | None]:
@@ -102,20 +71,8 @@ def as_pil(image: Tensor) -> Image.Image:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--number", type=int, help="pictures; default: as many as at a validation")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", help="of the sampler")
-    parser.add_argument("--sampler", help="ddpm, ddim or dpmsolver++")
-    parser.add_argument("--guidance", help="guidance scale; 1: none, 0: no class")
-    parser.add_argument("--guidance-rescale", help="in [0, 1]")
-    parser.add_argument("--guidance-interval", metavar="LOW,HIGH", help="of the noise level sigma")
-    parser.add_argument("--classes", metavar="A,B,...", help="names or numbers; default: all")
-    parser.add_argument("--classifier", metavar="RUN", help="a noisy_classifier run, for classifier guidance")
-    parser.add_argument("--classifier-scale", help="how strongly it guides")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are any")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once; changes none of them")
-    parser.add_argument("--device", help="default: cuda where there is one")
+    add_sampling_arguments(parser)
     parser.add_argument("--gif", action="store_true", help="animate the denoising")
     parser.add_argument("--output-dir", type=Path, help="default: RUN/samples/seed-SEED")
     return parser.parse_intermixed_args()
@@ -124,12 +81,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     try:
-        run = open_run(arguments.path, arguments.overrides).run
-        saved = open_run(arguments.path, [*arguments.overrides, *overrides_of(arguments, run)])
-        trainer = load_trainer(saved, arguments.weights, arguments.device)
+        saved, trainer = trainer_of(arguments)
         requests = trainer.sample_requests(None)[: arguments.number]
         if not requests:
-            raise ValueError(f"task {run.task} draws no pictures")
+            raise ValueError(f"task {saved.run.task} draws no pictures")
         pictures, frames = sample(trainer, requests, arguments.seed, arguments.batch_size, arguments.gif)
         folder = arguments.output_dir or saved.folder / "samples" / f"seed-{arguments.seed}"
         write(folder, pictures, requests, trainer.grid_columns)

@@ -74,6 +74,42 @@ def test_an_empty_folder_says_what_would_have_matched(tmp_path):
         build(tmp_path)
 
 
+def test_classes_from_metadata(tmp_path):
+    for number, name in enumerate(["train/a", "train/b", "train/c", "held/d"]):
+        save(tmp_path / f"{name}.png", number)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label,font\na.png,Q,x\nb.png,K,y\nc.png,Q,y\n")
+    (tmp_path / "held" / "metadata.csv").write_text("file_name,label,font\nd.png,Q,z\n")
+    train = build(tmp_path, validation_split="held")
+    held_out = build(tmp_path, "validation", validation_split="held")
+    assert (train.label_names, labels(train), labels(held_out)) == (["K", "Q"], [1, 0, 1], [1])
+    assert train.notes == [f"classes from the metadata.csv of {tmp_path / 'train'}: K, Q"]
+    fonts = build(tmp_path, validation_split="held", label_column="font")
+    assert (fonts.label_names, labels(fonts)) == (["x", "y"], [0, 1, 1])
+    with pytest.raises(ValueError, match="base.label_column .*is 'fnt'.*did you mean 'font'"):
+        build(tmp_path, validation_split="held", label_column="fnt")
+
+
+def test_numbers_as_classes_in_metadata(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    rows = [{"file_name": f"{name}.png", "label": label} for name, label in zip("abc", (10, 9, 10), strict=True)]
+    write(tmp_path / "metadata.jsonl", *rows)
+    dataset = build(tmp_path)
+    assert (dataset.label_names, labels(dataset), dataset.highest_label) == (None, [10, 9, 10], 10)
+    write(tmp_path / "metadata.jsonl", *[row | {"label": str(row["label"])} for row in rows])
+    assert (build(tmp_path).label_names, labels(build(tmp_path))) == (["9", "10"], [1, 0, 1])
+    for wrong in (-1, None, " ", 1.5, True):
+        write(tmp_path / "metadata.jsonl", rows[0], rows[1] | {"label": wrong}, rows[2])
+        with pytest.raises(ValueError, match=r"row 2 of .*metadata.jsonl has no class \(found"):
+            build(tmp_path)
+
+
+def test_a_held_out_folder_with_one_class(tmp_path):
+    for name in ("train/cat/a", "train/dog/b", "val/dog/c"):
+        save(tmp_path / f"{name}.png")
+    assert labels(build(tmp_path, "validation", validation_split="val")) == [1]
+
+
 @pytest.mark.parametrize("name", ["zero.png", "text.jpg", "truncated.png"])
 def test_broken_files_are_named_with_their_path(tmp_path, name):
     save(tmp_path / "whole.png")
@@ -87,12 +123,13 @@ def test_broken_files_are_named_with_their_path(tmp_path, name):
     assert len(examples(build(tmp_path, bad_images="skip"))) == 2
 
 
-@pytest.mark.parametrize("option", ["image_column", "label_column"])
-def test_columns_are_not_for_folders(tmp_path, option):
+COLUMNS = [("image_column", "base.train_data_dir has no such columns; unset it"), ("label_column", "no metadata in")]
+
+
+@pytest.mark.parametrize(("option", "message"), COLUMNS)
+def test_columns_are_not_for_folders(tmp_path, option, message):
     save(tmp_path / "a.png")
-    with pytest.raises(
-        ValueError, match=rf"base.{option} is 'x', but base.train_data_dir has no such columns; unset it"
-    ):
+    with pytest.raises(ValueError, match=rf"base.{option} is 'x', but .*{message}"):
         build(tmp_path, **{option: "x"})
 
 
@@ -255,9 +292,7 @@ def test_train_beside_validation_and_labels_numbered_as_in_training(tmp_path):
     assert validation.label_names == train.label_names == ["cat", "dog", "fox"]
     assert (values(validation), labels(validation)) == ([3, 4], [1, 2])
     save(tmp_path / "val" / "fux" / "g.png")
-    with pytest.raises(
-        ValueError, match=r"the class of a sub-folder of .*val is 'fux'.*cat, dog, fox; did you mean 'fox'"
-    ):
+    with pytest.raises(ValueError, match=r"the class of an image in .*val is 'fux'.*cat, dog, fox; did you mean 'fox'"):
         build(tmp_path, "validation", validation_split="val")
 
 

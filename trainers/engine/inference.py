@@ -38,7 +38,7 @@ def open_run(path: Path, overrides: list[str] | None = None) -> SavedRun:
         verify(checkpoint)
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         run = check_config(state["config"], overrides)
-        return SavedRun(run, state["label_names"], checkpoint.absolute().parent, checkpoint)
+        return SavedRun(run, state.get("label_names"), checkpoint.absolute().parent, checkpoint)
     if (path / "config.yaml").is_file() and (path / "model_index.json").is_file():
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
         return SavedRun(load_config(path / "config.yaml", overrides), index.get("label_names"), path, None)

@@ -98,7 +98,7 @@ class BaseConfig(Section):
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
     cache_dir: str | None = None  # where hub data sets are kept; null: the datasets library's folder
     image_column: str | None = None  # null: found by type
-    label_column: str | None = None  # null: found by type
+    label_column: str | None = None  # null: found by type, or the column `label` of a folder's metadata
     caption_column: str | None = None  # null: text, caption or prompt, if there is one
     caption: str = ""  # the text of every example of a data set without captions
     max_train_samples: Positive | None = None  # use a random subset of so many training examples; null: all
@@ -152,12 +152,14 @@ class BaseConfig(Section):
         """A setting that cannot take effect is an error, not silence."""
         if self.hub_model_id is not None and not self.push_to_hub:
             yield "hub_model_id", "has an effect with push_to_hub: true only"
-        for option in ("dataset_config_name", "cache_dir", "image_column", "label_column"):
+        for option in ("dataset_config_name", "cache_dir", "image_column"):
             if getattr(self, option) is not None and self.dataset_name is None:
                 yield option, "has an effect with dataset_name only"
         for option in ("eval_num_samples", "eval_features", "eval_classifier"):
             if self.eval_steps is None and getattr(self, option) != type(self).__dataclass_fields__[option].default:
                 yield option, "has an effect with eval_steps only"
+        if self.label_column is not None and self.dataset is not None:
+            yield "label_column", "has an effect with dataset_name and train_data_dir only"
         if self.dataset_args and self.dataset is None:
             yield "dataset_args", "has an effect with dataset only"
         if self.tracker_project != "diffloop" and self.logger == "none":

@@ -1,0 +1,173 @@
+"""Measures drawn pictures against real ones: scripts/evaluate.py RUN, or scripts/evaluate.py FOLDER --real FOLDER
+
+FID, KID, precision and recall with a feature network; class accuracy with a classifier, by default a support vector
+machine that is trained on the real pictures; distances to the nearest training pictures, which show memorisation.
+Prints JSON and writes it with a picture of nearest neighbours (drawn above, training below) to RUN/evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets_lib
+from trainers.base import Trainer
+from trainers.engine.drawing import draw, evaluation_mode
+from trainers.engine.judges import (
+    ALLOWED_FEATURES,
+    classifier_problem,
+    features_problem,
+    load_classifier,
+    load_features,
+)
+from trainers.engine.options import BaseConfig
+from trainers.engine.picture_metrics import (
+    Described,
+    accuracy_by_class,
+    as_labels,
+    describe,
+    measure,
+    nearest,
+    pictures_of,
+    recognised,
+    spread,
+    train_classifier,
+)  # fmt: skip
+from trainers.engine.sampling_arguments import add_sampling_arguments, trainer_of
+from trainers.engine.validation import grid_of
+
+NEIGHBOURS = 20  # pictures with the shortest distances are shown
+
+
+def drawn_pictures(trainer: Trainer, number: int, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of pictures and of the classes that were asked for."""
+    requests = trainer.evaluation_requests(number)
+    if not requests:
+        raise ValueError("this task draws no pictures")
+    with evaluation_mode(trainer, lambda steps: tqdm(steps, desc="sampling", leave=False)):
+        for start in tqdm(range(0, len(requests), size), desc="drawing"):
+            numbers = list(range(start, min(start + size, len(requests))))
+            images = draw(trainer, requests, numbers, seed, size)
+            yield images.get("samples", next(iter(images.values())))[0], as_labels([requests[n] for n in numbers])
+
+
+def data_folder(folder: Path, resolution: int) -> Any:
+    """The pictures of a folder, with classes where it has sub-folders; FileNotFoundError where it has none."""
+    return datasets_lib.build(
+        BaseConfig(train_data_dir=str(folder), resolution=resolution, center_crop=True, num_epochs=1), "train"
+    )
+
+
+class Task(NamedTuple):
+    """What is to be compared, and where the result goes."""
+
+    drawn: Iterable[tuple[Tensor, Tensor | None]]  # batches of pictures and classes
+    train_set: Any
+    held_out: Any | None
+    device: torch.device
+    output_dir: Path
+
+
+def of_run(arguments: argparse.Namespace) -> Task:
+    """Pictures that a run draws, against the data that it was trained on."""
+    saved, trainer = trainer_of(arguments)
+    base = saved.run.base
+    drawn = drawn_pictures(trainer, arguments.number, arguments.seed, arguments.batch_size)
+    sets = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
+    return Task(drawn, *sets, trainer.device, saved.folder / "evaluation")
+
+
+def of_folders(arguments: argparse.Namespace) -> Task:
+    """A folder of pictures against a folder of real ones, at the size of the first picture."""
+    folder, real = arguments.path, arguments.real
+    side = min(Image.open(data_folder(folder, 8).name(0)).size)
+    pictures, train_set = data_folder(folder, side), data_folder(real, side)
+    if pictures.label_names and train_set.label_names and pictures.label_names != train_set.label_names:
+        raise ValueError(f"{folder} and {real}: have other classes; name their sub-folders alike")
+    drawn = pictures_of(pictures, list(range(len(pictures))), arguments.batch_size)
+    held_out = data_folder(arguments.held_out, side) if arguments.held_out else None
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Task(drawn, train_set, held_out, device, folder.absolute().parent / f"{folder.name}-evaluation")
+
+
+def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+    """All metrics, and a grid [C, H, W] of the drawn pictures that are nearest to training pictures."""
+    judges = (
+        load_features(arguments.features, task.device),
+        load_classifier(arguments.judge, task.device) if arguments.judge else None,
+    )
+
+    def described(dataset: Any) -> Described:
+        chosen = spread(len(dataset), arguments.real_number or len(dataset))
+        batches = pictures_of(dataset, chosen, arguments.batch_size)
+        rounds = -(-len(chosen) // arguments.batch_size)
+        return describe(tqdm(batches, desc="real pictures", total=rounds), task.device, *judges)
+
+    real = described(task.train_set)
+    held_out = described(task.held_out) if task.held_out is not None else None
+    drawn = describe(task.drawn, task.device, *judges)
+    classes = drawn.labels is not None and real.labels is not None
+    recognise = train_classifier(real) if classes and drawn.predicted is None else None
+    metrics: dict[str, Any] = {"pictures": len(drawn.thumbnails), "real_pictures": len(real.thumbnails)}
+    metrics |= measure(drawn, real, held_out, recognise)
+    if classes:
+        names = getattr(task.train_set, "label_names", None)
+        found = accuracy_by_class(recognised(drawn, recognise), drawn.labels)
+        metrics["accuracy_by_class"] = {names[k] if names else k: value for k, value in found.items()}
+        if held_out is not None:
+            own = (recognised(held_out, recognise) == held_out.labels).double().mean().item()
+            metrics["class_accuracy_held_out"] = own  # what the classifier gets on real pictures
+    return metrics, neighbours(drawn, real)
+
+
+def neighbours(drawn: Described, real: Described) -> Tensor:
+    """The drawn pictures with the shortest distances to training pictures above these."""
+    distances, indices = nearest(drawn.vectors, real.vectors)
+    shown = distances.argsort()[:NEIGHBOURS]
+    return grid_of([drawn.thumbnails[shown], real.thumbnails[indices[shown]]], len(shown))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="a run, one of its checkpoints, or a folder of pictures")
+    add_sampling_arguments(parser)
+    parser.add_argument("--number", type=int, default=1000, help="pictures that a run draws, classes equally often")
+    parser.add_argument("--real", type=Path, help="folder of real pictures; then PATH is a folder of pictures, too")
+    parser.add_argument("--held-out", type=Path, help="with --real: folder of real pictures not trained on")
+    parser.add_argument("--real-number", type=int, help="use so many of the real pictures; default: all")
+    parser.add_argument("--features", default="inception", help=f"network for FID and the like: {ALLOWED_FEATURES}")
+    parser.add_argument("--judge", help="classifier: a noisy_classifier run or a TorchScript file; default: an SVM")
+    parser.add_argument("--output-dir", type=Path, help="default: RUN/evaluation, or FOLDER-evaluation")
+    arguments = parser.parse_intermixed_args()
+    try:
+        for option, problem in (
+            ("--features", features_problem(arguments.features)),
+            ("--judge", arguments.judge and classifier_problem(arguments.judge)),
+        ):
+            if problem:
+                raise ValueError(f"{option} {getattr(arguments, option[2:])}: {problem}")
+        task = of_run(arguments) if arguments.real is None else of_folders(arguments)
+        metrics, picture = evaluate(task, arguments)
+        folder = arguments.output_dir or task.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        save_image(picture, folder / "nearest.png")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(metrics, indent=1))
+
+
+if __name__ == "__main__":
+    main()

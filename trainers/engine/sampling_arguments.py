@@ -1,0 +1,63 @@
+"""What the command lines of scripts that draw from a run share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from trainers.base import Trainer
+from trainers.engine.config import RunConfig
+from trainers.engine.inference import SavedRun, load_trainer, open_run
+from trainers.engine.schema import options as options_of
+
+# command line -> how the option is called in a task's section; an ending, as ddpm_num_inference_steps
+OPTIONS = {
+    "steps": "num_inference_steps",
+    "sampler": "sampler",
+    "guidance": "guidance_scale",
+    "guidance_rescale": "guidance_rescale",
+    "guidance_interval": "guidance_interval",
+    "classes": "valid_classes",
+    "classifier": "classifier",
+    "classifier_scale": "classifier_scale",
+    "number": "valid_batch_size",
+}
+
+
+def overrides_of(arguments: argparse.Namespace, run: RunConfig) -> list[str]:
+    """The options of the command line as overrides; ValueError for one that the task does not have."""
+    found = []
+    for argument, option in OPTIONS.items():
+        value = getattr(arguments, argument)
+        if value is None:
+            continue
+        names = [name for name in options_of(type(run.config)) if name == option or name.endswith(f"_{option}")]
+        if not names:
+            raise ValueError(f"--{argument.replace('_', '-')} {value}: task {run.task} has no option {option}")
+        if argument == "classes":
+            value = json.dumps(value.split(","))  # names stay texts
+        found.append(f"{run.task}.{names[0]}=" + (f"[{value}]" if argument == "guidance_interval" else str(value)))
+    return found
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other option of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", help="of the sampler")
+    parser.add_argument("--sampler", help="ddpm, ddim or dpmsolver++")
+    parser.add_argument("--guidance", help="guidance scale; 1: none, 0: no class")
+    parser.add_argument("--guidance-rescale", help="in [0, 1]")
+    parser.add_argument("--guidance-interval", metavar="LOW,HIGH", help="of the noise level sigma")
+    parser.add_argument("--classes", metavar="A,B,...", help="names or numbers; default: all")
+    parser.add_argument("--classifier", metavar="RUN", help="a noisy_classifier run, for classifier guidance")
+    parser.add_argument("--classifier-scale", help="how strongly it guides")
+    parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are any")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once; changes none of them")
+    parser.add_argument("--device", help="default: cuda where there is one")
+
+
+def trainer_of(arguments: argparse.Namespace) -> tuple[SavedRun, Trainer]:
+    """The trained trainer of `arguments.path` with the options of the command line."""
+    run = open_run(arguments.path, arguments.overrides).run
+    saved = open_run(arguments.path, [*arguments.overrides, *overrides_of(arguments, run)])
+    return saved, load_trainer(saved, arguments.weights, arguments.device)
