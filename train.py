@@ -71,6 +71,7 @@ def train(run: RunConfig) -> Path:
         save = partial(checkpoint.save, accelerator, run, clock, networks, ema, optimizer, train_set, meter, divergence)
         sets = train_set, validation_set
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, tracking)
+        export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock)
         accelerator.print(reporting.start_block(accelerator, run, networks, clock, train_set))
         with tracking, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
             done = clock.origin_step
@@ -103,13 +104,13 @@ def train(run: RunConfig) -> Path:
                     if stopping.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
-                        export.export_pipeline(accelerator, trainer, ema, output_dir)
+                        export_pipeline(done)
                     validation.after_step(done)
             bar.close()
             stopping.finish(done, save, tracking.close)
 
             # finish
-            pipeline_files = export.export_pipeline(accelerator, trainer, ema, output_dir)
+            pipeline_files = export_pipeline(done)
             card.publish(accelerator, run, trainer, tracking, pipeline_files)
             accelerator.print(reporting.end_block(trainer, output_dir, train_set))
     return output_dir

@@ -9,6 +9,8 @@ import numpy as np
 from datasets_lib.dataset import ImageDataset
 from datasets_lib.source import Source, digest
 
+NAMES = [str(digit) for digit in range(10)]
+
 
 def build(args: Any, split: str) -> ImageDataset:
     """Build the digits, labelled "0" to "9"; `validation_split` must be a fraction, as they come in one split."""
@@ -23,5 +25,4 @@ def build(args: Any, split: str) -> ImageDataset:
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = digits.target.tolist()
     fingerprint = digest(pixels.tobytes(), labels)
-    names = [str(digit) for digit in range(10)]
-    return ImageDataset(Source(pixels, "digits", fingerprint, labels=labels, label_names=names), args, split)
+    return ImageDataset(Source(pixels, "digits", fingerprint, labels=labels, label_names=NAMES), args, split)

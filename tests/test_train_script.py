@@ -264,6 +264,46 @@ def wandb_records(path):
             yield record
 
 
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_wandb_keeps_pipelines_and_tables_of_pictures(run_in_process, monkeypatch, tmp_path):
+    """The pipeline twice, after two epochs and at the end, with step and epoch; a table at each validation."""
+    for name, value in {"MODE": "offline", "SILENT": "true", "DATA_DIR": tmp_path, "CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    options = {"base.logger": "wandb", "base.save_model_steps": 4, "base.valid_steps": 3, "base.validation_split": 0.1}
+    task = "conditional_ddpm"
+    monkeypatch.setattr("datasets_lib.digits.NAMES", NAMES)
+    classes = {f"{task}.valid_classes": ["three", 7], f"{task}.valid_batch_size": 4}
+    folder = run_in_process(task=task, **options, **classes)
+    [store] = (folder / "logs" / "wandb").glob("offline-run-*/*.wandb")
+    records = list(wandb_records(store))
+    artifacts = [
+        r.request.log_artifact.artifact for r in records if r.request.WhichOneof("request_type") == "log_artifact"
+    ]
+    artifacts += [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
+    pipelines = [artifact for artifact in artifacts if artifact.type == "model"]
+    assert [json.loads(artifact.metadata) for artifact in pipelines] == [
+        {"step": 4, "epoch": 0.4},
+        {"step": 6, "epoch": 0.6},
+    ]
+    held = {entry.path for entry in pipelines[-1].manifest.contents}
+    assert held == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *(p for p in PIPELINE if p.startswith("unet")),
+    }
+    tables = [
+        json.loads(path.read_text()) for path in sorted(store.parent.glob("files/media/table/samples_table_*.json"))
+    ]
+    assert [table["columns"] for table in tables] == [["number", "label", "raw", "averaged"]] * 2
+    assert [row[:2] for row in tables[0]["data"]] == [[0, "three"], [1, "seven"], [2, "three"], [3, "seven"]]
+    kept = [
+        entry.path for artifact in artifacts if artifact.type == "run_table" for entry in artifact.manifest.contents
+    ]
+    assert len([path for path in kept if path.startswith("media/images/")]) == 2 * 8  # validations, pictures
+
+
 def test_wandb_offline_files_read_back(run_in_process, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import secrets
 import shutil
-from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -13,17 +12,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainers.base import Trainer
+from trainers.engine.clock import Clock
 from trainers.engine.ema import EMA
 from trainers.engine.run_folder import publish_pipeline
 from trainers.engine.snapshot import full_tensor
+from trainers.engine.tracking import Tracking
 
 
-def export_pipeline(accelerator: Accelerator, trainer: Trainer, ema: EMA | None, output_dir: Path) -> list[str]:
-    """Writes what inference loads into the run folder; returns the names of its entries. Collective.
+def export_pipeline(
+    accelerator: Accelerator, trainer: Trainer, ema: EMA | None, tracking: Tracking, clock: Clock, steps_done: int
+) -> list[str]:
+    """Writes what inference loads into the run folder, and to W&B where it is used; returns its entries. Collective.
 
     Raises OSError on every rank where the main process could not write.
     """
-    live = trainer.unwrapped
+    live, output_dir = trainer.unwrapped, tracking.output_dir
     wanted = accelerator.is_main_process
     weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}
     answer: list = [[], None]
@@ -33,6 +36,7 @@ def export_pipeline(accelerator: Accelerator, trainer: Trainer, ema: EMA | None,
             trainer.unwrapped = {name: cpu_copy(network, weights[name]) for name, network in live.items()}
             trainer.save_pipeline(staging)
             answer = [publish_pipeline(staging, output_dir), None]
+            tracking.log_pipeline(answer[0], {"step": steps_done, "epoch": clock.epochs_done(steps_done)})
         except (OSError, SafetensorError) as error:
             answer[1] = f"the pipeline could not be written to {output_dir}: {error}"
         finally:

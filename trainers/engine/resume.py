@@ -23,7 +23,7 @@ from trainers.engine.metering import Meter
 from trainers.engine.options import BaseConfig
 from trainers.engine.restore import compare_shape, like, named_optimizer_state, put_weights, read_tensors, read_weights
 from trainers.engine.run_folder import set_metrics_aside
-from trainers.engine.tracking import WANDB_ID_FILE
+from trainers.engine.weights_and_biases import ID_FILE
 
 
 def set_aside_later(accelerator: Accelerator, base: BaseConfig, resumed_from: Path, steps_done: int) -> None:
@@ -48,7 +48,7 @@ def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_don
         folder.rename(folder.with_name(prefix + folder.name))
     if others or not own:
         set_metrics_aside(output_dir, prefix, keep=own)
-        (output_dir / logging_dir / WANDB_ID_FILE).unlink(missing_ok=True)
+        (output_dir / logging_dir / ID_FILE).unlink(missing_ok=True)
 
 
 def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | bool | None) -> Path | None:

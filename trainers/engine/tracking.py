@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trainers.engine import weights_and_biases
 from trainers.engine.agreement import on_main
 from trainers.engine.config import RunConfig
 from trainers.engine.run_folder import METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 
-WANDB_ID_FILE = "wandb-run-id"  # in logging_dir: under which id a resumed run continues
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
 EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
 
@@ -112,14 +112,30 @@ class Tracking:
             self.grids.append(path)
             for tracker in self.accelerator.trackers:
                 arguments = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: _opaque_pixels(grid)}, step=step, **arguments)
+                tracker.log_images({name: opaque_pixels(grid)[None]}, step=step, **arguments)
+
+    def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
+        """What was asked for and what was drawn, as a table where W&B is used."""
+        for tracker in self._wandb():
+            pixels = [
+                {name: [opaque_pixels(image) for image in images[name]] for name in images} for images in pictures
+            ]
+            weights_and_biases.log_table(tracker, requests, pixels, step)
+
+    def log_pipeline(self, names: list[str], metadata: dict[str, Any]) -> None:
+        """Keeps the finished pipeline as an artifact with `metadata` where W&B is used."""
+        for tracker in self._wandb():
+            weights_and_biases.log_pipeline(tracker, [self.output_dir / name for name in names], metadata)
+
+    def _wandb(self) -> list[Any]:
+        return [t for t in self.accelerator.trackers if t.name == "wandb" and self.accelerator.is_main_process]
 
 
-def _opaque_pixels(grid: Tensor) -> np.ndarray:
-    """uint8 [1, H, W, 3]; TensorBoard takes no alpha channel, so what is transparent becomes white."""
+def opaque_pixels(grid: Tensor) -> np.ndarray:
+    """uint8 [H, W, 3]; TensorBoard takes no alpha channel, so what is transparent becomes white."""
     color, alpha = grid[:3], grid[3:] if len(grid) == 4 else 1.0
     opaque = color * alpha + (1 - alpha)
-    return (opaque * 255).round().to(torch.uint8).permute(1, 2, 0)[None].cpu().numpy()
+    return (opaque * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dict[str, dict[str, Any]]:
@@ -131,7 +147,7 @@ def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dic
     wandb = {
         "name": run.base.run_name or output_dir.resolve().name,
         "dir": str(logging_dir),
-        "id": _wandb_id(logging_dir / WANDB_ID_FILE, start_step),
+        "id": weights_and_biases.run_id(logging_dir, start_step),
         "resume": "allow",
     }
     return {"tensorboard": _tensorboard_arguments(start_step), "wandb": wandb}
@@ -139,10 +155,3 @@ def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dic
 
 def _tensorboard_arguments(start_step: int) -> dict[str, Any]:
     return {"purge_step": start_step + 1}  # hides what the interrupted run wrote later
-
-
-def _wandb_id(path: Path, start_step: int) -> str:
-    """The id under which a resumed run continues in W&B."""
-    if not (start_step and path.is_file()):
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8")

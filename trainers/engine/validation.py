@@ -97,7 +97,14 @@ class Validation:
         names = list(pictures[0]) if pictures else []
         grids = {name: grid_of([images[name] for images in pictures], self.trainer.grid_columns) for name in names}
         self.tracking.log_grids(grids, steps_done)
+        if requests:
+            self.tracking.log_table([self._readable(request) for request in requests], pictures, steps_done)
         self.tracking.log(metrics | {VALIDATION_TIME: time.perf_counter() - began}, steps_done)
+
+    def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A request with the name of its class."""
+        names = self.trainer.label_names
+        return request | ({"label": names[request["label"]]} if names and "label" in request else {})
 
     def held_out_metrics(self) -> dict[str, float]:
         """Means over the validation set, with the same noise every time."""
