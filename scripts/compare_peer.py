@@ -2,7 +2,7 @@
 
 Both train the package's own network from the same initial weights on the same digits for the same number of steps, with
 the same batch size, learning rates, clipping and label dropout; each with its own loss code, averaging and sampler.
-Prints seconds, and by guidance scale the accuracy of a support vector machine. Needs the package and einops, ema-pytorch.
+Prints seconds, and by guidance scale what a support vector machine recognises. Needs the package and what it imports.
 """
 
 from __future__ import annotations
