@@ -68,6 +68,9 @@ class NoisyClassifierTrainer(Trainer):
     def sample_requests(self, validation_set: Any) -> list[dict]:
         return []
 
+    def evaluation_requests(self, count: int) -> list[dict]:
+        return []
+
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         raise ValueError("noisy_classifier draws no pictures; give its folder to conditional_ddpm.classifier")
 

@@ -140,8 +140,9 @@ def train_classifier(real: Described, most: int = 10_000) -> Callable[[Tensor], 
 
 
 def within_classes(pictures: Described) -> float:
-    """The mean distance of two pictures of one class, averaged over the classes."""
-    return float(np.mean([_mean_distance(pictures.vectors[pictures.labels == k]) for k in pictures.labels.unique()]))
+    """The mean distance of two pictures of one class, averaged over the classes that have two."""
+    classes, counts = pictures.labels.unique(return_counts=True)
+    return float(np.mean([_mean_distance(pictures.vectors[pictures.labels == k]) for k in classes[counts > 1]]))
 
 
 def _mean_distance(vectors: Tensor, most: int = 2000) -> float:
@@ -165,5 +166,6 @@ def memorisation(drawn: Tensor, real: Tensor, held_out: Tensor | None) -> dict[s
 
 def nearest(vectors: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to the nearest of `others` [M, V] and its number, each [N]."""
-    found = [torch.cdist(part, others).min(1) for part in vectors.split(256)]
+    exact = "donot_use_mm_for_euclid_dist"  # the fast way cannot tell copies from near ones
+    found = [torch.cdist(part, others, compute_mode=exact).min(1) for part in vectors.split(256)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
