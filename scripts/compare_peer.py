@@ -31,7 +31,7 @@ from trainers.engine.optimization import schedule
 from trainers.engine.picture_metrics import as_labels, describe, measure, pictures_of, train_classifier
 
 SCALES = [1.0, 1.5, 2.0, 3.0, 6.0]  # 6 is the package's default
-SAMPLING_STEPS = 50
+SAMPLING_STEPS = 25
 BATCH_SIZE = 32
 
 
