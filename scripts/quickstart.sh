@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a diffusion model on handwritten digits in about 4 minutes: scripts/quickstart.sh [section.key=value ...]
+# Trains a model that draws handwritten digits by class, in about 4 minutes: scripts/quickstart.sh [section.key=value ...]
 # Run it again to continue after an interruption. Pictures: outputs/quickstart/samples
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,4 +10,4 @@ export OMP_WAIT_POLICY=PASSIVE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python scripts/probe_threads.py)}
 exec .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no \
     --num_cpu_threads_per_process "$OMP_NUM_THREADS" \
-    train.py configs/ddpm_digits.yaml base.resume_from_checkpoint=latest "$@"
+    train.py configs/digits.yaml base.resume_from_checkpoint=latest "$@"

@@ -53,7 +53,7 @@ def test_the_example_task_of_the_readme(tmp_path, monkeypatch):
 
 def test_the_readme_explains_the_config_that_is_shipped():
     [explained] = [yaml.safe_load(block) for block in code_blocks("yaml") if "outputs/quickstart" in block]
-    shipped = yaml.safe_load((ROOT / "configs/ddpm_digits.yaml").read_text())
+    shipped = yaml.safe_load((ROOT / "configs/digits.yaml").read_text())
     for section, values in explained.items():
         for option, value in values.items():
             assert shipped[section][option] == value
@@ -145,8 +145,8 @@ def test_quickstart_command(tmp_path):
     options = [
         f"base.output_dir={tmp_path / 'run'}",
         "base.max_train_steps=2",
-        "ddpm.valid_batch_size=1",
-        "ddpm.ddpm_num_inference_steps=2",
+        "conditional_ddpm.valid_batch_size=1",
+        "conditional_ddpm.ddpm_num_inference_steps=2",
     ]
     for said in ("No checkpoint in", "the run is finished already"):
         done = subprocess.run(

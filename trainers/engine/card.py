@@ -21,7 +21,10 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking:
     header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
     pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracking.grids]
     if run.config.use_ema and pictures:
-        pictures.append("Left: the weights of the last step. Right: their moving average, which this pipeline holds.")
+        places = ("Above", "Below") if trainer.grid_columns else ("Left", "Right")
+        pictures.append(
+            f"{places[0]}: the weights of the last step. {places[1]}: their moving average, which this pipeline holds."
+        )
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(tracking.latest.items())]
     sections = [
         f"---\n{header.to_yaml()}\n---",

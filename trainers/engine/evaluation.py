@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from accelerate import Accelerator
@@ -21,7 +21,6 @@ from trainers.engine.picture_metrics import (
     spread,
     train_classifier,
 )
-from trainers.engine.reporting import passing_bar
 
 REAL_PICTURES = 10_000  # of the training set, evenly spread, with which drawn ones are compared
 
@@ -32,9 +31,17 @@ class Evaluation:
     Every call is collective. Raises ValueError where the task draws no pictures or a network cannot be had.
     """
 
-    def __init__(self, accelerator: Accelerator, trainer: Trainer, train_set: Any, validation_set: Any | None) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        trainer: Trainer,
+        train_set: Any,
+        validation_set: Any | None,
+        watched: Callable[[str], Callable[[Iterable], Iterable]],
+    ) -> None:
         base, device = trainer.base, accelerator.device
         self.accelerator, self.trainer, self.sets = accelerator, trainer, (train_set, validation_set)
+        self.watched = watched  # watched("what")(batches) shows a bar and ends with the run
         self.requests = trainer.evaluation_requests(base.eval_num_samples)
         if not self.requests:
             raise ValueError(f"base.eval_steps = {base.eval_steps}: this task draws no pictures; set it to null")
@@ -69,7 +76,7 @@ class Evaluation:
         chosen = spread(len(dataset), REAL_PICTURES)
         mine = [chosen[number] for number in own_share(len(chosen), self.accelerator)]
         batches = pictures_of(dataset, mine, self.trainer.base.train_batch_size)
-        return self._describe(passing_bar(self.accelerator, "describing real pictures")(batches), len(chosen))
+        return self._describe(self.watched("describing real pictures")(batches), len(chosen))
 
     def _describe(self, batches: Iterable[tuple[Tensor, Tensor | None]], count: int) -> Described:
         own = describe(batches, self.accelerator.device, self.features, self.classifier)

@@ -49,7 +49,7 @@ class Validation:
         self.clock, self.stopping, self.tracking = clock, stopping, tracking
         self.base = trainer.base
         if self.base.eval_steps is not None:
-            self.evaluation = Evaluation(accelerator, trainer, *sets)
+            self.evaluation = Evaluation(accelerator, trainer, *sets, self._watched)
 
     def make_up(self, steps_done: int) -> None:
         """What the run that wrote the checkpoint did not get to."""
