@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import losses, read_metrics
+from conftest import losses, read_metrics, wait_for
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -264,6 +264,16 @@ def wandb_records(path):
             yield record
 
 
+def finished_records(path):
+    """All records of a run that has ended: W&B's own process may write the last ones after `finish` has returned."""
+
+    def complete():
+        found = list(wandb_records(path))
+        return found if any(record.WhichOneof("record_type") == "exit" for record in found) else None
+
+    return wait_for(complete)
+
+
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -277,7 +287,7 @@ def test_wandb_keeps_pipelines_and_tables_of_pictures(run_in_process, monkeypatc
     classes = {f"{task}.valid_classes": ["three", 7], f"{task}.valid_batch_size": 4}
     folder = run_in_process(task=task, **options, **classes)
     [store] = (folder / "logs" / "wandb").glob("offline-run-*/*.wandb")
-    records = list(wandb_records(store))
+    records = finished_records(store)
     artifacts = [
         r.request.log_artifact.artifact for r in records if r.request.WhichOneof("request_type") == "log_artifact"
     ]
@@ -320,7 +330,7 @@ def test_wandb_offline_files_read_back(run_in_process, monkeypatch):
     runs, histories, config = [], [], {}
     for path in stores:
         steps = []
-        for record in wandb_records(path):
+        for record in finished_records(path):
             if record.WhichOneof("record_type") == "run":
                 runs.append(record.run)
             if record.WhichOneof("record_type") == "config":
