@@ -30,7 +30,7 @@ from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.optimization import schedule
 from trainers.engine.picture_metrics import as_labels, describe, measure, pictures_of, train_classifier
 
-SCALES = [1.0, 1.5, 2.0, 6.0]  # 6 is the package's default
+SCALES = [1.0, 1.5, 3.0, 6.0]  # 6 is the package's default
 SAMPLING_STEPS = 25
 BATCH_SIZE = 32
 
