@@ -46,9 +46,12 @@ def read_source(args: Any, split: str) -> Source:
         classes = class_folders(folder, images)
     if split == "validation" and isinstance(args.validation_split, str):
         # A held-out folder may lack a class, so the numbers are always those of the training folder.
-        label_names = read_source(args, "train").label_names
+        training = read_source(args, "train")
+        label_names = training.label_names
         if metadata is None and label_names is not None:
             classes = [image.relative_to(folder).parts[0] for image in images]
+        if training.labels is not None and classes is None:
+            raise ValueError(f"the images in {folder} have no classes, and those to train on have; give them classes")
     else:
         label_names = class_names(classes)
     labels = number_classes(classes, label_names, folder)
@@ -126,13 +129,19 @@ def class_names(classes: list[str | int] | None) -> list[str] | None:
     if classes is None or all(isinstance(item, int) for item in classes):
         return None
     names = {str(item) for item in classes}
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    numbered = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
 
 
 def number_classes(classes: list[str | int] | None, label_names: list[str] | None, folder: Path) -> list[int] | None:
     """Return the number of each image's class."""
-    if classes is None or label_names is None:
-        return classes
+    if classes is None:
+        return None
+    if label_names is None:  # the training set's classes are numbers
+        for item in classes:
+            if not str(item).isdecimal():
+                raise ValueError(f"the class of an image in {folder} is {item!r}; those to train on have numbers")
+        return [int(item) for item in classes]
     for name in sorted({str(item) for item in classes}):
         one_of(f"the class of an image in {folder}", name, label_names)
     numbers = {name: number for number, name in enumerate(label_names)}

@@ -38,7 +38,7 @@ def read_metadata(
             named.append(path)
             if column is not None:
                 captions.append(check_caption(row.get(column), f"image {path}, row {number} of {metadata},"))
-            if label_column is not None:
+            if label_column is not None and (args.label_column or _is_label(row.get(label_column))):
                 labels.append(_check_label(row.get(label_column), f"row {number} of {metadata}"))
         elif path.is_relative_to(folder) and not (excluded and path.is_relative_to(excluded)):
             raise FileNotFoundError(
@@ -47,12 +47,17 @@ def read_metadata(
             )
     if not named:
         raise ValueError(f"{metadata} names no image in {folder}; give each image a row with its file_name")
-    return named, captions if column is not None else None, labels if label_column is not None else None
+    # a column that is only called so may have holes; for tasks without classes that is no mistake
+    complete = label_column is not None and len(labels) == len(named)
+    return named, captions if column is not None else None, labels if complete else None
+
+
+def _is_label(label: Any) -> bool:
+    return bool(isinstance(label, str) and label.strip()) or (type(label) is int and label >= 0)
 
 
 def _check_label(label: Any, place: str) -> str | int:
-    good = (isinstance(label, str) and label.strip()) or (type(label) is int and label >= 0)
-    if not good:
+    if not _is_label(label):
         raise ValueError(f"{place} has no class (found {label!r}); give it a name, or a number of at least 0")
     return label
 

@@ -28,7 +28,7 @@ from trainers.engine.config import RunConfig, check_config
 from trainers.engine.drawing import draw, evaluation_mode
 from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.optimization import schedule
-from trainers.engine.picture_metrics import as_labels, describe, measure, pictures_of, train_classifier
+from trainers.engine.picture_metrics import as_labels, describe, measure, nearest, pictures_of, train_classifier
 
 SCALES = [1.0, 1.5, 3.0, 6.0]  # 6 is the package's default
 SAMPLING_STEPS = 25
@@ -75,7 +75,7 @@ def draw_package(diffusion: Any, scale: float, labels: Tensor, seed: int) -> lis
 
 
 def draw_diffloop(run: RunConfig, scale: float, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    trainer = load_trainer(open_run(Path(run.base.output_dir), [f"peer.guidance_scale={scale}"]))
+    trainer = load_trainer(open_run(Path(run.base.output_dir)), [f"peer.guidance_scale={scale}"])
     requests = trainer.evaluation_requests(count)
     with evaluation_mode(trainer):
         batches = draw(trainer, requests, list(range(count)), seed, 100)["samples"]
@@ -94,7 +94,7 @@ def main() -> None:
     images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     real = describe([(images, labels)], cpu)
     held_out = describe(pictures_of(held_out_set, list(range(len(held_out_set))), 1000), cpu)
-    recognise = train_classifier(real)
+    recognise, own = train_classifier(real), nearest(held_out.vectors, real.vectors)[0]
 
     began = time.perf_counter()
     package = train_package(run, images, labels)
@@ -107,7 +107,7 @@ def main() -> None:
     for scale in SCALES:
         drawn = {"package": draw_package(package, scale, asked, 0)}
         drawn["diffloop"] = draw_diffloop(run, scale, arguments.samples, 0)
-        found = {side: measure(describe(pictures, cpu), real, held_out, recognise) for side, pictures in drawn.items()}
+        found = {side: measure(describe(pictures, cpu), real, own, recognise) for side, pictures in drawn.items()}
         result["by guidance scale"][scale] = found
         print(scale, json.dumps(found), flush=True)
     (arguments.output / "comparison.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from trainers.base import Trainer
 from trainers.engine.drawing import draw, evaluation_mode
+from trainers.engine.inference import find_device
 from trainers.engine.judges import (
     ALLOWED_FEATURES,
     classifier_problem,
@@ -45,7 +47,7 @@ from trainers.engine.picture_metrics import (
     spread,
     train_classifier,
 )  # fmt: skip
-from trainers.engine.sampling_arguments import add_sampling_arguments, trainer_of
+from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
 from trainers.engine.validation import grid_of
 
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
@@ -82,9 +84,11 @@ class Task(NamedTuple):
 
 def of_run(arguments: argparse.Namespace) -> Task:
     """Pictures that a run draws, against the data that it was trained on."""
+    if arguments.held_out is not None:
+        raise ValueError("--held-out: has an effect with --real only; a run has its own validation set")
     saved, trainer = trainer_of(arguments)
-    base = saved.run.base
-    drawn = drawn_pictures(trainer, arguments.number, arguments.seed, arguments.batch_size)
+    base = trainer.base
+    drawn = drawn_pictures(trainer, arguments.number or 1000, arguments.seed, arguments.batch_size)
     sets = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
     return Task(drawn, *sets, trainer.device, saved.folder / "evaluation")
 
@@ -92,14 +96,28 @@ def of_run(arguments: argparse.Namespace) -> Task:
 def of_folders(arguments: argparse.Namespace) -> Task:
     """A folder of pictures against a folder of real ones, at the size of the first picture."""
     folder, real = arguments.path, arguments.real
+    without_effect = [
+        f"--{name.replace('_', '-')}"
+        for name in (*OPTIONS, "weights", "number", "seed")
+        if getattr(arguments, name, None)
+    ]
+    if arguments.overrides or without_effect:
+        raise ValueError(f"{' '.join([*arguments.overrides, *without_effect])}: has no effect with --real")
     side = min(Image.open(data_folder(folder, 8).name(0)).size)
     pictures, train_set = data_folder(folder, side), data_folder(real, side)
-    if pictures.label_names and train_set.label_names and pictures.label_names != train_set.label_names:
-        raise ValueError(f"{folder} and {real}: have other classes; name their sub-folders alike")
-    drawn = pictures_of(pictures, list(range(len(pictures))), arguments.batch_size)
     held_out = data_folder(arguments.held_out, side) if arguments.held_out else None
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Task(drawn, train_set, held_out, device, folder.absolute().parent / f"{folder.name}-evaluation")
+    for other, place in ((pictures, folder), (held_out, arguments.held_out)):
+        named = other is not None and other.label_names and train_set.label_names
+        if named and other.label_names != train_set.label_names:
+            raise ValueError(f"{place} and {real}: have other classes; name their sub-folders alike")
+    drawn = pictures_of(pictures, list(range(len(pictures))), arguments.batch_size)
+    return Task(
+        drawn,
+        train_set,
+        held_out,
+        find_device(arguments.device),
+        folder.absolute().parent / f"{folder.name}-evaluation",
+    )
 
 
 def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
@@ -121,14 +139,16 @@ def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any],
     classes = drawn.labels is not None and real.labels is not None
     recognise = train_classifier(real) if classes and drawn.predicted is None else None
     metrics: dict[str, Any] = {"pictures": len(drawn.thumbnails), "real_pictures": len(real.thumbnails)}
-    metrics |= measure(drawn, real, held_out, recognise)
+    own = nearest(held_out.vectors, real.vectors)[0] if held_out is not None and not arguments.real_number else None
+    metrics |= measure(drawn, real, own, recognise)
     if classes:
         names = getattr(task.train_set, "label_names", None)
         found = accuracy_by_class(recognised(drawn, recognise), drawn.labels)
         metrics["accuracy_by_class"] = {names[k] if names else k: value for k, value in found.items()}
-        if held_out is not None:
-            own = (recognised(held_out, recognise) == held_out.labels).double().mean().item()
-            metrics["class_accuracy_held_out"] = own  # what the classifier gets on real pictures
+        if held_out is not None and held_out.labels is not None:  # what the classifier gets on real pictures
+            right = recognised(held_out, recognise) == held_out.labels
+            metrics["class_accuracy_held_out"] = right.double().mean().item()
+    metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     return metrics, neighbours(drawn, real)
 
 
@@ -143,10 +163,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a run, one of its checkpoints, or a folder of pictures")
     add_sampling_arguments(parser)
-    parser.add_argument("--number", type=int, default=1000, help="pictures that a run draws, classes equally often")
+    parser.add_argument("--number", type=positive, help="a run draws so many, classes equally often; default: 1000")
     parser.add_argument("--real", type=Path, help="folder of real pictures; then PATH is a folder of pictures, too")
     parser.add_argument("--held-out", type=Path, help="with --real: folder of real pictures not trained on")
-    parser.add_argument("--real-number", type=int, help="use so many of the real pictures; default: all")
+    parser.add_argument("--real-number", type=positive, help="use so many of the real pictures; default: all")
     parser.add_argument("--features", default="inception", help=f"network for FID and the like: {ALLOWED_FEATURES}")
     parser.add_argument("--judge", help="classifier: a noisy_classifier run or a TorchScript file; default: an SVM")
     parser.add_argument("--output-dir", type=Path, help="default: RUN/evaluation, or FOLDER-evaluation")

@@ -101,9 +101,12 @@ def make_alphabet(output: Path, fonts: list[Path], size: int, held_out: float) -
 
 
 def write_split(folder: Path, members: list[tuple[Face, list[Image.Image]]], letters: str) -> None:
-    rows = []
+    rows, names = [], set()
     for (path, number), pictures in members:
         font = f"{path.stem}-{number}" if number else path.stem
+        copies = (name for name in (font, *(f"{font}_{n}" for n in range(2, len(members) + 2))) if name not in names)
+        font = next(copies)  # files of one name in two folders are two fonts
+        names.add(font)
         for letter, picture in zip(letters, pictures, strict=True):
             name = f"{letter}/{font}.png"
             (folder / letter).mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ class PeerTrainer(ConditionalDDPMTrainer):
     def init_modules(self) -> dict[str, nn.Module]:
         config = self.config
         self.scheduler = build_schedule(config, prediction_type=config.prediction_type)
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()
         self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
         self.num_classes = count_classes("peer", self, config.num_classes)
         self.columns = list(range(self.num_classes))

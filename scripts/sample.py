@@ -1,13 +1,16 @@
 """Draws pictures from a run or a checkpoint of any task: scripts/sample.py RUN [section.key=value ...]
 
-Writes a grid, every picture, and settings.json. Same seed, same pictures, whatever the batch size. Overrides set any
-option of the task, such as conditional_ddpm.classifier=outputs/classifier for classifier guidance.
+Writes a grid, every picture in a folder per class, and settings.json. Same seed, same pictures, whatever the batch
+size. Overrides set any option of the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,15 +24,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.base import Trainer
 from trainers.engine.drawing import draw, evaluation_mode
-from trainers.engine.sampling_arguments import add_sampling_arguments, trainer_of
+from trainers.engine.picture_metrics import spread
+from trainers.engine.sampling_arguments import add_sampling_arguments, positive, trainer_of
 from trainers.engine.validation import grid_of
 
+SETTINGS = "settings.json"
 GIF_FRAMES = 40  # at most, of the steps of the sampler
 GIF_SECONDS = 2.0  # for the last frame
 
 
 def sample(trainer: Trainer, requests: list[dict], seed: int, batch_size: int, gif: bool) -> tuple[dict, Tensor | None]:
-    """Pictures [N, C, H, W] by name, and with `gif` those after every step of the sampler, [steps, N, C, H, W]."""
+    """Pictures [N, C, H, W] by name, and with `gif` those after steps of the sampler, [frames, N, C, H, W]."""
     batches: dict[str, list[Tensor]] = {}
     frames: list[Tensor] = []
     starts = range(0, len(requests), batch_size)
@@ -39,28 +44,41 @@ def sample(trainer: Trainer, requests: list[dict], seed: int, batch_size: int, g
             numbers = list(range(start, min(start + batch_size, len(requests))))
             for name, images in draw(trainer, requests, numbers, seed, batch_size).items():
                 batches.setdefault(name, []).extend(images)
-            frames += [torch.stack(trainer.frames)] if trainer.frames else []
+            if trainer.frames:
+                frames.append(torch.stack([trainer.frames[n] for n in spread(len(trainer.frames), GIF_FRAMES)]))
     if gif and not frames:
         raise ValueError("--gif: this task's sampler shows no steps")
     return {name: torch.cat(images) for name, images in batches.items()}, torch.cat(frames, 1) if frames else None
 
 
 def write_gif(frames: Tensor, columns: int | None, path: Path) -> None:
-    """An animation of grids, of [steps, N, C, H, W]; it holds the last one."""
-    chosen = torch.linspace(0, len(frames) - 1, min(len(frames), GIF_FRAMES)).long()
-    grids = [to_pil_image(grid_of([frames[step]], columns)) for step in chosen]
+    """An animation of grids, of [frames, N, C, H, W]; it holds the last one."""
+    grids = [as_pil(grid_of([pictures], columns)) for pictures in frames]
     durations = [60] * (len(grids) - 1) + [int(GIF_SECONDS * 1000)]
     grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
 
 
-def write(folder: Path, pictures: dict[str, Tensor], requests: list[dict], columns: int | None) -> None:
-    """<name>.png is the grid, <name>-00000.png are the pictures, with the label that was asked for in the name."""
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder, without the pictures of an earlier call; ValueError where something else is in it."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / SETTINGS).is_file():
+            raise ValueError(f"--output-dir {folder}: holds other files; choose a new folder")
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def write(
+    folder: Path, pictures: dict[str, Tensor], requests: list[dict], names: list[str] | None, columns: int | None
+) -> None:
+    """<name>.png is the grid, <name>/00000.png or <name>/<class>/00000.png are the pictures."""
     for name, images in pictures.items():
-        to_pil_image(grid_of([images], columns)).save(folder / f"{name}.png")
+        as_pil(grid_of([images], columns)).save(folder / f"{name}.png")
         for number, (image, request) in enumerate(zip(images, requests, strict=True)):
-            label = f"-class-{request['label']}" if "label" in request else ""
-            as_pil(image).save(folder / f"{name}-{number:05d}{label}.png")
+            label = request.get("label")
+            class_name = "" if label is None else str(names[label] if names else label)
+            path = folder / name / re.sub(r"[^\w. -]|^\.", "_", class_name) / f"{number:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            as_pil(image).save(path)
 
 
 def as_pil(image: Tensor) -> Image.Image:
@@ -71,7 +89,7 @@ def as_pil(image: Tensor) -> Image.Image:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--number", type=int, help="pictures; default: as many as at a validation")
+    parser.add_argument("--number", type=positive, help="pictures; default: as many as at a validation")
     add_sampling_arguments(parser)
     parser.add_argument("--gif", action="store_true", help="animate the denoising")
     parser.add_argument("--output-dir", type=Path, help="default: RUN/samples/seed-SEED")
@@ -82,17 +100,20 @@ def main() -> None:
     arguments = parse()
     try:
         saved, trainer = trainer_of(arguments)
+        trainer.config.valid_batch_size = arguments.number or trainer.config.valid_batch_size
+        folder = arguments.output_dir or saved.folder / "samples" / f"seed-{arguments.seed}"
+        prepare_folder(folder)
         requests = trainer.sample_requests(None)[: arguments.number]
         if not requests:
-            raise ValueError(f"task {saved.run.task} draws no pictures")
+            raise ValueError(f"task {saved.task} draws no pictures")
         pictures, frames = sample(trainer, requests, arguments.seed, arguments.batch_size, arguments.gif)
-        folder = arguments.output_dir or saved.folder / "samples" / f"seed-{arguments.seed}"
-        write(folder, pictures, requests, trainer.grid_columns)
+        write(folder, pictures, requests, saved.label_names, trainer.grid_columns)
         if frames is not None:
             write_gif(frames, trainer.grid_columns, folder / "denoising.gif")
         source = str(saved.checkpoint or saved.folder)
-        settings = {"from": source, "weights": arguments.weights, "seed": arguments.seed} | saved.run.as_dict()
-        (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        settings = {"from": source, "weights": arguments.weights, "seed": arguments.seed}
+        settings |= {saved.task: dataclasses.asdict(trainer.config)}
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(requests)} pictures of {source}: {folder}")

@@ -2,7 +2,7 @@
 
 Varies guidance, classifier_scale or steps (of the sampler), or checkpoint (those of the run, without a list), with
 averaged and with raw weights. Writes OUTPUT.json, a table OUTPUT.md and a plot OUTPUT.png. Classes are seen by the
-support vector machine of scripts/evaluate.py.
+support vector machine of scripts/evaluate.py. Needs matplotlib (pip install diffloop[dev]).
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from tqdm.auto import tqdm
 
@@ -21,8 +23,8 @@ import datasets_lib
 from scripts.evaluate import drawn_pictures
 from trainers.engine.inference import AVERAGED, RAW, open_run
 from trainers.engine.manifest import list_checkpoints
-from trainers.engine.picture_metrics import Described, describe, measure, pictures_of, train_classifier
-from trainers.engine.sampling_arguments import add_sampling_arguments, trainer_of
+from trainers.engine.picture_metrics import describe, measure, nearest, pictures_of, train_classifier
+from trainers.engine.sampling_arguments import add_sampling_arguments, overrides_of, positive, trainer_of
 
 COLUMNS = {
     "class_accuracy": "recognised",
@@ -33,42 +35,41 @@ COLUMNS = {
 }
 
 
-def real_pictures(path: Path) -> tuple[Described, Described | None]:
-    """The run's training and held-out pictures."""
-    base, cpu = open_run(path).run.base, torch.device("cpu")
-    sets = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
-    described = [describe(pictures_of(s, list(range(len(s))), 500), cpu) if s is not None else None for s in sets]
-    return described[0], described[1]
-
-
 def points(arguments: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
     """(value, arguments with it) of everything to be measured; ValueError for what cannot be varied."""
     name, _, values = arguments.vary.partition("=")
     if name == "checkpoint":
-        folders = [(str(step), {"path": path}) for step, path in reversed(list_checkpoints(arguments.path))]
-    elif name in ("guidance", "classifier_scale", "steps") and values:
-        folders = [(value, {name: value}) for value in values.split(",")]
+        changes = [(str(step), {"path": path}) for step, path in reversed(list_checkpoints(arguments.path))]
+    elif name in ("guidance", "classifier_scale", "steps"):
+        changes = [(value, {name: value}) for value in values.split(",") if value]
     else:
-        raise ValueError(
-            f"--vary {arguments.vary}: must be guidance=, classifier_scale= or steps=A,B,..., or checkpoint"
-        )
-    return [(value, argparse.Namespace(**vars(arguments) | changed)) for value, changed in folders]
+        changes = []
+    if not changes:
+        wanted = "guidance=, classifier_scale= or steps=A,B,..., or checkpoint for a run with checkpoints"
+        raise ValueError(f"--vary {arguments.vary}: must be {wanted}")
+    found = [(value, argparse.Namespace(**vars(arguments) | changed)) for value, changed in changes]
+    for _, changed in found:  # a mistake shows before the first picture is drawn
+        saved = open_run(changed.path)
+        saved.config(overrides_of(changed, saved))
+    return found
 
 
-def sweep(arguments: argparse.Namespace) -> list[dict]:
+def sweep(arguments: argparse.Namespace) -> Iterator[dict]:
     """A row of metrics for each value and kind of weights."""
-    real, held_out = real_pictures(arguments.path)
-    recognise, rows = train_classifier(real), []
-    kinds = [arguments.weights] if arguments.weights else [AVERAGED, RAW]
-    for value, changed in tqdm(points(arguments), desc=arguments.vary.partition("=")[0]):
-        for kind in kinds:
-            changed.weights = kind
+    chosen, run, cpu = points(arguments), open_run(arguments.path).config(), torch.device("cpu")
+    sets = datasets_lib.build(run.base, "train"), datasets_lib.build(run.base, "validation")
+    real, held_out = [s and describe(pictures_of(s, list(range(len(s))), 500), cpu) for s in sets]
+    if real.labels is None or not run.trainer_class.Config.__dataclass_fields__.get("num_classes"):
+        raise ValueError(f"{arguments.path}: has no classes; only what is drawn by class can be recognised")
+    own = nearest(held_out.vectors, real.vectors)[0] if held_out else None
+    recognise = train_classifier(real)
+    kinds = [arguments.weights] if arguments.weights else [AVERAGED, RAW] if run.config.use_ema else [RAW]
+    for value, changed in tqdm(chosen, desc=arguments.vary.partition("=")[0]):
+        for changed.weights in kinds:
             _, trainer = trainer_of(changed)
-            drawn = describe(
-                drawn_pictures(trainer, arguments.number, arguments.seed, arguments.batch_size), trainer.device
-            )
-            rows.append({"value": value, "weights": kind} | measure(drawn, real, held_out, recognise))
-    return rows
+            batches = drawn_pictures(trainer, arguments.number, arguments.seed, arguments.batch_size)
+            found = measure(describe(batches, trainer.device), real, own, recognise)
+            yield {"value": value, "weights": changed.weights} | found
 
 
 def as_table(name: str, rows: list[dict]) -> str:
@@ -81,8 +82,6 @@ def as_table(name: str, rows: list[dict]) -> str:
 
 def plot(name: str, rows: list[dict], path: Path) -> None:
     """Recognised pictures and diversity against the value, a line for each kind of weights."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for kind in dict.fromkeys(row["weights"] for row in rows):
         own = [row for row in rows if row["weights"] == kind]
@@ -100,19 +99,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run with classes")
     parser.add_argument("--vary", required=True, help="guidance=A,B,..., classifier_scale=, steps=, or checkpoint")
-    parser.add_argument("--number", type=int, default=1000, help="pictures for each row")
+    parser.add_argument("--number", type=positive, default=1000, help="pictures for each row")
     parser.add_argument("--output", type=Path, required=True, help="path of the three files without suffix")
     add_sampling_arguments(parser)
     arguments = parser.parse_intermixed_args()
+    name, rows = arguments.vary.partition("=")[0], []
     try:
-        rows = sweep(arguments)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        for row in sweep(arguments):
+            rows.append(row)
+            arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        arguments.output.with_suffix(".md").write_text(as_table(name, rows), encoding="utf-8")
+        plot(name, rows, arguments.output.with_suffix(".png"))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    name = arguments.vary.partition("=")[0]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    arguments.output.with_suffix(".md").write_text(as_table(name, rows), encoding="utf-8")
-    plot(name, rows, arguments.output.with_suffix(".png"))
     print(as_table(name, rows), end="")
 
 

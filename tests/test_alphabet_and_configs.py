@@ -103,6 +103,17 @@ def test_a_collection_of_fonts(fonts, tmp_path):
     )  # fmt: skip
 
 
+def test_fonts_of_one_name_in_two_folders(tmp_path, monkeypatch):
+    for number, name in enumerate(LATIN):
+        (tmp_path / "fonts" / str(number)).mkdir(parents=True)
+        shutil.copy(FONTS / name, tmp_path / "fonts" / str(number) / "Regular.ttf")
+    call(monkeypatch, tmp_path / "data", "--fonts", tmp_path / "fonts", "--held-out", 0.25)
+    with (tmp_path / "data" / "train" / "metadata.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["font"] for row in rows} == {"Regular", "Regular_2", "Regular_3"}
+    assert len({row["file_name"] for row in rows}) == 78 == len(list((tmp_path / "data" / "train").rglob("*.png")))
+
+
 def test_the_systems_fonts(monkeypatch, fonts):
     listed = "\n".join([str(fonts / LATIN[1]), str(fonts / LATIN[0]), str(fonts / LATIN[0]), "/bitmap.pcf.gz"])
     monkeypatch.setattr(make_alphabet.shutil, "which", lambda name: "/usr/bin/fc-list")
@@ -176,7 +187,7 @@ def test_hub_configs_on_local_data_of_the_same_features(name, tmp_path):
     from trainers.common.class_pipeline import ClassConditionalPipeline
 
     pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "run")
-    assert pipeline.config.label_names == HUB[name][1]
+    assert pipeline.label_names == HUB[name][1]
     assert pipeline(HUB[name][1][3], num_inference_steps=2).images[0].size == (32, 32)
     assert set(read_metrics(tmp_path / "run", prefix="valid")[-1]) >= {"valid/loss", "valid_ema/loss"}
 

@@ -163,7 +163,7 @@ def test_the_pipeline_draws_the_validations_pictures(run_in_process, monkeypatch
     names = [str(label) for label in labels]
     found = pipeline(names, **settings, num_inference_steps=4, generator=rng.generators(), output_type="pt").images
     torch.testing.assert_close(found, pictures, rtol=0, atol=1e-5)
-    assert json.loads((folder / "model_index.json").read_text())["label_names"] == NAMES
+    assert ClassConditionalPipeline.from_pretrained(folder).label_names == NAMES
     assert pipeline.class_indices(["3", 7]) == [3, 7]
 
 
@@ -174,6 +174,34 @@ def test_the_pipeline_says_which_classes_it_knows(run_in_process):
             pipeline(wrong)
     assert pipeline("3", num_inference_steps=2).images[0].size == (16, 16)
     assert pipeline([3, 4], num_inference_steps=2, output_type="np", return_dict=False)[0].shape == (2, 16, 16, 1)
+
+
+def test_the_pipeline_in_half_precision_and_without_classes(run_in_process):
+    folder = run_in_process(task=TASK)
+    pipeline = ClassConditionalPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert pipeline([3], num_inference_steps=2, guidance_scale=2.0).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match="name at least one class"):
+        pipeline([])
+    with pytest.raises(ValueError, match=r"sampler = heun: must be one of ddpm, ddim, dpmsolver\+\+"):
+        pipeline([3], sampler="heun")
+
+
+def test_the_pipelines_index_has_components_that_a_hub_can_serve(run_in_process):
+    """diffusers takes each list in model_index.json for a component, with a file of its own."""
+    from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
+
+    folder = run_in_process(task=TASK)
+    index = json.loads((folder / "model_index.json").read_text())
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    custom, folders = _get_custom_components_and_folders("me/digits", dict(index), files, files)
+    assert (custom, sorted(folders)) == ({}, ["scheduler", "unet"])
+
+
+def test_names_that_look_like_numbers():
+    """A number is a place, a text is a name; a place that is not there is an error even where a name looks like it."""
+    assert make(names=["10", "20"], valid_classes=["20", 0]).columns == [1, 0]
+    with pytest.raises(ValueError, match="10 is no class; allowed: 0 to 1, or 10, 20"):
+        make(names=["10", "20"], valid_classes=[10])
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])

@@ -100,8 +100,24 @@ def test_numbers_as_classes_in_metadata(tmp_path):
     assert (build(tmp_path).label_names, labels(build(tmp_path))) == (["9", "10"], [1, 0, 1])
     for wrong in (-1, None, " ", 1.5, True):
         write(tmp_path / "metadata.jsonl", rows[0], rows[1] | {"label": wrong}, rows[2])
+        assert build(tmp_path).label_names is None  # no mistake for a task without classes
         with pytest.raises(ValueError, match=r"row 2 of .*metadata.jsonl has no class \(found"):
-            build(tmp_path)
+            build(tmp_path, label_column="label")
+
+
+def test_classes_of_a_held_out_folder_that_do_not_fit(tmp_path):
+    for name in ("train/a", "train/b", "held/c"):
+        save(tmp_path / f"{name}.png")
+    write(tmp_path / "train" / "metadata.jsonl", *[{"file_name": f"{n}.png", "label": i} for i, n in enumerate("ab")])
+    for text, message in (
+        ("file_name\nc.png\n", "the images in .*held have no classes, and those to train on have"),
+        ("file_name,label\nc.png,cat\n", "the class of an image in .*held is 'cat'; those to train on have numbers"),
+    ):
+        (tmp_path / "held" / "metadata.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, "validation", validation_split="held")
+    (tmp_path / "held" / "metadata.csv").write_text("file_name,label\nc.png,1\n")
+    assert labels(build(tmp_path, "validation", validation_split="held")) == [1]
 
 
 def test_a_held_out_folder_with_one_class(tmp_path):

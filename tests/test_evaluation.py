@@ -13,7 +13,7 @@ from conftest import launch, read_metrics
 from PIL import Image
 from torch import nn
 
-from scripts import evaluate, sample
+from scripts import evaluate, sample, sweep
 from train import main
 from trainers.engine.config import ConfigError, load_config
 from trainers.engine.inference import load_trainer, open_run
@@ -21,8 +21,8 @@ from trainers.engine.manifest import list_checkpoints
 
 TASK = "conditional_ddpm"
 EVALUATION = {"base.eval_steps": 3, "base.eval_num_samples": 20, "base.validation_split": 0.1}
-MEMORISATION = {"nearest_distance", "nearest_distance_held_out", "copies"}
-METRICS = {"class_accuracy", "worst_class_accuracy", "class_diversity", *MEMORISATION}
+MEMORISATION = {"nearest_distance", "nearest_distance_held_out", "nearest_distance_held_out_5th_percentile", "copies"}
+METRICS = {"class_accuracy", "worst_class_accuracy", "class_accuracy_held_out", "class_diversity", *MEMORISATION}
 FEATURE_METRICS = {"fid", "kid", "precision", "recall"}
 
 
@@ -145,7 +145,8 @@ def call(monkeypatch, script, *arguments):
 
 
 def pictures(folder):
-    return {path.name: Image.open(path).tobytes() for path in sorted(folder.glob("samples-*.png"))}
+    found = sorted((folder / "samples").rglob("*.png"), key=lambda path: path.name)
+    return {str(path.relative_to(folder / "samples")): Image.open(path).tobytes() for path in found}
 
 
 def test_pictures_do_not_depend_on_the_batch_size(trained, tmp_path, monkeypatch):
@@ -164,7 +165,7 @@ def test_pictures_do_not_depend_on_the_batch_size(trained, tmp_path, monkeypatch
             tmp_path / str(size),
         )
     one, four, all_at_once = (pictures(tmp_path / size) for size in ("1", "4", "64"))
-    assert list(one) == [f"samples-{n:05d}-class-{(3, 5)[n % 2]}.png" for n in range(7)]
+    assert list(one) == [f"{(3, 5)[n % 2]}/{n:05d}.png" for n in range(7)]
     for found in (four, all_at_once):  # the last bit of a sum may differ, which may move a pixel by one of 255
         for name, pixels in one.items():
             difference = (
@@ -201,7 +202,7 @@ def test_sampled_pictures_are_those_of_the_pipeline(trained, tmp_path, monkeypat
 def test_raw_and_averaged_weights_of_any_checkpoint(trained):
     first, last = trained / "checkpoint-3", trained / "checkpoint-6"
     found = {
-        (path.name, weights): load_trainer(open_run(path), weights).modules["unet"].conv_in.weight.clone()
+        (path.name, weights): load_trainer(open_run(path), weights=weights).modules["unet"].conv_in.weight.clone()
         for path in (trained, first, last)
         for weights in ("raw", "ema", None)
     }
@@ -221,7 +222,7 @@ def test_a_pipeline_without_checkpoints(trained, tmp_path, monkeypatch):
     call(monkeypatch, sample, trained, "--number", 4, "--classes", "3", "--output-dir", tmp_path / "pictures")
     assert pictures(tmp_path / "alone-pictures") == pictures(tmp_path / "pictures")
     with pytest.raises(ValueError, match="has no checkpoints, and its pipeline holds the ema weights only"):
-        load_trainer(open_run(alone), "raw")
+        load_trainer(open_run(alone), weights="raw")
 
 
 def test_the_denoising_is_animated(trained, tmp_path, monkeypatch):
@@ -258,7 +259,70 @@ def test_every_task_that_draws_can_be_sampled(run_in_process, tmp_path, monkeypa
     assert len(pictures(folder / "samples" / "seed-0")) == 3
 
 
+def test_files_of_others_are_left_alone(trained, tmp_path, monkeypatch):
+    """Pictures of an earlier call are replaced as a whole; a folder with anything else is refused."""
+    call(monkeypatch, sample, trained, "--number", 7, "--output-dir", tmp_path / "out")
+    call(monkeypatch, sample, trained, "--number", 2, "--classes", "3", "--output-dir", tmp_path / "out")
+    assert list(pictures(tmp_path / "out")) == ["3/00000.png", "3/00001.png"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"--output-dir .*other: holds other files; choose a new folder"):
+        call(monkeypatch, sample, trained, "--number", 2, "--output-dir", tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+def test_what_was_sampled_can_be_evaluated(trained, tmp_path, monkeypatch):
+    call(monkeypatch, sample, trained, "--number", 20, "--gif", "--steps", 2, "--output-dir", tmp_path / "out")
+    folder = tmp_path / "out" / "samples"
+    call(monkeypatch, evaluate, folder, "--real", folder, "--features", "none", "--output-dir", tmp_path / "found")
+    found = json.loads((tmp_path / "found" / "metrics.json").read_text())
+    assert (found["pictures"], found["class_accuracy"], len(found["accuracy_by_class"])) == (20, 1.0, 10)
+
+
+def test_a_run_can_be_sampled_on_another_machine(run_in_process, tmp_path, monkeypatch):
+    """The files that its config names are gone: the network's shape is in the checkpoint and in the pipeline."""
+    shutil.copy("configs/tests/unet2d.json", tmp_path / "network.json")
+    folder = run_in_process(task=TASK, **{f"{TASK}.model_config": str(tmp_path / "network.json")})
+    (tmp_path / "network.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, sample, folder, "--number", 2, "--classes", "3", "--output-dir", tmp_path / "a")
+    shutil.rmtree(folder / "checkpoint-6")
+    call(monkeypatch, sample, folder, "--number", 2, "--classes", "3", "--output-dir", tmp_path / "b")
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
+
+
+def test_flags_and_overrides_are_checked_together(trained, run_in_process, tmp_path, monkeypatch):
+    classifier = run_in_process("classifier", task="noisy_classifier")
+    options = [
+        f"{TASK}.classifier_scale=4",
+        "--classifier",
+        classifier,
+        "--number",
+        2,
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    call(monkeypatch, sample, trained, *options)
+    assert json.loads((tmp_path / "out/settings.json").read_text())[TASK]["classifier_scale"] == 4
+
+
+def test_no_steps_to_animate(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "trainers.conditional_ddpm.ConditionalDDPMTrainer.draw", lambda self, predict, rng: torch.zeros(10, 1, 16, 16)
+    )
+    with pytest.raises(SystemExit, match="--gif: this task's sampler shows no steps"):
+        call(monkeypatch, sample, trained, "--number", 10, "--gif", "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_numbers_below_one(number, trained, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, sample, trained, "--batch-size", number)
+    assert f"argument --batch-size: {number}: must be at least 1" in capsys.readouterr().err
+
+
 WRONG = [
+    (["RUN", "--device", "gpu"], "device = gpu: cannot be used ("),
     (["nowhere"], "nowhere: is no checkpoint, and holds no run"),
     (["RUN", "--classes", "eleven"], "conditional_ddpm.valid_classes: 'eleven' is no class; allowed: 0 to 9, or 0, 1"),
     (["RUN", "--steps", "30"], "conditional_ddpm.ddpm_num_inference_steps = 30: must be at most ddpm_num_steps = 20"),
@@ -295,6 +359,37 @@ def test_a_damaged_checkpoint_is_not_loaded(trained, tmp_path):
         open_run(tmp_path)
 
 
+# --- scripts/sweep.py
+
+
+def test_a_sweep(trained, tmp_path, monkeypatch, capsys):
+    options = ["--number", 20, "--steps", 2, "--output", tmp_path / "table"]
+    call(monkeypatch, sweep, trained, "--vary", "guidance=1,2", *options)
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [(row["value"], row["weights"]) for row in rows] == [("1", "ema"), ("1", "raw"), ("2", "ema"), ("2", "raw")]
+    table = (tmp_path / "table.md").read_text()
+    assert table.splitlines()[2].startswith(f"| 1 | ema | {rows[0]['class_accuracy']:.3f} |")
+    assert capsys.readouterr().out == table
+    assert Image.open(tmp_path / "table.png").size[0] > 500
+    call(monkeypatch, sweep, trained, "--vary", "checkpoint", "--weights", "raw", *options)
+    assert [row["value"] for row in json.loads((tmp_path / "table.json").read_text())] == ["3", "6"]
+
+
+def test_mistakes_of_a_sweep(trained, run_in_process, tmp_path, monkeypatch):
+    plain = run_in_process("plain", task="ddpm")
+    for path, vary, message in (
+        (trained, "seed=1", "--vary seed=1: must be guidance=, classifier_scale= or steps="),
+        (trained, "guidance=", "--vary guidance=: must be"),
+        (trained / "checkpoint-3", "checkpoint", "or checkpoint for a run with checkpoints"),
+        (trained, "steps=2,30", "ddpm_num_inference_steps = 30: must be at most"),
+        (plain, "steps=2", "has no classes; only what is drawn by class can be recognised"),
+    ):
+        with pytest.raises(SystemExit, match="error: ") as caught:
+            call(monkeypatch, sweep, path, "--vary", vary, "--output", tmp_path / "table")
+        assert message in str(caught.value)
+    assert not (tmp_path / "table.json").exists()
+
+
 # --- scripts/evaluate.py
 
 
@@ -302,29 +397,34 @@ def test_a_run_is_evaluated(trained, tmp_path, features, monkeypatch, capsys):
     call(monkeypatch, evaluate, trained, "--number", 30, "--features", features, "--output-dir", tmp_path)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert json.loads(capsys.readouterr().out) == found
-    assert set(found) == METRICS | FEATURE_METRICS | {
-        "pictures", "real_pictures", "accuracy_by_class", "class_accuracy_held_out",
-    }  # fmt: skip
+    assert set(found) == METRICS | FEATURE_METRICS | {"pictures", "real_pictures", "accuracy_by_class"}
     assert (found["pictures"], list(found["accuracy_by_class"])) == (30, [str(digit) for digit in range(10)])
     assert Image.open(tmp_path / "nearest.png").size[1] == 2 * (64 + 4) + 8  # drawn above, training below
 
 
+class AlwaysThree(nn.Module):
+    """A classifier of pictures in [-1, 1] with one channel that sees a 3 in each of them."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[1] == 1
+        assert images.min() >= -1
+        return nn.functional.one_hot(torch.full((len(images),), 3), 10).float()
+
+
 def test_a_classifier_of_ones_own(trained, run_in_process, tmp_path, monkeypatch):
+    torch.jit.script(AlwaysThree()).save(tmp_path / "three.pt")
+    options = ["--number", 20, "--features", "none", "--output-dir", tmp_path]
+    call(monkeypatch, evaluate, trained, *options, "--judge", tmp_path / "three.pt")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["class_accuracy"], found["accuracy_by_class"]["3"]) == (0.1, 1.0)
+    assert found["class_accuracy_held_out"] == pytest.approx(0.1, abs=0.05)
+    loop = {**EVALUATION, "base.eval_features": "none", "base.eval_classifier": str(tmp_path / "three.pt")}
+    folder = run_in_process(task=TASK, **loop)
+    assert [line["eval/class_accuracy"] for line in evaluations(folder)] == [0.1, 0.1]
     classifier = run_in_process("classifier", task="noisy_classifier")
-    call(
-        monkeypatch,
-        evaluate,
-        trained,
-        "--number",
-        20,
-        "--features",
-        "none",
-        "--judge",
-        classifier,
-        "--output-dir",
-        tmp_path,
-    )
-    assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["class_accuracy"] <= 1
+    call(monkeypatch, evaluate, trained, *options, "--judge", classifier)
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again["accuracy_by_class"] != found["accuracy_by_class"]
 
 
 def test_folders_are_evaluated(tmp_path, features, monkeypatch):
@@ -345,8 +445,11 @@ def test_folders_are_evaluated(tmp_path, features, monkeypatch):
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["nearest_distance"] > 0
     assert (found["class_accuracy"], found["accuracy_by_class"]) == (1.0, {"a": 1.0, "b": 1.0})
+    (tmp_path / "held_out" / "b").rename(tmp_path / "held_out" / "c")
+    with pytest.raises(SystemExit, match="held_out and .*: have other classes; name their sub-folders alike"):
+        call(monkeypatch, evaluate, tmp_path / "drawn", "--real", tmp_path / "real", *arguments)
     (tmp_path / "real" / "b").rename(tmp_path / "real" / "c")
-    with pytest.raises(SystemExit, match="have other classes; name their sub-folders alike"):
+    with pytest.raises(SystemExit, match="drawn and .*: have other classes; name their sub-folders alike"):
         call(monkeypatch, evaluate, tmp_path / "drawn", "--real", tmp_path / "real", *arguments)
 
 
@@ -356,6 +459,12 @@ def test_mistakes_of_an_evaluation(trained, monkeypatch, tmp_path):
         ([trained, "--judge", "x"], "--judge x: must be a finished noisy_classifier run"),
         ([trained / "unet", "--features", "none"], "is no checkpoint, and holds no run"),
         ([tmp_path, "--real", tmp_path, "--features", "none"], "there are no images in"),
+        ([trained, "--held-out", tmp_path, "--features", "none"], "--held-out: has an effect with --real only"),
+        (
+            [tmp_path, "--real", tmp_path, "--features", "none", "--guidance", 7],
+            "--guidance: has no effect with --real",
+        ),
+        ([trained, "--device", "gpu", "--features", "none"], "device = gpu: cannot be used ("),
     ):
         with pytest.raises(SystemExit, match="error: ") as caught:
             call(monkeypatch, evaluate, *arguments)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import read_metrics
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 
 from train import main
 from trainers.common.guidance import ClassifierGuidance
@@ -125,6 +126,25 @@ def test_another_noise_schedule_is_an_error(trained, tiny_config, capsys):
     options = {"conditional_ddpm.classifier": str(trained), "conditional_ddpm.ddpm_num_steps": 30}
     assert main([str(tiny_config("conditional_ddpm", **options))]) == 1
     assert f"classifier = {trained}: it was trained with another noise schedule" in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_classes_is_an_error(trained, tiny_config, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "nine")
+    config = tmp_path / "nine" / "classifier" / "config.json"
+    weights = tmp_path / "nine" / "classifier" / "diffusion_pytorch_model.safetensors"
+    network = UNet2DModel.from_config(json.loads(config.read_text()) | {"out_channels": 9})
+    weights.unlink()
+    network.save_pretrained(config.parent)
+    assert main([str(tiny_config("conditional_ddpm", **{"conditional_ddpm.classifier": str(tmp_path / "nine")}))]) == 1
+    assert "nine: knows 9 classes, not 10" in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_pictures_is_an_error(trained, tiny_config, tmp_path):
+    shutil.copytree(trained, tmp_path / "color")
+    config = tmp_path / "color" / "classifier" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 3}))
+    with pytest.raises(ConfigError, match="sees pictures with 3 channels, base.channels is 1; train one for these"):
+        load_config(tiny_config("conditional_ddpm", **{"conditional_ddpm.classifier": str(tmp_path / "color")}))
 
 
 RULES = [

@@ -106,14 +106,38 @@ def test_memorisation():
     generator = torch.Generator().manual_seed(3)
     real, held_out = torch.randn(300, 5, generator=generator), torch.randn(200, 5, generator=generator)
     drawn = real[:100] + 1e-4
-    found = memorisation(drawn, real, held_out)
-    assert found["copies"] == 1.0
-    assert found["nearest_distance"] == pytest.approx(1e-4 * math.sqrt(5), rel=0.01)
-    assert memorisation(held_out, real, held_out)["copies"] == pytest.approx(0.05)
-    assert set(memorisation(drawn, real, None)) == {"nearest_distance"}
     distances, indices = nearest(drawn, real)
     assert torch.equal(indices, torch.arange(100))
     assert distances == pytest.approx(torch.full((100,), 1e-4 * math.sqrt(5)), rel=0.01)
+    own = nearest(held_out, real)[0]
+    expected = (held_out[:, None] - real[None]).norm(dim=2).min(1).values  # a second way
+    torch.testing.assert_close(own, expected)
+    found = memorisation(distances, own)
+    assert found["copies"] == 1.0
+    assert found["nearest_distance"] == pytest.approx(1e-4 * math.sqrt(5), rel=0.01)
+    assert found["nearest_distance_held_out_5th_percentile"] == pytest.approx(np.percentile(expected, 5))
+    assert memorisation(own, own)["copies"] == pytest.approx(0.05)
+    assert set(memorisation(distances, None)) == {"nearest_distance"}
+    twins = torch.zeros(100)  # where real held-out pictures are in the training set as well, copies are still seen
+    assert memorisation(torch.zeros(50), twins)["copies"] == 1.0
+
+
+def test_what_cannot_be_computed_is_not_a_number():
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(12, 1, 8, 8, generator=generator)
+    broken = images.clone()
+    broken[3, 0, 2, 2] = math.nan
+    labels = torch.arange(12) % 2
+    drawn, real = describe([(broken, labels)], CPU), describe([(images, labels)], CPU)
+    found = measure(drawn, real, None, train_classifier(real))
+    assert found["not_finite"] == 1 / 12
+    assert found["class_accuracy"] > 0.5
+    same = describe([(images[:1].repeat(12, 1, 1, 1), labels)], CPU)
+    assert math.isnan(measure(drawn, same)["class_diversity"])
+    assert all(math.isnan(value) for value in feature_metrics(torch.full((9, 2), math.nan), torch.rand(9, 2)).values())
+    one_class = describe([(images, torch.zeros(12, dtype=torch.int64))], CPU)
+    with pytest.raises(ValueError, match="all of one class; class accuracy needs at least two"):
+        train_classifier(one_class)
 
 
 def digits(split):
@@ -125,7 +149,7 @@ def digits(split):
 def test_real_digits_measured_against_real_digits():
     """Held-out digits as if they had been drawn: recognised, as different from each other, no copies."""
     real, held_out = digits("train"), digits("validation")
-    found = measure(held_out, real, held_out, train_classifier(real))
+    found = measure(held_out, real, nearest(held_out.vectors, real.vectors)[0], train_classifier(real))
     assert found["class_accuracy"] >= 0.97
     assert found["class_diversity"] == pytest.approx(1, abs=0.1)
     assert found["copies"] == pytest.approx(0.05, abs=0.01)
@@ -136,7 +160,7 @@ def test_real_digits_measured_against_real_digits():
 def test_without_labels_diversity_is_over_all():
     images = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(4))
     drawn, real = describe([(images, None)], CPU), describe([(images, None)], CPU)
-    assert measure(drawn, real, None) == {"diversity": 1.0, "nearest_distance": 0.0}
+    assert measure(drawn, real) == {"diversity": 1.0, "nearest_distance": 0.0}
 
 
 def test_large_pictures_are_compared_as_thumbnails():
@@ -199,6 +223,14 @@ def test_a_network_of_torchvision_judges(tmp_path, suffix):
         load_features(f"resnet34:{path}", CPU)
 
 
+def test_a_network_without_a_linear_layer(tmp_path):
+    from torchvision.models import squeezenet1_1
+
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="squeezenet1_1 ends in no linear layer; take one such as resnet50"):
+        load_features(f"squeezenet1_1:{tmp_path / 'weights.pth'}", CPU)
+
+
 def test_a_pickle_is_not_run(tmp_path):
     """A file of weights that would run a command when unpickled is refused."""
 
@@ -239,5 +271,6 @@ def test_no_features():
 def test_what_is_wrong_with_judges(tmp_path):
     assert "no such file; allowed: inception (downloaded), none" in features_problem("nowhere.pt")
     assert "resnot18 is no network of torchvision" in features_problem("resnot18:weights.pth")
+    assert "deeplabv3_resnet50 is no network of torchvision" in features_problem("deeplabv3_resnet50:w.pth")
     assert "no file weights.pth; give resnet18's weights" in features_problem("resnet18:weights.pth")
     assert "must be a finished noisy_classifier run, or a TorchScript file" in classifier_problem(str(tmp_path))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
 from trainers.common.classes import count_classes, labels_of
-from trainers.common.guidance import ClassifierGuidance, Guidance, noise_level
+from trainers.common.guidance import ClassifierGuidance, Guidance, classifier_problems, noise_level
 from trainers.common.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 
 if TYPE_CHECKING:
@@ -47,11 +47,8 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
                 yield option, "has an effect with a guidance_scale other than 0 and 1 only"
         if self.classifier is None and self.classifier_scale != 1.0:
             yield "classifier_scale", "has an effect with classifier only"
-        if self.classifier is not None and not (Path(self.classifier) / "classifier" / "config.json").is_file():
-            yield (
-                "classifier",
-                "must be a finished noisy_classifier run; there is no classifier/config.json",
-            )
+        if self.classifier is not None:
+            yield from (("classifier", problem) for problem in classifier_problems(self.classifier, base))
         if self.valid_classes == []:
             yield "valid_classes", "must name at least one class, or be null"
 
@@ -64,13 +61,18 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
     usage = (
         "from trainers.common.class_pipeline import ClassConditionalPipeline\n"
         'pipeline = ClassConditionalPipeline.from_pretrained("{output_dir}")\n'
-        'pipeline([0, 1], guidance_scale={guidance_scale}).images[0].save("sample.png")'
+        "images = pipeline([0, 1], {guidance_scale}, num_inference_steps={ddpm_num_inference_steps}).images\n"
+        'images[0].save("sample.png")'
     )
 
     def network_settings(self) -> dict[str, Any]:
         self.num_classes = count_classes(TASK, self, self.config.num_classes)
         self.columns = self._class_numbers(self.config.valid_classes or list(range(self.num_classes)))
         self.grid_columns = len(self.columns)
+        if self.config.classifier is not None:
+            self.classifier = ClassifierGuidance.load(
+                self.config.classifier, self.config.classifier_scale, self.scheduler, self.num_classes, self.device
+            )
         return {"num_class_embeds": self.num_classes + 1, "class_embed_type": None}
 
     def _class_numbers(self, classes: list[str | int]) -> list[int]:
@@ -78,7 +80,7 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         names = self.label_names or []
         known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
         for item in classes:
-            if str(item) not in known:
+            if item not in (known if isinstance(item, str) else range(self.num_classes)):
                 allowed = f"0 to {self.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
                 raise ValueError(f"{TASK}.valid_classes: {item!r} is no class; allowed: {allowed}")
         return [item if isinstance(item, int) else known[item] for item in classes]
@@ -113,13 +115,9 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         labels = torch.tensor([request["label"] for request in requests], device=self.device)
         interval = tuple(config.guidance_interval) if config.guidance_interval else None
         guidance = Guidance(config.guidance_scale, config.guidance_rescale, interval)
-        if config.classifier is not None and self.classifier is None:
-            self.classifier = ClassifierGuidance.load(
-                config.classifier, config.classifier_scale, self.scheduler, self.device
-            )
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            sigma = noise_level(self.scheduler.alphas_cumprod, timestep)
+            sigma = noise_level(self.alphas_cumprod, timestep)
             prediction = guidance.predict(self._network, noisy, timestep, labels, self.num_classes, sigma)
             if self.classifier is not None:
                 prediction = self.classifier.guide(prediction, noisy, timestep, labels)
@@ -130,7 +128,8 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.class_pipeline import ClassConditionalPipeline
 
-        pipeline = ClassConditionalPipeline(self.raw("unet"), self.scheduler, self.label_names, self.config.sampler)
+        id2label = dict(enumerate(self.label_names)) if self.label_names else None
+        pipeline = ClassConditionalPipeline(self.raw("unet"), self.scheduler, id2label, self.config.sampler)
         pipeline.save_pretrained(output_dir)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainers.base import Positive, RandomSource, Trainer
 from trainers.common.classes import count_classes, labels_of
@@ -20,6 +20,8 @@ TASK = "noisy_classifier"
 @dataclass(kw_only=True)
 class NoisyClassifierConfig(NoisyPixelsConfig):
     """Options of the section `noisy_classifier`; the noise must be that of the diffusion model which it is to guide."""
+
+    decided: ClassVar[tuple[str, ...]] = ("out_channels",)
 
     num_classes: Positive | None = None  # null: as many as the data set names
 

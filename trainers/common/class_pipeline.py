@@ -14,23 +14,29 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """Draws pictures of classes by name or number.
 
     The network has one embedding more than there are classes; the last one means "no class". `sampler` is ddpm, ddim or
-    dpmsolver++, `label_names` may be None.
+    dpmsolver++, `id2label` gives names to numbers or is None: a dict, as diffusers takes lists for components.
     """
 
     def __init__(
-        self, unet: UNet2DModel, scheduler: object, label_names: list[str] | None = None, sampler: str = "ddpm"
+        self, unet: UNet2DModel, scheduler: object, id2label: dict[int, str] | None = None, sampler: str = "ddpm"
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(label_names=label_names, sampler=sampler)
+        self.register_to_config(id2label=id2label, sampler=sampler)
 
     @property
     def num_classes(self) -> int:
         return self.unet.config.num_class_embeds - 1
 
+    @property
+    def label_names(self) -> list[str]:
+        """The names in the order of their numbers; empty where there are none."""
+        names = {int(number): name for number, name in (self.config.id2label or {}).items()}  # JSON's keys are texts
+        return [names[number] for number in sorted(names)]
+
     def class_indices(self, classes: list[str | int]) -> list[int]:
         """The numbers of classes given by name or number; ValueError for one that the network does not know."""
-        names = self.config.label_names or []
+        names = self.label_names
         known = {name: number for number, name in enumerate(names)}
         found = [known.get(str(item), item) if isinstance(item, str) else item for item in classes]
         for given, number in zip(classes, found, strict=True):
@@ -54,7 +60,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Pictures, one per class given; see Guidance for its arguments. `output_type` is pil, np or pt."""
         numbers = self.class_indices(classes if isinstance(classes, list) else [classes])
-        labels = torch.tensor(numbers, device=self.device)
+        if not numbers:
+            raise ValueError("classes = []: name at least one class")
+        labels = torch.tensor(numbers, device=self._execution_device)
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
         size = (size, size) if isinstance(size, int) else tuple(size)
         sample = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
@@ -73,4 +81,4 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _network(self, noisy: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.unet(noisy, timestep, class_labels=labels).sample
+        return self.unet(noisy.to(self.unet.dtype), timestep, class_labels=labels).sample

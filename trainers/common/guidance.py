@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from trainers.base import Section
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -60,22 +64,29 @@ class ClassifierGuidance:
     scale: float
     scheduler: DDPMScheduler
 
+    def __post_init__(self) -> None:
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # no look at the device in every step
+
     @classmethod
-    def load(cls, run: str, scale: float, scheduler: DDPMScheduler, device: torch.device) -> ClassifierGuidance:
-        """From a finished noisy_classifier run; ValueError where it was trained with other noise."""
+    def load(
+        cls, run: str, scale: float, scheduler: DDPMScheduler, num_classes: int, device: torch.device
+    ) -> ClassifierGuidance:
+        """From a finished noisy_classifier run; ValueError where its classes or its noise are not the model's."""
         from diffusers import DDPMScheduler, UNet2DModel
 
         trained_with = DDPMScheduler.from_pretrained(run, subfolder="scheduler")
-        if not torch.equal(trained_with.alphas_cumprod, scheduler.alphas_cumprod):
+        if not torch.equal(trained_with.alphas_cumprod, scheduler.alphas_cumprod.cpu()):
             raise ValueError(
                 f"classifier = {run}: it was trained with another noise schedule; train it with this run's "
                 "ddpm_num_steps, ddpm_beta_schedule and rescale_betas_zero_snr"
             )
         network = UNet2DModel.from_pretrained(run, subfolder="classifier").to(device).requires_grad_(False)
+        if network.config.out_channels != num_classes:
+            raise ValueError(f"classifier = {run}: knows {network.config.out_channels} classes, not {num_classes}")
         return cls(lambda noisy, timestep: network(noisy, timestep).sample.mean((2, 3)), scale, scheduler)
 
     def guide(self, prediction: Tensor, noisy: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        alpha_bar = float(self.scheduler.alphas_cumprod[int(timestep)])
+        alpha_bar = self.alphas_cumprod[int(timestep)]
         a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if a == 0:
             return prediction
@@ -91,7 +102,19 @@ class ClassifierGuidance:
             return torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), noisy)[0]
 
 
-def noise_level(alphas_cumprod: Tensor, timestep: Tensor | int) -> float:
+def classifier_problems(run: str, base: Section) -> Iterator[str]:
+    """Yields what keeps the classifier of a finished noisy_classifier run from working on the run's pictures."""
+    config = Path(run) / "classifier" / "config.json"
+    for path in (config, Path(run) / "scheduler" / "scheduler_config.json"):
+        if not path.is_file():
+            yield f"must be a finished noisy_classifier run; there is no {path}"
+            return
+    channels = json.loads(config.read_text(encoding="utf-8")).get("in_channels")
+    if channels != base.channels:
+        yield f"sees pictures with {channels} channels, base.channels is {base.channels}; train one for these"
+
+
+def noise_level(alphas_cumprod: Sequence[float], timestep: Tensor | int) -> float:
     """sigma of a timestep: sqrt((1 - alpha_bar) / alpha_bar)."""
     alpha_bar = float(alphas_cumprod[int(timestep)])
     return ((1 - alpha_bar) / alpha_bar) ** 0.5 if alpha_bar > 0 else float("inf")

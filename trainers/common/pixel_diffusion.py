@@ -24,6 +24,8 @@ class NoisyPixelsConfig(TrainerConfig):
         *TrainerConfig.passive, "model_config", "pretrained_model_name_or_path",
     )  # fmt: skip
 
+    decided: ClassVar[tuple[str, ...]] = ()  # what the task sets in the network's config, as many as channels elsewhere
+
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
     pretrained_model_name_or_path: str | None = (
         None  # initial weights: folder or hub name of a UNet2DModel; null: random
@@ -35,7 +37,7 @@ class NoisyPixelsConfig(TrainerConfig):
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.pretrained_model_name_or_path is None:
-            yield from (("model_config", problem) for problem in unet2d_problems(self.model_config, base))
+            yield from (("model_config", problem) for problem in unet2d_problems(self.model_config, base, self.decided))
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
 
@@ -80,6 +82,7 @@ class PixelDiffusionTrainer(Trainer):
     def init_modules(self) -> dict[str, nn.Module]:
         config = self.config
         self.scheduler = build_schedule(config, prediction_type=config.prediction_type)
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # the scheduler's own moves to the device
         self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
         settings = self.network_settings()
         return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, self.base, settings)}

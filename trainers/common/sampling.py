@@ -51,6 +51,8 @@ def build_sampler(name: str, scheduler: DDPMScheduler) -> SchedulerMixin:
         return DDIMScheduler.from_config(scheduler.config)
     if name == "dpmsolver++":
         return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
+    if name != "ddpm":
+        raise ValueError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++")
     return type(scheduler).from_config(scheduler.config)
 
 

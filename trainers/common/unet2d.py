@@ -51,15 +51,18 @@ def unet2d_settings(model_config: str | None, base: Section) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not key.startswith("_")} | {"sample_size": base.resolution}
 
 
-def unet2d_problems(model_config: str | None, base: Section) -> Iterator[str]:
-    """Yields what keeps the network from working on the run's data, before anything heavy is loaded."""
+def unet2d_problems(model_config: str | None, base: Section, decided: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields what keeps the network from working on the run's data, before anything heavy is loaded.
+
+    What the task has `decided`, such as out_channels, the file need not say rightly.
+    """
     try:
         settings = unet2d_settings(model_config, base)
     except (FileNotFoundError, ValueError, AttributeError) as error:
         yield f"must be a folder with config.json, a JSON file, or a name in configs/models: {error}"
         return
     try:
-        yield from _misfits(settings, base)
+        yield from _misfits(settings | dict.fromkeys(decided, base.channels), base)
     except TypeError as error:
         yield f"is no config of a UNet2DModel: {error}"
 

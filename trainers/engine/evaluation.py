@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
@@ -17,12 +17,14 @@ from trainers.engine.picture_metrics import (
     as_labels,
     describe,
     measure,
+    nearest,
     pictures_of,
+    recognised,
     spread,
     train_classifier,
-)
+)  # fmt: skip
 
-REAL_PICTURES = 10_000  # of the training set, evenly spread, with which drawn ones are compared
+REAL_PICTURES = 50_000  # at most, of each set, evenly spread, with which drawn ones are compared
 
 
 class Evaluation:
@@ -48,27 +50,43 @@ class Evaluation:
         with accelerator.main_process_first():  # it downloads, the others find the file
             self.features = load_features(base.eval_features, device)
         self.classifier = load_classifier(base.eval_classifier, device) if base.eval_classifier else None
-        self.real: list[Described | None] = []
-        self.recognise = None
+        self.real: Described | None = None
+        self.fixed: dict[str, float] = {}  # what the classifier gets on held-out pictures
+        self.recognise: Callable[[Tensor], Tensor] | None = None
+        self.held_out_distances: Tensor | None = None
 
     def metrics(self) -> dict[str, float]:
         """The metrics of `eval_num_samples` pictures, the same on every rank."""
-        if not self.real:
-            self.real = [self._describe_real(dataset) for dataset in self.sets]
-        base = self.trainer.base
-        numbers = own_share(len(self.requests), self.accelerator)
-        drawn = draw(self.trainer, self.requests, numbers, base.seed, base.train_batch_size)
-        pictures = drawn.get("samples") or next(iter(drawn.values()))
-        starts = range(0, len(numbers), base.train_batch_size)
-        labels = [as_labels([self.requests[n] for n in numbers[i : i + base.train_batch_size]]) for i in starts]
-        described = self._describe(zip(pictures, labels, strict=True), len(self.requests))
-        return on_main(self.accelerator, lambda: self._compare(described))
+        if self.real is None:
+            real, held_out = [self._describe_real(dataset) for dataset in self.sets]
+            on_main(self.accelerator, lambda: self._prepare(real, held_out))
+            self.real = real
+        drawn = self._describe(self._drawn(), len(self.requests))
+        compare = lambda: measure(drawn, self.real, self.held_out_distances, self.recognise) | self.fixed  # noqa: E731
+        return on_main(self.accelerator, compare)
 
-    def _compare(self, drawn: Described) -> dict[str, float]:
-        real, held_out = self.real
-        if self.recognise is None and drawn.predicted is None and drawn.labels is not None and real.labels is not None:
+    def _prepare(self, real: Described, held_out: Described | None) -> None:
+        """Once: the classifier, where none is given, and what real held-out pictures would get."""
+        whole = len(real.thumbnails) == len(self.sets[0])  # else a copied picture may not be among them
+        if held_out is not None and whole:
+            self.held_out_distances = nearest(held_out.vectors, real.vectors)[0]
+        if "label" not in self.requests[0]:
+            return
+        if self.classifier is None and real.labels is not None and len(real.labels.unique()) > 1:
             self.recognise = train_classifier(real)
-        return measure(drawn, real, held_out, self.recognise)
+        known = self.classifier is not None or self.recognise is not None
+        if known and held_out is not None and held_out.labels is not None:
+            right = recognised(held_out, self.recognise) == held_out.labels
+            self.fixed["class_accuracy_held_out"] = right.double().mean().item()
+
+    def _drawn(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This process's share of the pictures in batches, with the classes that were asked for."""
+        base, numbers = self.trainer.base, own_share(len(self.requests), self.accelerator)
+        for first in range(0, len(numbers), base.train_batch_size):
+            chosen = numbers[first : first + base.train_batch_size]
+            drawn = draw(self.trainer, self.requests, chosen, base.seed, len(chosen))
+            [images] = drawn.get("samples") or next(iter(drawn.values()))
+            yield images, as_labels([self.requests[number] for number in chosen])
 
     def _describe_real(self, dataset: Any | None) -> Described | None:
         if dataset is None:

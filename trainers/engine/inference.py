@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from trainers.base import Trainer
-from trainers.engine.config import RunConfig, check_config, load_config
+from trainers.engine.config import RunConfig, check_config, find_trainer
+from trainers.engine.document import read_document
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.manifest import list_checkpoints, verify
 from trainers.engine.restore import put_weights, read_weights
@@ -21,38 +23,69 @@ RAW, AVERAGED = "raw", "ema"
 class SavedRun(NamedTuple):
     """What is on disk: a run's options and names of classes, and the checkpoint, or None for the finished pipeline."""
 
-    run: RunConfig
+    document: dict[str, Any]  # both sections, as the run was configured
     label_names: list[str] | None
     folder: Path  # of the run
     checkpoint: Path | None
 
+    @property
+    def task(self) -> str:
+        return next(section for section in self.document if section != "base")
 
-def open_run(path: Path, overrides: list[str] | None = None) -> SavedRun:
-    """A checkpoint, the newest one of a run, or a run's finished pipeline, with the run's options and `overrides`.
+    @property
+    def trainer_class(self) -> type[Trainer]:
+        return find_trainer(self.task, self.document["base"].get("trainer_class"))
 
-    Raises FileNotFoundError for a folder without any, ValueError for a damaged checkpoint and wrong options.
+    def config(self, overrides: list[str] | None = None) -> RunConfig:
+        """The run's options with `overrides`; ConfigError for what is wrong with them."""
+        return check_config(copy.deepcopy(self.document), overrides)
+
+
+def open_run(path: Path) -> SavedRun:
+    """A checkpoint, the newest one of a run, or a run's finished pipeline.
+
+    Raises FileNotFoundError for a folder without any, ValueError for a damaged checkpoint.
     """
     is_checkpoint = (path / "state.json").is_file()
     checkpoint = path if is_checkpoint else next((folder for _, folder in list_checkpoints(path)), None)
     if checkpoint is not None:
         verify(checkpoint)
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        run = check_config(state["config"], overrides)
-        return SavedRun(run, state.get("label_names"), checkpoint.absolute().parent, checkpoint)
+        document = _for_inference(state["config"], checkpoint)
+        return SavedRun(document, state.get("label_names"), checkpoint.absolute().parent, checkpoint)
     if (path / "config.yaml").is_file() and (path / "model_index.json").is_file():
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        return SavedRun(load_config(path / "config.yaml", overrides), index.get("label_names"), path, None)
+        names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
+        document = _for_inference(read_document(path / "config.yaml"), path)
+        return SavedRun(document, [names[number] for number in sorted(names)] or None, path, None)
     raise FileNotFoundError(f"{path}: is no checkpoint, and holds no run with checkpoints or a finished pipeline")
 
 
-def load_trainer(saved: SavedRun, weights: str | None = None, device: str | None = None) -> Trainer:
+def _for_inference(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Options without what only training needs: files of the training machine may be gone.
+
+    A network that is saved as a whole says itself what it looks like.
+    """
+    training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "use_8bit_adam"}
+    training |= {"enable_xformers_memory_efficient_attention", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
+    kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
+    networks = [path.parent for path in sorted(folder.glob("*/config.json")) if not path.parent.name.endswith("_ema")]
+    for values in kept.values():
+        if "model_config" in values and len(networks) == 1:
+            values |= {"model_config": str(networks[0]), "pretrained_model_name_or_path": None}
+    return kept
+
+
+def load_trainer(
+    saved: SavedRun, overrides: list[str] | None = None, weights: str | None = None, device: str | None = None
+) -> Trainer:
     """The run's trainer with trained weights: "ema", "raw", or None for averaged ones where the run has them.
 
-    Raises ValueError for weights that are not there.
+    Raises ValueError for weights that are not there, wrong overrides and a device that is not there.
     """
-    run = saved.run
+    run = saved.config(overrides)
     trainer = run.trainer_class(run.config, run.base)
-    trainer.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trainer.device = find_device(device)
     trainer.weight_dtype, trainer.label_names = torch.float32, saved.label_names
     networks = trainer.init_modules()
     held = AVERAGED if run.config.use_ema else RAW
@@ -68,6 +101,16 @@ def load_trainer(saved: SavedRun, weights: str | None = None, device: str | None
     trainer.unwrapped = trainer.modules = {k: network.to(trainer.device).eval() for k, network in networks.items()}
     trainer.encoded = FrozenStages(trainer.encoders(), trainer.device).encoded
     return trainer
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or CUDA where there is one; ValueError where it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {name}: cannot be used ({str(error).splitlines()[0]}); give cpu or cuda") from None
+    return device
 
 
 def _put_pipeline(pipeline: Any, networks: dict[str, nn.Module]) -> None:

@@ -23,9 +23,9 @@ def features_problem(spec: str) -> str | None:
     name, _, file = spec.partition(":")
     if not file:
         return f"no such file; allowed: {ALLOWED_FEATURES}"
-    from torchvision.models import list_models
+    from torchvision import models
 
-    if name not in list_models():
+    if name not in models.list_models(module=models):
         return f"{name} is no network of torchvision; allowed: {ALLOWED_FEATURES}"
     return None if Path(file).is_file() else f"no file {file}; give {name}'s weights as .pth or .safetensors"
 
@@ -105,13 +105,19 @@ def _torchvision(name: str, file: str, device: torch.device) -> Judge:
 
     network = get_model(name, weights=None)
     try:
-        weights = load_file(file) if file.endswith(".safetensors") else torch.load(file, weights_only=True)
+        weights = (
+            load_file(file)
+            if file.endswith(".safetensors")
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
         network.load_state_dict(weights)
     except Exception as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"eval_features = {name}:{file}: these are not the weights of {name} ({first})") from None
-    last = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    network.set_submodule(last, nn.Identity())
+    linear = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"eval_features = {name}:{file}: {name} ends in no linear layer; take one such as resnet50")
+    network.set_submodule(linear[-1], nn.Identity())
     network = network.to(device).eval()
     preset = get_model_weights(name).DEFAULT.transforms()
     size = [preset.crop_size[0]] * 2

@@ -21,13 +21,17 @@ from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
 
 
-def build_trainer(accelerator: Accelerator, run: RunConfig, train_set: Any) -> Trainer:
-    """The task's trainer, told where it runs and what it learns, with the seed set for its initial weights."""
+def build_trainer(accelerator: Accelerator, run: RunConfig, *datasets: Any | None) -> Trainer:
+    """The task's trainer, told where it runs and what its data (the training set first) holds.
+
+    Sets the seed for its initial weights.
+    """
     torch.manual_seed(run.base.seed)
     trainer = run.trainer_class(run.config, run.base)
     trainer.device, trainer.weight_dtype = accelerator.device, weight_dtype(accelerator)
-    trainer.label_names = getattr(train_set, "label_names", None)
-    trainer.highest_label = getattr(train_set, "highest_label", None)
+    trainer.label_names = getattr(datasets[0], "label_names", None)
+    highest = [getattr(dataset, "highest_label", None) for dataset in datasets]
+    trainer.highest_label = max((label for label in highest if label is not None), default=None)
     return trainer
 
 

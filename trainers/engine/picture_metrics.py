@@ -5,10 +5,10 @@ FID, KID, precision and recall are torch-fidelity's, on the features of a networ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class Described(NamedTuple):
     features: Tensor | None  # [N, D] of the feature network
     predicted: Tensor | None  # [N] int64, the class that a classifier sees
     labels: Tensor | None  # [N] int64, the class that it is, or was to be
+    finite: Tensor  # [N] bool; what is not is black in the rest
 
     @property
     def vectors(self) -> Tensor:
@@ -39,8 +40,10 @@ def describe(
     classifier: Judge | None = None,
 ) -> Described:
     """Describes batches of (pictures [B, C, H, W] in [0, 1], labels [B] or None), on the CPU."""
-    found: list[list[Tensor]] = [[], [], [], []]
+    found: list[list[Tensor]] = [[], [], [], [], []]
     for images, labels in batches:
+        found[4].append(images.isfinite().flatten(1).all(1))
+        images = images.nan_to_num(0.0, 1.0, 0.0)
         on_device = images.to(device)
         found[0].append(_thumbnails(images))
         if features is not None:
@@ -77,18 +80,31 @@ def _thumbnails(images: Tensor) -> Tensor:
 
 
 def measure(
-    drawn: Described, real: Described, held_out: Described | None, recognise: Callable[[Tensor], Tensor] | None = None
+    drawn: Described,
+    real: Described,
+    held_out_distances: Tensor | None = None,
+    recognise: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """All metrics that what is known allows; `recognise(vectors) -> classes` stands in where nothing is predicted."""
+    """All metrics that what is known allows; NaN where one cannot be computed.
+
+    `recognise(vectors) -> classes` stands in where nothing is predicted; `held_out_distances` are those of held-out
+    pictures to their nearest training pictures.
+    """
     metrics = feature_metrics(drawn.features, real.features) if drawn.features is not None else {}
     if drawn.labels is not None:
         if drawn.predicted is not None or recognise is not None:
             metrics |= class_accuracy(recognised(drawn, recognise), drawn.labels)
         if real.labels is not None:
-            metrics["class_diversity"] = within_classes(drawn) / within_classes(real)
+            metrics["class_diversity"] = _ratio(within_classes(drawn), within_classes(real))
     else:
-        metrics["diversity"] = _mean_distance(drawn.vectors) / _mean_distance(real.vectors)
-    return metrics | memorisation(drawn.vectors, real.vectors, held_out.vectors if held_out is not None else None)
+        metrics["diversity"] = _ratio(_mean_distance(drawn.vectors), _mean_distance(real.vectors))
+    if not drawn.finite.all():
+        metrics["not_finite"] = (~drawn.finite).double().mean().item()
+    return metrics | memorisation(nearest(drawn.vectors, real.vectors)[0], held_out_distances)
+
+
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference else math.nan
 
 
 def feature_metrics(drawn: Tensor, real: Tensor) -> dict[str, float]:
@@ -102,6 +118,8 @@ def feature_metrics(drawn: Tensor, real: Tensor) -> dict[str, float]:
 
     if min(len(drawn), len(real)) < 5:
         raise ValueError(f"{len(drawn)} drawn and {len(real)} real pictures: metrics need at least 5 of each")
+    if not (drawn.isfinite().all() and real.isfinite().all()):
+        return dict.fromkeys(("fid", "kid", "precision", "recall"), math.nan)
     drawn, real = drawn.double(), real.double()
     statistics = [fid_features_to_statistics(rows) for rows in (drawn, real)]
     subset = min(KID_SUBSET_SIZE, len(drawn), len(real))
@@ -131,41 +149,50 @@ def accuracy_by_class(predicted: Tensor, labels: Tensor) -> dict[int, float]:
 
 
 def train_classifier(real: Described, most: int = 10_000) -> Callable[[Tensor], Tensor]:
-    """A support vector machine on the real pictures, evenly chosen `most` of them: vectors [N, V] -> classes [N]."""
+    """A support vector machine on the real pictures, evenly chosen `most` of them: vectors [N, V] -> classes [N].
+
+    Raises ValueError where they are all of one class.
+    """
     from sklearn.svm import SVC
 
     chosen = spread(len(real.labels), most)
+    if len(real.labels[chosen].unique()) < 2:
+        raise ValueError("the real pictures are all of one class; class accuracy needs at least two")
     machine = SVC(C=10).fit(real.vectors[chosen].numpy(), real.labels[chosen].numpy())
     return lambda vectors: torch.from_numpy(machine.predict(vectors.numpy()))
 
 
 def within_classes(pictures: Described) -> float:
-    """The mean distance of two pictures of one class, averaged over the classes that have two."""
+    """The mean distance of two pictures of one class, averaged over the classes that have two; NaN without any."""
     classes, counts = pictures.labels.unique(return_counts=True)
-    return float(np.mean([_mean_distance(pictures.vectors[pictures.labels == k]) for k in classes[counts > 1]]))
+    found = [_mean_distance(pictures.vectors[pictures.labels == k]) for k in classes[counts > 1]]
+    return sum(found) / len(found) if found else math.nan
 
 
 def _mean_distance(vectors: Tensor, most: int = 2000) -> float:
     return torch.pdist(vectors[:most]).mean().item()
 
 
-def memorisation(drawn: Tensor, real: Tensor, held_out: Tensor | None) -> dict[str, float]:
-    """Distances to the nearest training picture, of vectors [N, V].
+def memorisation(distances: Tensor, held_out_distances: Tensor | None) -> dict[str, float]:
+    """From the distances [N] of pictures to their nearest training pictures.
 
-    `copies` is the part of the drawn pictures that is nearer to a training picture than all but 5 % of the held-out
-    ones are; real pictures would get 0.05.
+    `copies` is the part of the drawn pictures that is no farther from a training picture than the nearest 5 % of the
+    held-out ones are; real pictures would get 0.05.
     """
-    distances = nearest(drawn, real)[0]
     metrics = {"nearest_distance": distances.median().item()}
-    if held_out is not None and len(held_out) >= 20:
-        own = nearest(held_out, real)[0]
-        metrics["nearest_distance_held_out"] = own.median().item()
-        metrics["copies"] = (distances < own.quantile(0.05)).double().mean().item()
+    if held_out_distances is not None and len(held_out_distances) >= 20:
+        metrics["nearest_distance_held_out"] = held_out_distances.median().item()
+        limit = held_out_distances.quantile(0.05)
+        metrics["nearest_distance_held_out_5th_percentile"] = limit.item()
+        metrics["copies"] = (distances <= limit).double().mean().item()
     return metrics
 
 
 def nearest(vectors: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest of `others` [M, V] and its number, each [N]."""
-    exact = "donot_use_mm_for_euclid_dist"  # the fast way cannot tell copies from near ones
-    found = [torch.cdist(part, others, compute_mode=exact).min(1) for part in vectors.split(256)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    """Distance to the nearest of `others` [M, V] and its number, each [N].
+
+    Products of matrices find the neighbour fast but cannot tell a copy from a near picture, so its distance is
+    computed anew.
+    """
+    indices = torch.cat([torch.cdist(part, others).argmin(1) for part in vectors.split(256)])
+    return (vectors - others[indices]).norm(dim=1), indices

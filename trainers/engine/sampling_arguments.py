@@ -6,7 +6,6 @@ import argparse
 import json
 
 from trainers.base import Trainer
-from trainers.engine.config import RunConfig
 from trainers.engine.inference import SavedRun, load_trainer, open_run
 from trainers.engine.schema import options as options_of
 
@@ -20,24 +19,32 @@ OPTIONS = {
     "classes": "valid_classes",
     "classifier": "classifier",
     "classifier_scale": "classifier_scale",
-    "number": "valid_batch_size",
 }
 
 
-def overrides_of(arguments: argparse.Namespace, run: RunConfig) -> list[str]:
+def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
     """The options of the command line as overrides; ValueError for one that the task does not have."""
     found = []
     for argument, option in OPTIONS.items():
-        value = getattr(arguments, argument)
+        value = getattr(arguments, argument, None)
         if value is None:
             continue
-        names = [name for name in options_of(type(run.config)) if name == option or name.endswith(f"_{option}")]
+        known = options_of(saved.trainer_class.Config)
+        names = [name for name in known if name == option or name.endswith(f"_{option}")]
         if not names:
-            raise ValueError(f"--{argument.replace('_', '-')} {value}: task {run.task} has no option {option}")
+            raise ValueError(f"--{argument.replace('_', '-')} {value}: task {saved.task} has no option {option}")
         if argument == "classes":
             value = json.dumps(value.split(","))  # names stay texts
-        found.append(f"{run.task}.{names[0]}=" + (f"[{value}]" if argument == "guidance_interval" else str(value)))
-    return found
+        found.append(f"{saved.task}.{names[0]}=" + (f"[{value}]" if argument == "guidance_interval" else str(value)))
+    return [*arguments.overrides, *found]
+
+
+def positive(text: str) -> int:
+    """A number of the command line that is at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return number
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +59,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classifier", metavar="RUN", help="a noisy_classifier run, for classifier guidance")
     parser.add_argument("--classifier-scale", help="how strongly it guides")
     parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are any")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once; changes none of them")
+    parser.add_argument("--batch-size", type=positive, default=64, help="pictures at once; changes none of them")
     parser.add_argument("--device", help="default: cuda where there is one")
 
 
 def trainer_of(arguments: argparse.Namespace) -> tuple[SavedRun, Trainer]:
     """The trained trainer of `arguments.path` with the options of the command line."""
-    run = open_run(arguments.path, arguments.overrides).run
-    saved = open_run(arguments.path, [*arguments.overrides, *overrides_of(arguments, run)])
-    return saved, load_trainer(saved, arguments.weights, arguments.device)
+    saved = open_run(arguments.path)
+    return saved, load_trainer(saved, overrides_of(arguments, saved), arguments.weights, arguments.device)
