@@ -12,7 +12,7 @@ import pytest
 from train import main
 from trainers import TRAINERS
 from trainers.base import Section, TrainerConfig
-from trainers.common.unet2d import unet2d_problems
+from trainers.common.unet2d import MODELS_DIR, unet2d_problems
 from trainers.engine.config import describe, load_config
 from trainers.engine.document import MAX_FILE_BYTES, ConfigError
 from trainers.engine.options import BaseConfig, resolve_launcher_values
@@ -95,6 +95,7 @@ def test_all_problems_of_both_sections_come_together(write):
     ]
 
 
+MODELS = ", ".join(sorted(path.stem for path in MODELS_DIR.glob("*.json")))
 RULES = [
     ({"num_epochs": None}, {}, "base.num_epochs = null: exactly one of num_epochs and max_train_steps must be set"),
     ({"max_train_steps": 5}, {}, "base.num_epochs = 10: exactly one of num_epochs and max_train_steps must be set"),
@@ -115,7 +116,7 @@ RULES = [
     ({}, {"lr_num_cycles": 3}, "ddpm.lr_num_cycles = 3: has an effect with lr_scheduler: cosine_with_restarts only"),
     ({}, {"learning_rate": {"unet": -1}}, 'ddpm.learning_rate = {"unet": -1.0}: every rate must be above 0'),
     ({}, {"model_config": "unet_cfgg"}, 'ddpm.model_config = "unet_cfgg": must be a folder with config.json, a JSON file, or a name'),
-    ({}, {"model_config": "unet_cfgg"}, "the names in configs/models are unet_cfg, unet_digits"),
+    ({}, {"model_config": "unet_cfgg"}, f"the names in configs/models are {MODELS}"),
     ({}, {"use_ema": False, "ema_power": 0.5}, "ddpm.ema_power = 0.5: has an effect with use_ema: true only"),
     ({}, {"use_8bit_adam": True}, "ddpm.use_8bit_adam = true: needs bitsandbytes: pip install diffloop[bitsandbytes]"),
     ({"tracker_project": "a", "logger": "none"}, {}, 'base.tracker_project = "a": has no effect with logger: none'),
