@@ -22,7 +22,7 @@ from conftest import ROOT, logged_steps, losses, read_metrics, start, wait_for
 from test_resume import final_state
 
 from train import main, train
-from trainers.engine import checkpoint, restore, resume
+from trainers.engine import checkpoint, loading, restore, resume
 from trainers.engine.config import load_config
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 
@@ -368,6 +368,24 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tiny_con
     folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 3, "base.checkpoints_total_limit": 1})))
     assert "WARNING: checkpoint-3 could not be removed" in capsys.readouterr().out
     assert [step for step, _ in list_checkpoints(folder)] == [6]
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_data_worker_that_dies_while_it_hands_a_tensor_over(error):
+    """The connection breaks first, the process is gone a moment later; without a death the error stays what it is."""
+
+    def broken():
+        raise error
+        yield
+
+    worker = multiprocessing.Process(target=time.sleep, args=(0.3,))
+    worker.start()
+    assert loading._next_of(broken(), {worker}, 5) is loading.DEAD
+    living = multiprocessing.Process(target=time.sleep, args=(30,))
+    living.start()
+    with pytest.raises(error):
+        loading._next_of(broken(), {living}, 5)
+    living.kill()
 
 
 def test_data_workers_that_are_killed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -109,6 +110,11 @@ def _next_of(loaded: Iterator, workers: set, timeout_seconds: float) -> Batch | 
                 return DEAD
             if not str(error).startswith("DataLoader timed out"):
                 raise
+        except (OSError, EOFError):  # it died while it handed a tensor over, and may not be gone yet
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], CHECK_SECONDS)
+            if all(worker.is_alive() for worker in workers):
+                raise
+            return DEAD
     raise OSError(
         f"no batch came from the {len(workers)} data workers in base.dataloader_timeout = {timeout_seconds:g} seconds; "
         "look at the disk that holds the data, or raise it"
