@@ -111,7 +111,10 @@ def _next_of(loaded: Iterator, workers: set, timeout_seconds: float) -> Batch | 
             if not str(error).startswith("DataLoader timed out"):
                 raise
         except (OSError, EOFError):  # it died while it handed a tensor over, and may not be gone yet
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], CHECK_SECONDS)
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], CHECK_SECONDS)
+            for worker in workers:
+                if worker.sentinel in ended:
+                    worker.join(CHECK_SECONDS)  # a process closes its files before it is gone
             if all(worker.is_alive() for worker in workers):
                 raise
             return DEAD
