@@ -71,7 +71,7 @@ def train(run: RunConfig) -> Path:
         save = partial(checkpoint.save, accelerator, run, clock, networks, ema, optimizer, train_set, meter, divergence)
         sets = train_set, validation_set
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, tracking)
-        export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock)
+        export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
         accelerator.print(reporting.start_block(accelerator, run, networks, clock, train_set))
         with tracking, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
             done = clock.origin_step

@@ -2,6 +2,7 @@
 
 FID, KID, precision and recall with a feature network; class accuracy with a classifier, by default a support vector
 machine that is trained on the real pictures; distances to the nearest training pictures, which show memorisation.
+Of an autoencoder: its validation's metrics, and FID and KID of held-out pictures' reconstructions.
 Prints JSON and writes it with a picture of nearest neighbours (drawn above, training below) to RUN/evaluation.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
@@ -41,27 +43,28 @@ from trainers.engine.picture_metrics import (
     as_labels,
     describe,
     measure,
+    measure_reconstructions,
     nearest,
     pictures_of,
     recognised,
     spread,
     train_classifier,
 )  # fmt: skip
+from trainers.engine.randomness import SlotRandom
 from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
 from trainers.engine.validation import grid_of
 
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
 
 
-def drawn_pictures(trainer: Trainer, number: int, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def drawn_pictures(
+    trainer: Trainer, requests: list[dict], held_out: Any | None, seed: int, size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches of pictures and of the classes that were asked for."""
-    requests = trainer.evaluation_requests(number)
-    if not requests:
-        raise ValueError("this task draws no pictures")
     with evaluation_mode(trainer, lambda steps: tqdm(steps, desc="sampling", leave=False)):
         for start in tqdm(range(0, len(requests), size), desc="drawing"):
             numbers = list(range(start, min(start + size, len(requests))))
-            images = draw(trainer, requests, numbers, seed, size)
+            images = draw(trainer, requests, numbers, seed, size, held_out)
             yield images.get("samples", next(iter(images.values())))[0], as_labels([requests[n] for n in numbers])
 
 
@@ -72,12 +75,28 @@ def data_folder(folder: Path, resolution: int) -> Any:
     )
 
 
+def held_out_metrics(trainer: Trainer, held_out: Any, numbers: list[int], size: int) -> dict[str, float]:
+    """Means of the validation's metrics over held-out examples."""
+    sums: dict[str, float] = {}
+    with evaluation_mode(trainer):
+        for start in tqdm(range(0, len(numbers), size), desc="held-out pictures"):
+            chosen = numbers[start : start + size]
+            batch = default_collate([held_out.get(number, None) for number in chosen])
+            batch = {k: v.to(trainer.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            slots = torch.tensor(chosen, device=trainer.device)
+            found = trainer.validation_metrics(batch | {"slot": slots}, SlotRandom(0, slots, "validation"))
+            sums = {name: sums.get(name, 0.0) + rows.double().sum().item() for name, rows in found.items()}
+    return trainer.validation_summary({name: total / len(numbers) for name, total in sums.items()})
+
+
 class Task(NamedTuple):
     """What is to be compared, and where the result goes."""
 
     drawn: Iterable[tuple[Tensor, Tensor | None]]  # batches of pictures and classes
     train_set: Any
     held_out: Any | None
+    originals: list[int] | None  # where the drawn pictures are reconstructions: the held-out ones' numbers
+    known: dict[str, float]  # metrics that need no drawn pictures
     device: torch.device
     output_dir: Path
 
@@ -87,10 +106,15 @@ def of_run(arguments: argparse.Namespace) -> Task:
     if arguments.held_out is not None:
         raise ValueError("--held-out: has an effect with --real only; a run has its own validation set")
     saved, trainer = trainer_of(arguments)
-    base = trainer.base
-    drawn = drawn_pictures(trainer, arguments.number or 1000, arguments.seed, arguments.batch_size)
-    sets = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
-    return Task(drawn, *sets, trainer.device, saved.folder / "evaluation")
+    train_set, held_out = [datasets_lib.build(trainer.base, split) for split in ("train", "validation")]
+    requests = trainer.evaluation_requests(arguments.number or 1000, held_out)
+    if not requests:
+        without = " without base.validation_split" if held_out is None else ""
+        raise ValueError(f"task {saved.task} draws no pictures{without}")
+    drawn = drawn_pictures(trainer, requests, held_out, arguments.seed, arguments.batch_size)
+    originals = [request["example"] for request in requests] if "example" in requests[0] else None
+    known = held_out_metrics(trainer, held_out, originals, arguments.batch_size) if originals else {}
+    return Task(drawn, train_set, held_out, originals, known, trainer.device, saved.folder / "evaluation")
 
 
 def of_folders(arguments: argparse.Namespace) -> Task:
@@ -115,24 +139,34 @@ def of_folders(arguments: argparse.Namespace) -> Task:
         drawn,
         train_set,
         held_out,
+        None,
+        {},
         find_device(arguments.device),
         folder.absolute().parent / f"{folder.name}-evaluation",
     )
 
 
 def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
-    """All metrics, and a grid [C, H, W] of the drawn pictures that are nearest to training pictures."""
+    """All metrics, and a grid [C, H, W] of the drawn pictures that are nearest to training pictures.
+
+    Of reconstructions, the grid has originals above and reconstructions below.
+    """
     judges = (
         load_features(arguments.features, task.device),
         load_classifier(arguments.judge, task.device) if arguments.judge else None,
     )
 
-    def described(dataset: Any) -> Described:
-        chosen = spread(len(dataset), arguments.real_number or len(dataset))
+    def described(dataset: Any, chosen: list[int] | None = None) -> Described:
+        chosen = chosen or spread(len(dataset), arguments.real_number or len(dataset))
         batches = pictures_of(dataset, chosen, arguments.batch_size)
         rounds = -(-len(chosen) // arguments.batch_size)
         return describe(tqdm(batches, desc="real pictures", total=rounds), task.device, *judges)
 
+    if task.originals is not None:
+        drawn, originals = describe(task.drawn, task.device, *judges), described(task.held_out, task.originals)
+        shown = spread(len(task.originals), NEIGHBOURS)
+        picture = grid_of([originals.thumbnails[shown], drawn.thumbnails[shown]], len(shown))
+        return {"pictures": len(task.originals)} | task.known | measure_reconstructions(drawn, originals), picture
     real = described(task.train_set)
     held_out = described(task.held_out) if task.held_out is not None else None
     drawn = describe(task.drawn, task.device, *judges)

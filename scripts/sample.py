@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import datasets_lib
 from trainers.base import Trainer
 from trainers.engine.drawing import draw, evaluation_mode
 from trainers.engine.picture_metrics import spread
@@ -33,7 +35,9 @@ GIF_FRAMES = 40  # at most, of the steps of the sampler
 GIF_SECONDS = 2.0  # for the last frame
 
 
-def sample(trainer: Trainer, requests: list[dict], seed: int, batch_size: int, gif: bool) -> tuple[dict, Tensor | None]:
+def sample(
+    trainer: Trainer, requests: list[dict], held_out: Any, seed: int, batch_size: int, gif: bool
+) -> tuple[dict, Tensor | None]:
     """Pictures [N, C, H, W] by name, and with `gif` those after steps of the sampler, [frames, N, C, H, W]."""
     batches: dict[str, list[Tensor]] = {}
     frames: list[Tensor] = []
@@ -42,13 +46,22 @@ def sample(trainer: Trainer, requests: list[dict], seed: int, batch_size: int, g
         for start in tqdm(starts, desc="batches", disable=len(starts) == 1):
             trainer.frames = [] if gif else None
             numbers = list(range(start, min(start + batch_size, len(requests))))
-            for name, images in draw(trainer, requests, numbers, seed, batch_size).items():
+            for name, images in draw(trainer, requests, numbers, seed, batch_size, held_out).items():
                 batches.setdefault(name, []).extend(images)
             if trainer.frames:
                 frames.append(torch.stack([trainer.frames[n] for n in spread(len(trainer.frames), GIF_FRAMES)]))
     if gif and not frames:
         raise ValueError("--gif: this task's sampler shows no steps")
     return {name: torch.cat(images) for name, images in batches.items()}, torch.cat(frames, 1) if frames else None
+
+
+def held_out_set(trainer: Trainer) -> Any | None:
+    """The run's validation set; None where its data is gone, which only some tasks miss."""
+    try:
+        return datasets_lib.build(trainer.base, "validation")
+    except (ValueError, OSError) as error:
+        print(f"without held-out pictures: {error}", file=sys.stderr)
+        return None
 
 
 def write_gif(frames: Tensor, columns: int | None, path: Path) -> None:
@@ -103,10 +116,11 @@ def main() -> None:
         trainer.config.valid_batch_size = arguments.number or trainer.config.valid_batch_size
         folder = arguments.output_dir or saved.folder / "samples" / f"seed-{arguments.seed}"
         prepare_folder(folder)
-        requests = trainer.sample_requests(None)[: arguments.number]
+        held_out = held_out_set(trainer)
+        requests = trainer.sample_requests(held_out)[: arguments.number]
         if not requests:
             raise ValueError(f"task {saved.task} draws no pictures")
-        pictures, frames = sample(trainer, requests, arguments.seed, arguments.batch_size, arguments.gif)
+        pictures, frames = sample(trainer, requests, held_out, arguments.seed, arguments.batch_size, arguments.gif)
         write(folder, pictures, requests, saved.label_names, trainer.grid_columns)
         if frames is not None:
             write_gif(frames, trainer.grid_columns, folder / "denoising.gif")

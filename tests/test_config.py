@@ -12,7 +12,8 @@ import pytest
 from train import main
 from trainers import TRAINERS
 from trainers.base import Section, TrainerConfig
-from trainers.common.unet2d import MODELS_DIR, unet2d_problems
+from trainers.common.model_files import MODELS_DIR, Grid
+from trainers.common.unet2d import unet2d_problems
 from trainers.engine.config import describe, load_config
 from trainers.engine.document import MAX_FILE_BYTES, ConfigError
 from trainers.engine.options import BaseConfig, resolve_launcher_values
@@ -306,7 +307,7 @@ def test_the_command_reports_and_returns_2(write, capsys):
 def test_networks_that_do_not_fit(tmp_path):
     def problems(**settings):
         (tmp_path / "net.json").write_text(json.dumps(settings))
-        return list(unet2d_problems(str(tmp_path / "net.json"), BaseConfig(channels=1, resolution=32)))
+        return list(unet2d_problems(str(tmp_path / "net.json"), Grid(1, 32)))
 
     assert problems(in_channels=3, out_channels=1) == ["has in_channels = 3, base.channels is 1; make them equal"]
     assert problems(in_channels=1, out_channels=3) == ["has out_channels = 3, base.channels is 1; make them equal"]
@@ -315,8 +316,7 @@ def test_networks_that_do_not_fit(tmp_path):
     ]
     assert problems(in_channels=1, out_channels=1, block_out_channels=[8, 8]) == []
     for resolution in (8, 16, 28, 32, 64, 256, 512):
-        base = BaseConfig(channels=1, resolution=resolution)
-        assert list(unet2d_problems(None, base)) == []
+        assert list(unet2d_problems(None, Grid(1, resolution))) == []
 
 
 def test_what_the_data_sets_say_comes_with_the_other_problems(write, capsys):

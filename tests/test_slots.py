@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from datasets_lib.choices import one_of
 from trainers.engine.clock import Clock
-from trainers.engine.feeding import EpochOrder, SlotBatches, training_batches, validation_batches
+from trainers.engine.feeding import EpochOrder, SlotBatches, examples_once, training_batches
 from trainers.engine.messages import is_message
 from trainers.engine.options import BaseConfig
 from trainers.engine.stopping import Stopping
@@ -139,7 +139,7 @@ def test_the_hundred_thousandth_batch_costs_no_decoding():
 def test_validation_batches_count_every_example_once_on_any_number_of_processes(processes, examples):
     base = BaseConfig(train_batch_size=4)
     shares = [
-        list(validation_batches(Numbers(examples), base, rank, processes, torch.device("cpu"), STOPPING))
+        list(examples_once(Numbers(examples), range(examples), base, rank, processes, torch.device("cpu"), STOPPING))
         for rank in range(processes)
     ]
     assert len({len(share) for share in shares}) == 1

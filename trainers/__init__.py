@@ -4,5 +4,6 @@
 TRAINERS = {
     "ddpm": "trainers.ddpm:DDPMTrainer",
     "conditional_ddpm": "trainers.conditional_ddpm:ConditionalDDPMTrainer",
+    "vae": "trainers.vae:VAETrainer",
     "noisy_classifier": "trainers.noisy_classifier:NoisyClassifierTrainer",
 }

@@ -68,6 +68,8 @@ class TrainerConfig(Section):
     """The options that every task has: optimizer, learning rate, averaging of the weights."""
 
     passive: ClassVar[tuple[str, ...]] = ("valid_batch_size",)
+    training_only: ClassVar[tuple[str, ...]] = ()  # of no use for a trained network: left out where one is loaded
+    initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # likewise, where it is whole
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-4  # at the top of the schedule; a dict: one per network
     scale_lr: bool = False  # multiply the learning rate by the global batch size
@@ -167,6 +169,8 @@ class Trainer(ABC):
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
     progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # around a sampler's steps, as many on every rank:
     # shows a bar, and lets a signal end the validation
+    statistics_samples: ClassVar[int] = 0  # of the training set, at most, for data_statistics
+    statistics: dict[str, float]  # the means of data_statistics, set by the loop before save_pipeline
     frames: list[Tensor] | None = None  # where a list, sample() appends its pictures [N, C, H, W] after every step
 
     def __init__(self, config: TrainerConfig, base: Section) -> None:
@@ -193,17 +197,34 @@ class Trainer(ABC):
         """Writes what inference loads, from `self.raw(name)`; main process only, no collective calls."""
 
     def sample_requests(self, validation_set: Any) -> list[dict]:
-        """What to draw at a validation: the same list on every rank; empty for a task without pictures."""
+        """What to draw at a validation: the same list on every rank; empty for a task without pictures.
+
+        A request {"example": i} reaches sample() with the columns of the validation set's example i.
+        """
         return [{} for _ in range(self.config.valid_batch_size)]
 
-    def evaluation_requests(self, count: int) -> list[dict]:
-        """What to draw for metrics over many pictures; a `label` says which class was asked for, all equally often."""
+    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+        """What to draw for metrics over many pictures; a `label` says which class was asked for, all equally often.
+
+        Requests with an `example` are reconstructions, and compared with these held-out pictures.
+        """
         return [{} for _ in range(count)]
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns numbers per example, {name: [B]}; by default the batch's loss."""
         loss, _ = self.compute_loss(batch, rng, step=0)
         return {"loss": loss.expand(len(batch["slot"]))}
+
+    def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of the means of validation_metrics over the validation set, the same on every rank."""
+        return means
+
+    def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        """Numbers per example, {name: [B]}; save_pipeline finds their means over training examples.
+
+        Called before a pipeline is saved, with the weights that it will hold, where statistics_samples is above 0.
+        """
+        return {}
 
     def encoders(self) -> dict[str, Encoder]:
         """The frozen stages whose outputs compute_loss finds in its batch, in the order in which they run."""

@@ -105,7 +105,7 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         count = max(self.config.valid_batch_size, len(self.columns))
         return [{"label": self.columns[number % len(self.columns)]} for number in range(count)]
 
-    def evaluation_requests(self, count: int) -> list[dict]:
+    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
         return [{"label": number % self.num_classes} for number in range(count)]
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:

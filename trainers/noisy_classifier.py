@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainers.base import Positive, RandomSource, Trainer
 from trainers.common.classes import count_classes, labels_of
+from trainers.common.model_files import Grid
 from trainers.common.pixel_diffusion import NoisyPixelsConfig, build_schedule
 from trainers.common.unet2d import build_unet2d
 
@@ -40,8 +41,8 @@ class NoisyClassifierTrainer(Trainer):
         config = self.config
         self.scheduler = build_schedule(config)
         settings = {"out_channels": count_classes(TASK, self, config.num_classes)}
-        network = build_unet2d(config.model_config, config.pretrained_model_name_or_path, self.base, settings)
-        return {"classifier": network}
+        pretrained, grid = config.pretrained_model_name_or_path, Grid.of(self.base)
+        return {"classifier": build_unet2d(config.model_config, pretrained, grid, settings)}
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         metrics = self.validation_metrics(batch, rng)
@@ -70,7 +71,7 @@ class NoisyClassifierTrainer(Trainer):
     def sample_requests(self, validation_set: Any) -> list[dict]:
         return []
 
-    def evaluation_requests(self, count: int) -> list[dict]:
+    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
         return []
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:

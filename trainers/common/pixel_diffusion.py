@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+from trainers.common.model_files import Grid
 from trainers.common.objective import DDPMObjective
 from trainers.common.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.unet2d import build_unet2d, unet2d_problems
@@ -37,7 +38,8 @@ class NoisyPixelsConfig(TrainerConfig):
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.pretrained_model_name_or_path is None:
-            yield from (("model_config", problem) for problem in unet2d_problems(self.model_config, base, self.decided))
+            found = unet2d_problems(self.model_config, Grid.of(base), self.decided)
+            yield from (("model_config", problem) for problem in found)
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
 
@@ -84,8 +86,8 @@ class PixelDiffusionTrainer(Trainer):
         self.scheduler = build_schedule(config, prediction_type=config.prediction_type)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # the scheduler's own moves to the device
         self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
-        settings = self.network_settings()
-        return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, self.base, settings)}
+        settings, grid = self.network_settings(), Grid.of(self.base)
+        return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)}
 
     def network_settings(self) -> dict[str, Any]:
         """What the task sets in the network's config, whatever the file says."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,23 +32,29 @@ def evaluation_mode(trainer: Trainer, progress: Callable[[Iterable], Iterable] =
 
 
 def draw(
-    trainer: Trainer, requests: list[dict], numbers: list[int], seed: int, batch_size: int
+    trainer: Trainer, requests: list[dict], numbers: list[int], seed: int, batch_size: int, held_out: Any = None
 ) -> dict[str, list[Tensor]]:
     """Pictures of the requests with these numbers, by name: a list of batches [B, C, H, W] in [0, 1] on the CPU.
 
-    A picture depends on the seed, its request and the request's number, not on the batch.
+    A picture depends on the seed, its request and the request's number, not on the batch. `held_out` is the data set
+    whose examples the requests name.
     """
     batches: dict[str, list[Tensor]] = {}
     for first in range(0, len(numbers), batch_size):
         chosen = numbers[first : first + batch_size]
         slots = torch.tensor(chosen, device=trainer.device)
-        drawn = trainer.sample([requests[number] for number in chosen], SlotRandom(seed, slots, "sample"))
+        asked = [_with_example(requests[number], held_out) for number in chosen]
+        drawn = trainer.sample(asked, SlotRandom(seed, slots, "sample"))
         for name, images in drawn.items():
             if images.ndim != 4 or len(images) != len(chosen):
                 found = f"sample() of {type(trainer).__name__} returned {name} of shape {list(images.shape)}"
                 raise ValueError(f"{found}; it must be [{len(chosen)}, C, H, W], a picture for each request")
             batches.setdefault(name, []).append(images.cpu())
     return batches
+
+
+def _with_example(request: dict, held_out: Any) -> dict:
+    return held_out.get(request["example"], None) | request if "example" in request else request
 
 
 def own_share(count: int, accelerator: Accelerator) -> list[int]:
@@ -62,8 +69,10 @@ def gather(accelerator: Accelerator, rows: Tensor, count: int) -> Tensor:
     return accelerator.gather(rows.to(accelerator.device).contiguous())[:count].cpu()
 
 
-def draw_samples(accelerator: Accelerator, trainer: Trainer, requests: list[dict], seed: int) -> dict[str, Tensor]:
+def draw_samples(
+    accelerator: Accelerator, trainer: Trainer, requests: list[dict], seed: int, held_out: Any
+) -> dict[str, Tensor]:
     """Pictures [N, C, H, W] in [0, 1] of all requests by name, each process drawing its share at once. Collective."""
     numbers = own_share(len(requests), accelerator)
-    drawn = draw(trainer, requests, numbers, seed, max(1, len(numbers)))
+    drawn = draw(trainer, requests, numbers, seed, max(1, len(numbers)), held_out)
     return {name: gather(accelerator, torch.cat(images), len(requests)) for name, images in drawn.items()}

@@ -17,6 +17,7 @@ from trainers.engine.picture_metrics import (
     as_labels,
     describe,
     measure,
+    measure_reconstructions,
     nearest,
     pictures_of,
     recognised,
@@ -44,9 +45,13 @@ class Evaluation:
         base, device = trainer.base, accelerator.device
         self.accelerator, self.trainer, self.sets = accelerator, trainer, (train_set, validation_set)
         self.watched = watched  # watched("what")(batches) shows a bar and ends with the run
-        self.requests = trainer.evaluation_requests(base.eval_num_samples)
+        self.requests = trainer.evaluation_requests(base.eval_num_samples, validation_set)
         if not self.requests:
-            raise ValueError(f"base.eval_steps = {base.eval_steps}: this task draws no pictures; set it to null")
+            without = " without base.validation_split" if validation_set is None else ""
+            raise ValueError(
+                f"base.eval_steps = {base.eval_steps}: this task draws no pictures{without}; set it to null"
+            )
+        self.reconstructs = "example" in self.requests[0]
         with accelerator.main_process_first():  # it downloads, the others find the file
             self.features = load_features(base.eval_features, device)
         self.classifier = load_classifier(base.eval_classifier, device) if base.eval_classifier else None
@@ -57,6 +62,8 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The metrics of `eval_num_samples` pictures, the same on every rank."""
+        if self.reconstructs:
+            return self._reconstruction_metrics()
         if self.real is None:
             real, held_out = [self._describe_real(dataset) for dataset in self.sets]
             on_main(self.accelerator, lambda: self._prepare(real, held_out))
@@ -64,6 +71,13 @@ class Evaluation:
         drawn = self._describe(self._drawn(), len(self.requests))
         compare = lambda: measure(drawn, self.real, self.held_out_distances, self.recognise) | self.fixed  # noqa: E731
         return on_main(self.accelerator, compare)
+
+    def _reconstruction_metrics(self) -> dict[str, float]:
+        """Those of held-out pictures' reconstructions, compared with these pictures."""
+        if self.real is None:
+            self.real = self._describe_real(self.sets[1], [request["example"] for request in self.requests])
+        drawn = self._describe(self._drawn(), len(self.requests))
+        return on_main(self.accelerator, lambda: measure_reconstructions(drawn, self.real))
 
     def _prepare(self, real: Described, held_out: Described | None) -> None:
         """Once: the classifier, where none is given, and what real held-out pictures would get."""
@@ -84,14 +98,14 @@ class Evaluation:
         base, numbers = self.trainer.base, own_share(len(self.requests), self.accelerator)
         for first in range(0, len(numbers), base.train_batch_size):
             chosen = numbers[first : first + base.train_batch_size]
-            drawn = draw(self.trainer, self.requests, chosen, base.seed, len(chosen))
+            drawn = draw(self.trainer, self.requests, chosen, base.seed, len(chosen), self.sets[1])
             [images] = drawn.get("samples") or next(iter(drawn.values()))
             yield images, as_labels([self.requests[number] for number in chosen])
 
-    def _describe_real(self, dataset: Any | None) -> Described | None:
+    def _describe_real(self, dataset: Any | None, chosen: list[int] | None = None) -> Described | None:
         if dataset is None:
             return None
-        chosen = spread(len(dataset), REAL_PICTURES)
+        chosen = chosen or spread(len(dataset), REAL_PICTURES)
         mine = [chosen[number] for number in own_share(len(chosen), self.accelerator)]
         batches = pictures_of(dataset, mine, self.trainer.base.train_batch_size)
         return self._describe(self.watched("describing real pictures")(batches), len(chosen))

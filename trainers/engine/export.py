@@ -17,15 +17,23 @@ from trainers.engine.ema import EMA
 from trainers.engine.run_folder import publish_pipeline
 from trainers.engine.snapshot import full_tensor
 from trainers.engine.tracking import Tracking
+from trainers.engine.validation import Validation
 
 
 def export_pipeline(
-    accelerator: Accelerator, trainer: Trainer, ema: EMA | None, tracking: Tracking, clock: Clock, steps_done: int
+    accelerator: Accelerator,
+    trainer: Trainer,
+    ema: EMA | None,
+    tracking: Tracking,
+    clock: Clock,
+    validation: Validation,
+    steps_done: int,
 ) -> list[str]:
     """Writes what inference loads into the run folder, and to W&B where it is used; returns its entries. Collective.
 
     Raises OSError on every rank where the main process could not write.
     """
+    trainer.statistics = validation.training_statistics()
     live, output_dir = trainer.unwrapped, tracking.output_dir
     wanted = accelerator.is_main_process
     weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}

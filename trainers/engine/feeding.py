@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -62,27 +62,28 @@ def training_batches(
     return _on_device(load_ahead(examples, batches, base, device, stopping), device)
 
 
-def validation_batches(
-    validation_set: Any,
+def examples_once(
+    dataset: Any,
+    indices: Sequence[int],
     base: BaseConfig,
     process_index: int,
     num_processes: int,
     device: torch.device,
     stopping: Stopping,
 ) -> Iterator[tuple[Batch, float]]:
-    """Yields (batch, weight) of this process's share: batch j goes to process j mod P, nothing is random.
+    """Yields (batch, weight) of this process's share of some examples: batch j goes to process j mod P.
 
     Every process gets the same number of batches, as collectives in a network's forward need it; what one is short
-    of is the first batch again, with weight 0. Slots are indices of the validation set.
+    of is the first batch again, with weight 0. Nothing is random; slots are indices of the data set.
     """
-    size, total = base.train_batch_size, len(validation_set)
+    size, total = base.train_batch_size, len(indices)
     starts = list(range(0, total, size))
     rounds = -(-len(starts) // num_processes)
     mine = [number * num_processes + process_index for number in range(rounds)]
     weights = [float(number < len(starts)) for number in mine]
     spans = [starts[number] if number < len(starts) else 0 for number in mine]
-    keys = [[(i, i) for i in range(start, min(start + size, total))] for start in spans]
-    examples = SlotExamples(validation_set, base.seed, augment=False)
+    keys = [[(i, i) for i in indices[start : start + size]] for start in spans]
+    examples = SlotExamples(dataset, base.seed, augment=False)
     return zip(_on_device(load_ahead(examples, keys, base, device, stopping), device), weights, strict=True)
 
 

@@ -16,6 +16,7 @@ from trainers.engine.document import read_document
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.manifest import list_checkpoints, verify
 from trainers.engine.restore import put_weights, read_weights
+from trainers.engine.run_folder import INDEX_FILES
 
 RAW, AVERAGED = "raw", "ema"
 
@@ -53,8 +54,9 @@ def open_run(path: Path) -> SavedRun:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         document = _for_inference(state["config"], checkpoint)
         return SavedRun(document, state.get("label_names"), checkpoint.absolute().parent, checkpoint)
-    if (path / "config.yaml").is_file() and (path / "model_index.json").is_file():
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    indices = [path / name for name in INDEX_FILES if (path / name).is_file()]
+    if (path / "config.yaml").is_file() and indices:
+        index = json.loads(indices[0].read_text(encoding="utf-8"))
         names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
         document = _for_inference(read_document(path / "config.yaml"), path)
         return SavedRun(document, [names[number] for number in sorted(names)] or None, path, None)
@@ -68,11 +70,15 @@ def _for_inference(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "use_8bit_adam"}
     training |= {"enable_xformers_memory_efficient_attention", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
-    kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
+    [task] = [section for section in document if section != "base"]
+    schema = find_trainer(task, document["base"].get("trainer_class")).Config
     networks = [path.parent for path in sorted(folder.glob("*/config.json")) if not path.parent.name.endswith("_ema")]
-    for values in kept.values():
-        if "model_config" in values and len(networks) == 1:
-            values |= {"model_config": str(networks[0]), "pretrained_model_name_or_path": None}
+    networks = [folder] if (folder / "config.json").is_file() else networks
+    training |= set(schema.training_only)
+    whole = "model_config" in document[task] and len(networks) == 1
+    training |= set(schema.initial_weights) if whole else set()
+    kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
+    kept[task] |= {"model_config": str(networks[0])} if whole else {}
     return kept
 
 

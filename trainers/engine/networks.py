@@ -83,8 +83,10 @@ def warm_up(
     """
     if accelerator.num_processes == 1:
         return
+    # the step before: only networks that took part in it have had a backward in the uninterrupted run
+    step = max(clock.origin_step - 1, 0)
     batch = stages.encode(first_batch(train_set, clock, base, accelerator.process_index, accelerator.device))
-    loss, _ = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), clock.origin_step)
+    loss, _ = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
     accelerator.backward(loss)
     optimizer.zero_grad()
     accelerator.step = 0

@@ -103,6 +103,14 @@ def measure(
     return metrics | memorisation(nearest(drawn.vectors, real.vectors)[0], held_out_distances)
 
 
+def measure_reconstructions(reconstructions: Described, originals: Described) -> dict[str, float]:
+    """FID and KID of reconstructions against their originals; nothing without a feature network."""
+    if originals.features is None:
+        return {}
+    found = feature_metrics(reconstructions.features, originals.features)
+    return {"rfid": found["fid"], "rkid": found["kid"]}
+
+
 def _ratio(value: float, reference: float) -> float:
     return value / reference if reference else math.nan
 

@@ -17,7 +17,8 @@ from accelerate.utils import gather_object
 from trainers.engine.lock import take
 from trainers.engine.options import BaseConfig
 
-RUN_FILES = ("metrics.jsonl", "config.yaml", "model_index.json", "README.md")
+INDEX_FILES = ("model_index.json", "config.json")  # of a finished pipeline, or of a single network
+RUN_FILES = ("metrics.jsonl", "config.yaml", *INDEX_FILES, "README.md")
 LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
 METRICS = "metrics.jsonl"
 SKIPPED_STEPS = "skipped_steps.jsonl"
@@ -82,11 +83,11 @@ def _refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
 
 
 def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
-    """Moves a staged pipeline into the run folder, model_index.json last; returns the names of its entries."""
-    index = "model_index.json"
-    (output_dir / index).unlink(missing_ok=True)  # until it is back, nothing takes a mixture for a pipeline
+    """Moves a staged pipeline into the run folder, its index file last; returns the names of its entries."""
+    for index in INDEX_FILES:
+        (output_dir / index).unlink(missing_ok=True)  # until one is back, nothing takes a mixture for a pipeline
     names = sorted(path.name for path in staging.iterdir())
-    for name in sorted(names, key=lambda name: name == index):
+    for name in sorted(names, key=INDEX_FILES.__contains__):
         _remove(output_dir / name)
         (staging / name).rename(output_dir / name)
     staging.rmdir()

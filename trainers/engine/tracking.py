@@ -16,7 +16,7 @@ from torch import Tensor
 from trainers.engine import weights_and_biases
 from trainers.engine.agreement import on_main
 from trainers.engine.config import RunConfig
-from trainers.engine.run_folder import METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
+from trainers.engine.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
 EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
@@ -38,7 +38,9 @@ class Tracking:
     def _take_up(self, start_step: int, logging_dir: str) -> dict[str, int]:
         """Cuts off what a resumed run logs again, and remembers the rest; returns when each metric was last logged."""
         (self.output_dir / logging_dir).mkdir(parents=True, exist_ok=True)
-        if start_step == 0 and (self.output_dir / "model_index.json").exists():  # a run that has lost its checkpoints
+        if start_step == 0 and any(
+            (self.output_dir / name).exists() for name in INDEX_FILES
+        ):  # a run that has lost its checkpoints
             set_metrics_aside(self.output_dir, f"set-aside-{secrets.token_hex(2)}-", keep=True)
         for name in (METRICS, SKIPPED_STEPS):
             cut_lines(self.output_dir / name, start_step)

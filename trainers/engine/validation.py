@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,18 +13,19 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.base import Trainer
+from trainers.engine.averaging import mean_over
 from trainers.engine.clock import Clock
 from trainers.engine.drawing import draw_samples, evaluation_mode
 from trainers.engine.ema import EMA
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.evaluation import Evaluation
-from trainers.engine.feeding import validation_batches
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.feeding import examples_once
+from trainers.engine.picture_metrics import spread
 from trainers.engine.reporting import passing_bar
 from trainers.engine.stopping import Abandoned, Stopping
 from trainers.engine.tracking import EVALUATION_TIME, VALIDATION_TIME, Tracking
 
-VISIBLE_SIZE = 64  # pixels; smaller pictures are enlarged in grids by a whole factor
+VISIBLE_SIZE = 64  # pixels of height; smaller pictures are enlarged in grids by a whole factor
 
 
 class Validation:
@@ -84,7 +85,7 @@ class Validation:
 
         The raw weights' pictures come first, left or above, the averaged ones' second.
         """
-        weights = {"valid": nullcontext()} | ({"valid_ema": self.ema.applied()} if self.ema is not None else {})
+        weights = {"valid": nullcontext()} | ({"valid_ema": self._averaged_weights()} if self.ema is not None else {})
         metrics, pictures, began = {}, [], time.perf_counter()
         requests = self.trainer.sample_requests(self.validation_set)
         for prefix, applied in weights.items():
@@ -93,7 +94,7 @@ class Validation:
                     found = self.held_out_metrics()
                     metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
                 if requests:
-                    pictures.append(draw_samples(self.accelerator, self.trainer, requests, self.base.seed))
+                    pictures.append(self._draw(requests))
         names = list(pictures[0]) if pictures else []
         grids = {name: grid_of([images[name] for images in pictures], self.trainer.grid_columns) for name in names}
         self.tracking.log_grids(grids, steps_done)
@@ -101,29 +102,43 @@ class Validation:
             self.tracking.log_table([self._readable(request) for request in requests], pictures, steps_done)
         self.tracking.log(metrics | {VALIDATION_TIME: time.perf_counter() - began}, steps_done)
 
+    def _draw(self, requests: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return draw_samples(self.accelerator, self.trainer, requests, self.base.seed, self.validation_set)
+
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
         """A request with the name of its class."""
         names = self.trainer.label_names
         return request | ({"label": names[request["label"]]} if names and "label" in request else {})
 
     def held_out_metrics(self) -> dict[str, float]:
-        """Means over the validation set, with the same noise every time."""
-        accelerator, sums = self.accelerator, {}
-        count = torch.zeros((), device=accelerator.device)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        share = validation_batches(self.validation_set, self.base, rank, world, accelerator.device, self.stopping)
-        for batch, weight in self._watched("validating")(share):
-            rng = SlotRandom(self.base.seed, batch["slot"], "validation")
-            for name, values in self.trainer.validation_metrics(self.stages.encode(batch), rng).items():
-                sums[name] = sums.get(name, 0) + weight * values.float().sum()
-            count += weight * len(batch["slot"])
-        totals = accelerator.reduce(torch.stack([*sums.values(), count]), "sum").tolist()
-        return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}
+        """What the task says of the validation set."""
+        share = self._share(self.validation_set, range(len(self.validation_set)))
+        measure = self.trainer.validation_metrics
+        watched = self._watched("validating")(share)
+        means = mean_over(self.accelerator, self.stages, watched, self.base.seed, measure)
+        return self.trainer.validation_summary(means)
+
+    def training_statistics(self) -> dict[str, float]:
+        """Means of the task's data_statistics with the weights that the pipeline will hold."""
+        wanted = self.trainer.statistics_samples
+        if wanted == 0:
+            return {}
+        share = self._share(self.train_set, spread(len(self.train_set), wanted))
+        bar = passing_bar(self.accelerator, "measuring")
+        with self._averaged_weights(), evaluation_mode(self.trainer):
+            return mean_over(self.accelerator, self.stages, bar(share), self.base.seed, self.trainer.data_statistics)
+
+    def _share(self, dataset: Any, indices: Sequence[int]) -> Iterable[tuple[dict, float]]:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return examples_once(dataset, indices, self.base, rank, world, self.accelerator.device, self.stopping)
+
+    def _averaged_weights(self) -> AbstractContextManager:
+        return self.ema.applied() if self.ema is not None else nullcontext()
 
     def evaluate(self, steps_done: int) -> None:
         """Logs metrics of `eval_num_samples` pictures ("eval/fid") with the weights that the pipeline will hold."""
         began = time.perf_counter()
-        with self.ema.applied() if self.ema is not None else nullcontext():
+        with self._averaged_weights():
             found = self.evaluation.metrics()
         metrics = {f"eval/{name}": value for name, value in found.items()}
         self.tracking.log(metrics | {EVALUATION_TIME: time.perf_counter() - began}, steps_done)
@@ -135,7 +150,7 @@ def grid_of(pictures: list[Tensor], columns: int | None) -> Tensor:
 
     below = columns is not None
     columns = columns or math.ceil(math.sqrt(len(pictures[0])))
-    zoom = max(1, VISIBLE_SIZE // pictures[0].shape[-1])
+    zoom = max(1, VISIBLE_SIZE // pictures[0].shape[-2])
     enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
     grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
     channels, height, width = grids[0].shape

@@ -1,0 +1,101 @@
+"""The adversarial game of an autoencoder and a discriminator, as one loss for one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LARGEST_WEIGHT = 1e4  # of the adaptive weight
+
+
+def adversarial_losses(
+    config: Any,
+    discriminator: nn.Module,
+    averages: nn.Module,
+    images: Tensor,
+    reconstruction: Tensor,
+    reconstruction_loss: Tensor,
+    last_layer: Tensor,
+    step: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the autoencoder's and the discriminator's loss, and its terms to log.
+
+    The autoencoder's part gives the discriminator no gradient, and the other way round, so that one backward of the
+    sum equals one of each. `config` has the options of the section `vae`, `averages` is a LogitAverages.
+    """
+    kind, values = config.adversarial_loss, {}
+    with frozen(discriminator):
+        adversarial = generator_loss(kind, discriminator(reconstruction))
+    weight = config.adversarial_weight
+    if config.adaptive_weight:
+        values["adaptive_weight"] = adaptive_weight(reconstruction_loss, adversarial, last_layer)
+        weight = weight * values["adaptive_weight"]
+
+    real = images.detach().requires_grad_(config.r1_weight > 0)
+    logits_real, logits_reconstructed = discriminator(real), discriminator(reconstruction.detach())
+    discriminating = discriminator_loss(kind, logits_real, logits_reconstructed)
+    values |= {"adversarial": adversarial, "discriminator": discriminating}
+    values |= {"logits_real": logits_real.mean(), "logits_reconstructed": logits_reconstructed.mean()}
+    if config.r1_weight:
+        values["r1"] = gradient_penalty(logits_real, real)
+        discriminating = discriminating + config.r1_weight / 2 * values["r1"]
+    if config.lecam_weight:
+        means = averages(step, logits_real, logits_reconstructed)
+        values["lecam"] = lecam(logits_real, logits_reconstructed, means)
+        discriminating = discriminating + config.lecam_weight * values["lecam"]
+    return weight * adversarial + discriminating, values
+
+
+def discriminator_loss(kind: str, real: Tensor, reconstructed: Tensor) -> Tensor:
+    """The loss of raw logits: hinge (arXiv 1705.02894) or vanilla (cross-entropy, arXiv 1406.2661), halved."""
+    if kind == "hinge":
+        return (functional.relu(1 - real).mean() + functional.relu(1 + reconstructed).mean()) / 2
+    return (functional.softplus(-real).mean() + functional.softplus(reconstructed).mean()) / 2
+
+
+def generator_loss(kind: str, reconstructed: Tensor) -> Tensor:
+    """What the autoencoder is to lower: minus the logits with hinge, the non-saturating loss with vanilla."""
+    return -reconstructed.mean() if kind == "hinge" else functional.softplus(-reconstructed).mean()
+
+
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """The ratio of both gradients' norms at the decoder's last layer (arXiv 2012.09841, eq. 7), in [0, 1e4]."""
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+        for loss in (reconstruction_loss, adversarial_loss)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, LARGEST_WEIGHT).detach()
+
+
+def gradient_penalty(logits: Tensor, real: Tensor) -> Tensor:
+    """R1 (arXiv 1801.04406, eq. 9) without its factor: the squared gradient of a picture's mean logit by its pixels.
+
+    Mean over the batch; `real` must have required a gradient before the logits were computed.
+    """
+    total = logits.mean((1, 2, 3)).sum()
+    [gradient] = torch.autograd.grad(total, real, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
+
+
+def lecam(real: Tensor, reconstructed: Tensor, averages: tuple[Tensor, Tensor]) -> Tensor:
+    """LeCam's regularisation (arXiv 2104.03310): logits are kept near the other kind's moving average."""
+    average_real, average_reconstructed = averages
+    return (real - average_reconstructed).square().mean() + (reconstructed - average_real).square().mean()
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """A forward inside gives the network's parameters no gradient, and lets one through to its input."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

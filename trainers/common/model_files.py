@@ -1,0 +1,74 @@
+"""Networks' configs: where they are read from, and whether they fit the run's pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainers.base import Section
+
+MODELS_DIR = Path(__file__).parents[2] / "configs" / "models"
+
+Settings = dict[str, Any]
+
+
+class Grid(NamedTuple):
+    """What a network sees: channels, and pixels of a side; `source` names the options that say so."""
+
+    channels: int
+    resolution: int
+    source: tuple[str, str] = ("base.channels", "base.resolution")
+
+    @classmethod
+    def of(cls, base: Section) -> Grid:
+        """The run's pictures."""
+        return cls(base.channels, base.resolution)
+
+
+def find_model_config(model_config: str) -> Path:
+    """The JSON file that `model_config` means; FileNotFoundError lists the places that were searched."""
+    places = [Path(model_config) / "config.json", Path(model_config), MODELS_DIR / f"{model_config}.json"]
+    for place in places:
+        if place.is_file():
+            return place
+    names = ", ".join(sorted(path.stem for path in MODELS_DIR.glob("*.json")))
+    searched = ", ".join(str(place) for place in places[:2])
+    raise FileNotFoundError(f"no file at {searched}, and the names in configs/models are {names}")
+
+
+def read_settings(model_config: str | None, default: Callable[[Grid], Settings], grid: Grid) -> Settings:
+    """A network's config without diffusers' private keys, or the default one; its sample size is the grid's."""
+    if model_config is None:
+        settings = default(grid)
+    else:
+        settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
+    return {key: value for key, value in settings.items() if not key.startswith("_")} | {"sample_size": grid.resolution}
+
+
+def settings_problems(
+    network: str, read: Callable[[], Settings], check: Callable[[Settings], Iterator[str]]
+) -> Iterator[str]:
+    """Yields what keeps a config from being one of `network`, before anything heavy is loaded."""
+    try:
+        settings = read()
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        yield f"must be a folder with config.json, a JSON file, or a name in configs/models: {error}"
+        return
+    try:
+        yield from check(settings)
+    except TypeError as error:
+        yield f"is no config of {network}: {error}"
+
+
+def misfits(settings: Mapping[str, Any], grid: Grid, levels: int) -> Iterator[str]:
+    """Yields where a config does not fit what the network sees; `levels` it has where the config is silent."""
+    for option in ("in_channels", "out_channels"):
+        if settings.get(option, 3) != grid.channels:
+            found = settings.get(option, 3)
+            yield f"has {option} = {found}, {grid.source[0]} is {grid.channels}; make them equal"
+    halvings = len(settings.get("block_out_channels", (0,) * levels)) - 1
+    if grid.resolution % 2**halvings:
+        size = f"{grid.source[1]} = {grid.resolution} must be a multiple of {2**halvings}"
+        yield f"halves the picture {halvings} times; {size}"

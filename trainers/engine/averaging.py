@@ -1,0 +1,34 @@
+"""Means of what a task says of examples, over a data set that all processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trainers.engine.encoding import FrozenStages
+from trainers.engine.randomness import SlotRandom
+
+OfExamples = Callable[[dict[str, Any], SlotRandom], dict[str, Tensor]]  # (batch, rng) -> {name: [B]}
+
+
+def mean_over(
+    accelerator: Accelerator,
+    stages: FrozenStages,
+    batches: Iterable[tuple[dict, float]],
+    seed: int,
+    measure: OfExamples,
+) -> dict[str, float]:
+    """Means of `measure` over the examples of feeding.examples_once, with the same noise every time. Collective."""
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), device=accelerator.device)
+    for batch, weight in batches:
+        rng = SlotRandom(seed, batch["slot"], "validation")
+        for name, values in measure(stages.encode(batch), rng).items():
+            sums[name] = sums.get(name, 0) + weight * values.float().sum()
+        count += weight * len(batch["slot"])
+    totals = accelerator.reduce(torch.stack([*sums.values(), count]), "sum").tolist()
+    return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}

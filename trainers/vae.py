@@ -1,0 +1,264 @@
+"""Task `vae`: the autoencoder of latent diffusion, from scratch or fine-tuned, arXiv 1312.6114 and 2112.10752."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from trainers.base import (
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    RandomSource,
+    Section,
+    Trainer,
+    TrainerConfig,
+)
+from trainers.common.autoencoder_config import (
+    autoencoder_problems,
+    build_autoencoder,
+    latent_grid,
+    load_autoencoder,
+    perceptual_problem,
+    smallest_picture,
+)
+from trainers.common.model_files import Grid
+from trainers.common.sampling import to_unit_range
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trainers.common.autoencoder import LatentStatistics
+
+ADVERSARIAL = (
+    "adversarial_weight", "adversarial_start_step", "adaptive_weight", "discriminator_layers",
+    "discriminator_channels", "r1_weight", "lecam_weight",
+)  # fmt: skip
+DIFFERENCE_GAIN = 2.0  # in pictures of differences, where grey means none
+
+
+@dataclass(kw_only=True)
+class VAEConfig(TrainerConfig):
+    """Options of the section `vae`. The loss of a picture is a mean over its pixels, its KL a sum over its latents."""
+
+    passive: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
+        *TrainerConfig.passive, "model_config", "pretrained_model_name_or_path", "subfolder", "revision",
+    )  # fmt: skip
+    training_only: ClassVar[tuple[str, ...]] = (
+        "perceptual_loss", "perceptual_weight", "adversarial_loss", *ADVERSARIAL,
+    )  # fmt: skip
+
+    initial_weights: ClassVar[tuple[str, ...]] = (
+        "pretrained_model_name_or_path", "subfolder", "revision", "decoder_only",
+    )  # fmt: skip
+
+    model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
+    pretrained_model_name_or_path: str | None = None  # initial weights: folder or hub name; null: random
+    subfolder: str | None = None  # of the pretrained model, such as vae; null: the top, or a local vae
+    revision: str | None = None  # of the pretrained model on the hub; null: the newest
+    decoder_only: bool = False  # train the decoder alone: latents keep their meaning, scaling_factor its value
+    reconstruction_loss: Literal["l1", "l2", "huber"] = "l1"  # mean over pixels in [-1, 1]
+    huber_delta: PositiveFloat = 0.1  # where huber turns from square to straight, in pixel values
+    kl_weight: NonNegativeFloat = 1e-6  # times the KL in nats; published weights beside sums over pixels are larger
+    kl_warmup_steps: NonNegative = 0  # steps over which kl_weight rises from 0
+    perceptual_loss: str | None = None  # lpips, lpips:FILE, NAME:FILE (torchvision) or ms_ssim; null: none
+    perceptual_weight: PositiveFloat = 1.0  # times the perceptual distance
+    adversarial_loss: Literal["hinge", "vanilla"] | None = None  # with a discriminator of patches; null: none
+    adversarial_weight: PositiveFloat = 0.5  # times the adversarial loss, and the adaptive weight
+    adversarial_start_step: NonNegative = 10_000  # optimizer step from which on there is a discriminator
+    adaptive_weight: bool = True  # balance the gradients at the decoder's last layer, per micro-batch
+    discriminator_layers: Positive = 3  # convolutions that halve the picture
+    discriminator_channels: Positive = 64  # of its first layer
+    r1_weight: NonNegativeFloat = 0.0  # half of it times the squared gradient of logits by real pixels; 0: none
+    lecam_weight: NonNegativeFloat = 0.0  # keeps logits near moving averages; 0: none
+    estimate_shift: bool = False  # write a shift_factor, too; Stable Diffusion 1 and 2 ignore it, 3 and Flux do not
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        yield from self._without_effect()
+        if self.pretrained_model_name_or_path is None:
+            yield from (("model_config", text) for text in autoencoder_problems(self.model_config, Grid.of(base)))
+        elif self.model_config is not None:
+            yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
+        if self.perceptual_loss is not None:
+            problem = perceptual_problem(self.perceptual_loss, base.channels, base.resolution)
+            yield from (("perceptual_loss", text) for text in [problem] if problem)
+        if self.adversarial_loss is not None:
+            yield from self._adversarial_problems(base)
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Options that another one switches off."""
+        fields = type(self).__dataclass_fields__
+        conditions = {
+            "adversarial_loss": (self.adversarial_loss is not None, ADVERSARIAL),
+            "perceptual_loss": (self.perceptual_loss is not None, ("perceptual_weight",)),
+            "reconstruction_loss: huber": (self.reconstruction_loss == "huber", ("huber_delta",)),
+            "kl_weight above 0": (self.kl_weight > 0, ("kl_warmup_steps",)),
+            "pretrained_model_name_or_path": (
+                self.pretrained_model_name_or_path is not None,
+                self.initial_weights[1:],
+            ),
+        }
+        for condition, (holds, options) in conditions.items():
+            for option in options:
+                if not holds and getattr(self, option) != fields[option].default:
+                    yield option, f"has an effect with {condition} only"
+        if self.decoder_only:
+            for option in ("kl_warmup_steps", "estimate_shift"):
+                if getattr(self, option):
+                    yield option, "has no effect with decoder_only: the encoder stays as it is"
+
+    def _adversarial_problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        least = smallest_picture(self.discriminator_layers)
+        if base.resolution < least:
+            yield "discriminator_layers", f"needs a base.resolution of at least {least}; take fewer layers"
+        if base.max_train_steps is not None and self.adversarial_start_step >= base.max_train_steps:
+            yield "adversarial_start_step", f"must be below base.max_train_steps = {base.max_train_steps}"
+        if base.compile and (self.adaptive_weight or self.r1_weight):
+            found = "with adaptive_weight or r1_weight needs gradients within a step, which base.compile does not give"
+            yield "adversarial_loss", f"{found}; switch one of them off"
+
+
+class VAETrainer(Trainer):
+    """Trains an AutoencoderKL, and a discriminator beside it where the loss is adversarial."""
+
+    Config = VAEConfig
+    statistics_samples = 10_000
+    usage = (
+        "from diffusers import AutoencoderKL\n"
+        'vae = AutoencoderKL.from_pretrained("{output_dir}")\n'
+        "latents = vae.encode(pictures).latent_dist.sample() * vae.config.scaling_factor  # pictures in [-1, 1]"
+    )
+    latent_statistics: LatentStatistics | None = None  # of the newest validation
+
+    def init_modules(self) -> dict[str, nn.Module]:
+        from trainers.common.autoencoder_loss import AutoencoderLoss
+        from trainers.common.discriminator import PatchDiscriminator
+
+        config, grid = self.config, Grid.of(self.base)
+        if config.pretrained_model_name_or_path is None:
+            vae = build_autoencoder(config.model_config, grid)
+        else:
+            place = config.pretrained_model_name_or_path, grid, config.subfolder, config.revision
+            vae = load_autoencoder("vae.pretrained_model_name_or_path", *place)
+        if config.decoder_only:
+            for network in filter(None, (vae.encoder, vae.quant_conv)):
+                network.requires_grad_(False)
+        latents = latent_grid(vae.config, self.base.resolution)
+        self.latent_shape = (latents.channels, latents.resolution, latents.resolution)
+        self.loss = AutoencoderLoss(config, self.base.resolution, self.device)
+        if config.adversarial_loss is None:
+            return {"vae": vae}
+        shape = self.base.channels, config.discriminator_layers, config.discriminator_channels
+        return {"vae": vae, "discriminator": PatchDiscriminator(*shape)}
+
+    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        images = batch["image"]
+        reconstruction, moments = self.modules["vae"](images, rng.normal("posterior", self.latent_shape))
+        terms = {name: rows.mean() for name, rows in self.loss.distances(images, reconstruction).items()}
+        reconstruction_loss = self.loss.weighted(terms)
+        terms["kl"] = self.loss.kl(moments).mean()
+        loss = reconstruction_loss + self.loss.kl_weight(step) * terms["kl"]
+        if self.config.adversarial_loss is not None and step >= self.config.adversarial_start_step:
+            adversarial, values = self._adversarial(images, reconstruction, reconstruction_loss, step)
+            loss, terms = loss + adversarial, terms | values
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _adversarial(self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int) -> Any:
+        from trainers.common.adversarial import adversarial_losses
+
+        networks = self.modules["discriminator"], self.raw("discriminator").averages
+        last_layer = self.raw("vae").decoder.conv_out.weight
+        return adversarial_losses(self.config, *networks, images, reconstruction, reconstruction_loss, last_layer, step)
+
+    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        """The loss without its adversarial part, its terms, PSNR and SSIM, all with the posterior's mode."""
+        from trainers.common.autoencoder import latent_moments
+        from trainers.common.autoencoder_loss import quality
+
+        images = batch["image"]
+        reconstruction, moments = self.modules["vae"](images)
+        metrics = self.loss.distances(images, reconstruction)
+        kl = self.loss.kl(moments)
+        loss = self.loss.weighted(metrics) + self.config.kl_weight * kl
+        return {"loss": loss} | metrics | {"kl": kl} | quality(images, reconstruction) | latent_moments(moments)
+
+    def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
+        """The latents' standard deviations, per channel and over all, in place of their mean squares."""
+        from trainers.common.autoencoder import LatentStatistics
+
+        self.latent_statistics = LatentStatistics(means)
+        kept = {name: value for name, value in means.items() if not name.startswith("latent_square/")}
+        return kept | self.latent_statistics.as_metrics()
+
+    def sample_requests(self, validation_set: Any) -> list[dict]:
+        """Held-out pictures, evenly spread; without any, random latents alone."""
+        if validation_set is None:
+            return [{} for _ in range(self.config.valid_batch_size)]
+        return _held_out(self.config.valid_batch_size, validation_set)
+
+    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+        """Held-out pictures, of which only the reconstructions are wanted."""
+        if validation_set is None:
+            return []
+        return [request | {"show": "reconstruction"} for request in _held_out(count, validation_set)]
+
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        """Strips "original | reconstruction | difference" [N, C, H, 3W], and random latents decoded."""
+        import torch
+
+        drawn = {}
+        if "image" in requests[0]:
+            images = torch.stack([request["image"] for request in requests]).to(self.device)
+            reconstruction = self.modules["vae"](images)[0].float()
+            if requests[0].get("show") == "reconstruction":
+                return {"samples": to_unit_range(reconstruction)}
+            difference = DIFFERENCE_GAIN * (reconstruction - images) / 2
+            drawn["reconstructions"] = to_unit_range(torch.cat([images, reconstruction, difference], dim=3))
+        mean, std = self._latent_distribution()
+        noise = rng.normal("latent", self.latent_shape)
+        decoded = self.modules["vae"](latents=mean + std * noise)[0].float()
+        return drawn | {"random_latents": to_unit_range(decoded)}
+
+    def _latent_distribution(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel, of the newest validation, or as the network's config says."""
+        import torch
+
+        config, statistics = self.raw("vae").config, self.latent_statistics
+        if statistics is None:
+            pair = torch.tensor(config.shift_factor or 0.0), torch.tensor(1 / config.scaling_factor)
+        else:
+            pair = statistics.mean, statistics.std
+        return tuple(values.to(self.device, torch.float32).reshape(-1, 1, 1) for values in pair)
+
+    def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        """What the scaling factor is estimated from; nothing where the latents stay those of a pretrained model."""
+        from trainers.common.autoencoder import latent_moments
+
+        return {} if self.config.decoder_only else latent_moments(self.modules["vae"](batch["image"], decode=False)[1])
+
+    def save_pipeline(self, output_dir: Path) -> None:
+        from trainers.common.autoencoder import LatentStatistics
+
+        vae = self.raw("vae")
+        if self.statistics:
+            found = LatentStatistics(self.statistics)
+            shift = found.total_mean if self.config.estimate_shift else None
+            vae.register_to_config(scaling_factor=1 / found.total_std, shift_factor=shift)
+        vae.save_pretrained(output_dir)
+
+    @classmethod
+    def load_pipeline(cls, output_dir: str | Path) -> Any:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(output_dir)
+
+
+def _held_out(count: int, validation_set: Any) -> list[dict]:
+    """Requests for at most so many examples, evenly spread."""
+    total = len(validation_set)
+    chosen = min(count, total)
+    return [{"example": number * total // chosen} for number in range(chosen)]
