@@ -14,7 +14,7 @@ from datasets_lib.example import check_example
 
 __all__ = ["DATASETS", "build", "check_example", "prepare", "problems"]
 
-DATASETS = {"digits": "datasets_lib.digits:build"}
+DATASETS = {"digits": "datasets_lib.digits:build", "latents": "datasets_lib.latents:build"}
 
 
 def problems(args: Any) -> Iterator[tuple[str, str]]:

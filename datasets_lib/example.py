@@ -9,10 +9,15 @@ import torch
 
 def check_example(example: Any, args: Any) -> None:
     """Raise a ValueError that says what is wrong with an example and what was expected."""
-    if not isinstance(example, dict) or "image" not in example:
+    encoded = isinstance(example, dict) and {"mean", "logvar"} <= example.keys()
+    if not encoded and not (isinstance(example, dict) and "image" in example):
         found = sorted(example) if isinstance(example, dict) else type(example).__name__
-        raise ValueError(f"an example must be a dict with the key 'image', got {found}; see the data set's get()")
-    _check_image(example["image"], (args.channels, args.resolution, args.resolution))
+        raise ValueError(
+            f"an example must be a dict with the key 'image', or 'mean' and 'logvar' of latents, got {found}; see the "
+            "data set's get()"
+        )
+    if "image" in example:
+        _check_image(example["image"], (args.channels, args.resolution, args.resolution))
     label = example.get("label", 0)
     if type(label) is not int or label < 0:
         raise ValueError(f"an example's label must be an int of at least 0, got {label!r} ({type(label).__name__})")

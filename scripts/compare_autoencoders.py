@@ -40,8 +40,8 @@ from trainers.engine.config import RunConfig, load_config
 from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.optimization import schedule
 from trainers.engine.randomness import example_generator
+from trainers.vae import VAEConfig
 
-PLAIN = ["vae.perceptual_loss=null", "vae.adversarial_loss=null", "vae.adversarial_start_step=10000"]
 SHOWN = 8  # pictures in the grid
 
 
@@ -94,6 +94,13 @@ def research(run: RunConfig) -> Callable[..., Tensor | None]:
     )
 
 
+def without_terms(config: VAEConfig) -> list[str]:
+    """Overrides that take the perceptual and the adversarial term away."""
+    fields, rate = VAEConfig.__dataclass_fields__, config.learning_rate
+    rates = f"vae.learning_rate={rate['vae'] if isinstance(rate, dict) else rate}"
+    return [rates, *(f"vae.{name}={json.dumps(fields[name].default)}" for name in VAEConfig.training_only)]
+
+
 def judges() -> dict[str, nn.Module]:
     """The package's networks, for pictures in [-1, 1]."""
     from stlpips_pytorch import stlpips
@@ -141,9 +148,7 @@ def main() -> None:
         options = [*arguments.overrides, f"base.output_dir={folder}", f"vae.perceptual_loss=vgg16:{weights}"]
         run = load_config(arguments.config, options)
         if side == "plain":
-            rate = run.config.learning_rate
-            rates = [f"vae.learning_rate={rate['vae'] if isinstance(rate, dict) else rate}"]
-            run = load_config(arguments.config, [*options, *PLAIN, *rates])
+            run = load_config(arguments.config, [*options, *without_terms(run.config)])
         train_set, held_out = [datasets_lib.build(run.base, split) for split in ("train", "validation")]
         if side in ("plain", "full"):
             train(run)

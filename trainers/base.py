@@ -48,6 +48,7 @@ class Section:
     """
 
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
+    belonging: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that go when another one is overridden
     passive: ClassVar[tuple[str, ...]] = ()  # options that change nothing that is trained: free to change on resume
 
     def __init_subclass__(cls) -> None:

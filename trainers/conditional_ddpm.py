@@ -1,4 +1,4 @@
-"""Task `conditional_ddpm`: a class-conditional pixel-space diffusion model with classifier-free guidance."""
+"""Task `conditional_ddpm`: a class-conditional diffusion model of pixels or latents, with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.common.autoencoder_config import latent_grid
 from trainers.common.classes import count_classes, labels_of
 from trainers.common.guidance import ClassifierGuidance, Guidance, classifier_problems, noise_level
+from trainers.common.latents import LatentSpace, latents_problems, vae_config
+from trainers.common.model_files import Grid
 from trainers.common.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
         "classifier", "classifier_scale",
     )  # fmt: skip
 
+    vae: str | None = None  # a finished vae run, or a hub name of an AutoencoderKL: diffuse its latents; null: pixels
     num_classes: Positive | None = None  # null: as many as the data set names
     label_dropout: Fraction = 0.1  # part of the examples whose class is hidden in training
     guidance_scale: NonNegativeFloat = 1.0  # of the pictures at validations; 1: conditional alone, 0: no class
@@ -39,6 +43,10 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
 
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
+        if self.vae is not None:
+            yield from (("vae", problem) for problem in latents_problems(self.vae, base))
+            if self.classifier is not None:
+                yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
         interval = self.guidance_interval
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             yield "guidance_interval", "must be [low, high] with 0 <= low < high"
@@ -52,6 +60,10 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
         if self.valid_classes == []:
             yield "valid_classes", "must name at least one class, or be null"
 
+    def seen(self, base: Section) -> Grid | None:
+        settings = vae_config(self.vae) if self.vae is not None else None
+        return super().seen(base) if self.vae is None else settings and latent_grid(settings, base.resolution)
+
 
 class ConditionalDDPMTrainer(PixelDiffusionTrainer):
     """Trains a UNet2DModel with an embedding per class and one for "no class"; the result draws classes by name."""
@@ -64,6 +76,10 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         "images = pipeline([0, 1], {guidance_scale}, num_inference_steps={ddpm_num_inference_steps}).images\n"
         'images[0].save("sample.png")'
     )
+
+    def find_latents(self) -> LatentSpace | None:
+        vae = self.config.vae
+        return vae and LatentSpace(f"{TASK}.vae", vae, self.base, self.device, self.weight_dtype)
 
     def network_settings(self) -> dict[str, Any]:
         self.num_classes = count_classes(TASK, self, self.config.num_classes)
@@ -89,10 +105,10 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         labels = labels_of(TASK, batch)
         if self.training:  # per example, so that a batch has both
             labels = labels.masked_fill(rng.bernoulli("label_dropout", self.config.label_dropout), self.num_classes)
-        return self.objective.loss(self._asking(labels), batch["image"], rng).mean(), {}
+        return self.objective.loss(self._asking(labels), self.clean(batch, rng), rng).mean(), {}
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        return {"loss": self.objective.loss(self._asking(labels_of(TASK, batch)), batch["image"], rng)}
+        return {"loss": self.objective.loss(self._asking(labels_of(TASK, batch)), self.clean(batch, rng), rng)}
 
     def _asking(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda noisy, timesteps: self._network(noisy, timesteps, labels)
@@ -129,7 +145,8 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         from trainers.common.class_pipeline import ClassConditionalPipeline
 
         id2label = dict(enumerate(self.label_names)) if self.label_names else None
-        pipeline = ClassConditionalPipeline(self.raw("unet"), self.scheduler, id2label, self.config.sampler)
+        vae = self.latents and self.latents.vae
+        pipeline = ClassConditionalPipeline(self.raw("unet"), self.scheduler, id2label, self.config.sampler, vae)
         pipeline.save_pretrained(output_dir)
 
     @classmethod

@@ -29,10 +29,10 @@ class DDPMTrainer(PixelDiffusionTrainer):
     )
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective.loss(self._predict, batch["image"], rng).mean(), {}
+        return self.objective.loss(self._predict, self.clean(batch, rng), rng).mean(), {}
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        return {"loss": self.objective.loss(self._predict, batch["image"], rng)}
+        return {"loss": self.objective.loss(self._predict, self.clean(batch, rng), rng)}
 
     def _predict(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
         return self.modules["unet"](noisy, timesteps).sample

@@ -37,7 +37,6 @@ ADVERSARIAL = (
     "adversarial_weight", "adversarial_start_step", "adaptive_weight", "discriminator_layers",
     "discriminator_channels", "r1_weight", "lecam_weight",
 )  # fmt: skip
-DIFFERENCE_GAIN = 2.0  # in pictures of differences, where grey means none
 
 
 @dataclass(kw_only=True)
@@ -143,7 +142,7 @@ class VAETrainer(Trainer):
             vae = build_autoencoder(config.model_config, grid)
         else:
             place = config.pretrained_model_name_or_path, grid, config.subfolder, config.revision
-            vae = load_autoencoder("vae.pretrained_model_name_or_path", *place)
+            vae = load_autoencoder("vae.pretrained_model_name_or_path", *place, trainable=True)
         if config.decoder_only:
             for network in filter(None, (vae.encoder, vae.quant_conv)):
                 network.requires_grad_(False)
@@ -213,11 +212,11 @@ class VAETrainer(Trainer):
         drawn = {}
         if "image" in requests[0]:
             images = torch.stack([request["image"] for request in requests]).to(self.device)
-            reconstruction = self.modules["vae"](images)[0].float()
+            originals, reconstructions = to_unit_range(images), to_unit_range(self.modules["vae"](images)[0].float())
             if requests[0].get("show") == "reconstruction":
-                return {"samples": to_unit_range(reconstruction)}
-            difference = DIFFERENCE_GAIN * (reconstruction - images) / 2
-            drawn["reconstructions"] = to_unit_range(torch.cat([images, reconstruction, difference], dim=3))
+                return {"samples": reconstructions}
+            differences = (0.5 + reconstructions - originals).clamp(0, 1)  # grey means none
+            drawn["reconstructions"] = torch.cat([originals, reconstructions, differences], dim=3)
         mean, std = self._latent_distribution()
         noise = rng.normal("latent", self.latent_shape)
         decoded = self.modules["vae"](latents=mean + std * noise)[0].float()

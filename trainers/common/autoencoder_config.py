@@ -88,19 +88,26 @@ def build_autoencoder(model_config: str | None, grid: Grid) -> AutoencoderKL:
 
 
 def load_autoencoder(
-    option: str, pretrained: str, grid: Grid, subfolder: str | None = None, revision: str | None = None
+    option: str,
+    pretrained: str,
+    grid: Grid,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    trainable: bool = False,
 ) -> AutoencoderKL:
-    """Reads the network from a folder or the hub, in float32.
+    """Reads the network from a folder or the hub, in float32; a trainable one has a forward for training.
 
     The messages name the `option`: FileNotFoundError where nothing can be read, ValueError where it does not fit.
     """
+    import diffusers
     import torch
 
     from trainers.common.autoencoder import AutoencoderKL
 
+    network = AutoencoderKL if trainable else diffusers.AutoencoderKL
     place = {"subfolder": find_subfolder(pretrained, subfolder), "revision": revision}
     try:
-        vae = AutoencoderKL.from_pretrained(pretrained, **place, use_safetensors=True, torch_dtype=torch.float32)
+        vae = network.from_pretrained(pretrained, **place, use_safetensors=True, torch_dtype=torch.float32)
     except OSError as error:
         raise FileNotFoundError(
             f"{option} = {pretrained}: no AutoencoderKL in safetensors format could be read; give a local folder with "

@@ -1,27 +1,36 @@
-"""The pipeline of a class-conditional UNet2DModel in pixel space, which diffusers does not have."""
+"""The pipeline of a class-conditional UNet2DModel of pixels or latents, which diffusers does not have."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from trainers.common.guidance import Guidance, noise_level
+from trainers.common.latents import decode
 from trainers.common.sampling import build_sampler, to_unit_range
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
     """Draws pictures of classes by name or number.
 
-    The network has one embedding more than there are classes; the last one means "no class". `sampler` is ddpm, ddim or
-    dpmsolver++, `id2label` gives names to numbers or is None: a dict, as diffusers takes lists for components.
+    The network has one embedding more than there are classes; the last one means "no class". A `vae` decodes where
+    the network draws latents. `sampler` is ddpm, ddim or dpmsolver++; `id2label` gives names to numbers or is None: a
+    dict, as diffusers takes lists for components.
     """
 
+    _optional_components = ["vae"]  # noqa: RUF012  # as diffusers declares it
+
     def __init__(
-        self, unet: UNet2DModel, scheduler: object, id2label: dict[int, str] | None = None, sampler: str = "ddpm"
+        self,
+        unet: UNet2DModel,
+        scheduler: object,
+        id2label: dict[int, str] | None = None,
+        sampler: str = "ddpm",
+        vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label, sampler=sampler)
 
     @property
@@ -73,7 +82,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             sigma = noise_level(self.scheduler.alphas_cumprod, timestep)
             prediction = guidance.predict(self._network, sample, timestep, labels, self.num_classes, sigma)
             sample = scheduler.step(prediction.float(), timestep, sample, generator=generator).prev_sample
-        images = to_unit_range(sample).cpu()
+        images = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).numpy()
         if output_type == "pil":

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 
 class PatchDiscriminator(nn.Module):
@@ -27,11 +28,17 @@ class PatchDiscriminator(nn.Module):
             blocks += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), norm, nn.LeakyReLU(0.2)]
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         self.averages = LogitAverages()
+        self.checkpoints = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.checkpoints = True
+
     def forward(self, pixels: Tensor) -> Tensor:
+        if self.checkpoints and torch.is_grad_enabled():
+            return checkpoint_sequential(self.blocks, 2, pixels, use_reentrant=False)
         return self.blocks(pixels)
 
 

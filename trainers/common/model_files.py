@@ -39,12 +39,17 @@ def find_model_config(model_config: str) -> Path:
 
 
 def read_settings(model_config: str | None, default: Callable[[Grid], Settings], grid: Grid) -> Settings:
-    """A network's config without diffusers' private keys, or the default one; its sample size is the grid's."""
+    """A network's config without diffusers' private keys, or the default one; its sample size is the grid's.
+
+    Where it does not say how many channels it has, it gets the grid's.
+    """
     if model_config is None:
         settings = default(grid)
     else:
         settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
-    return {key: value for key, value in settings.items() if not key.startswith("_")} | {"sample_size": grid.resolution}
+    public = {key: value for key, value in settings.items() if not key.startswith("_")}
+    silent = {"in_channels": grid.channels, "out_channels": grid.channels}
+    return silent | public | {"sample_size": grid.resolution}
 
 
 def settings_problems(

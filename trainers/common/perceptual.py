@@ -127,11 +127,13 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
     try:
         if file.endswith(".safetensors"):
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"perceptual_loss = {name}:{file}: no file of weights ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"perceptual_loss = {name}:{file}: no file of weights ({reason})") from None
+    if not isinstance(weights, dict):
+        raise ValueError(f"perceptual_loss = {name}:{file}: holds a {type(weights).__name__}, expected named weights")
+    return weights
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainers.base import Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+from trainers.base import Encoder, Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+from trainers.common.latents import LatentSpace
 from trainers.common.model_files import Grid
 from trainers.common.objective import DDPMObjective
 from trainers.common.sampling import build_sampler, denoise, initial_noise, to_unit_range
@@ -38,10 +39,15 @@ class NoisyPixelsConfig(TrainerConfig):
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.pretrained_model_name_or_path is None:
-            found = unet2d_problems(self.model_config, Grid.of(base), self.decided)
+            grid = self.seen(base)
+            found = unet2d_problems(self.model_config, grid, self.decided) if grid else ()
             yield from (("model_config", problem) for problem in found)
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
+
+    def seen(self, base: Section) -> Grid | None:
+        """What the network sees; None where that is not known yet."""
+        return Grid.of(base)
 
 
 def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
@@ -77,17 +83,32 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
 
 
 class PixelDiffusionTrainer(Trainer):
-    """Trains a UNet2DModel on pixels; a task says how its network is asked."""
+    """Trains a UNet2DModel on pixels, or on an autoencoder's latents; a task says how its network is asked."""
 
     config: PixelDiffusionConfig
+    latents: LatentSpace | None = None
 
     def init_modules(self) -> dict[str, nn.Module]:
         config = self.config
-        self.scheduler = build_schedule(config, prediction_type=config.prediction_type)
+        self.latents = self.find_latents()
+        grid = Grid.of(self.base) if self.latents is None else self.latents.grid
+        clip_sample = self.latents is None  # latents have no bounds
+        self.scheduler = build_schedule(config, prediction_type=config.prediction_type, clip_sample=clip_sample)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # the scheduler's own moves to the device
         self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
-        settings, grid = self.network_settings(), Grid.of(self.base)
+        settings = self.network_settings()
         return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)}
+
+    def find_latents(self) -> LatentSpace | None:
+        """The latents that the network sees instead of pixels."""
+        return None
+
+    def encoders(self) -> dict[str, Encoder]:
+        return {} if self.latents is None else {"latents": self.latents.encoder()}
+
+    def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
+        """What noise is added to, [B, c, h, w]."""
+        return batch["image"] if self.latents is None else self.latents.draw(batch, rng)
 
     def network_settings(self) -> dict[str, Any]:
         """What the task sets in the network's config, whatever the file says."""
@@ -96,7 +117,12 @@ class PixelDiffusionTrainer(Trainer):
     def draw(self, predict: Any, rng: RandomSource) -> Tensor:
         """Pictures [B, C, H, W] in [0, 1]; `predict(noisy, timestep)` asks the network."""
         generators, size = rng.generators(), self.base.resolution
-        noise = initial_noise((self.base.channels, size, size), generators, self.device)
+        shape = (self.base.channels, size, size) if self.latents is None else self.latents.shape
+        noise = initial_noise(shape, generators, self.device)
         scheduler = build_sampler(self.config.sampler, self.scheduler)
         steps = self.config.ddpm_num_inference_steps
-        return to_unit_range(denoise(predict, scheduler, noise, steps, generators, self.progress, self.frames))
+        frames, show = self.frames, self._as_pictures
+        return show(denoise(predict, scheduler, noise, steps, generators, self.progress, frames, show))
+
+    def _as_pictures(self, sample: Tensor) -> Tensor:
+        return to_unit_range(sample if self.latents is None else self.latents.decode(sample))

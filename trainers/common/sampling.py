@@ -27,10 +27,11 @@ def denoise(
     generators: list[torch.Generator],
     progress: Callable[[Iterable], Iterable] = iter,
     frames: list[Tensor] | None = None,
+    show: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs the reverse process on a copy of `scheduler`; equal to what DDPMPipeline draws from the same generators.
 
-    Where `frames` is a list, the pictures [B, C, H, W] in [0, 1] after every step are appended to it.
+    Where `frames` is a list, the pictures `show(sample)` [B, C, H, W] in [0, 1] after every step are appended to it.
     """
     scheduler = type(scheduler).from_config(scheduler.config)  # set_timesteps changes a scheduler
     scheduler.set_timesteps(num_inference_steps)
@@ -39,7 +40,7 @@ def denoise(
         prediction = predict(sample, timestep).float()
         sample = scheduler.step(prediction, timestep, sample, generator=generators).prev_sample
         if frames is not None:
-            frames.append(to_unit_range(sample).cpu())
+            frames.append((show or to_unit_range)(sample).cpu())
     return sample
 
 

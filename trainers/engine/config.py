@@ -135,12 +135,14 @@ def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
 
 
 def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> dict[str, Any]:
-    """An override of one of an exclusive pair replaces the other; `x=null` replaces nothing."""
+    """An override of one of an exclusive pair replaces the other, and what belongs to it; `x=null` replaces nothing."""
     for name, schema in schemas.items():
         chosen = {key for key, value in given.get(name, {}).items() if value is not None}
         for group in schema.exclusive:
             if chosen & set(group):
                 document[name] = {k: v for k, v in document[name].items() if k not in group}
+        gone = {key for option in chosen & schema.belonging.keys() for key in schema.belonging[option]}
+        document[name] = {k: v for k, v in document[name].items() if k not in gone}
     return OmegaConf.to_container(OmegaConf.merge(document, given))
 
 

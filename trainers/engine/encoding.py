@@ -20,11 +20,13 @@ class FrozenStages:
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns the batch with the columns that the encoders write.
+        """Returns the batch with the columns that the encoders write; what a data set holds already is kept.
 
         Raises ValueError where an encoder reads a column that the data set does not have.
         """
         for name, encoder in self.encoders.items():
+            if batch.keys() >= set(encoder.writes):
+                continue
             if encoder.reads not in batch:
                 raise ValueError(f"encoder {name} reads {encoder.reads!r}; the data set has {', '.join(batch)}")
             batch = {**batch, **self._run(name, batch[encoder.reads])}

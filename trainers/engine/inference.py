@@ -52,18 +52,19 @@ def open_run(path: Path) -> SavedRun:
     if checkpoint is not None:
         verify(checkpoint)
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        document = _for_inference(state["config"], checkpoint)
-        return SavedRun(document, state.get("label_names"), checkpoint.absolute().parent, checkpoint)
+        run = checkpoint.absolute().parent
+        document = _for_inference(state["config"], checkpoint, run)
+        return SavedRun(document, state.get("label_names"), run, checkpoint)
     indices = [path / name for name in INDEX_FILES if (path / name).is_file()]
     if (path / "config.yaml").is_file() and indices:
         index = json.loads(indices[0].read_text(encoding="utf-8"))
         names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
-        document = _for_inference(read_document(path / "config.yaml"), path)
+        document = _for_inference(read_document(path / "config.yaml"), path, path)
         return SavedRun(document, [names[number] for number in sorted(names)] or None, path, None)
     raise FileNotFoundError(f"{path}: is no checkpoint, and holds no run with checkpoints or a finished pipeline")
 
 
-def _for_inference(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[str, Any]:
     """Options without what only training needs: files of the training machine may be gone.
 
     A network that is saved as a whole says itself what it looks like.
@@ -73,12 +74,15 @@ def _for_inference(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     [task] = [section for section in document if section != "base"]
     schema = find_trainer(task, document["base"].get("trainer_class")).Config
     networks = [path.parent for path in sorted(folder.glob("*/config.json")) if not path.parent.name.endswith("_ema")]
+    networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # that is frozen
     networks = [folder] if (folder / "config.json").is_file() else networks
     training |= set(schema.training_only)
     whole = "model_config" in document[task] and len(networks) == 1
     training |= set(schema.initial_weights) if whole else set()
     kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
     kept[task] |= {"model_config": str(networks[0])} if whole else {}
+    if kept[task].get("vae") and (run / "vae" / "config.json").is_file():
+        kept[task]["vae"] = str(run / "vae")  # the pipeline's own
     return kept
 
 

@@ -26,6 +26,9 @@ class BaseConfig(Section):
         ("save_model_epochs", "save_model_steps"),
         ("gradient_accumulation_steps", "global_batch_size"),
     )
+    belonging: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
+        ("dataset_name", "train_data_dir", "dataset"), ("dataset_config_name", "dataset_args")
+    )
     passive: ClassVar[tuple[str, ...]] = (
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
         "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs",

@@ -56,9 +56,14 @@ def describe(
 
 
 def pictures_of(dataset: Any, numbers: list[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of a data set's pictures in [0, 1] and their labels, or None; nothing random."""
+    """Batches of a data set's pictures in [0, 1] and their labels, or None; nothing random.
+
+    Raises ValueError for a data set of latents.
+    """
     for first in range(0, len(numbers), batch_size):
         examples = [dataset.get(number, None) for number in numbers[first : first + batch_size]]
+        if "image" not in examples[0]:
+            raise ValueError("the data set holds latents; name the pictures', as with base.dataset=digits")
         yield torch.stack([example["image"] for example in examples]) / 2 + 0.5, as_labels(examples)
 
 

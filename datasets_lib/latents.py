@@ -1,0 +1,82 @@
+"""Latents that scripts/encode.py wrote: the posteriors of an autoencoder, memory-mapped."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from datasets_lib.dataset import select_rows
+from datasets_lib.source import digest
+
+INDEX = "index.json"
+FORMAT = 1
+
+
+class LatentDataset:
+    """Examples {"mean", "logvar": float32 [c, h, w], "label" and "caption" where the pictures have them}."""
+
+    random = False  # the posterior is drawn from by slot, in the task
+
+    def __init__(self, folder: Path, index: dict[str, Any], args: Any, split: str, split_off: bool) -> None:
+        self.folder, self.index = folder, index
+        self.rows = select_rows(index["examples"], args, split) if split_off else list(range(index["examples"]))
+        if split == "train" and not split_off:
+            self.rows = self.rows[: args.max_train_samples]
+        self.fingerprint = digest(index["fingerprint"], split, self.rows[:1], len(self.rows))
+        self.label_names = index["label_names"]
+        self.highest_label = max(index["labels"]) if index["labels"] else None
+        self.starts = [shard["start"] for shard in index["shards"]]
+        self.opened: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"opened": {}}  # a worker opens its own
+
+    def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
+        row = self.rows[index]
+        number = bisect.bisect_right(self.starts, row) - 1
+        name, place = self.index["shards"][number]["file"], row - self.starts[number]
+        if name not in self.opened:
+            self.opened[name] = open_shard(self.folder / name)
+        example = {key: self.opened[name].get_slice(key)[place].float() for key in ("mean", "logvar")}
+        for column, key in (("labels", "label"), ("captions", "caption")):
+            if self.index[column]:
+                example[key] = self.index[column][row]
+        return example
+
+
+def open_shard(path: Path) -> Any:
+    """A memory-mapped file; ValueError where it is not there or broken."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); encode the data set again") from None
+
+
+def build(args: Any, split: str, path: str) -> LatentDataset:
+    """Build the latents of a folder; `validation_split` is the name of a sub-folder, or a fraction of the training set.
+
+    Raises FileNotFoundError for a folder without latents, ValueError for those of pictures of another size.
+    """
+    named = isinstance(args.validation_split, str)
+    folder = Path(path) / (args.validation_split if split == "validation" and named else "train")
+    if not (folder / INDEX).is_file():
+        there = ", ".join(sorted(file.parent.name for file in Path(path).glob(f"*/{INDEX}"))) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: holds no latents; found in {path}: {there}; make them with scripts/encode.py"
+        )
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{folder}: written by another version of diffloop; encode the data set again")
+    for option in ("resolution", "channels"):
+        if index[option] != getattr(args, option):
+            found = f"latents of pictures with {option} {index[option]}, and base.{option} is {getattr(args, option)}"
+            raise ValueError(f"{folder}: {found}; make them equal, or encode the data set again")
+    return LatentDataset(folder, index, args, split, split_off=not named and args.validation_split is not None)

@@ -1,0 +1,111 @@
+"""Turns a data set into cached latents: scripts/encode.py VAE CONFIG OUTPUT [base.key=value ...]
+
+VAE is a finished vae run, or another AutoencoderKL's folder or hub name; CONFIG is any run's configuration, of which
+the section `base` says what the pictures are. Writes OUTPUT/train and OUTPUT/validation: means and log-variances of
+the posteriors, labels and captions. To train on them: base.dataset=latents base.dataset_args.path=OUTPUT, with
+base.validation_split=validation where that was written, and the same VAE as the task's option `vae`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets_lib
+from datasets_lib.latents import FORMAT, INDEX
+from datasets_lib.source import digest
+from trainers.common.latents import LatentSpace, encode
+from trainers.engine.config import load_config
+from trainers.engine.inference import find_device
+from trainers.engine.manifest import sha256
+from trainers.engine.options import BaseConfig
+from trainers.engine.sampling_arguments import positive
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def shards(dataset: Any, size: int, batch_size: int, space: LatentSpace) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields (number of the first example, tensors of at most `size` examples)."""
+    bar = tqdm(total=len(dataset), desc="encoding", unit="picture")
+    for start in range(0, len(dataset), size):
+        parts: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
+        for first in range(start, min(start + size, len(dataset)), batch_size):
+            numbers = range(first, min(first + batch_size, start + size, len(dataset)))
+            images = torch.stack([dataset.get(number, None)["image"] for number in numbers])
+            for name, rows in encode(space.vae, images.to(space.device)).items():
+                parts[name].append(rows.cpu())
+            bar.update(len(numbers))
+        yield start, {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def columns(dataset: Any) -> tuple[list[int], list[str]]:
+    """The labels and the captions of all examples; empty where the data set has none."""
+    examples = [dataset.get(number, None) for number in range(len(dataset))]
+    labels = [example["label"] for example in examples] if "label" in examples[0] else []
+    captions = [example.get("caption", "") for example in examples]
+    return labels, captions if any(captions) else []
+
+
+def write_split(dataset: Any, base: BaseConfig, space: LatentSpace, folder: Path, options: argparse.Namespace) -> None:
+    """Writes one split; the index comes last, so that what was begun and not ended is no data set."""
+    folder.mkdir(parents=True)
+    written, names = [], []
+    for start, tensors in shards(dataset, options.shard_size, options.batch_size, space):
+        name = f"latents-{len(written):05d}.safetensors"
+        save_file({key: rows.to(DTYPES[options.dtype]).contiguous() for key, rows in tensors.items()}, folder / name)
+        written.append({"file": name, "start": start})
+        names.append(sha256(folder / name))
+    labels, captions = columns(dataset)
+    index = {"format": FORMAT, "examples": len(dataset), "resolution": base.resolution, "channels": base.channels}
+    index |= {"shape": list(space.shape), "vae": options.vae, "shards": written, "labels": labels}
+    index |= {"captions": captions, "label_names": getattr(dataset, "label_names", None)}
+    index |= {"fingerprint": digest(dataset.fingerprint, *names, labels, captions)}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vae", help="a finished vae run, or another folder or hub name of an AutoencoderKL")
+    parser.add_argument("config", type=Path, help="a configuration; its section base says what the data is")
+    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("overrides", nargs="*", metavar="base.key=value")
+    parser.add_argument("--batch-size", type=positive, default=16, help="pictures at once")
+    parser.add_argument("--shard-size", type=positive, default=10_000, help="pictures per file")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    options = parser.parse_intermixed_args()
+    staging = options.output.with_name(f".tmp-{options.output.name}-{secrets.token_hex(4)}")
+    try:
+        if options.output.exists():
+            raise ValueError(f"{options.output}: exists; choose a new folder")
+        base = load_config(options.config, options.overrides, datasets_lib.problems).base
+        if base.random_flip:
+            raise ValueError("base.random_flip = true: latents of mirrored pictures are not written; set it to false")
+        space = LatentSpace("VAE", options.vae, base, find_device(options.device), torch.float32)
+        for split in ("train", "validation"):
+            dataset = datasets_lib.build(base, split)
+            if dataset is not None:
+                write_split(dataset, base, space, staging / split, options)
+        staging.rename(options.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"latents {list(space.shape)}: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
