@@ -51,7 +51,8 @@ def open_font(path: Path) -> tuple[ImageFont.FreeTypeFont, list[str]]:
     plain = [
         chr(code) for code in sorted(characters) if code > 0xFF and code not in (*REGIONAL_INDICATORS, *SKIN_TONES)
     ]
-    flags = ["".join(map(chr, pair)) for pair in itertools.product(REGIONAL_INDICATORS, repeat=2)]
+    letters = [code for code in REGIONAL_INDICATORS if code in characters]
+    flags = ["".join(map(chr, pair)) for pair in itertools.product(letters, repeat=2)]
     return ImageFont.truetype(str(path), size), plain + flags
 
 
@@ -82,6 +83,7 @@ def make_emoji(output: Path, path: Path, size: int) -> int:
     What the font draws alike, such as the sign for a missing picture, is written once.
     """
     font, texts = open_font(path)
+    output.mkdir(parents=True)
     seen: set[bytes] = set()
     for text in tqdm(texts, desc="pictures"):
         glyph = draw(font, text)
@@ -104,7 +106,6 @@ def main() -> None:
         if arguments.output.exists():
             raise ValueError(f"{arguments.output}: exists; choose a new folder")
         font = arguments.font or find_font()
-        arguments.output.mkdir(parents=True)
         count = make_emoji(arguments.output, font, arguments.size)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
