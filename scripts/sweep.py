@@ -67,7 +67,8 @@ def sweep(arguments: argparse.Namespace) -> Iterator[dict]:
     for value, changed in tqdm(chosen, desc=arguments.vary.partition("=")[0]):
         for changed.weights in kinds:
             _, trainer = trainer_of(changed)
-            batches = drawn_pictures(trainer, arguments.number, arguments.seed, arguments.batch_size)
+            requests = trainer.evaluation_requests(arguments.number)
+            batches = drawn_pictures(trainer, requests, None, arguments.seed, arguments.batch_size)
             found = measure(describe(batches, trainer.device), real, own, recognise)
             yield {"value": value, "weights": changed.weights} | found
 

@@ -155,7 +155,7 @@ def test_a_data_set_of_ones_own():
 
 def test_unknown_data_sets_and_splits():
     with pytest.raises(
-        ValueError, match=r"base.dataset is 'digit'; it must be one of: digits, package.module:build; did"
+        ValueError, match=r"base.dataset is 'digit'; it must be one of: digits, latents, package.module:build; did"
     ):
         datasets_lib.build(settings(dataset="digit"), "train")
     for name in ("no_such_package:build", f"{__name__}:no_such_function"):
@@ -423,8 +423,8 @@ GOOD = {"image": torch.zeros(3, 16, 16), "label": 0, "caption": ""}
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ([], "must be a dict with the key 'image', got list"),
-        ({"images": 0}, r"must be a dict with the key 'image', got \['images'\]"),
+        ([], "must be a dict with the key 'image', or 'mean' and 'logvar' of latents, got list"),
+        ({"images": 0}, r"the key 'image', or 'mean' and 'logvar' of latents, got \['images'\]"),
         ({**GOOD, "image": np.zeros((3, 16, 16))}, "must be a float32 tensor, got float64"),
         ({**GOOD, "image": torch.zeros(3, 16, 16).double()}, "must be a float32 tensor, got torch.float64"),
         ({**GOOD, "image": torch.zeros(16, 16, 3)}, r"shape \[16, 16, 3\], expected \[3, 16, 16\] from base.channels"),
