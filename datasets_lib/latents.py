@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -22,12 +23,10 @@ class LatentDataset:
 
     random = False  # the posterior is drawn from by slot, in the task
 
-    def __init__(self, folder: Path, index: dict[str, Any], args: Any, split: str, split_off: bool) -> None:
+    def __init__(self, folder: Path, index: dict[str, Any], args: Any, split: str) -> None:
         self.folder, self.index = folder, index
-        self.rows = select_rows(index["examples"], args, split) if split_off else list(range(index["examples"]))
-        if split == "train" and not split_off:
-            self.rows = self.rows[: args.max_train_samples]
-        self.fingerprint = digest(index["fingerprint"], split, self.rows[:1], len(self.rows))
+        self.rows = select_rows(index["examples"], args, split)
+        self.fingerprint = digest(index["fingerprint"], split, np.array(self.rows, dtype=np.int64).tobytes())
         self.label_names = index["label_names"]
         self.highest_label = max(index["labels"]) if index["labels"] else None
         self.starts = [shard["start"] for shard in index["shards"]]
@@ -79,4 +78,4 @@ def build(args: Any, split: str, path: str) -> LatentDataset:
         if index[option] != getattr(args, option):
             found = f"latents of pictures with {option} {index[option]}, and base.{option} is {getattr(args, option)}"
             raise ValueError(f"{folder}: {found}; make them equal, or encode the data set again")
-    return LatentDataset(folder, index, args, split, split_off=not named and args.validation_split is not None)
+    return LatentDataset(folder, index, args, split)

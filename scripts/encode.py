@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -37,42 +37,47 @@ from trainers.engine.sampling_arguments import positive
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def shards(dataset: Any, size: int, batch_size: int, space: LatentSpace) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yields (number of the first example, tensors of at most `size` examples)."""
+class Encoded(NamedTuple):
+    """A run of examples: their posteriors and columns."""
+
+    tensors: dict[str, Tensor]  # mean, logvar: float32 [N, c, h, w]
+    labels: list[int]  # empty where the data set has none
+    captions: list[str]
+
+
+def shards(dataset: Any, size: int, batch_size: int, space: LatentSpace) -> Iterator[Encoded]:
+    """Yields at most `size` examples at a time."""
     bar = tqdm(total=len(dataset), desc="encoding", unit="picture")
     for start in range(0, len(dataset), size):
-        parts: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
+        parts, labels, captions = {"mean": [], "logvar": []}, [], []
         for first in range(start, min(start + size, len(dataset)), batch_size):
             numbers = range(first, min(first + batch_size, start + size, len(dataset)))
-            images = torch.stack([dataset.get(number, None)["image"] for number in numbers])
+            examples = [dataset.get(number, None) for number in numbers]
+            images = torch.stack([example["image"] for example in examples])
             for name, rows in encode(space.vae, images.to(space.device)).items():
                 parts[name].append(rows.cpu())
+            labels += [example["label"] for example in examples if "label" in example]
+            captions += [example.get("caption", "") for example in examples]
             bar.update(len(numbers))
-        yield start, {name: torch.cat(rows) for name, rows in parts.items()}
-
-
-def columns(dataset: Any) -> tuple[list[int], list[str]]:
-    """The labels and the captions of all examples; empty where the data set has none."""
-    examples = [dataset.get(number, None) for number in range(len(dataset))]
-    labels = [example["label"] for example in examples] if "label" in examples[0] else []
-    captions = [example.get("caption", "") for example in examples]
-    return labels, captions if any(captions) else []
+        yield Encoded({name: torch.cat(rows) for name, rows in parts.items()}, labels, captions)
 
 
 def write_split(dataset: Any, base: BaseConfig, space: LatentSpace, folder: Path, options: argparse.Namespace) -> None:
     """Writes one split; the index comes last, so that what was begun and not ended is no data set."""
     folder.mkdir(parents=True)
-    written, names = [], []
-    for start, tensors in shards(dataset, options.shard_size, options.batch_size, space):
-        name = f"latents-{len(written):05d}.safetensors"
-        save_file({key: rows.to(DTYPES[options.dtype]).contiguous() for key, rows in tensors.items()}, folder / name)
-        written.append({"file": name, "start": start})
-        names.append(sha256(folder / name))
-    labels, captions = columns(dataset)
+    files, hashes, labels, captions, start = [], [], [], [], 0
+    for shard in shards(dataset, options.shard_size, options.batch_size, space):
+        name = f"latents-{len(files):05d}.safetensors"
+        tensors = {key: rows.to(DTYPES[options.dtype]).contiguous() for key, rows in shard.tensors.items()}
+        save_file(tensors, folder / name)
+        files.append({"file": name, "start": start})
+        hashes.append(sha256(folder / name))
+        labels, captions, start = labels + shard.labels, captions + shard.captions, start + len(tensors["mean"])
+    captions = captions if any(captions) else []
     index = {"format": FORMAT, "examples": len(dataset), "resolution": base.resolution, "channels": base.channels}
-    index |= {"shape": list(space.shape), "vae": options.vae, "shards": written, "labels": labels}
+    index |= {"shape": list(space.shape), "vae": options.vae, "shards": files, "labels": labels}
     index |= {"captions": captions, "label_names": getattr(dataset, "label_names", None)}
-    index |= {"fingerprint": digest(dataset.fingerprint, *names, labels, captions)}
+    index |= {"fingerprint": digest(dataset.fingerprint, *hashes, labels, captions)}
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 

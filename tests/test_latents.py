@@ -99,6 +99,8 @@ def test_a_fraction_held_out_and_fewer_examples(encoded):
     parts = [latents(encoded, split, validation_split=0.25) for split in ("train", "validation")]
     assert [len(part) for part in parts] == [1213, 404]
     assert set(parts[0].rows) | set(parts[1].rows) == set(range(1617))
+    others = latents(encoded, "train", validation_split=0.25, seed=1)
+    assert (len(others), others.fingerprint == parts[0].fingerprint) == (1213, False)
     few = latents(encoded, max_train_samples=10)
     assert len(few) == 10
     assert few.fingerprint != latents(encoded).fingerprint
@@ -159,6 +161,20 @@ def test_mistakes_in_reading(encoded, tmp_path):
 def space(vae, resolution=16):
     base = BaseConfig(channels=1, resolution=resolution, num_epochs=1)
     return LatentSpace("vae", str(vae), base, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("force_upcast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_an_autoencoder_that_overflows_in_half_precision_stays_in_float32(force_upcast, dtype, vae, tmp_path):
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    network.register_to_config(force_upcast=force_upcast)
+    network.save_pretrained(tmp_path)
+    base = BaseConfig(channels=1, resolution=16, num_epochs=1)
+    found = LatentSpace("vae", str(tmp_path), base, torch.device("cpu"), torch.bfloat16)
+    assert found.vae.dtype == dtype
+    encoder = found.encoder()
+    columns = encoder.encode(encoder.build(), torch.zeros(2, 1, 16, 16))
+    assert {rows.dtype for rows in columns.values()} == {torch.float32}
+    assert found.decode(torch.zeros(2, 2, 8, 8)).dtype == torch.float32
 
 
 def test_latents_are_shifted_and_scaled_as_the_config_says(vae):

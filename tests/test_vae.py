@@ -304,11 +304,12 @@ def test_rfid_in_the_loop_is_that_of_the_script(tmp_path, run_in_process, monkey
     [line] = read_metrics(folder, prefix="eval/")
     assert set(line) == {"step", "eval/seconds", "eval/rfid", "eval/rkid"}
     capsys.readouterr()
-    run_script(monkeypatch, evaluate, folder, "--number", "50", "--features", tmp_path / "features.pt")
+    perceptual = "vae.perceptual_loss=ms_ssim"
+    run_script(monkeypatch, evaluate, folder, perceptual, "--number", "50", "--features", tmp_path / "features.pt")
     found = json.loads(capsys.readouterr().out)
     assert found["rfid"] == pytest.approx(line["eval/rfid"], rel=1e-3)
     assert found["rfid"] > 0
-    assert {"psnr", "ssim", "kl", "latent_std"} <= set(found)
+    assert {"psnr", "ssim", "perceptual", "kl", "latent_std"} <= set(found)
     assert (folder / "evaluation" / "nearest.png").is_file()
 
 
