@@ -4,8 +4,9 @@
 distance (VGG16's features) and the config's adversarial term. `research`: the bare loop with the loss of diffusers'
 research script and that distance. Same network, initial weights, pictures, optimizer, learning rates, number of steps.
 
-Prints PSNR, SSIM and ST-LPIPS (arXiv 2207.13686) of held-out reconstructions. Needs the package stlpips_pytorch, whose
-wheel holds trained weights: VGG16's layers serve in training, so judge by its other network, AlexNet.
+Prints PSNR, SSIM and ST-LPIPS (arXiv 2207.13686) of held-out reconstructions, and writes a grid: originals, then a row
+for each side. Needs the package stlpips_pytorch, whose wheel holds trained weights: VGG16's layers serve in training, so
+judge by its other network, AlexNet.
 """
 
 from __future__ import annotations
@@ -129,8 +130,13 @@ def measure(vae: nn.Module, held_out: Any, networks: dict[str, nn.Module]) -> tu
         found |= {name: network(reconstruction, images).flatten() for name, network in networks.items()}
         sums = {name: sums.get(name, 0.0) + rows.double().sum().item() for name, rows in found.items()}
         shown.append(reconstruction / 2 + 0.5)
-    chosen = torch.linspace(0, len(held_out) - 1, SHOWN).long()
-    return {name: total / len(held_out) for name, total in sums.items()}, torch.cat(shown)[chosen]
+    means = {name: total / len(held_out) for name, total in sums.items()}
+    return means, torch.cat(shown)[chosen_pictures(held_out)]
+
+
+def chosen_pictures(held_out: Any) -> list[int]:
+    """The numbers of the pictures in the grid, evenly spread."""
+    return torch.linspace(0, len(held_out) - 1, SHOWN).long().tolist()
 
 
 def main() -> None:
@@ -155,9 +161,11 @@ def main() -> None:
             vae = load_trainer(open_run(folder), weights="raw", device="cpu").raw("vae")
         else:
             vae = bare_training(run, train_set, (l1_and_kl if side == "bare" else research)(run))
+            vae.save_pretrained(folder)
         seconds = time.perf_counter() - began
         metrics, pictures = measure(vae, held_out, networks)
         report[side] = metrics | {"seconds": round(seconds, 1)}
+        rows = rows or [torch.stack([held_out.get(i, None)["image"] for i in chosen_pictures(held_out)]) / 2 + 0.5]
         rows.append(pictures)
         print(json.dumps({side: report[side]}), flush=True)
         (arguments.output / "report.json").write_text(json.dumps(report, indent=1))
