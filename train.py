@@ -48,7 +48,7 @@ def train(run: RunConfig) -> Path:
         saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
 
         # networks and optimizer
-        trainer = build_trainer(accelerator, run, train_set, validation_set)
+        trainer = build_trainer(accelerator, run, clock, train_set, validation_set)
         networks = trainer.init_modules()
         optimizer = optimization.build_optimizer(trainer.param_groups(networks), config, clock, device)
         optimizer = prepare_networks(accelerator, trainer, networks, optimizer, base)

@@ -16,6 +16,8 @@ def check_example(example: Any, args: Any) -> None:
             f"an example must be a dict with the key 'image', or 'mean' and 'logvar' of latents, got {found}; see the "
             "data set's get()"
         )
+    if encoded:
+        _check_latents(example["mean"], example["logvar"])
     if "image" in example:
         _check_image(example["image"], (args.channels, args.resolution, args.resolution))
     label = example.get("label", 0)
@@ -24,6 +26,15 @@ def check_example(example: Any, args: Any) -> None:
     caption = example.get("caption", "")
     if not isinstance(caption, str):
         raise ValueError(f"an example's caption must be a str, got {caption!r} ({type(caption).__name__})")
+
+
+def _check_latents(mean: Any, logvar: Any) -> None:
+    for name, rows in (("mean", mean), ("logvar", logvar)):
+        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.float32 or rows.shape != mean.shape:
+            found = f"{getattr(rows, 'dtype', type(rows).__name__)} {list(getattr(rows, 'shape', []))}"
+            raise ValueError(f"an example's mean and logvar must be float32 tensors of one shape, {name} is {found}")
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
 
 
 def _check_image(image: Any, shape: tuple[int, int, int]) -> None:

@@ -28,6 +28,7 @@ class LatentDataset:
         self.rows = select_rows(index["examples"], args, split)
         self.fingerprint = digest(index["fingerprint"], split, np.array(self.rows, dtype=np.int64).tobytes())
         self.label_names = index["label_names"]
+        self.encoded_by = index["encoded_by"]
         self.highest_label = max(index["labels"]) if index["labels"] else None
         self.starts = [shard["start"] for shard in index["shards"]]
         self.opened: dict[str, Any] = {}
@@ -71,6 +72,8 @@ def build(args: Any, split: str, path: str) -> LatentDataset:
         raise FileNotFoundError(
             f"{folder}: holds no latents; found in {path}: {there}; make them with scripts/encode.py"
         )
+    if args.random_flip:
+        raise ValueError("base.random_flip = true: latents cannot be mirrored; set it to false")
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     if index.get("format") != FORMAT:
         raise ValueError(f"{folder}: written by another version of diffloop; encode the data set again")

@@ -5,8 +5,8 @@ distance (VGG16's features) and the config's adversarial term. `research`: the b
 research script and that distance. Same network, initial weights, pictures, optimizer, learning rates, number of steps.
 
 Prints PSNR, SSIM and ST-LPIPS (arXiv 2207.13686) of held-out reconstructions, and writes a grid: originals, then a row
-for each side. Needs the package stlpips_pytorch, whose wheel holds trained weights: VGG16's layers serve in training, so
-judge by its other network, AlexNet.
+for each side. Needs the package stlpips_pytorch, whose wheel holds trained weights: VGG16's layers serve in training,
+so judge by its other network, AlexNet.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from trainers.engine.optimization import schedule
 from trainers.engine.randomness import example_generator
 from trainers.vae import VAEConfig
 
+SIDES = ("bare", "plain", "full", "research")
 SHOWN = 8  # pictures in the grid
 
 
@@ -142,10 +143,13 @@ def chosen_pictures(held_out: Any) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("output", type=Path, help="folder for the runs and the report")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--sides", default="bare,plain,full,research")
+    parser.add_argument("--sides", default=",".join(SIDES))
     arguments = parser.parse_intermixed_args()
+    for side in arguments.sides.split(","):
+        if side not in SIDES:
+            sys.exit(f"error: --sides {arguments.sides}: must be of {', '.join(SIDES)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     report, rows, networks, weights = {}, [], judges(), arguments.output / "vgg16.safetensors"
     write_vgg16(networks["st_lpips_vgg"], weights)

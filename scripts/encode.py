@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from datasets_lib.latents import FORMAT, INDEX
 from datasets_lib.source import digest
-from trainers.common.latents import LatentSpace, encode
+from trainers.common.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config import load_config
 from trainers.engine.inference import find_device
 from trainers.engine.manifest import sha256
@@ -75,7 +75,7 @@ def write_split(dataset: Any, base: BaseConfig, space: LatentSpace, folder: Path
         labels, captions, start = labels + shard.labels, captions + shard.captions, start + len(tensors["mean"])
     captions = captions if any(captions) else []
     index = {"format": FORMAT, "examples": len(dataset), "resolution": base.resolution, "channels": base.channels}
-    index |= {"shape": list(space.shape), "vae": options.vae, "shards": files, "labels": labels}
+    index |= {"shape": list(space.shape), "encoded_by": space.digest, "shards": files, "labels": labels}
     index |= {"captions": captions, "label_names": getattr(dataset, "label_names", None)}
     index |= {"fingerprint": digest(dataset.fingerprint, *hashes, labels, captions)}
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
@@ -99,6 +99,10 @@ def main() -> None:
         base = load_config(options.config, options.overrides, datasets_lib.problems).base
         if base.random_flip:
             raise ValueError("base.random_flip = true: latents of mirrored pictures are not written; set it to false")
+        for problem in latents_problems(options.vae, base):
+            raise ValueError(f"VAE = {options.vae}: {problem}")
+        if not base.center_crop:
+            print("every picture is cropped in the middle, as base.center_crop: true does it")
         space = LatentSpace("VAE", options.vae, base, find_device(options.device), torch.float32)
         for split in ("train", "validation"):
             dataset = datasets_lib.build(base, split)

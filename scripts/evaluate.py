@@ -86,7 +86,8 @@ def held_out_metrics(trainer: Trainer, held_out: Any, numbers: list[int], size: 
             slots = torch.tensor(chosen, device=trainer.device)
             found = trainer.validation_metrics(batch | {"slot": slots}, SlotRandom(0, slots, "validation"))
             sums = {name: sums.get(name, 0.0) + rows.double().sum().item() for name, rows in found.items()}
-    return trainer.validation_summary({name: total / len(numbers) for name, total in sums.items()})
+    means = trainer.validation_summary({name: total / len(numbers) for name, total in sums.items()})
+    return {name: value for name, value in means.items() if name != "loss"}  # its training-only terms are not loaded
 
 
 class Task(NamedTuple):

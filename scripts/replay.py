@@ -59,9 +59,9 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     train_set = datasets_lib.build(base, "train")
     order, examples = EpochOrder(len(train_set), base.seed), SlotExamples(train_set, base.seed, augment=True)
 
-    trainer = build_trainer(accelerator, run, train_set)
-    networks = trainer.init_modules()
     clock = Clock.of_run(base, len(train_set), accelerator)
+    trainer = build_trainer(accelerator, run, clock, train_set)
+    networks = trainer.init_modules()
     optimizer = build_optimizer(trainer.param_groups(networks), run.config, clock, accelerator.device)
     prepare_networks(accelerator, trainer, networks, optimizer, base)
     stages = FrozenStages(trainer.encoders(), accelerator.device)
@@ -78,7 +78,7 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
         batch = collate([examples[key] for key in keys])
         if isinstance(batch, Exception):
             raise batch
-        pictures.append(batch["image"])
+        pictures += [batch["image"]] if "image" in batch else []
         batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         seed_network(base.seed, step - 1, number)
         loss, _ = trainer.compute_loss(stages.encode(batch), SlotRandom(base.seed, batch["slot"]), step - 1)
@@ -91,15 +91,15 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
         print(f"  micro-batch {number}: loss {loss.item():.6g}, gradient norm {norm.item():.6g}")
         if not (loss.isfinite() and norm.isfinite()):
             describe(train_set, keys, batch)
-    return {"losses": losses, "pictures": torch.cat(pictures)}
+    return {"losses": losses, "pictures": torch.cat(pictures) if pictures else None}
 
 
 def describe(train_set: Any, keys: list[tuple[int, int]], batch: dict[str, Any]) -> None:
     for row, (slot, index) in enumerate(keys):
-        image = batch["image"][row]
+        image = batch["image"][row] if "image" in batch else batch["mean"][row]
         name = train_set.name(index) if hasattr(train_set, "name") else f"example {index}"
         finite = "" if image.isfinite().all() else ", NOT FINITE"
-        print(f"    slot {slot}: {name}, pixels {image.min():.3g} to {image.max():.3g}{finite}")
+        print(f"    slot {slot}: {name}, values {image.min():.3g} to {image.max():.3g}{finite}")
 
 
 def main() -> None:
@@ -114,6 +114,8 @@ def main() -> None:
         found = replay(run, options.run, options.step)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if found["pictures"] is None:
+        return  # latents
     path = options.run / f"replay-step-{options.step}.png"
     save_image((found["pictures"] / 2 + 0.5).clamp(0, 1), path)
     print(f"pictures: {path}")

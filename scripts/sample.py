@@ -56,7 +56,9 @@ def sample(
 
 
 def held_out_set(trainer: Trainer) -> Any | None:
-    """The run's validation set; None where its data is gone, which only some tasks miss."""
+    """The run's validation set, where the task draws from it; None where its data is gone."""
+    if not trainer.draws_held_out:
+        return None
     try:
         return datasets_lib.build(trainer.base, "validation")
     except (ValueError, OSError) as error:

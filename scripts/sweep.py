@@ -68,6 +68,8 @@ def sweep(arguments: argparse.Namespace) -> Iterator[dict]:
         for changed.weights in kinds:
             _, trainer = trainer_of(changed)
             requests = trainer.evaluation_requests(arguments.number)
+            if not requests:
+                raise ValueError(f"{arguments.path}: its task draws no pictures")
             batches = drawn_pictures(trainer, requests, None, arguments.seed, arguments.batch_size)
             found = measure(describe(batches, trainer.device), real, own, recognise)
             yield {"value": value, "weights": changed.weights} | found

@@ -14,7 +14,7 @@ from PIL import Image
 
 import datasets_lib
 from datasets_lib.latents import INDEX
-from scripts import encode, evaluate, sample
+from scripts import encode, evaluate, replay, sample
 from train import main
 from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.latents import LatentSpace
@@ -151,8 +151,15 @@ def test_mistakes_in_reading(encoded, tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
     with pytest.raises(ValueError, match="written by another version of diffloop; encode the data set again"):
         latents(tmp_path / "copy")
-    with pytest.raises(ValueError, match="'image', or 'mean' and 'logvar' of latents, got \\['mean'\\]"):
-        datasets_lib.check_example({"mean": 0}, BaseConfig())
+    zeros = torch.zeros(2, 3, 3)
+    for example, message in (
+        ({"mean": zeros}, r"'image', or 'mean' and 'logvar' of latents, got \['mean'\]"),
+        ({"mean": zeros, "logvar": 0}, "mean and logvar must be float32 tensors of one shape, logvar is int"),
+        ({"mean": zeros, "logvar": zeros[:1]}, r"of one shape, logvar is torch.float32 \[1, 3, 3\]"),
+        ({"mean": zeros, "logvar": zeros / 0}, "an example's logvar holds NaN or infinity; every value must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            datasets_lib.check_example(example, BaseConfig())
 
 
 # --- in place of pixels
@@ -188,10 +195,6 @@ def test_latents_are_shifted_and_scaled_as_the_config_says(vae):
     torch.testing.assert_close(found.draw(batch, SlotRandom(0, slots)), expected)
     decoded = found.vae.decode(batch["mean"]).sample
     torch.testing.assert_close(found.decode(found.scaled(batch["mean"])), decoded, rtol=1e-4, atol=1e-5)
-    with pytest.raises(
-        ValueError, match=r"vae = .*: the data set's latents are \[4, 8, 8\], its own \[2, 8, 8\]; enco"
-    ):
-        found.draw({"mean": torch.zeros(1, 4, 8, 8), "logvar": torch.zeros(1, 4, 8, 8)}, SlotRandom(0, slots[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +213,44 @@ def test_encoded_files_train_like_pictures(runs):
     assert cached == pytest.approx(live, rel=1e-5)
     metrics = [read_metrics(folder, prefix="valid/loss")[-1]["valid_ema/loss"] for folder in runs]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+
+
+def test_latents_of_another_network_are_refused(vae, encoded, tmp_path, tiny_config, capsys):
+    shutil.copytree(vae, tmp_path / "other")
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        network.decoder.conv_out.bias += 1e-3
+    network.save_pretrained(tmp_path / "other")
+    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
+    options = {f"{TASK}.vae": str(tmp_path / "other"), f"{TASK}.model_config": None}
+    assert main([str(tiny_config(TASK, **data, **options))]) == 1
+    expected = f"{TASK}.vae = {tmp_path / 'other'}: the data set was encoded by another network; encode it with this"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["ddpm", "vae", TASK, "noisy_classifier"])
+def test_tasks_that_need_pictures(task, encoded, tiny_config, capsys):
+    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
+    assert main([str(tiny_config(task, **data))]) == 1
+    expected = "the data set holds latents, and this run needs pictures; conditional_ddpm.vae takes latents"
+    assert expected in capsys.readouterr().err
+
+
+def test_metrics_in_the_loop_and_flips_need_pictures(vae, encoded, tiny_config, capsys):
+    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
+    options = {f"{TASK}.vae": str(vae), f"{TASK}.model_config": None}
+    metrics = {"base.eval_steps": 3, "base.eval_features": "none"}
+    assert main([str(tiny_config(TASK, **data, **options, **metrics))]) == 1
+    assert "the data set holds latents, and metrics compare pictures; set it to null" in capsys.readouterr().err
+    assert main([str(tiny_config(TASK, name="flip", **data, **options, **{"base.random_flip": True}))]) == 1
+    assert "base.random_flip = true: latents cannot be mirrored; set it to false" in capsys.readouterr().err
+
+
+def test_replaying_a_step_of_latents(runs, capsys):
+    run_script(replay, runs[0], 1)
+    text = capsys.readouterr().out
+    assert f"loss {float.fromhex(losses(runs[0])[1]):.6g}," in text
+    assert "pictures:" not in text
 
 
 def test_the_pipeline_holds_the_autoencoder_and_decodes(runs, vae):
@@ -263,7 +304,10 @@ def test_mistakes_in_the_option(vae, tmp_path, tiny_config, capsys):
 
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
-    assert f"vae = {empty}: is a folder without config.json or vae/config.json" in problems(vae=empty)
+    assert f"vae = {empty}: must be a finished vae run: a folder with config.json or vae/" in problems(vae=empty)
+    checkpoint = str(vae / "checkpoint-4" / "vae")
+    unknown = "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
+    assert f"vae = {checkpoint}: {unknown}" in problems(vae=checkpoint, model_config=None)
     channels = json.dumps({"in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8]})
     (tmp_path / "unet.json").write_text(channels)
     wrong = problems(vae=str(vae), model_config=str(tmp_path / "unet.json"))

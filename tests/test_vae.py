@@ -185,12 +185,15 @@ def test_options_train(options, run_in_process):
 def test_training_the_decoder_alone(trained, run_in_process, monkeypatch, capsys):
     """Latents, and with them the scaling factor, stay what they are; a checkpoint holds the decoder only."""
     options = {"vae.pretrained_model_name_or_path": str(trained), "vae.model_config": None, "vae.decoder_only": True}
+    options |= {"vae.kl_weight": 1e-6}  # the default: it has no effect
     folder = run_in_process("decoder", "vae", **options, **{"base.validation_split": 0.1})
     before, after = [load_file(f / "diffusion_pytorch_model.safetensors") for f in (trained, folder)]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
     factors = [json.loads((f / "config.json").read_text())["scaling_factor"] for f in (trained, folder)]
     assert factors[0] == factors[1] != 0.18215
+    line = read_metrics(folder, prefix="loss")[0]  # before the discriminator starts; the KL is logged, and not in it
+    assert line["loss"] == pytest.approx(line["reconstruction"] + line["perceptual"], rel=1e-6)
     held = load_file(folder / "checkpoint-6" / "vae" / "trainable.safetensors")
     assert {name.split(".")[0] for name in held} == {"decoder", "post_quant_conv"}
 
@@ -199,6 +202,23 @@ def test_training_the_decoder_alone(trained, run_in_process, monkeypatch, capsys
     shutil.rmtree(folder / "checkpoint-6")
     run_script(monkeypatch, sample, folder, "--number", "2")
     assert Image.open(folder / "samples" / "seed-0" / "reconstructions.png").tobytes() == from_checkpoint
+
+
+def test_another_pretrained_network_is_refused_on_resume(trained, tmp_path, tiny_config, capsys):
+    """The frozen encoder comes from there, and the decoder would be trained for another one's latents."""
+    shutil.copytree(trained, tmp_path / "other")
+    options = {"vae.model_config": None, "vae.decoder_only": True, "vae.kl_weight": 1e-6, "base.max_train_steps": 6}
+    place = "vae.pretrained_model_name_or_path"
+    train(load_config(tiny_config("vae", "run", **options, **{place: str(trained)})))
+    changed = {place: str(tmp_path / "other"), "base.resume_from_checkpoint": "latest"}
+    assert main([str(tiny_config("vae", "run", **options, **changed))]) == 1
+    assert f'{place}: "{trained}" -> "{tmp_path / "other"}"' in capsys.readouterr().err
+
+
+def test_a_discriminator_that_would_never_start(tiny_config, capsys):
+    options = {"base.max_train_steps": None, "base.num_epochs": 1, "vae.adversarial_start_step": 10}
+    assert main([str(tiny_config("vae", **options))]) == 1
+    assert "vae.adversarial_start_step = 10: must be below the run's 10 steps" in capsys.readouterr().err
 
 
 def run_script(monkeypatch, script, *arguments):
@@ -217,6 +237,7 @@ def test_the_result_is_an_autoencoder_of_diffusers(trained):
     assert all(torch.equal(value, averaged[name]) for name, value in vae.state_dict().items())
     checkpoint = diffusers.AutoencoderKL.from_pretrained(trained / "checkpoint-6" / "vae")
     assert checkpoint.config.latent_channels == 2
+    assert checkpoint.config.scaling_factor is None  # not known yet
     last = read_metrics(trained, prefix="valid")[-1]
     images = digits("validation")
     with torch.no_grad():
@@ -284,7 +305,10 @@ def test_random_latents_have_the_latents_distribution(trained, monkeypatch):
     monkeypatch.setattr(trainer, "modules", {"vae": decode})
     requests = [{}] * 500
     trainer.sample(requests, SlotRandom(0, torch.arange(500)))
-    assert seen[0].std().item() == pytest.approx(1 / trainer.raw("vae").config.scaling_factor, rel=0.02)
+    images = digits("train")
+    with torch.no_grad():
+        latents = diffusers.AutoencoderKL.from_pretrained(trained).encode(images).latent_dist.sample()
+    assert seen[0].std().item() == pytest.approx(latents.std().item(), rel=0.02)
     means = {"latent_mean/0": 1.0, "latent_mean/1": -2.0, "latent_square/0": 1.25, "latent_square/1": 5.0}
     kept = trainer.validation_summary(means | {"psnr": 3.0})
     assert kept == pytest.approx(
@@ -313,11 +337,19 @@ def test_rfid_in_the_loop_is_that_of_the_script(tmp_path, run_in_process, monkey
     assert (folder / "evaluation" / "nearest.png").is_file()
 
 
-def test_metrics_need_held_out_pictures(trained, tiny_config, monkeypatch, capsys):
+def test_metrics_need_held_out_pictures(trained, tiny_config, tmp_path, monkeypatch, capsys):
     options = {"base.eval_steps": 3, "base.eval_features": "none"}
     assert main([str(tiny_config("vae", **options))]) == 1
     expected = "base.eval_steps = 3: this task draws no pictures without base.validation_split; set it to null"
     assert expected in capsys.readouterr().err
+    options |= {"base.validation_split": 0.1}
+    assert main([str(tiny_config("vae", "none", **options))]) == 1
+    expected = "base.eval_steps = 3: base.eval_features = none measures nothing of reconstructions; name a network"
+    assert expected in capsys.readouterr().err
+    torch.jit.script(Features()).save(tmp_path / "features.pt")
+    options |= {"base.eval_features": str(tmp_path / "features.pt"), "base.validation_split": 0.002}
+    assert main([str(tiny_config("vae", "few", **options))]) == 1
+    assert "the validation set give 4 pictures, and metrics need 5; set it to null" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="task vae draws no pictures without base.validation_split"):
         run_script(monkeypatch, evaluate, trained, "base.validation_split=null", "--features", "none")
 
@@ -330,6 +362,7 @@ def test_pictures_of_a_run_whose_data_is_gone(trained, tmp_path, monkeypatch, ca
         "random_latents.png",
         "reconstructions.png",
     }
+    assert "without" not in capsys.readouterr().err
     gone = ["base.dataset=null", "base.train_data_dir=gone"]
     run_script(monkeypatch, sample, folder, *gone, "--number", "3")
     assert [path.name for path in (folder / "samples" / "seed-0").glob("*.png")] == ["random_latents.png"]
@@ -363,11 +396,39 @@ def test_pretrained_networks_that_cannot_be_used(trained, tmp_path, tiny_config,
         return capsys.readouterr().err
 
     name = "vae.pretrained_model_name_or_path"
-    assert f"{name} = {tmp_path}: no AutoencoderKL in safetensors format could be read" in error(
-        **{name: str(tmp_path)}
-    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{name} = {empty}: no AutoencoderKL in safetensors format could be read" in error(**{name: str(empty)})
     wrong = error(**{name: str(trained), "base.channels": 3})
     assert f"{name} = {trained}: has in_channels = 1, base.channels is 3; make them equal" in wrong
+
+
+def test_a_network_of_another_kind_or_with_gaps(trained, tmp_path, tiny_config, capsys):
+    from safetensors.torch import save_file
+
+    def error(path):
+        options = {"vae.model_config": None, "vae.pretrained_model_name_or_path": str(path)}
+        assert main([str(tiny_config("vae", **options))]) == 1
+        return capsys.readouterr().err
+
+    unet = diffusers.UNet2DModel.from_config(json.loads(Path("configs/tests/unet2d.json").read_text()))
+    unet.save_pretrained(tmp_path / "unet")
+    assert "must be an AutoencoderKL, found a UNet2DModel" in error(tmp_path / "unet")
+    (tmp_path / "gaps").mkdir()
+    shutil.copy(trained / "config.json", tmp_path / "gaps")
+    weights = load_file(trained / "diffusion_pytorch_model.safetensors")
+    weights.pop("quant_conv.weight")
+    save_file(weights, tmp_path / "gaps" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert "its weights lack quant_conv.weight" in error(tmp_path / "gaps")
+
+
+def test_random_latents_wait_until_their_distribution_is_known(run_in_process):
+    folder = run_in_process("run", "vae", **RECONSTRUCTION, **{"base.valid_steps": 3})  # nothing is held out
+    assert not (folder / "samples").exists()
+    assert json.loads((folder / "checkpoint-6" / "vae" / "config.json").read_text())["scaling_factor"] is None
+    assert trainer_of(folder).sample_requests(None) == [{}] * 4  # the finished network beside it knows
+    (folder / "config.json").unlink()
+    assert trainer_of(folder).sample_requests(None) == []
 
 
 @pytest.mark.parametrize(
@@ -398,8 +459,8 @@ def test_pretrained_networks_that_cannot_be_used(trained, tmp_path, tiny_config,
             "discriminator_layers = 5: needs a base.resolution of at least 96; take fewer layers",
         ),
         (
-            {"adversarial_loss": "hinge", "adversarial_start_step": 10},
-            "adversarial_start_step = 10: must be below base.max_train_steps = 10",
+            {"pretrained_model_name_or_path": "x", "decoder_only": True, "kl_weight": 0.5},
+            "kl_weight = 0.5: has no effect with decoder_only: the encoder stays as it is",
         ),
     ],
 )  # fmt: skip
@@ -416,9 +477,7 @@ def test_gradients_within_a_step_and_compilation_exclude_each_other(tmp_path):
     for options, wrong in (({}, True), ({"adaptive_weight": False}, False), ({"r1_weight": 1.0}, True)):
         found = list(VAEConfig(adversarial_loss="hinge", **options).problems(BaseConfig(**base)))
         text = "with adaptive_weight or r1_weight needs gradients within a step, which base.compile does not give"
-        assert [problem for problem in found if problem == ("adversarial_loss", f"{text}; switch one of them off")] == (
-            found if wrong else []
-        )
+        assert found == ([("adversarial_loss", f"{text}; switch one of them off")] if wrong else [])
 
 
 def test_the_default_network_halves_as_often_as_it_says():

@@ -159,6 +159,11 @@ def test_features_of_a_torchvision_network_against_their_definition(resnet_file)
     distance = load_perceptual(f"resnet18:{resnet_file}", 64)
     torch.testing.assert_close(distance(images, others), expected, rtol=1e-4, atol=1e-6)
 
+    weights = torch.load(resnet_file, weights_only=True)  # older files, as torchvision's own, lack these counts
+    torch.save({k: v for k, v in weights.items() if "num_batches" not in k}, resnet_file.replace(".pth", "_old.pth"))
+    old = load_perceptual(f"resnet18:{resnet_file.replace('.pth', '_old.pth')}", 64)
+    assert torch.equal(old(images, others), distance(images, others))
+
 
 def test_ms_ssim_where_one_scale_fits_is_ssim():
     images, others = pictures(), pictures()
@@ -166,10 +171,11 @@ def test_ms_ssim_where_one_scale_fits_is_ssim():
         images / 2 + 0.5, others / 2 + 0.5, data_range=1.0, reduction="none"
     )
     torch.testing.assert_close(load_perceptual("ms_ssim", 16)(images, others), (1 - similarity) / 2)
-    weights = load_perceptual("ms_ssim", 64).weights
-    assert len(weights) == 3
-    assert sum(weights) == pytest.approx(1)
-    assert len(load_perceptual("ms_ssim", 512).weights) == 5
+    found = {resolution: load_perceptual("ms_ssim", resolution) for resolution in (12, 42, 64, 81, 96, 161, 176, 512)}
+    assert [len(distance.weights) for distance in found.values()] == [1, 2, 3, 3, 3, 4, 5, 5]
+    for resolution, distance in found.items():
+        assert sum(distance.weights) == pytest.approx(1)
+        assert 0 < distance(pictures(1, 1, resolution), pictures(1, 1, resolution)).item() < 1
 
 
 @pytest.mark.parametrize("kind", ["lpips", "resnet18", "ms_ssim"])
@@ -225,7 +231,8 @@ def test_files_that_hold_something_else(tmp_path, vgg16_file, resnet_file):
         ("lpips", 4, 32, "lpips sees grey or coloured pictures, and base.channels is 4; take ms_ssim"),
         ("resnet18", 3, 32, "must be one of: lpips (VGG16"),
         ("lpips:none.pth", 3, 32, "no file none.pth; give the weights as .pth or .safetensors; allowed: lpips (VGG16"),
-        ("resnet:README.md", 3, 32, "resnet is no network of torchvision; allowed: lpips (VGG16"),
+        ("resnet:README.md", 3, 32, "resnet is no convolutional network of torchvision; allowed: lpips (VGG16"),
+        ("swin_t:README.md", 3, 32, "swin_t is no convolutional network of torchvision; allowed: lpips (VGG16"),
         ("resnet18:README.md", 3, 32, None),
     ],
 )
@@ -378,6 +385,7 @@ def test_neither_loss_moves_the_others_network():
     assert all(torch.equal(a, b) for a, b in zip(base[0], other[0], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(base[1], other[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(base[0], weak[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(base[1], weak[1], strict=True))
 
 
 def test_frozen_parameters_stay_frozen_and_come_back_after_an_error():

@@ -167,10 +167,13 @@ class Trainer(ABC):
     label_names: list[str] | None = None  # of the data set's classes, set before init_modules
     highest_label: int | None = None  # in the data set, where it is known, set before init_modules
     grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
+    total_steps: int | None = None  # of the run, set before init_modules; None where a trained network is loaded
+    encoded_by: str | None = None  # digest of the network that made the data set's latents, set before init_modules
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
     progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # around a sampler's steps, as many on every rank:
     # shows a bar, and lets a signal end the validation
-    statistics_samples: ClassVar[int] = 0  # of the training set, at most, for data_statistics
+    draws_held_out: ClassVar[bool] = False  # whether sample_requests names examples of the validation set
+    statistics_samples: int = 0  # of the training set, at most, for data_statistics
     statistics: dict[str, float]  # the means of data_statistics, set by the loop before save_pipeline
     frames: list[Tensor] | None = None  # where a list, sample() appends its pictures [N, C, H, W] after every step
 

@@ -79,7 +79,8 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
 
     def find_latents(self) -> LatentSpace | None:
         vae = self.config.vae
-        return vae and LatentSpace(f"{TASK}.vae", vae, self.base, self.device, self.weight_dtype)
+        place = f"{TASK}.vae", vae, self.base, self.device, self.weight_dtype, self.encoded_by
+        return None if vae is None else LatentSpace(*place)
 
     def network_settings(self) -> dict[str, Any]:
         self.num_classes = count_classes(TASK, self, self.config.num_classes)
@@ -145,7 +146,7 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         from trainers.common.class_pipeline import ClassConditionalPipeline
 
         id2label = dict(enumerate(self.label_names)) if self.label_names else None
-        vae = self.latents and self.latents.vae
+        vae = None if self.latents is None else self.latents.load()  # the one in use may be in half precision
         pipeline = ClassConditionalPipeline(self.raw("unet"), self.scheduler, id2label, self.config.sampler, vae)
         pipeline.save_pretrained(output_dir)
 

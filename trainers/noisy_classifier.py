@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainers.base import Positive, RandomSource, Trainer
 from trainers.common.classes import count_classes, labels_of
+from trainers.common.latents import images_of
 from trainers.common.model_files import Grid
 from trainers.common.pixel_diffusion import NoisyPixelsConfig, build_schedule
 from trainers.common.unet2d import build_unet2d
@@ -52,7 +53,7 @@ class NoisyClassifierTrainer(Trainer):
         """Cross-entropy and accuracy at a random timestep; in validation the accuracy without noise, too."""
         from torch.nn.functional import cross_entropy
 
-        images, labels = batch["image"], labels_of(TASK, batch)
+        images, labels = images_of(batch), labels_of(TASK, batch)
         timesteps = rng.integers("timestep", self.config.ddpm_num_steps)
         noisy = self.scheduler.add_noise(images, rng.normal("noise", images.shape[1:]), timesteps)
         logits = self._logits(noisy, timesteps)

@@ -25,6 +25,7 @@ from trainers.common.autoencoder_config import (
     perceptual_problem,
     smallest_picture,
 )
+from trainers.common.latents import images_of
 from trainers.common.model_files import Grid
 from trainers.common.sampling import to_unit_range
 
@@ -44,7 +45,7 @@ class VAEConfig(TrainerConfig):
     """Options of the section `vae`. The loss of a picture is a mean over its pixels, its KL a sum over its latents."""
 
     passive: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
-        *TrainerConfig.passive, "model_config", "pretrained_model_name_or_path", "subfolder", "revision",
+        *TrainerConfig.passive, "model_config",
     )  # fmt: skip
     training_only: ClassVar[tuple[str, ...]] = (
         "perceptual_loss", "perceptual_weight", "adversarial_loss", *ADVERSARIAL,
@@ -106,16 +107,14 @@ class VAEConfig(TrainerConfig):
                 if not holds and getattr(self, option) != fields[option].default:
                     yield option, f"has an effect with {condition} only"
         if self.decoder_only:
-            for option in ("kl_warmup_steps", "estimate_shift"):
-                if getattr(self, option):
+            for option in ("kl_weight", "kl_warmup_steps", "estimate_shift"):
+                if getattr(self, option) != fields[option].default:
                     yield option, "has no effect with decoder_only: the encoder stays as it is"
 
     def _adversarial_problems(self, base: Section) -> Iterator[tuple[str, str]]:
         least = smallest_picture(self.discriminator_layers)
         if base.resolution < least:
             yield "discriminator_layers", f"needs a base.resolution of at least {least}; take fewer layers"
-        if base.max_train_steps is not None and self.adversarial_start_step >= base.max_train_steps:
-            yield "adversarial_start_step", f"must be below base.max_train_steps = {base.max_train_steps}"
         if base.compile and (self.adaptive_weight or self.r1_weight):
             found = "with adaptive_weight or r1_weight needs gradients within a step, which base.compile does not give"
             yield "adversarial_loss", f"{found}; switch one of them off"
@@ -125,6 +124,7 @@ class VAETrainer(Trainer):
     """Trains an AutoencoderKL, and a discriminator beside it where the loss is adversarial."""
 
     Config = VAEConfig
+    draws_held_out = True
     statistics_samples = 10_000
     usage = (
         "from diffusers import AutoencoderKL\n"
@@ -140,10 +140,13 @@ class VAETrainer(Trainer):
         config, grid = self.config, Grid.of(self.base)
         if config.pretrained_model_name_or_path is None:
             vae = build_autoencoder(config.model_config, grid)
+            if self.total_steps is not None:
+                vae.register_to_config(scaling_factor=None, shift_factor=None)  # unknown until they are measured
         else:
             place = config.pretrained_model_name_or_path, grid, config.subfolder, config.revision
             vae = load_autoencoder("vae.pretrained_model_name_or_path", *place, trainable=True)
         if config.decoder_only:
+            self.statistics_samples = 0
             for network in filter(None, (vae.encoder, vae.quant_conv)):
                 network.requires_grad_(False)
         latents = latent_grid(vae.config, self.base.resolution)
@@ -151,11 +154,14 @@ class VAETrainer(Trainer):
         self.loss = AutoencoderLoss(config, self.base.resolution, self.device)
         if config.adversarial_loss is None:
             return {"vae": vae}
+        start = config.adversarial_start_step
+        if self.total_steps is not None and start >= self.total_steps:
+            raise ValueError(f"vae.adversarial_start_step = {start}: must be below the run's {self.total_steps} steps")
         shape = self.base.channels, config.discriminator_layers, config.discriminator_channels
         return {"vae": vae, "discriminator": PatchDiscriminator(*shape)}
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        images = batch["image"]
+        images = images_of(batch)
         reconstruction, moments = self.modules["vae"](images, rng.normal("posterior", self.latent_shape))
         terms = {name: rows.mean() for name, rows in self.loss.distances(images, reconstruction).items()}
         reconstruction_loss = self.loss.weighted(terms)
@@ -182,7 +188,7 @@ class VAETrainer(Trainer):
         reconstruction, moments = self.modules["vae"](images)
         metrics = self.loss.distances(images, reconstruction)
         kl = self.loss.kl(moments)
-        loss = self.loss.weighted(metrics) + self.config.kl_weight * kl
+        loss = self.loss.weighted(metrics) + self.loss.kl_weight(self.config.kl_warmup_steps) * kl
         return {"loss": loss} | metrics | {"kl": kl} | quality(images, reconstruction) | latent_moments(moments)
 
     def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
@@ -194,9 +200,10 @@ class VAETrainer(Trainer):
         return kept | self.latent_statistics.as_metrics()
 
     def sample_requests(self, validation_set: Any) -> list[dict]:
-        """Held-out pictures, evenly spread; without any, random latents alone."""
+        """Held-out pictures, evenly spread; without any, random latents alone, where their distribution is known."""
         if validation_set is None:
-            return [{} for _ in range(self.config.valid_batch_size)]
+            known = self._latent_distribution() is not None
+            return [{} for _ in range(self.config.valid_batch_size if known else 0)]
         return _held_out(self.config.valid_batch_size, validation_set)
 
     def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
@@ -217,16 +224,19 @@ class VAETrainer(Trainer):
                 return {"samples": reconstructions}
             differences = (0.5 + reconstructions - originals).clamp(0, 1)  # grey means none
             drawn["reconstructions"] = torch.cat([originals, reconstructions, differences], dim=3)
-        mean, std = self._latent_distribution()
-        noise = rng.normal("latent", self.latent_shape)
-        decoded = self.modules["vae"](latents=mean + std * noise)[0].float()
-        return drawn | {"random_latents": to_unit_range(decoded)}
+        distribution = self._latent_distribution()
+        if distribution is not None:
+            latents = distribution[0] + distribution[1] * rng.normal("latent", self.latent_shape)
+            drawn["random_latents"] = to_unit_range(self.modules["vae"](latents=latents)[0].float())
+        return drawn
 
-    def _latent_distribution(self) -> tuple[Tensor, Tensor]:
+    def _latent_distribution(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation per channel, of the newest validation, or as the network's config says."""
         import torch
 
         config, statistics = self.raw("vae").config, self.latent_statistics
+        if statistics is None and config.scaling_factor is None:
+            return None
         if statistics is None:
             pair = torch.tensor(config.shift_factor or 0.0), torch.tensor(1 / config.scaling_factor)
         else:
@@ -234,10 +244,10 @@ class VAETrainer(Trainer):
         return tuple(values.to(self.device, torch.float32).reshape(-1, 1, 1) for values in pair)
 
     def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """What the scaling factor is estimated from; nothing where the latents stay those of a pretrained model."""
+        """What the scaling factor is estimated from."""
         from trainers.common.autoencoder import latent_moments
 
-        return {} if self.config.decoder_only else latent_moments(self.modules["vae"](batch["image"], decode=False)[1])
+        return latent_moments(self.modules["vae"](batch["image"], decode=False)[1])
 
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.autoencoder import LatentStatistics
@@ -246,7 +256,8 @@ class VAETrainer(Trainer):
         if self.statistics:
             found = LatentStatistics(self.statistics)
             shift = found.total_mean if self.config.estimate_shift else None
-            vae.register_to_config(scaling_factor=1 / found.total_std, shift_factor=shift)
+            scale = 1 / max(found.total_std, 1e-8)  # an encoder may have become constant
+            vae.register_to_config(scaling_factor=scale, shift_factor=shift)
         vae.save_pretrained(output_dir)
 
     @classmethod

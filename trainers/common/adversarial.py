@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LARGEST_WEIGHT = 1e4  # of the adaptive weight
+SCALE = 2.0**10  # of losses whose gradients are compared, which fp16 would lose
 
 
 def adversarial_losses(
@@ -66,7 +67,7 @@ def generator_loss(kind: str, reconstructed: Tensor) -> Tensor:
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
     """The ratio of both gradients' norms at the decoder's last layer (arXiv 2012.09841, eq. 7), in [0, 1e4]."""
     norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+        torch.autograd.grad(SCALE * loss, last_layer, retain_graph=True)[0].norm() / SCALE
         for loss in (reconstruction_loss, adversarial_loss)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, LARGEST_WEIGHT).detach()

@@ -65,8 +65,9 @@ def perceptual_problem(spec: str, channels: int, resolution: int) -> str | None:
         return None
     from torchvision import models
 
-    known = name in models.list_models(module=models)
-    return None if known else f"{name} is no network of torchvision; allowed: {ALLOWED}"
+    known = set(models.list_models(module=models))
+    known = {name for name in known if not name.startswith(("vit", "swin", "maxvit"))}  # no rows [B, C, H, W]
+    return None if name in known else f"{name} is no convolutional network of torchvision; allowed: {ALLOWED}"
 
 
 def smallest_picture(discriminator_layers: int) -> int:
@@ -106,13 +107,19 @@ def load_autoencoder(
 
     network = AutoencoderKL if trainable else diffusers.AutoencoderKL
     place = {"subfolder": find_subfolder(pretrained, subfolder), "revision": revision}
+    options = place | {"use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
-        vae = network.from_pretrained(pretrained, **place, use_safetensors=True, torch_dtype=torch.float32)
+        kind = network.load_config(pretrained, **place).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"{option} = {pretrained}: must be an AutoencoderKL, found a {kind}")
+        vae, found = network.from_pretrained(pretrained, **options, output_loading_info=True)
     except OSError as error:
         raise FileNotFoundError(
             f"{option} = {pretrained}: no AutoencoderKL in safetensors format could be read; give a local folder with "
-            f"config.json, or with vae/config.json, or a hub name that can be reached and its subfolder ({error})"
+            f"config.json, or with vae/config.json, or a hub name that can be reached ({error})"
         ) from None
+    if found["missing_keys"]:
+        raise ValueError(f"{option} = {pretrained}: its weights lack {found['missing_keys'][0]}")
     for misfit in misfits(vae.config, grid, LEVELS):
         raise ValueError(f"{option} = {pretrained}: {misfit}")
     return vae

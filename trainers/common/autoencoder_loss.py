@@ -43,6 +43,9 @@ class AutoencoderLoss:
         return DiagonalGaussianDistribution(moments).kl()
 
     def kl_weight(self, step: int) -> float:
+        """The weight in a step, which rises; 0 where the encoder is frozen, and the KL with it."""
+        if self.config.decoder_only:
+            return 0.0
         warmup = self.config.kl_warmup_steps
         return self.config.kl_weight * (min(1.0, step / warmup) if warmup else 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -27,38 +28,63 @@ def vae_config(source: str) -> dict[str, Any] | None:
 
 def latents_problems(source: str, base: Section) -> Iterator[str]:
     """Yields what is wrong with an option that names an autoencoder, as far as a local folder tells."""
-    if vae_config(source) is None and Path(source).exists():
-        yield "is a folder without config.json or vae/config.json; give a finished vae run"
+    settings = vae_config(source)
+    if settings is None and Path(source).exists():
+        yield "must be a finished vae run: a folder with config.json or vae/config.json"
+    if settings is not None and settings.get("scaling_factor", 1) is None:
+        yield "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
 
 
 class LatentSpace:
     """z = (x - shift) * scale of an AutoencoderKL's latents x, as its config says.
 
-    Messages name the `option` which says where the autoencoder is.
+    Messages name the `option` which says where the autoencoder is. Raises ValueError where `encoded_by`, the digest of
+    the network that encoded the data, is another's.
     """
 
-    def __init__(self, option: str, source: str, base: Section, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        option: str,
+        source: str,
+        base: Section,
+        device: torch.device,
+        dtype: torch.dtype,
+        encoded_by: str | None = None,
+    ) -> None:
         self.option, self.source, self.device, self.dtype = option, source, device, dtype
         self.pictures = Grid.of(base)
         self.grid = latent_grid(vae_config(source) or self.vae.config, base.resolution)
+        if encoded_by not in (None, self.digest):
+            raise ValueError(
+                f"{option} = {source}: the data set was encoded by another network; encode it with this one"
+            )
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The autoencoder; in float32 where its config says that half precision overflows."""
-        vae = load_autoencoder(self.option, self.source, self.pictures)
+        vae = self.load()
         dtype = torch.float32 if vae.config.force_upcast else self.dtype
         return (vae if dtype == torch.float32 else vae.to(dtype)).to(self.device).eval().requires_grad_(False)
+
+    def load(self) -> AutoencoderKL:
+        """A copy in float32 on the CPU."""
+        return load_autoencoder(self.option, self.source, self.pictures)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that identify the autoencoder's weights."""
+        content = hashlib.sha256()
+        for name, weights in sorted(self.load().state_dict().items()):
+            content.update(name.encode() + weights.numpy().tobytes())
+        return content.hexdigest()[:16]
 
     def encoder(self) -> Encoder:
         """The stage that writes each picture's mean and log-variance."""
         return Encoder("image", ("mean", "logvar"), lambda: self.vae, encode, {"vae": self.source})
 
     def draw(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
-        """Scaled latents [B, c, h, w] drawn from a batch's posteriors; ValueError where another network made them."""
+        """Scaled latents [B, c, h, w] drawn from a batch's posteriors."""
         mean, logvar = batch["mean"], batch["logvar"]
-        if mean.shape[1:] != self.shape:
-            found = f"the data set's latents are {list(mean.shape[1:])}, its own {list(self.shape)}"
-            raise ValueError(f"{self.option} = {self.source}: {found}; encode the data with this autoencoder")
         return self.scaled(mean + (logvar / 2).exp() * rng.normal("latent", self.shape))
 
     @property
@@ -73,6 +99,13 @@ class LatentSpace:
     def decode(self, scaled: Tensor) -> Tensor:
         """Pixels [B, C, H, W] in [-1, 1], a little beyond where the decoder says so."""
         return decode(self.vae, scaled)
+
+
+def images_of(batch: dict[str, Any]) -> Tensor:
+    """The pictures [B, C, H, W] of a batch; ValueError for latents."""
+    if "image" not in batch:
+        raise ValueError("the data set holds latents, and this run needs pictures; conditional_ddpm.vae takes latents")
+    return batch["image"]
 
 
 @torch.no_grad()

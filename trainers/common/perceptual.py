@@ -29,7 +29,8 @@ class MultiScaleSSIM(nn.Module):
 
     def __init__(self, resolution: int) -> None:
         super().__init__()
-        fitting = [scale for scale in range(5) if (SSIM_WINDOW - 1) * 2**scale < resolution]
+        # the window must fit into the smallest scale, and what torchmetrics asks for is more for three scales and more
+        fitting = [s for s in range(5) if min(resolution >> s, resolution // max(1, s * s)) >= SSIM_WINDOW]
         weights = MS_SSIM_WEIGHTS[: len(fitting)]
         self.weights = tuple(weight / sum(weights) for weight in weights)
 
@@ -143,6 +144,8 @@ def put_weights(
     """Copies the weights of a file; ValueError where one is not there or has another shape."""
     for key, tensor in own.items():
         found = weights.get(names_in_file[key])
+        if key.endswith("num_batches_tracked"):  # older files lack it, and it matters in training only
+            continue
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else "missing"
             raise ValueError(

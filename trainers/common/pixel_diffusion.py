@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import Encoder, Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
-from trainers.common.latents import LatentSpace
+from trainers.common.latents import LatentSpace, images_of
 from trainers.common.model_files import Grid
 from trainers.common.objective import DDPMObjective
 from trainers.common.sampling import build_sampler, denoise, initial_noise, to_unit_range
@@ -108,7 +108,7 @@ class PixelDiffusionTrainer(Trainer):
 
     def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
         """What noise is added to, [B, c, h, w]."""
-        return batch["image"] if self.latents is None else self.latents.draw(batch, rng)
+        return images_of(batch) if self.latents is None else self.latents.draw(batch, rng)
 
     def network_settings(self) -> dict[str, Any]:
         """What the task sets in the network's config, whatever the file says."""

@@ -13,6 +13,7 @@ from trainers.engine.agreement import on_main
 from trainers.engine.drawing import draw, gather, own_share
 from trainers.engine.judges import load_classifier, load_features
 from trainers.engine.picture_metrics import (
+    LEAST_PICTURES,
     Described,
     as_labels,
     describe,
@@ -52,6 +53,7 @@ class Evaluation:
                 f"base.eval_steps = {base.eval_steps}: this task draws no pictures{without}; set it to null"
             )
         self.reconstructs = "example" in self.requests[0]
+        self._check(train_set)
         with accelerator.main_process_first():  # it downloads, the others find the file
             self.features = load_features(base.eval_features, device)
         self.classifier = load_classifier(base.eval_classifier, device) if base.eval_classifier else None
@@ -59,6 +61,18 @@ class Evaluation:
         self.fixed: dict[str, float] = {}  # what the classifier gets on held-out pictures
         self.recognise: Callable[[Tensor], Tensor] | None = None
         self.held_out_distances: Tensor | None = None
+
+    def _check(self, train_set: Any) -> None:
+        """Raises ValueError at the start for what would fail, or measure nothing, when the metrics are due."""
+        base = self.trainer.base
+        option = f"base.eval_steps = {base.eval_steps}"
+        if "image" not in train_set.get(0, None):
+            raise ValueError(f"{option}: the data set holds latents, and metrics compare pictures; set it to null")
+        if self.reconstructs and base.eval_features == "none":
+            raise ValueError(f"{option}: base.eval_features = none measures nothing of reconstructions; name a network")
+        if self.reconstructs and len(self.requests) < LEAST_PICTURES:
+            found = f"base.eval_num_samples and the validation set give {len(self.requests)} pictures"
+            raise ValueError(f"{option}: {found}, and metrics need {LEAST_PICTURES}; set it to null")
 
     def metrics(self) -> dict[str, float]:
         """The metrics of `eval_num_samples` pictures, the same on every rank."""

@@ -16,6 +16,7 @@ from trainers.engine.clock import Clock
 from trainers.engine.ema import EMA
 from trainers.engine.run_folder import publish_pipeline
 from trainers.engine.snapshot import full_tensor
+from trainers.engine.stopping import Abandoned
 from trainers.engine.tracking import Tracking
 from trainers.engine.validation import Validation
 
@@ -33,7 +34,11 @@ def export_pipeline(
 
     Raises OSError on every rank where the main process could not write.
     """
-    trainer.statistics = validation.training_statistics()
+    try:
+        trainer.statistics = validation.training_statistics()
+    except Abandoned:
+        accelerator.print(f"The pipeline of step {steps_done} is not written: the run is asked to stop")
+        return []
     live, output_dir = trainer.unwrapped, tracking.output_dir
     wanted = accelerator.is_main_process
     weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}

@@ -75,12 +75,16 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     schema = find_trainer(task, document["base"].get("trainer_class")).Config
     networks = [path.parent for path in sorted(folder.glob("*/config.json")) if not path.parent.name.endswith("_ema")]
     networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # that is frozen
-    networks = [folder] if (folder / "config.json").is_file() else networks
+    finished = (run / "config.json").is_file()  # a single network
+    networks = [run] if finished and (networks or folder == run) else networks
     training |= set(schema.training_only)
     whole = "model_config" in document[task] and len(networks) == 1
     training |= set(schema.initial_weights) if whole else set()
     kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
     kept[task] |= {"model_config": str(networks[0])} if whole else {}
+    if finished and not whole:  # what the checkpoint leaves out is in the finished network
+        replaced = {name: None for name in ("subfolder", "revision") if name in kept[task]}
+        kept[task] |= replaced | {"pretrained_model_name_or_path": str(run)}
     if kept[task].get("vae") and (run / "vae" / "config.json").is_file():
         kept[task]["vae"] = str(run / "vae")  # the pipeline's own
     return kept

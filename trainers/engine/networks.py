@@ -21,15 +21,17 @@ from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
 
 
-def build_trainer(accelerator: Accelerator, run: RunConfig, *datasets: Any | None) -> Trainer:
-    """The task's trainer, told where it runs and what its data (the training set first) holds.
+def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, *datasets: Any | None) -> Trainer:
+    """The task's trainer, told where it runs, for how long, and what its data (the training set first) holds.
 
     Sets the seed for its initial weights.
     """
     torch.manual_seed(run.base.seed)
     trainer = run.trainer_class(run.config, run.base)
     trainer.device, trainer.weight_dtype = accelerator.device, weight_dtype(accelerator)
+    trainer.total_steps = clock.total_steps
     trainer.label_names = getattr(datasets[0], "label_names", None)
+    trainer.encoded_by = getattr(datasets[0], "encoded_by", None)
     highest = [getattr(dataset, "highest_label", None) for dataset in datasets]
     trainer.highest_label = max((label for label in highest if label is not None), default=None)
     return trainer

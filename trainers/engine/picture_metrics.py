@@ -15,6 +15,7 @@ from torch import Tensor
 from trainers.engine.judges import Judge
 
 THUMBNAIL_SIZE = 32  # pixels; larger pictures are compared at this size
+LEAST_PICTURES = 5  # of either kind, for metrics of features
 KID_SUBSET_SIZE = 1000  # pictures, where there are as many
 
 
@@ -129,8 +130,9 @@ def feature_metrics(drawn: Tensor, real: Tensor) -> dict[str, float]:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    if min(len(drawn), len(real)) < 5:
-        raise ValueError(f"{len(drawn)} drawn and {len(real)} real pictures: metrics need at least 5 of each")
+    if min(len(drawn), len(real)) < LEAST_PICTURES:
+        found = f"{len(drawn)} drawn and {len(real)} real pictures"
+        raise ValueError(f"{found}: metrics need at least {LEAST_PICTURES} of each")
     if not (drawn.isfinite().all() and real.isfinite().all()):
         return dict.fromkeys(("fid", "kid", "precision", "recall"), math.nan)
     drawn, real = drawn.double(), real.double()

@@ -119,14 +119,14 @@ class Validation:
         return self.trainer.validation_summary(means)
 
     def training_statistics(self) -> dict[str, float]:
-        """Means of the task's data_statistics with the weights that the pipeline will hold."""
+        """Means of the task's data_statistics with the weights that the pipeline will hold; Abandoned by a signal."""
         wanted = self.trainer.statistics_samples
         if wanted == 0:
             return {}
         share = self._share(self.train_set, spread(len(self.train_set), wanted))
-        bar = passing_bar(self.accelerator, "measuring")
+        share, measure = self._watched("measuring")(share), self.trainer.data_statistics
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return mean_over(self.accelerator, self.stages, bar(share), self.base.seed, self.trainer.data_statistics)
+            return mean_over(self.accelerator, self.stages, share, self.base.seed, measure)
 
     def _share(self, dataset: Any, indices: Sequence[int]) -> Iterable[tuple[dict, float]]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
