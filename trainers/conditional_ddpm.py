@@ -79,8 +79,9 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
 
     def find_latents(self) -> LatentSpace | None:
         vae = self.config.vae
-        place = f"{TASK}.vae", vae, self.base, self.device, self.weight_dtype, self.encoded_by
-        return None if vae is None else LatentSpace(*place)
+        if vae is None:
+            return None
+        return LatentSpace(f"{TASK}.vae", vae, self.base, self.device, self.weight_dtype, self.encoded_by)
 
     def network_settings(self) -> dict[str, Any]:
         self.num_classes = count_classes(TASK, self, self.config.num_classes)
