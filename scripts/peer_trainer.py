@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainers.base import Positive
 from trainers.common.classes import count_classes
+from trainers.common.guidance import noise_levels
 from trainers.common.objective import DDPMObjective
 from trainers.common.pixel_diffusion import build_schedule
 from trainers.conditional_ddpm import ConditionalDDPMConfig, ConditionalDDPMTrainer
@@ -39,7 +40,7 @@ class PeerTrainer(ConditionalDDPMTrainer):
     def init_modules(self) -> dict[str, nn.Module]:
         config = self.config
         self.scheduler = build_schedule(config, prediction_type=config.prediction_type)
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()
+        self.sigma_of = noise_levels(self.scheduler)
         self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
         self.num_classes = count_classes("peer", self, config.num_classes)
         self.columns = list(range(self.num_classes))

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, read_metrics
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 
 from train import main
 from trainers.common.class_pipeline import ClassConditionalPipeline
-from trainers.common.guidance import Guidance, noise_level
+from trainers.common.guidance import Guidance, noise_levels
 from trainers.common.sampling import build_sampler
 from trainers.conditional_ddpm import ConditionalDDPMConfig, ConditionalDDPMTrainer
 from trainers.engine.config import ConfigError, load_config
@@ -63,10 +63,13 @@ def test_rescaled_guidance_has_the_standard_deviation_of_the_conditional_predict
 
 
 def test_noise_levels():
-    scheduler = DDPMScheduler(num_train_timesteps=100)
-    alpha_bar = scheduler.alphas_cumprod[40].item()
-    assert noise_level(scheduler.alphas_cumprod, 40) == pytest.approx(math.sqrt((1 - alpha_bar) / alpha_bar))
-    assert noise_level(torch.zeros(1), 0) == math.inf
+    scheduler = DDPMScheduler(num_train_timesteps=50, rescale_betas_zero_snr=True)
+    sigma_of, alpha_bar = noise_levels(scheduler), scheduler.alphas_cumprod[40].item()
+    assert sigma_of(40) == pytest.approx(math.sqrt((1 - alpha_bar) / alpha_bar))
+    assert sigma_of(torch.tensor(49)) == math.inf  # pure noise
+    of_flow = noise_levels(FlowMatchEulerDiscreteScheduler(num_train_timesteps=50))
+    assert of_flow(torch.tensor(12.5)) == pytest.approx(0.25 / 0.75)
+    assert of_flow(50) == math.inf
 
 
 def make(names=NAMES, **options):

@@ -515,7 +515,7 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     }
     run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.1, "ddpm.snr_gamma": 5.0})
     assert readers.pop("trainers.engine.averaging tolist") == 2  # validation metrics, raw and averaged
-    assert readers.pop("trainers.common.pixel_diffusion tolist") == 1  # the noise levels, before the first step
+    assert readers.pop("trainers.common.guidance tolist") == 1  # the noise levels, before the first step
     assert readers.pop("trainers.engine.divergence tolist") == 6  # of copies on the host, once the device is done
     assert readers.pop("trainers.engine.snapshot tolist") == 1  # one save
     assert readers == expected  # 6 steps, 2 log lines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
 from trainers.common.autoencoder_config import latent_grid
 from trainers.common.classes import count_classes, labels_of
-from trainers.common.guidance import ClassifierGuidance, Guidance, classifier_problems, noise_level
+from trainers.common.guidance import ClassifierGuidance, Guidance, classifier_problems
 from trainers.common.latents import LatentSpace, latents_problems, vae_config
 from trainers.common.model_files import Grid
 from trainers.common.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
@@ -47,6 +47,8 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
             yield from (("vae", problem) for problem in latents_problems(self.vae, base))
             if self.classifier is not None:
                 yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
+        if self.classifier is not None and self.objective == "rectified_flow":
+            yield "classifier", "has seen another noise than a flow's; leave it null"
         interval = self.guidance_interval
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             yield "guidance_interval", "must be [low, high] with 0 <= low < high"
@@ -135,8 +137,8 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         guidance = Guidance(config.guidance_scale, config.guidance_rescale, interval)
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            sigma = noise_level(self.alphas_cumprod, timestep)
-            prediction = guidance.predict(self._network, noisy, timestep, labels, self.num_classes, sigma)
+            asked = noisy, timestep, labels, self.num_classes, self.sigma_of(timestep)
+            prediction = guidance.predict(self._network, *asked)
             if self.classifier is not None:
                 prediction = self.classifier.guide(prediction, noisy, timestep, labels)
             return prediction
@@ -148,7 +150,7 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
 
         id2label = dict(enumerate(self.label_names)) if self.label_names else None
         vae = None if self.latents is None else self.latents.load()  # the one in use may be in half precision
-        pipeline = ClassConditionalPipeline(self.raw("unet"), self.scheduler, id2label, self.config.sampler, vae)
+        pipeline = ClassConditionalPipeline(self.raw("unet"), self.scheduler, id2label, self.config.chosen_sampler, vae)
         pipeline.save_pretrained(output_dir)
 
     @classmethod

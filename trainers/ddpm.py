@@ -25,8 +25,13 @@ class DDPMTrainer(PixelDiffusionTrainer):
     usage = (
         "from diffusers import DDPMPipeline\n"
         'pipeline = DDPMPipeline.from_pretrained("{output_dir}")\n'
-        'pipeline(num_inference_steps={ddpm_num_steps}).images[0].save("sample.png")'
+        'pipeline(num_inference_steps={steps}).images[0].save("sample.png")'
     )
+
+    def usage_of(self, location: str | Path) -> str:
+        config, flow = self.config, self.config.objective == "rectified_flow"
+        steps = config.ddpm_num_inference_steps if flow else config.ddpm_num_steps  # fewer want another sampler
+        return self.usage.format(output_dir=location, steps=steps)
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self.objective.loss(self._predict, self.clean(batch, rng), rng).mean(), {}

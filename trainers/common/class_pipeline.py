@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from trainers.common.guidance import Guidance, noise_level
+from trainers.common.guidance import Guidance, noise_levels
 from trainers.common.latents import decode
 from trainers.common.sampling import build_sampler, to_unit_range
 
@@ -15,8 +15,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """Draws pictures of classes by name or number.
 
     The network has one embedding more than there are classes; the last one means "no class". A `vae` decodes where
-    the network draws latents. `sampler` is ddpm, ddim or dpmsolver++; `id2label` gives names to numbers or is None: a
-    dict, as diffusers takes lists for components.
+    the network draws latents. `sampler` is a name that build_sampler knows; `id2label` gives names to numbers or is
+    None: a dict, as diffusers takes lists for components.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012  # as diffusers declares it
@@ -77,10 +77,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         sample = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
         scheduler = build_sampler(sampler or self.config.sampler, self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        guidance, sigma_of = Guidance(guidance_scale, guidance_rescale, guidance_interval), noise_levels(self.scheduler)
         for timestep in self.progress_bar(scheduler.timesteps):
-            sigma = noise_level(self.scheduler.alphas_cumprod, timestep)
-            prediction = guidance.predict(self._network, sample, timestep, labels, self.num_classes, sigma)
+            asked = sample, timestep, labels, self.num_classes, sigma_of(timestep)
+            prediction = guidance.predict(self._network, *asked)
             sample = scheduler.step(prediction.float(), timestep, sample, generator=generator).prev_sample
         images = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
         if output_type != "pt":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from torch import Tensor
 from trainers.base import Section
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, SchedulerMixin
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy [B, ...], timesteps, labels [B]) -> prediction [B, ...]
 
@@ -25,7 +26,7 @@ class Guidance:
 
     `scale` 1 is the conditional prediction and 0 the unconditional one; neither needs a second half of the batch.
     `rescale` in [0, 1] is phi of arXiv 2305.08891, section 3.4. Outside of `interval` (low, high) of the noise level
-    sigma = sqrt((1 - alpha_bar) / alpha_bar) the prediction is the conditional one, arXiv 2404.07724.
+    sigma (see noise_levels) the prediction is the conditional one, arXiv 2404.07724.
     """
 
     scale: float = 1.0
@@ -114,7 +115,14 @@ def classifier_problems(run: str, base: Section) -> Iterator[str]:
         yield f"sees pictures with {channels} channels, base.channels is {base.channels}; train one for these"
 
 
-def noise_level(alphas_cumprod: Sequence[float], timestep: Tensor | int) -> float:
-    """sigma of a timestep: sqrt((1 - alpha_bar) / alpha_bar)."""
-    alpha_bar = float(alphas_cumprod[int(timestep)])
-    return ((1 - alpha_bar) / alpha_bar) ** 0.5 if alpha_bar > 0 else float("inf")
+def noise_levels(scheduler: SchedulerMixin) -> Callable[[Tensor | float], float]:
+    """sigma(timestep), noise over signal: sqrt((1 - alpha_bar) / alpha_bar), or t / (1 - t) of a flow."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        total = scheduler.config.num_train_timesteps
+        return lambda timestep: _ratio(float(timestep) / total, 1 - float(timestep) / total)
+    alphas_cumprod = scheduler.alphas_cumprod.tolist()  # the scheduler's own moves to the device
+    return lambda timestep: _ratio((1 - alphas_cumprod[int(timestep)]) ** 0.5, alphas_cumprod[int(timestep)] ** 0.5)
+
+
+def _ratio(noise: float, signal: float) -> float:
+    return noise / signal if signal > 0 else math.inf

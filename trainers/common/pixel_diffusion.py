@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import Encoder, Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+from trainers.common.guidance import noise_levels
 from trainers.common.latents import LatentSpace, images_of
 from trainers.common.model_files import Grid
-from trainers.common.objective import DDPMObjective
+from trainers.common.objective import DDPMObjective, RectifiedFlow
 from trainers.common.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.unet2d import build_unet2d, unet2d_problems
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
     from torch import Tensor, nn
 
 
@@ -69,17 +70,43 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
 
     passive: ClassVar[tuple[str, ...]] = (*NoisyPixelsConfig.passive, "sampler", "ddpm_num_inference_steps")
 
+    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # what is learned; a flow predicts noise minus picture
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of the times that a flow is trained at
+    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures
+    time_logit_std: PositiveFloat = 1.0  # of logit_normal
+    time_shift: PositiveFloat = 1.0  # moves a flow's times towards noise, in training and sampling; 3 at 1024 pixels
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
-    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = "ddpm"  # for the pictures at validations
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: ddpm, or euler of a flow
     ddpm_num_inference_steps: Positive = 1000  # steps of the sampler
 
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"
+        yield from self._without_effect()
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             yield "ddpm_num_inference_steps", f"must be at most ddpm_num_steps = {self.ddpm_num_steps}"
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Options of the objective that was not chosen."""
+        fields, flow = type(self).__dataclass_fields__, self.objective == "rectified_flow"
+        of_flows = ("time_distribution", "time_shift")
+        of_diffusion = ("prediction_type", "snr_gamma", "ddpm_beta_schedule", "rescale_betas_zero_snr")
+        for option in of_diffusion if flow else of_flows:
+            if getattr(self, option) != fields[option].default:
+                yield option, f"has an effect with objective: {'ddpm' if flow else 'rectified_flow'} only"
+        for option in ("time_logit_mean", "time_logit_std"):
+            if self.time_distribution != "logit_normal" and getattr(self, option) != fields[option].default:
+                yield option, "has an effect with time_distribution: logit_normal only"
+        allowed = ("euler", "dpmsolver++") if flow else ("ddpm", "ddim", "dpmsolver++")
+        if self.sampler not in (None, *allowed):
+            yield "sampler", f"must be {', '.join(allowed)} or null with objective: {self.objective}"
+
+    @property
+    def chosen_sampler(self) -> str:
+        """The sampler's name, where it is null too."""
+        return self.sampler or ("euler" if self.objective == "rectified_flow" else "ddpm")
 
 
 class PixelDiffusionTrainer(Trainer):
@@ -92,12 +119,25 @@ class PixelDiffusionTrainer(Trainer):
         config = self.config
         self.latents = self.find_latents()
         grid = Grid.of(self.base) if self.latents is None else self.latents.grid
-        clip_sample = self.latents is None  # latents have no bounds
-        self.scheduler = build_schedule(config, prediction_type=config.prediction_type, clip_sample=clip_sample)
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # the scheduler's own moves to the device
-        self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
+        self.scheduler, self.objective = self._flow() if config.objective == "rectified_flow" else self._diffusion()
+        self.sigma_of = noise_levels(self.scheduler)
         settings = self.network_settings()
         return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)}
+
+    def _diffusion(self) -> tuple[DDPMScheduler, DDPMObjective]:
+        clip_sample = self.latents is None  # latents have no bounds
+        options = {"prediction_type": self.config.prediction_type, "clip_sample": clip_sample}
+        scheduler = build_schedule(self.config, **options)
+        return scheduler, DDPMObjective(scheduler, self.config.snr_gamma)
+
+    def _flow(self) -> tuple[FlowMatchEulerDiscreteScheduler, RectifiedFlow]:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = self.config
+        # by keyword: diffusers' from_config takes what came by position for a default, and drops it
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.ddpm_num_steps, shift=config.time_shift)
+        logit = (config.time_logit_mean, config.time_logit_std) if config.time_distribution == "logit_normal" else None
+        return scheduler, RectifiedFlow(scheduler, logit)
 
     def find_latents(self) -> LatentSpace | None:
         """The latents that the network sees instead of pixels."""
@@ -119,7 +159,7 @@ class PixelDiffusionTrainer(Trainer):
         generators, size = rng.generators(), self.base.resolution
         shape = (self.base.channels, size, size) if self.latents is None else self.latents.shape
         noise = initial_noise(shape, generators, self.device)
-        scheduler = build_sampler(self.config.sampler, self.scheduler)
+        scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)
         steps = self.config.ddpm_num_inference_steps
         frames, show = self.frames, self._as_pictures
         return show(denoise(predict, scheduler, noise, steps, generators, self.progress, frames, show))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, SchedulerMixin
+    from diffusers import SchedulerMixin
 
 
 def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device) -> Tensor:
@@ -44,10 +44,22 @@ def denoise(
     return sample
 
 
-def build_sampler(name: str, scheduler: DDPMScheduler) -> SchedulerMixin:
-    """The sampler ddpm, ddim or dpmsolver++ over the noise schedule that was trained with."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The sampler ddpm, ddim or dpmsolver++ over the noise that was trained with; of a flow euler or dpmsolver++.
 
+    Raises ValueError for another.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if name == "dpmsolver++":
+            config = scheduler.config
+            settings = {"num_train_timesteps": config.num_train_timesteps, "flow_shift": config.shift}
+            settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            return DPMSolverMultistepScheduler(**settings)
+        if name != "euler":
+            raise ValueError(f"sampler = {name}: a flow has euler or dpmsolver++")
+        return type(scheduler).from_config(scheduler.config)
     if name == "ddim":
         return DDIMScheduler.from_config(scheduler.config)
     if name == "dpmsolver++":
