@@ -110,7 +110,7 @@ def of_run(arguments: argparse.Namespace) -> Task:
     train_set, held_out = [datasets_lib.build(trainer.base, split) for split in ("train", "validation")]
     requests = trainer.evaluation_requests(arguments.number or 1000, held_out)
     if not requests:
-        without = " without base.validation_split" if held_out is None else ""
+        without = " without base.validation_split" if trainer.draws_held_out and held_out is None else ""
         raise ValueError(f"task {saved.task} draws no pictures{without}")
     drawn = drawn_pictures(trainer, requests, held_out, arguments.seed, arguments.batch_size)
     originals = [request["example"] for request in requests] if "example" in requests[0] else None

@@ -48,7 +48,7 @@ class Evaluation:
         self.watched = watched  # watched("what")(batches) shows a bar and ends with the run
         self.requests = trainer.evaluation_requests(base.eval_num_samples, validation_set)
         if not self.requests:
-            without = " without base.validation_split" if validation_set is None else ""
+            without = " without base.validation_split" if trainer.draws_held_out and validation_set is None else ""
             raise ValueError(
                 f"base.eval_steps = {base.eval_steps}: this task draws no pictures{without}; set it to null"
             )
