@@ -96,10 +96,11 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
 
 def describe(train_set: Any, keys: list[tuple[int, int]], batch: dict[str, Any]) -> None:
     for row, (slot, index) in enumerate(keys):
+        kind = "pixels" if "image" in batch else "latents"
         image = batch["image"][row] if "image" in batch else batch["mean"][row]
         name = train_set.name(index) if hasattr(train_set, "name") else f"example {index}"
         finite = "" if image.isfinite().all() else ", NOT FINITE"
-        print(f"    slot {slot}: {name}, values {image.min():.3g} to {image.max():.3g}{finite}")
+        print(f"    slot {slot}: {name}, {kind} {image.min():.3g} to {image.max():.3g}{finite}")
 
 
 def main() -> None:
