@@ -99,7 +99,7 @@ def main() -> None:
         base = load_config(options.config, options.overrides, datasets_lib.problems).base
         if base.random_flip:
             raise ValueError("base.random_flip = true: latents of mirrored pictures are not written; set it to false")
-        for problem in latents_problems(options.vae, base):
+        for problem in latents_problems(options.vae):
             raise ValueError(f"VAE = {options.vae}: {problem}")
         if not base.center_crop:
             print("every picture is cropped in the middle, as base.center_crop: true does it")

@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
 from trainers.base import Trainer
+from trainers.engine.averaging import mean_over
 from trainers.engine.drawing import draw, evaluation_mode
+from trainers.engine.encoding import FrozenStages
 from trainers.engine.inference import find_device
 from trainers.engine.judges import (
     ALLOWED_FEATURES,
@@ -50,7 +52,6 @@ from trainers.engine.picture_metrics import (
     spread,
     train_classifier,
 )  # fmt: skip
-from trainers.engine.randomness import SlotRandom
 from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
 from trainers.engine.validation import grid_of
 
@@ -77,16 +78,17 @@ def data_folder(folder: Path, resolution: int) -> Any:
 
 def held_out_metrics(trainer: Trainer, held_out: Any, numbers: list[int], size: int) -> dict[str, float]:
     """Means of the validation's metrics over held-out examples."""
-    sums: dict[str, float] = {}
-    with evaluation_mode(trainer):
+
+    def batches() -> Iterator[tuple[dict[str, Any], float]]:
         for start in tqdm(range(0, len(numbers), size), desc="held-out pictures"):
             chosen = numbers[start : start + size]
-            batch = default_collate([held_out.get(number, None) for number in chosen])
-            batch = {k: v.to(trainer.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            slots = torch.tensor(chosen, device=trainer.device)
-            found = trainer.validation_metrics(batch | {"slot": slots}, SlotRandom(0, slots, "validation"))
-            sums = {name: sums.get(name, 0.0) + rows.double().sum().item() for name, rows in found.items()}
-    means = trainer.validation_summary({name: total / len(numbers) for name, total in sums.items()})
+            batch = default_collate([{**held_out.get(number, None), "slot": number} for number in chosen])
+            yield {k: v.to(trainer.device) if isinstance(v, Tensor) else v for k, v in batch.items()}, 1.0
+
+    stages = FrozenStages(trainer.encoders(), trainer.device)
+    with evaluation_mode(trainer):
+        means = mean_over(stages, batches(), 0, trainer.validation_metrics)
+    means = trainer.validation_summary(means)
     return {name: value for name, value in means.items() if name != "loss"}  # its training-only terms are not loaded
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -213,6 +215,27 @@ def test_another_pretrained_network_is_refused_on_resume(trained, tmp_path, tiny
     changed = {place: str(tmp_path / "other"), "base.resume_from_checkpoint": "latest"}
     assert main([str(tiny_config("vae", "run", **options, **changed))]) == 1
     assert f'{place}: "{trained}" -> "{tmp_path / "other"}"' in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_measurement_of_latents_in_the_middle_of_a_run(tiny_config, monkeypatch, capsys):
+    """The pipeline of that step is given up; the run saves and ends as after any signal."""
+    measure, asked = VAETrainer.data_statistics, []
+
+    def interrupted(trainer, batch, rng):
+        if not asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(len(batch["slot"]))
+        return measure(trainer, batch, rng)
+
+    monkeypatch.setattr(VAETrainer, "data_statistics", interrupted)
+    path = tiny_config("vae", **RECONSTRUCTION, **{"base.save_model_steps": 2})
+    assert main([str(path)]) == 143
+    assert "The pipeline of step 2 is not written: the run is asked to stop" in capsys.readouterr().out
+    assert asked == [4]  # one batch of ten
+    folder = path.with_suffix("")
+    assert not (folder / "config.json").exists()
+    assert main([str(path), "base.resume_from_checkpoint=latest"]) == 0
+    assert (folder / "config.json").exists()
 
 
 def test_a_discriminator_that_would_never_start(tiny_config, capsys):

@@ -63,6 +63,12 @@ class Section:
         """Yields (option, what is wrong and what is allowed) for combinations that a type cannot express."""
         yield from ()
 
+    def without_effect(self, options: Iterable[str], condition: str, holds: bool) -> Iterator[tuple[str, str]]:
+        """Yields those of the options that were set though the condition does not hold that gives them an effect."""
+        for option in options:
+            if not holds and getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                yield option, f"has an effect with {condition} only"
+
 
 @dataclass(kw_only=True)
 class TrainerConfig(Section):
@@ -106,9 +112,8 @@ class TrainerConfig(Section):
             default = fields[option].default
             if getattr(self, option) != default and self.lr_scheduler != schedule:
                 yield option, f"has an effect with lr_scheduler: {schedule} only; leave it at {default}"
-        for option in ("ema_max_decay", "ema_inv_gamma", "ema_power"):
-            if not self.use_ema and getattr(self, option) != fields[option].default:
-                yield option, "has an effect with use_ema: true only"
+        averaging = ("ema_max_decay", "ema_inv_gamma", "ema_power")
+        yield from self.without_effect(averaging, "use_ema: true", self.use_ema)
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             yield "use_8bit_adam", "needs bitsandbytes: pip install diffloop[bitsandbytes]"
         rates = self.learning_rate.values() if isinstance(self.learning_rate, dict) else ()

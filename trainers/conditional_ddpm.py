@@ -44,7 +44,7 @@ class ConditionalDDPMConfig(PixelDiffusionConfig):
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.vae is not None:
-            yield from (("vae", problem) for problem in latents_problems(self.vae, base))
+            yield from (("vae", problem) for problem in latents_problems(self.vae))
             if self.classifier is not None:
                 yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
         if self.classifier is not None and self.objective == "rectified_flow":

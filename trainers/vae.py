@@ -91,25 +91,18 @@ class VAEConfig(TrainerConfig):
 
     def _without_effect(self) -> Iterator[tuple[str, str]]:
         """Options that another one switches off."""
-        fields = type(self).__dataclass_fields__
-        conditions = {
-            "adversarial_loss": (self.adversarial_loss is not None, ADVERSARIAL),
-            "perceptual_loss": (self.perceptual_loss is not None, ("perceptual_weight",)),
-            "reconstruction_loss: huber": (self.reconstruction_loss == "huber", ("huber_delta",)),
-            "kl_weight above 0": (self.kl_weight > 0, ("kl_warmup_steps",)),
-            "pretrained_model_name_or_path": (
-                self.pretrained_model_name_or_path is not None,
-                self.initial_weights[1:],
-            ),
-        }
-        for condition, (holds, options) in conditions.items():
-            for option in options:
-                if not holds and getattr(self, option) != fields[option].default:
-                    yield option, f"has an effect with {condition} only"
-        if self.decoder_only:
-            for option in ("kl_weight", "kl_warmup_steps", "estimate_shift"):
-                if getattr(self, option) != fields[option].default:
-                    yield option, "has no effect with decoder_only: the encoder stays as it is"
+        pretrained = self.pretrained_model_name_or_path is not None
+        for options, condition, holds in (
+            (ADVERSARIAL, "adversarial_loss", self.adversarial_loss is not None),
+            (("perceptual_weight",), "perceptual_loss", self.perceptual_loss is not None),
+            (("huber_delta",), "reconstruction_loss: huber", self.reconstruction_loss == "huber"),
+            (("kl_warmup_steps",), "kl_weight above 0", self.kl_weight > 0),
+            (self.initial_weights[1:], "pretrained_model_name_or_path", pretrained),
+        ):
+            yield from self.without_effect(options, condition, holds)
+        for option in ("kl_weight", "kl_warmup_steps", "estimate_shift"):
+            if self.decoder_only and getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                yield option, "has no effect with decoder_only: the encoder stays as it is"
 
     def _adversarial_problems(self, base: Section) -> Iterator[tuple[str, str]]:
         least = smallest_picture(self.discriminator_layers)

@@ -26,7 +26,7 @@ def vae_config(source: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def latents_problems(source: str, base: Section) -> Iterator[str]:
+def latents_problems(source: str) -> Iterator[str]:
     """Yields what is wrong with an option that names an autoencoder, as far as a local folder tells."""
     settings = vae_config(source)
     if settings is None and Path(source).exists():
@@ -54,7 +54,7 @@ class LatentSpace:
         self.option, self.source, self.device, self.dtype = option, source, device, dtype
         self.pictures = Grid.of(base)
         self.grid = latent_grid(vae_config(source) or self.vae.config, base.resolution)
-        if encoded_by not in (None, self.digest):
+        if encoded_by is not None and encoded_by != self.digest:
             raise ValueError(
                 f"{option} = {source}: the data set was encoded by another network; encode it with this one"
             )

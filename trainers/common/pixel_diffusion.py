@@ -84,21 +84,18 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
         yield from super().problems(base)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"
-        yield from self._without_effect()
+        yield from self._objective_problems()
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             yield "ddpm_num_inference_steps", f"must be at most ddpm_num_steps = {self.ddpm_num_steps}"
 
-    def _without_effect(self) -> Iterator[tuple[str, str]]:
-        """Options of the objective that was not chosen."""
-        fields, flow = type(self).__dataclass_fields__, self.objective == "rectified_flow"
-        of_flows = ("time_distribution", "time_shift")
+    def _objective_problems(self) -> Iterator[tuple[str, str]]:
+        """Options and samplers of the objective that was not chosen."""
+        flow, logit_normal = self.objective == "rectified_flow", self.time_distribution == "logit_normal"
         of_diffusion = ("prediction_type", "snr_gamma", "ddpm_beta_schedule", "rescale_betas_zero_snr")
-        for option in of_diffusion if flow else of_flows:
-            if getattr(self, option) != fields[option].default:
-                yield option, f"has an effect with objective: {'ddpm' if flow else 'rectified_flow'} only"
-        for option in ("time_logit_mean", "time_logit_std"):
-            if self.time_distribution != "logit_normal" and getattr(self, option) != fields[option].default:
-                yield option, "has an effect with time_distribution: logit_normal only"
+        yield from self.without_effect(of_diffusion, "objective: ddpm", not flow)
+        yield from self.without_effect(("time_distribution", "time_shift"), "objective: rectified_flow", flow)
+        of_logit = ("time_logit_mean", "time_logit_std")
+        yield from self.without_effect(of_logit, "time_distribution: logit_normal", logit_normal)
         allowed = ("euler", "dpmsolver++") if flow else ("ddpm", "ddim", "dpmsolver++")
         if self.sampler not in (None, *allowed):
             yield "sampler", f"must be {', '.join(allowed)} or null with objective: {self.objective}"

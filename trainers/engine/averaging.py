@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.engine.encoding import FrozenStages
@@ -16,19 +15,22 @@ OfExamples = Callable[[dict[str, Any], SlotRandom], dict[str, Tensor]]  # (batch
 
 
 def mean_over(
-    accelerator: Accelerator,
     stages: FrozenStages,
     batches: Iterable[tuple[dict, float]],
     seed: int,
     measure: OfExamples,
+    add_up: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> dict[str, float]:
-    """Means of `measure` over the examples of feeding.examples_once, with the same noise every time. Collective."""
+    """Means of `measure` over weighted batches, such as feeding.examples_once, with the same noise every time.
+
+    `add_up` sums over processes.
+    """
     sums: dict[str, Tensor] = {}
-    count = torch.zeros((), device=accelerator.device)
+    count = torch.zeros((), device=stages.device)
     for batch, weight in batches:
         rng = SlotRandom(seed, batch["slot"], "validation")
         for name, values in measure(stages.encode(batch), rng).items():
             sums[name] = sums.get(name, 0) + weight * values.float().sum()
         count += weight * len(batch["slot"])
-    totals = accelerator.reduce(torch.stack([*sums.values(), count]), "sum").tolist()
+    totals = add_up(torch.stack([*sums.values(), count])).tolist()
     return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.base import Trainer
-from trainers.engine.averaging import mean_over
+from trainers.engine.averaging import OfExamples, mean_over
 from trainers.engine.clock import Clock
 from trainers.engine.drawing import draw_samples, evaluation_mode
 from trainers.engine.ema import EMA
@@ -113,9 +114,7 @@ class Validation:
     def held_out_metrics(self) -> dict[str, float]:
         """What the task says of the validation set."""
         share = self._share(self.validation_set, range(len(self.validation_set)))
-        measure = self.trainer.validation_metrics
-        watched = self._watched("validating")(share)
-        means = mean_over(self.accelerator, self.stages, watched, self.base.seed, measure)
+        means = self._mean_over(self._watched("validating")(share), self.trainer.validation_metrics)
         return self.trainer.validation_summary(means)
 
     def training_statistics(self) -> dict[str, float]:
@@ -124,9 +123,13 @@ class Validation:
         if wanted == 0:
             return {}
         share = self._share(self.train_set, spread(len(self.train_set), wanted))
-        share, measure = self._watched("measuring")(share), self.trainer.data_statistics
+        bar = self._watched if self.stopping.waits else partial(passing_bar, self.accelerator)  # at the end it is done
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return mean_over(self.accelerator, self.stages, share, self.base.seed, measure)
+            return self._mean_over(bar("measuring")(share), self.trainer.data_statistics)
+
+    def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
+        add_up = partial(self.accelerator.reduce, reduction="sum")
+        return mean_over(self.stages, batches, self.base.seed, measure, add_up)
 
     def _share(self, dataset: Any, indices: Sequence[int]) -> Iterable[tuple[dict, float]]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
