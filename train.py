@@ -20,6 +20,7 @@ from trainers.engine.messages import Interrupted, is_message
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
     from trainers.engine import card, checkpoint, export, feeding, launch, optimization, reporting, resume
+    from trainers.engine.cache_filling import fill_caches
     from trainers.engine.clock import Clock
     from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
@@ -56,6 +57,7 @@ def train(run: RunConfig) -> Path:
         ema = EMA(networks, config) if config.use_ema else None
         stages = FrozenStages(trainer.encoders(), device)
         trainer.encoded = stages.encoded
+        train_set, validation_set = fill_caches(accelerator, stages, base, train_set, validation_set)
         meter, speed = Meter(accelerator), Speed()
         divergence = Divergence(accelerator, output_dir, base, clock, stopping)
 
@@ -72,7 +74,7 @@ def train(run: RunConfig) -> Path:
         sets = train_set, validation_set
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, tracking)
         export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
-        accelerator.print(reporting.start_block(accelerator, run, networks, clock, train_set))
+        accelerator.print(reporting.start_block(accelerator, run, trainer, networks, clock, train_set))
         with tracking, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
             done = clock.origin_step
             validation.make_up(done)

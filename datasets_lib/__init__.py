@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 from PIL import ImageColor
@@ -40,9 +40,13 @@ def build(args: Any, split: str) -> Any | None:
     if split == "validation" and args.validation_split is None:
         return None
     if args.dataset is not None:
-        return _call(_named_builder(args.dataset), args, split)
-    target = "datasets_lib.folder:build" if args.train_data_dir is not None else "datasets_lib.hub:build"
-    return _load(target)(args, split)
+        dataset = _call(_named_builder(args.dataset), args, split)
+    else:
+        target = "datasets_lib.folder:build" if args.train_data_dir is not None else "datasets_lib.hub:build"
+        dataset = _load(target)(args, split)
+    if split == "train" and args.class_data_dir is not None:
+        return _load("datasets_lib.prior:with_prior")(dataset, args)
+    return dataset
 
 
 def prepare(*datasets: Any, show_progress: bool) -> None:
@@ -70,9 +74,9 @@ def _named_builder(name: str) -> Callable:
 
 def _call(builder: Callable, args: Any, split: str) -> Any:
     try:
-        inspect.signature(builder).bind(args, split, **args.dataset_args)
+        signature(builder).bind(args, split, **args.dataset_args)
     except TypeError as error:
-        accepted = ", ".join(list(inspect.signature(builder).parameters)[2:]) or "none"
+        accepted = ", ".join(list(signature(builder).parameters)[2:]) or "none"
         raise ValueError(
             f"base.dataset_args is {args.dataset_args}, which base.dataset={args.dataset} does not take ({error}); "
             f"its arguments: {accepted}"

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from datasets_lib.choices import one_of
-from datasets_lib.decoded import DecodedImages, decode_all
-from datasets_lib.images import ImageError, ImageReader
+from datasets_lib.captions import Captions
+from datasets_lib.images import Size
+from datasets_lib.pictures import Pictures
 from datasets_lib.source import Source, digest
-from datasets_lib.transforms import crop, draw, flip, normalize
+from datasets_lib.transforms import View, draw, draw_view, normalize
 
 
 class ImageDataset:
     """Examples of one split, decoded on demand or, after `prepare`, once for all.
 
     `random` is False when `get` would not use its generator. `captioned` tells whether captions come from the data;
-    otherwise each is `args.caption`.
+    otherwise each is `args.caption`, which `caption_note` says.
     """
+
+    picture_columns = ("image",)  # what `image` and `image_keys` know, for caches of encoded pictures
 
     def __init__(self, source: Source, args: Any, split: str):
         if not len(source.images):
@@ -30,22 +33,16 @@ class ImageDataset:
         self.label_names = source.label_names
         self.highest_label = max(source.labels) if source.labels else None
         self.notes = source.notes
+        self.texts = Captions(source, args)
         self.captioned = source.captions is not None
         self.caption = args.caption
+        self.caption_note = self.texts.note
 
-        self.reader = ImageReader(
-            args.resolution, args.channels, args.interpolation, args.background_color, args.max_image_pixels
-        )
+        self.pictures = Pictures(source, self.rows, args)
+        self.resolution = args.resolution
         self.training = split == "train"
         self.center_crop = args.center_crop
         self.random_flip = args.random_flip
-
-        one_of("base.bad_images", args.bad_images, ("error", "skip"))
-        # One flag per image in shared memory: workers report what they find, and none is counted twice.
-        skipping = args.bad_images == "skip"
-        self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_() if skipping else None
-        self.cache_bytes = args.image_cache_mb * 2**20
-        self.decoded: DecodedImages | None = None
         self.random = self._is_random()
 
     def __len__(self) -> int:
@@ -54,88 +51,89 @@ class ImageDataset:
     @property
     def bad_count(self) -> int:
         """How many images were found broken so far and replaced, in all worker processes."""
-        return 0 if self.bad is None else int(self.bad.sum())
+        return self.pictures.bad_count
 
     def name(self, index: int) -> str:
         """Return the file, or the row, from which an example comes."""
-        return self.source.name(self.rows[index])
+        return self.pictures.name(index)
 
     def prepare(self, show_progress: bool = True) -> None:
         """Decode everything into memory if `args.image_cache_mb` holds it; call once, before workers start.
 
         The memory is per process. A broken image raises here, or is replaced, as it would be in `get`.
         """
-        least = len(self) * self.reader.channels * self.reader.resolution**2
-        if self.decoded is None and least <= self.cache_bytes:
-            self.decoded = decode_all(
-                len(self), self._resized_bytes, self._decode_or_skip, self.cache_bytes, show_progress
-            )
-            self.random = self._is_random()
+        self.pictures.prepare(show_progress)
+        self.random = self._is_random()
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
-        """Return {"image": float32 [C, H, W] in [-1, 1], "caption": str, and "label": int where the data has labels}.
+        """Return an example; every random decision draws from `generator`.
 
-        Every random decision draws from `generator`; without one: centre crop, no flip, first caption.
+        Without one: centre crop, no flip, first caption. "image" is float32 [C, H, W] in [-1, 1], "caption" str,
+        "original_size" int64 [2], height and width of the upright image, "crop_top_left" int64 [2], where the square
+        begins in the resized image; where the data has them "label" int, "mask" float32 [1, H, W] in [0, 1].
         """
+        position, pixels, size = self.pictures.read(index)
+        view, example = self._draw(position, size, generator)
+        if self.source.masks is not None:
+            pixels, example["mask"] = pixels[:-1], self._mask(pixels[-1:], view)
+        return {"image": normalize(view.cut(pixels, self.resolution)), **example}
+
+    def without_image(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
+        """Return the example that `get` would, with "flipped" (bool) instead of "image", which is not decoded.
+
+        Where broken images are replaced, each is decoded once to know it.
+        """
+        position = self.pictures.find(index)
+        view, example = self._draw(position, self.pictures.size(position), generator)
+        if self.source.masks is not None:
+            example["mask"] = self._mask(self.pictures.mask(position), view)
+        return {**example, "flipped": view.flipped}
+
+    def image(self, index: int, flipped: bool, column: str = "image") -> torch.Tensor:
+        """Return the centre of a picture, plain or mirrored: float32 [C, H, W] in [-1, 1]."""
+        _, pixels, size = self.pictures.read(index)
+        view = draw_view(size, self.resolution, None)._replace(flipped=flipped)
+        return normalize(view.cut(pixels[: self.pictures.reader.channels], self.resolution))
+
+    def image_keys(self, index: int, column: str = "image") -> tuple[str, ...]:
+        """Return hex digits that identify the content of `image`: plain and, where `get` may mirror it, mirrored."""
+        position = self.pictures.find(index)
+        return tuple(self.pictures.key(position, flipped) for flipped in (False, True)[: 1 + self._flips])
+
+    def image_count(self, column: str = "image") -> int:
+        """Return how many pictures the column draws from: `image` takes indices below it."""
+        return len(self)
+
+    def captions(self, column: str = "caption") -> Iterator[str]:
+        """Yield every text that `get` may return; those with shuffled tags once, in their order."""
+        return self.texts.all(self.rows)
+
+    @property
+    def _flips(self) -> bool:
+        return self.training and self.random_flip
+
+    def _draw(self, position: int, size: Size, generator: torch.Generator | None) -> tuple[View, dict[str, Any]]:
+        """The part of an example that is not pixels. The order of the draws: crop, flip, caption."""
         if not self.random:
             generator = None
-        position, pixels = self._pixels(index)
-        pixels = crop(pixels, self.reader.resolution, None if self.center_crop else generator)
-        if self.random_flip:
-            pixels = flip(pixels, generator)
-        example = {"image": normalize(pixels), "caption": self.caption}
+        view = draw_view(size, self.resolution, None if self.center_crop else generator)
+        if self.random_flip and generator is not None:
+            view = view._replace(flipped=bool(draw(2, generator)))
         row = self.rows[position]
+        example = {"caption": self.texts.draw(row, generator)}
         if self.source.labels is not None:
             example["label"] = self.source.labels[row]
-        if self.captioned:
-            example["caption"] = choose_caption(self.source.captions[row], generator)
-        return example
+        return view, {**example, "original_size": torch.tensor(size), "crop_top_left": view.top_left()}
+
+    def _mask(self, pixels: torch.Tensor, view: View) -> torch.Tensor:
+        return view.cut(pixels, self.resolution).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
     def _is_random(self) -> bool:
         if not self.training:
             return False
-        square = (self.reader.channels, self.reader.resolution, self.reader.resolution)
-        crops = not self.center_crop and (self.decoded is None or set(self.decoded.shapes) - {None} != {square})
-        return self.random_flip or crops or any(isinstance(text, list) for text in self.source.captions or ())
-
-    def _pixels(self, index: int) -> tuple[int, torch.Tensor]:
-        """Return the first usable position from `index` on, and its uint8 pixels."""
-        if self.bad is None:
-            return index, self._decode(index) if self.decoded is None else self.decoded[index]
-        for step in range(len(self)):
-            position = (index + step) % len(self)
-            if not self.bad[position]:
-                pixels = self._decode_or_skip(position) if self.decoded is None else self.decoded[position]
-                if pixels is not None:
-                    return position, pixels
-        raise ValueError(f"none of the {len(self)} images of {self.source.origin} can be read; check the data set")
-
-    def _decode(self, position: int) -> torch.Tensor:
-        row = self.rows[position]
-        try:
-            return self.reader.read(self.source.images[row])
-        except ImageError as error:
-            raise ImageError(
-                f"cannot use image {self.source.name(row)}: {error}; repair or remove it, "
-                "or set base.bad_images=skip to replace such images"
-            ) from error
-
-    def _decode_or_skip(self, position: int) -> torch.Tensor | None:
-        try:
-            return self._decode(position)
-        except ImageError as error:
-            if self.bad is None:
-                raise
-            self.bad[position] = True
-            if self.bad_count > max(1, len(self) // 10):
-                raise ValueError(
-                    f"{self.bad_count} of {len(self)} images cannot be read, and base.bad_images=skip replaces 10 % "
-                    f"at most; the last: {error}"
-                ) from error
-            return None
-
-    def _resized_bytes(self, position: int) -> int:
-        return self.reader.resized_bytes(self.source.images[self.rows[position]])
+        decoded, side = self.pictures.decoded, self.resolution
+        square = decoded is not None and {shape[1:] for shape in decoded.shapes if shape} == {(side, side)}
+        return self.random_flip or not (self.center_crop or square) or self.texts.random
 
 
 def select_rows(count: int, args: Any, split: str) -> list[int]:
@@ -155,10 +153,3 @@ def select_rows(count: int, args: Any, split: str) -> list[int]:
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise ValueError(f"base.max_train_samples is {args.max_train_samples}; give at least 1, or null for all")
     return sorted(order[held_out:][: args.max_train_samples])
-
-
-def choose_caption(caption: str | list[str], generator: torch.Generator | None) -> str:
-    """Draw one of several captions, the first without a generator."""
-    if isinstance(caption, str):
-        return caption
-    return caption[0] if generator is None else caption[draw(len(caption), generator)]

@@ -10,19 +10,28 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+from datasets_lib.images import Size
+
+Picture = tuple[torch.Tensor, Size]  # resized pixels, and the size before
+
 
 class DecodedImages:
-    """uint8 images [C, H, W] by position, views of one tensor: no copy, and one file descriptor for spawned workers."""
+    """uint8 images [C, H, W] by position, views of one tensor: no copy, and one file descriptor for spawned workers.
 
-    def __init__(self, sizes: list[int]):
-        self.offsets = [0, *itertools.accumulate(sizes)]
+    `sizes` has each image's (height, width) before it was resized.
+    """
+
+    def __init__(self, byte_counts: list[int]):
+        self.offsets = [0, *itertools.accumulate(byte_counts)]
         self.block = torch.empty(self.offsets[-1], dtype=torch.uint8)
-        self.shapes: list[tuple[int, int, int] | None] = [None] * len(sizes)
+        self.shapes: list[tuple[int, int, int] | None] = [None] * len(byte_counts)
+        self.sizes: list[Size | None] = [None] * len(byte_counts)
         self.same_shape = False
 
-    def put(self, position: int, pixels: torch.Tensor | None) -> None:
+    def put(self, position: int, picture: Picture | None) -> None:
         """Store an image, or None for one that cannot be decoded."""
-        if pixels is not None:
+        if picture is not None:
+            pixels, self.sizes[position] = picture
             self.shapes[position] = tuple(pixels.shape)
             self.block[self.offsets[position] : self.offsets[position + 1]] = pixels.flatten()
 
@@ -33,16 +42,17 @@ class DecodedImages:
             self.block = self.block.view(len(self.shapes), *self.shapes[0])
         return self
 
-    def __getitem__(self, position: int) -> torch.Tensor:
+    def __getitem__(self, position: int) -> Picture:
         if self.same_shape:
-            return self.block[position]
-        return self.block[self.offsets[position] : self.offsets[position + 1]].view(self.shapes[position])
+            return self.block[position], self.sizes[position]
+        flat = self.block[self.offsets[position] : self.offsets[position + 1]]
+        return flat.view(self.shapes[position]), self.sizes[position]
 
 
 def decode_all(
     count: int,
     resized_bytes: Callable[[int], int],
-    decode: Callable[[int], torch.Tensor | None],
+    decode: Callable[[int], Picture | None],
     budget: int,
     show_progress: bool,
 ) -> DecodedImages | None:
@@ -55,8 +65,8 @@ def decode_all(
         images = pool.map(decode, range(count))
         # The bar appears after three seconds, so that small data sets print nothing.
         progress = tqdm(images, "decoding images", count, delay=3, unit="image", disable=not show_progress)
-        for position, pixels in enumerate(progress):
-            decoded.put(position, pixels)
+        for position, picture in enumerate(progress):
+            decoded.put(position, picture)
     return decoded.finish()
 
 

@@ -18,14 +18,21 @@ def check_example(example: Any, args: Any) -> None:
         )
     if encoded:
         _check_latents(example["mean"], example["logvar"])
-    if "image" in example:
-        _check_image(example["image"], (args.channels, args.resolution, args.resolution))
+    for name in ("image", "class_image"):
+        if name in example:
+            _check_pixels(name, example[name], args.channels, args.resolution, "x / 127.5 - 1", -1)
+    if "mask" in example:
+        _check_pixels("mask", example["mask"], 1, args.resolution, "x / 255", 0)
+    for name, least in (("original_size", 1), ("crop_top_left", 0)):
+        for key in {name, f"class_{name}"} & example.keys():
+            _check_pair(key, example[key], least)
     label = example.get("label", 0)
     if type(label) is not int or label < 0:
         raise ValueError(f"an example's label must be an int of at least 0, got {label!r} ({type(label).__name__})")
-    caption = example.get("caption", "")
-    if not isinstance(caption, str):
-        raise ValueError(f"an example's caption must be a str, got {caption!r} ({type(caption).__name__})")
+    for name in ("caption", "class_caption"):
+        caption = example.get(name, "")
+        if not isinstance(caption, str):
+            raise ValueError(f"an example's {name} must be a str, got {caption!r} ({type(caption).__name__})")
 
 
 def _check_latents(mean: Any, logvar: Any) -> None:
@@ -37,17 +44,27 @@ def _check_latents(mean: Any, logvar: Any) -> None:
             raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
 
 
-def _check_image(image: Any, shape: tuple[int, int, int]) -> None:
+def _check_pixels(name: str, image: Any, channels: int, resolution: int, formula: str, least: int) -> None:
     if not isinstance(image, torch.Tensor) or image.dtype != torch.float32:
         found = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"an example's image must be a float32 tensor, got {found}")
-    if tuple(image.shape) != shape:
+        raise ValueError(f"an example's {name} must be a float32 tensor, got {found}")
+    if list(image.shape) != [channels, resolution, resolution]:
+        options = "1" if name == "mask" else "base.channels"
         raise ValueError(
-            f"an example's image has shape {list(image.shape)}, expected {list(shape)} "
-            "from base.channels, base.resolution, base.resolution"
+            f"an example's {name} has shape {list(image.shape)}, expected {[channels, resolution, resolution]} "
+            f"from {options}, base.resolution, base.resolution"
         )
     if not torch.isfinite(image).all():
-        raise ValueError("an example's image holds NaN or infinity; every value must be finite")
+        raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
     low, high = image.min().item(), image.max().item()
-    if low < -1 or high > 1:
-        raise ValueError(f"an example's image has values from {low:g} to {high:g}, expected [-1, 1]: x / 127.5 - 1")
+    if low < least or high > 1:
+        raise ValueError(f"an example's {name} has values from {low:g} to {high:g}, expected [{least}, 1]: {formula}")
+
+
+def _check_pair(name: str, pair: Any, least: int) -> None:
+    whole = isinstance(pair, torch.Tensor) and pair.dtype == torch.int64 and list(pair.shape) == [2]
+    if not whole or pair.min() < least:
+        raise ValueError(
+            f"an example's {name} must be an int64 tensor of 2 numbers of at least {least}, vertical and horizontal, "
+            f"got {pair!r}"
+        )

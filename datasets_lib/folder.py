@@ -1,4 +1,7 @@
-"""`train_data_dir`: images in a folder, with captions from metadata or text files, or labels from sub-folders."""
+"""`train_data_dir`: images in a folder, with captions from metadata or text files, or labels from sub-folders.
+
+It may also be a JSON-lines file that lists images.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets_lib.choices import one_of
+from datasets_lib.classes import class_folders, class_names, number_classes
 from datasets_lib.dataset import ImageDataset
-from datasets_lib.metadata import METADATA_FILES, find_metadata, read_metadata
-from datasets_lib.source import Source, check_caption, digest
+from datasets_lib.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
+from datasets_lib.source import Source, check_caption, digest, open_text
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -26,27 +30,47 @@ def build(args: Any, split: str) -> ImageDataset:
             f"base.image_column is {args.image_column!r}, but base.train_data_dir has no such columns; unset it, "
             "or load the folder with base.dataset_name"
         )
-    return ImageDataset(read_source(args, split), args, split)
-
-
-def read_source(args: Any, split: str) -> Source:
-    """Return the images, captions and labels of a split."""
     top = Path(args.train_data_dir).expanduser().resolve()
+    is_list = top.suffix == ".jsonl" and top.is_file()
+    return ImageDataset(read_list(top, args) if is_list else read_source(top, args, split), args, split)
+
+
+def read_list(file: Path, args: Any) -> Source:
+    """Return what a JSON-lines file lists; raise ValueError for a named split: such a file has one."""
+    if isinstance(args.validation_split, str):
+        raise ValueError(
+            f"base.validation_split is {args.validation_split!r}, but base.train_data_dir is the file {file}, which is "
+            "one split; give a fraction such as 0.1"
+        )
+    listed = read_pairs(file, args)
+    label_names = class_names(listed.classes)
+    notes = [f"classes from {file}: {', '.join(label_names)}"] if label_names else []
+    labels = number_classes(listed.classes, label_names, file.parent)
+    return as_source(listed, file.parent, labels, label_names, notes)
+
+
+def read_source(top: Path, args: Any, split: str) -> Source:
+    """Return the images, captions, labels and masks of a split of a folder."""
     if not top.is_dir():
-        raise FileNotFoundError(f"base.train_data_dir: there is no folder {top}; give a folder that holds images")
+        raise FileNotFoundError(
+            f"base.train_data_dir: there is no folder {top}; give a folder that holds images, or a .jsonl file that "
+            "lists them"
+        )
     folder, excluded = split_folder(top, args.validation_split, split)
     found, others = list_files(folder, excluded, top)
     metadata = find_metadata(folder, top)
     if metadata is not None:
-        images, captions, classes = read_metadata(metadata, folder, excluded, found, args)
+        listed = read_metadata(metadata, folder, excluded, found, args)
     else:
-        if args.label_column is not None:
-            raise ValueError(f"base.label_column is {args.label_column!r}, but there is no metadata in {top}; unset it")
-        images, captions = found, read_text_files(found, others, args.caption_column)
-        classes = class_folders(folder, images)
+        for option in ("label_column", "mask_column"):
+            if (column := getattr(args, option)) is not None:
+                raise ValueError(f"base.{option} is {column!r}, but there is no metadata in {top}; unset it")
+        captions = read_text_files(found, others, args.caption_column)
+        listed = Listed(found, captions, class_folders(folder, found), None)
+    images, classes = listed.images, listed.classes
     if split == "validation" and isinstance(args.validation_split, str):
         # A held-out folder may lack a class, so the numbers are always those of the training folder.
-        training = read_source(args, "train")
+        training = read_source(top, args, "train")
         label_names = training.label_names
         if metadata is None and label_names is not None:
             classes = [image.relative_to(folder).parts[0] for image in images]
@@ -57,12 +81,27 @@ def read_source(args: Any, split: str) -> Source:
     labels = number_classes(classes, label_names, folder)
     origin = "sub-folders" if metadata is None else metadata.name
     notes = [f"classes from the {origin} of {folder}: {', '.join(label_names)}"] if label_names else []
-    if left_out := len(found) - len(set(images)):
+    if left_out := len(set(found) - set(images) - set(listed.masks or ())):
         notes.append(f"{left_out} of {len(found)} images in {folder} are not in {metadata.name}: left out")
-    # Sizes but no modification times: a copied folder is the same data.
-    files = [(image.relative_to(folder).as_posix(), image.stat().st_size) for image in images]
-    fingerprint = digest(files, labels, captions)
-    return Source(images, str(folder), fingerprint, labels, label_names, captions, notes)
+    return as_source(listed, folder, labels, label_names, notes)
+
+
+def as_source(
+    listed: Listed, folder: Path, labels: list[int] | None, label_names: list[str] | None, notes: list[str]
+) -> Source:
+    """Return the images of a folder as rows; their paths below it and their sizes are its fingerprint."""
+    masks = [] if listed.masks is None else [name_and_size(mask, folder) for mask in listed.masks]
+    files = [name_and_size(image, folder) for image in listed.images]
+    fingerprint = digest(files, labels, listed.captions, *masks)
+    return Source(
+        listed.images, str(folder), fingerprint, labels, label_names, listed.captions, notes, masks=listed.masks
+    )
+
+
+def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
+    """Return the path below a folder and the bytes, but no time: a copied folder is the same data."""
+    # A mask may lie beside the folder of a split.
+    return Path(os.path.relpath(path, folder)).as_posix(), path.stat().st_size
 
 
 def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Path | None]:
@@ -76,7 +115,9 @@ def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Pa
     return (top / "train", None) if (top / "train").is_dir() else (top, held_out)
 
 
-def list_files(folder: Path, excluded: Path | None, top: Path) -> tuple[list[Path], list[Path]]:
+def list_files(
+    folder: Path, excluded: Path | None, top: Path, option: str = "train_data_dir"
+) -> tuple[list[Path], list[Path]]:
     """Return the images and the other files below a folder, in order; raise ValueError if there are no images."""
     files = list(_walk(folder, excluded, top))
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
@@ -84,7 +125,7 @@ def list_files(folder: Path, excluded: Path | None, top: Path) -> tuple[list[Pat
     if not images:
         raise ValueError(
             f"there are no images in {folder}: looked there and in its sub-folders for {', '.join(EXTENSIONS)} and saw "
-            f"{len(others)} other files; check base.train_data_dir"
+            f"{len(others)} other files; check base.{option}"
         )
     return images, others
 
@@ -111,38 +152,9 @@ def read_text_files(images: list[Path], others: list[Path], caption_column: str 
         return None
     captions = []
     for image in images:
-        path = texts.get(image.with_suffix(""))
-        text = None if path is None else path.read_text(encoding="utf-8").strip()
+        text = None
+        if (path := texts.get(image.with_suffix(""))) is not None:
+            with open_text(path) as file:
+                text = file.read().strip()
         captions.append(check_caption(text, f"image {image} (its text file: {image.stem}.txt)"))
     return captions
-
-
-def class_folders(folder: Path, images: list[Path]) -> list[str] | None:
-    """Return each image's first-level sub-folder, if these look like classes."""
-    parts = [image.relative_to(folder).parts for image in images]
-    looks_so = len({first for first, *_ in parts}) >= 2 and all(len(part) > 1 for part in parts)
-    return [first for first, *_ in parts] if looks_so else None
-
-
-def class_names(classes: list[str | int] | None) -> list[str] | None:
-    """Return the names in order, numbers by their value; None where classes are integers already."""
-    if classes is None or all(isinstance(item, int) for item in classes):
-        return None
-    names = {str(item) for item in classes}
-    numbered = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
-
-
-def number_classes(classes: list[str | int] | None, label_names: list[str] | None, folder: Path) -> list[int] | None:
-    """Return the number of each image's class."""
-    if classes is None:
-        return None
-    if label_names is None:  # the training set's classes are numbers
-        for item in classes:
-            if not str(item).isdecimal():
-                raise ValueError(f"the class of an image in {folder} is {item!r}; those to train on have numbers")
-        return [int(item) for item in classes]
-    for name in sorted({str(item) for item in classes}):
-        one_of(f"the class of an image in {folder}", name, label_names)
-    numbers = {name: number for number, name in enumerate(label_names)}
-    return [numbers[str(item)] for item in classes]

@@ -19,28 +19,22 @@ def build(args: Any, split: str) -> ImageDataset:
 
 def read_source(args: Any, split: str) -> Source:
     """Return the rows of the split "train", or of a named validation split."""
-    import datasets
-
     splits = load(args)
     named = split == "validation" and isinstance(args.validation_split, str)
     if named:
         rows = splits[one_of(f"base.validation_split of {args.dataset_name}", args.validation_split, splits)]
     else:
         rows = splits[one_of(f"the training split of {args.dataset_name}", "train", splits)]
-    column = image_column(rows.features, args.image_column)
+    masked = mask_column(rows.features, args.mask_column)
+    column = image_column({name: kind for name, kind in rows.features.items() if name != masked}, args.image_column)
     labels, label_names, notes = read_labels(rows, args.label_column)
-    captions = read_captions(rows, args.caption_column)
-    try:
-        # Decoding is ours, so that every kind of file and of fault is treated as in a folder.
-        encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except Exception as error:
-        raise ValueError(
-            f"base.image_column is {column!r}, whose {rows.features[column]} values are not images ({error}); "
-            f"the columns are: {', '.join(rows.features)}"
-        ) from error
-    images = EncodedImages(encoded, column, Path(args.dataset_name).expanduser().resolve())
-    fingerprint = digest(len(rows), sorted(rows.features), label_names, labels, captions, *images.some_bytes())
-    return Source(images, args.dataset_name, fingerprint, labels, label_names, captions, notes)
+    captions = read_captions(rows, args.caption_column, args.dataset_name)
+    folder = Path(args.dataset_name).expanduser().resolve()
+    images = encoded_images(rows, column, "image_column", folder)
+    masks = None if masked is None else encoded_images(rows, masked, "mask_column", folder)
+    sampled = [*images.some_bytes(), *(() if masks is None else masks.some_bytes())]
+    fingerprint = digest(len(rows), sorted(rows.features), label_names, labels, captions, *sampled)
+    return Source(images, args.dataset_name, fingerprint, labels, label_names, captions, notes, masks)
 
 
 def load(args: Any) -> dict[str, Any]:
@@ -100,6 +94,16 @@ def image_column(features: dict[str, Any], wanted: str | None) -> str:
     return found[0]
 
 
+def mask_column(features: dict[str, Any], wanted: str | None) -> str | None:
+    """Return the column of masks: the one asked for, or `mask` where it is a second one of type Image."""
+    from datasets import Image
+
+    if wanted is not None:
+        return one_of("base.mask_column", wanted, features)
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    return "mask" if "mask" in found and len(found) > 1 else None
+
+
 def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[str] | None, list[str]]:
     """Return labels, their names and notes: of the column asked for, or of the only ClassLabel."""
     from datasets import ClassLabel
@@ -118,7 +122,7 @@ def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[s
     return labels, getattr(rows.features[column], "names", None), []
 
 
-def read_captions(rows: Any, wanted: str | None) -> list[str | list[str]] | None:
+def read_captions(rows: Any, wanted: str | None, origin: str) -> list[str | list[str]] | None:
     """Return the captions of the column asked for, or of the first with a common name; None if there is none."""
     if wanted is not None:
         one_of("base.caption_column", wanted, rows.features)
@@ -126,9 +130,23 @@ def read_captions(rows: Any, wanted: str | None) -> list[str | list[str]] | None
     if column is None:
         return None
     return [
-        check_caption(text, f"row {row}, column {column!r} (base.caption_column),")
+        check_caption(text, f"row {row} of {origin}, column {column!r} (base.caption_column),")
         for row, text in enumerate(rows[column][:])
     ]
+
+
+def encoded_images(rows: Any, column: str, option: str, folder: Path) -> EncodedImages:
+    """Return a column's images, not decoded: that is ours, so that every kind of file is treated as in a folder."""
+    import datasets
+
+    try:
+        encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:
+        raise ValueError(
+            f"base.{option} is {column!r}, whose {rows.features[column]} values are not images ({error}); "
+            f"the columns are: {', '.join(rows.features)}"
+        ) from error
+    return EncodedImages(encoded, column, folder)
 
 
 class EncodedImages:

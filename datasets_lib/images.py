@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from datasets_lib.choices import one_of
 from datasets_lib.transforms import INTERPOLATIONS, resize, resized_size
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 PILLOW_LIMIT = 2 * 178956970  # pixels; above it Pillow refuses by itself
+Size = tuple[int, int]  # height, width
 
 
 class ImageError(ValueError):
@@ -52,13 +54,25 @@ class ImageReader:
 
     def read(self, source: Path | bytes | np.ndarray) -> torch.Tensor:
         """Return uint8 [C, H, W]; raise ImageError, which does not know the image's name, for whatever is wrong."""
+        return self.read_sized(source)[0]
+
+    def read_sized(self, source: Path | bytes | np.ndarray) -> tuple[torch.Tensor, Size]:
+        """Return what `read` does, and (height, width) of the upright image before it was resized."""
         try:
             with self._open(source) as image:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 image = to_mode(image, MODES[self.channels], self.background_color)
-            return resize(image, self.resolution, self.interpolation)
+            return resize(image, self.resolution, self.interpolation), image.size[::-1]
         except Exception as error:  # every decoder fails in its own way
+            raise ImageError(self._reason(error)) from error
+
+    def size(self, source: Path | bytes | np.ndarray) -> Size:
+        """Return (height, width) of the upright image from its header; raise ImageError if that cannot be read."""
+        try:
+            with self._open(source) as image:
+                return header_size(image)
+        except Exception as error:
             raise ImageError(self._reason(error)) from error
 
     def resized_bytes(self, source: Path | bytes | np.ndarray) -> int:
@@ -92,6 +106,32 @@ class ImageReader:
 
     def _limit(self) -> str:
         return f"base.max_image_pixels={self.max_image_pixels} is the limit"
+
+
+def header_size(image: Image.Image) -> Size:
+    """Return (height, width) of an opened image as it is upright, without decoding it if that can be had."""
+    if image.format == "TIFF":  # Pillow turns these by itself
+        return image.size[::-1]
+    # Pillow's PNG reader decodes to find an orientation, which may come after the pixels.
+    exif = Image.Image.getexif(image) if image.format == "PNG" and not _has_late_text(image.fp) else image.getexif()
+    turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return image.size if turned else image.size[::-1]
+
+
+def _has_late_text(file: IO[bytes]) -> bool:
+    """Whether a PNG has chunks after its pixels that may hold an orientation."""
+    position = file.tell()
+    file.seek(8)
+    seen: set[bytes] = set()
+    while b"IEND" not in seen and len(head := file.read(8)) == 8:
+        if b"IDAT" in seen and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            break
+        seen.add(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    else:
+        head = b""
+    file.seek(position)
+    return bool(head)
 
 
 def to_mode(image: Image.Image, mode: str, background: str) -> Image.Image:

@@ -74,6 +74,12 @@ def build(args: Any, split: str, path: str) -> LatentDataset:
         )
     if args.random_flip:
         raise ValueError("base.random_flip = true: latents cannot be mirrored; set it to false")
+    for option in ("trigger_word", "shuffle_tags", "class_data_dir"):
+        if getattr(args, option):
+            raise ValueError(
+                f"base.{option} = {getattr(args, option)}: latents have the captions with which they were encoded, and "
+                "no pictures of a class; unset it"
+            )
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     if index.get("format") != FORMAT:
         raise ValueError(f"{folder}: written by another version of diffloop; encode the data set again")

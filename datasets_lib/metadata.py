@@ -1,18 +1,29 @@
-"""metadata.jsonl and metadata.csv: which images a folder's data set has, their captions and classes."""
+"""Lists of images: metadata.jsonl and metadata.csv of a folder, or a JSON-lines file that is the data set itself."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets_lib.choices import one_of
-from datasets_lib.source import CAPTION_COLUMNS, check_caption
+from datasets_lib.source import CAPTION_COLUMNS, check_caption, open_text
 
-LABEL_COLUMN = "label"
+LABEL_COLUMN, MASK_COLUMN = "label", "mask"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+IMAGE_COLUMNS = ("image", "file_name")  # of a JSON-lines file; metadata has the second
+
+
+class Listed(NamedTuple):
+    """The images that a list names, in its order, and what it says of them, if it has such columns."""
+
+    images: list[Path]
+    captions: list[str | list[str]] | None
+    classes: list[str | int] | None
+    masks: list[Path] | None
 
 
 def find_metadata(*folders: Path) -> Path | None:
@@ -21,35 +32,57 @@ def find_metadata(*folders: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_metadata(
-    metadata: Path, folder: Path, excluded: Path | None, images: list[Path], args: Any
-) -> tuple[list[Path], list[str | list[str]] | None, list[str | int] | None]:
-    """Return the images that the metadata names, in its order, and their captions and classes if it has such columns.
+def read_metadata(metadata: Path, folder: Path, excluded: Path | None, images: list[Path], args: Any) -> Listed:
+    """Return what the metadata lists of the images in a folder.
 
     Rows for files outside of `folder`, or in its sub-folder `excluded`, belong to another split and are passed over.
     """
-    rows = _read_rows(metadata)
-    column = _column(metadata, rows, "caption_column", args.caption_column, CAPTION_COLUMNS)
-    label_column = _column(metadata, rows, "label_column", args.label_column, (LABEL_COLUMN,))
-    present, named, captions, labels = set(images), [], [], []
-    for number, row in enumerate(rows, 1):
-        path = _image_path(metadata, number, row)
-        if path in present:
-            named.append(path)
-            if column is not None:
-                captions.append(check_caption(row.get(column), f"image {path}, row {number} of {metadata},"))
-            if label_column is not None and (args.label_column or _is_label(row.get(label_column))):
-                labels.append(_check_label(row.get(label_column), f"row {number} of {metadata}"))
-        elif path.is_relative_to(folder) and not (excluded and path.is_relative_to(excluded)):
+    present = set(images)
+
+    def belongs(path: Path, place: str) -> bool:
+        if path not in present and path.is_relative_to(folder) and not (excluded and path.is_relative_to(excluded)):
             raise FileNotFoundError(
-                f"row {number} of {metadata} names {path}, which is not there or no image; "
-                "add the file or remove the row"
+                f"{place} names {path}, which is not there or no image; add the file or remove the row"
             )
-    if not named:
-        raise ValueError(f"{metadata} names no image in {folder}; give each image a row with its file_name")
+        return path in present
+
+    return _read(metadata, ("file_name",), belongs, folder, args)
+
+
+def read_pairs(file: Path, args: Any) -> Listed:
+    """Return what a JSON-lines file lists: {"image": path, "text": text} and columns as in metadata."""
+
+    def belongs(path: Path, place: str) -> bool:
+        _check_file(path, file.parent, place)
+        return True
+
+    return _read(file, IMAGE_COLUMNS, belongs, file.parent, args)
+
+
+def _read(file: Path, names: tuple[str, ...], belongs: Callable[[Path, str], bool], folder: Path, args: Any) -> Listed:
+    rows = _read_rows(file)
+    column = _column(file, rows, names, "caption_column", args.caption_column, CAPTION_COLUMNS)
+    label_column = _column(file, rows, names, "label_column", args.label_column, (LABEL_COLUMN,))
+    mask_column = _column(file, rows, names, "mask_column", args.mask_column, (MASK_COLUMN,))
+    images, captions, labels, masks = [], [], [], []
+    for number, row in enumerate(rows, 1):
+        place = f"row {number} of {file}"
+        path = _path(file, place, row, names)
+        if not belongs(path, place):
+            continue
+        images.append(path)
+        if column is not None:
+            captions.append(check_caption(row.get(column), f"image {path}, {place},"))
+        if label_column is not None and (args.label_column or _is_label(row.get(label_column))):
+            labels.append(_check_label(row.get(label_column), place))
+        if mask_column is not None:
+            masks.append(_path(file, place, row, (mask_column,)))
+            _check_file(masks[-1], file.parent, place)
+    if not images:
+        raise ValueError(f"{file} names no image in {folder}; give each image a row with its {names[0]}")
     # a column that is only called so may have holes; for tasks without classes that is no mistake
-    complete = label_column is not None and len(labels) == len(named)
-    return named, captions if column is not None else None, labels if complete else None
+    complete = label_column is not None and len(labels) == len(images)
+    return Listed(images, captions if column else None, labels if complete else None, masks if mask_column else None)
 
 
 def _is_label(label: Any) -> bool:
@@ -62,36 +95,45 @@ def _check_label(label: Any, place: str) -> str | int:
     return label
 
 
-def _read_rows(metadata: Path) -> list[dict]:
-    with metadata.open(encoding="utf-8-sig", newline="") as file:
-        if metadata.suffix == ".csv":
-            return list(csv.DictReader(file))
-        return [_parse(line, metadata) for line in file if line.strip()]
+def _read_rows(file: Path) -> list[dict]:
+    with open_text(file, newline="") as lines:
+        if file.suffix == ".csv":
+            return list(csv.DictReader(lines))
+        return [_parse(line, file) for line in lines if line.strip()]
 
 
-def _parse(line: str, metadata: Path) -> dict:
+def _parse(line: str, file: Path) -> dict:
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(row := json.loads(line), dict):
             return row
-    raise ValueError(f"{metadata} has the line {line.strip()!r}, which is not a JSON object; write one object a line")
+    raise ValueError(f"{file} has the line {line.strip()!r}, which is not a JSON object; write one object a line")
 
 
-def _column(metadata: Path, rows: list[dict], option: str, wanted: str | None, common: tuple[str, ...]) -> str | None:
+def _column(
+    file: Path, rows: list[dict], names: tuple[str, ...], option: str, wanted: str | None, common: tuple[str, ...]
+) -> str | None:
     """The column asked for, or the first with a common name, if there is one."""
-    columns = dict.fromkeys(column for row in rows for column in row if column != "file_name")
+    columns = dict.fromkeys(column for row in rows for column in row if column not in names)
     if wanted is not None:
-        return one_of(f"base.{option} (a column of {metadata})", wanted, columns)
+        return one_of(f"base.{option} (a column of {file})", wanted, columns)
     return next((name for name in common if name in columns), None)
 
 
-def _image_path(metadata: Path, number: int, row: dict) -> Path:
-    name = row.get("file_name")
-    if not name:
-        raise ValueError(f"row {number} of {metadata} has no file_name; name the image relative to {metadata.parent}")
+def _path(file: Path, place: str, row: dict, names: tuple[str, ...]) -> Path:
+    name = next((row[column] for column in names if row.get(column)), None)
+    if not isinstance(name, str):
+        raise ValueError(f"{place} has no {' or '.join(names)}; name the file relative to {file.parent}")
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise ValueError(
-            f"row {number} of {metadata} names {name!r}, which leads out of the folder; "
-            f"put the image below {metadata.parent} and name it relative to that"
+            f"{place} names {name!r}, which leads out of the folder; "
+            f"put the image below {file.parent} and name it relative to that"
         )
-    return metadata.parent / relative
+    return file.parent / relative
+
+
+def _check_file(path: Path, folder: Path, place: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{place} names {path}, which is not there; add the file or remove the row")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} is a link that leads out of {folder}; copy its files into the folder instead")

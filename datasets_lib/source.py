@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
@@ -15,8 +16,9 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 class Source:
     """Images and what is known of them, by row; folders, hub data sets and arrays all become one.
 
-    `images[row]` is a Path, encoded bytes, or a uint8 array [H, W] or [H, W, C]. A caption may be a list, of which one
-    is drawn. `fingerprint` identifies the content, on any machine. `notes` are lines for the start of the run.
+    `images[row]` is a Path, encoded bytes, or a uint8 array [H, W] or [H, W, C]; so is `masks[row]`, of the same size.
+    A caption may be a list, of which one is drawn. `fingerprint` identifies the content, on any machine. `notes` are
+    lines for the start of the run.
     """
 
     images: Sequence
@@ -26,6 +28,7 @@ class Source:
     label_names: list[str] | None = None
     captions: list[str | list[str]] | None = None
     notes: list[str] = field(default_factory=list)
+    masks: Sequence | None = None
 
     def name(self, row: int) -> str:
         """Return what an error message calls the image of a row."""
@@ -41,6 +44,16 @@ def digest(*parts: Any) -> str:
         # The length goes first, so that ("ab", "c") and ("a", "bc") differ.
         content.update(len(data).to_bytes(8, "little") + data)
     return content.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """Open a text file; raise a ValueError naming one that turns out not to be UTF-8."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def check_caption(caption: Any, place: str) -> str | list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from PIL import Image
@@ -31,23 +33,36 @@ def resize(image: Image.Image, resolution: int, interpolation: str) -> torch.Ten
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def crop(pixels: torch.Tensor, resolution: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Cut a square out of [C, H, W], in the centre or, with a generator, anywhere."""
-    _, height, width = pixels.shape
-    if height == width == resolution:
-        return pixels
-    top = _offset(height - resolution, generator)
-    left = _offset(width - resolution, generator)
-    return pixels[:, top : top + resolution, left : left + resolution]
+class View(NamedTuple):
+    """The square that an example shows of a resized picture, in pixels of it: from `top` and `left`, then mirrored."""
+
+    top: int
+    left: int
+    right: int  # pixels that are cut off at the right
+    flipped: bool = False
+
+    def top_left(self) -> torch.Tensor:
+        """Return int64 [2]: where the square begins in the resized picture; in the mirrored one if it is flipped."""
+        return torch.tensor([self.top, self.right if self.flipped else self.left])
+
+    def cut(self, pixels: torch.Tensor, resolution: int) -> torch.Tensor:
+        """Return the square of [C, H, W]."""
+        pixels = pixels[:, self.top : self.top + resolution, self.left : self.left + resolution]
+        return pixels.flip(-1) if self.flipped else pixels
+
+
+def draw_view(size: tuple[int, int], resolution: int, generator: torch.Generator | None) -> View:
+    """Return the square of a picture of (height, width) pixels: in the centre or, with a generator, anywhere."""
+    width, height = resized_size(size[::-1], resolution)
+    top = left = 0
+    if not height == width == resolution:
+        top = _offset(height - resolution, generator)
+        left = _offset(width - resolution, generator)
+    return View(top, left, width - resolution - left)
 
 
 def _offset(room: int, generator: torch.Generator | None) -> int:
     return room // 2 if generator is None else draw(room + 1, generator)
-
-
-def flip(pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Mirror [C, H, W] left to right for half of the draws; never without a generator."""
-    return pixels.flip(-1) if generator is not None and draw(2, generator) else pixels
 
 
 def draw(count: int, generator: torch.Generator) -> int:

@@ -53,7 +53,7 @@ from trainers.engine.picture_metrics import (
     train_classifier,
 )  # fmt: skip
 from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
-from trainers.engine.validation import grid_of
+from trainers.engine.grids import grid_of
 
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
 

@@ -28,7 +28,7 @@ from trainers.base import Trainer
 from trainers.engine.drawing import draw, evaluation_mode
 from trainers.engine.picture_metrics import spread
 from trainers.engine.sampling_arguments import add_sampling_arguments, positive, trainer_of
-from trainers.engine.validation import grid_of
+from trainers.engine.grids import grid_of
 
 SETTINGS = "settings.json"
 GIF_FRAMES = 40  # at most, of the steps of the sampler
@@ -86,8 +86,9 @@ def write(
     folder: Path, pictures: dict[str, Tensor], requests: list[dict], names: list[str] | None, columns: int | None
 ) -> None:
     """<name>.png is the grid, <name>/00000.png or <name>/<class>/00000.png are the pictures."""
+    texts = [request["prompt"] for request in requests] if "prompt" in requests[0] else None
     for name, images in pictures.items():
-        as_pil(grid_of([images], columns)).save(folder / f"{name}.png")
+        as_pil(grid_of([images], columns, texts)).save(folder / f"{name}.png")
         for number, (image, request) in enumerate(zip(images, requests, strict=True)):
             label = request.get("label")
             class_name = "" if label is None else str(names[label] if names else label)

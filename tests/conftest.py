@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
@@ -43,12 +44,20 @@ def fresh_accelerate(monkeypatch):
     GradientState._reset_state()
 
 
+def tiny(task):
+    """configs/tests/<task>.json, with the base model that it names made."""
+    path = ROOT / "configs" / "tests" / f"{task}.json"
+    if "outputs/tests/sd1" in path.read_text():
+        tiny_models.model("sd1")
+    return path
+
+
 @pytest.fixture
 def tiny_config(tmp_path):
     """config(task="ddpm", **{"base.seed": 1, ...}) -> path of a copy of configs/tests/<task>.json with these values."""
 
     def make(task="ddpm", name="config", **values):
-        document = json.loads((ROOT / "configs" / "tests" / f"{task}.json").read_text())
+        document = json.loads(tiny(task).read_text())
         document["base"]["output_dir"] = str(tmp_path / name)
         for key, value in values.items():
             section, _, option = key.partition(".")

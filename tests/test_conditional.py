@@ -29,11 +29,12 @@ def guided(guidance, sigma=1.0):
     """(prediction, conditional, unconditional, labels of each call) where the network multiplies by label + 1."""
     noisy, labels, batches = torch.randn(2, 1, 4, 4), torch.tensor([1, 4]), []
 
-    def network(noisy, timestep, labels):
-        batches.append(labels.tolist())
-        return noisy * (labels[:, None, None, None] + 1.0)
+    def network(noisy, timestep, condition):
+        batches.append(condition["labels"].tolist())
+        return noisy * (condition["labels"][:, None, None, None] + 1.0)
 
-    found = guidance.predict(network, noisy, torch.tensor(3), labels, 10, sigma)
+    asked, none = {"labels": labels}, {"labels": torch.full_like(labels, 10)}
+    found = guidance.predict(network, noisy, torch.tensor(3), asked, none, sigma)
     return found, noisy * torch.tensor([2.0, 5.0])[:, None, None, None], noisy * 11.0, batches
 
 
@@ -82,7 +83,7 @@ def make(names=NAMES, **options):
 
 def test_labels_are_dropped_per_example_in_training_only():
     trainer, seen = make(label_dropout=0.3), []
-    trainer._network = lambda noisy, timesteps, labels: seen.append(labels) or noisy
+    trainer._network = lambda noisy, timesteps, condition: seen.append(condition["class_labels"]) or noisy
     batch = {"image": torch.zeros(4000, 1, 16, 16), "label": torch.arange(4000) % 10, "slot": torch.arange(4000)}
     trainer.compute_loss(batch, SlotRandom(0, batch["slot"]), 0)
     dropped = seen[0] == 10

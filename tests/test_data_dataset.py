@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import pickle
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import datasets_lib
 from datasets_lib.dataset import ImageDataset, select_rows
+from datasets_lib.images import ImageReader
 from datasets_lib.source import Source
 
 DEFAULTS = {
@@ -28,6 +30,12 @@ DEFAULTS = {
     "label_column": None,
     "caption_column": None,
     "caption": "",
+    "trigger_word": None,
+    "shuffle_tags": False,
+    "keep_tags": 0,
+    "mask_column": None,
+    "class_data_dir": None,
+    "class_caption": None,
     "validation_split": None,
     "max_train_samples": None,
     "resolution": 16,
@@ -66,8 +74,9 @@ def image_dataset(images, split="train", known=None, **changed):
 
 def assert_same(left, right):
     assert left.keys() == right.keys()
-    assert torch.equal(left.pop("image"), right.pop("image"))
-    assert left == right
+    for key, value in left.items():
+        same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
+        assert same, key
 
 
 class Own:
@@ -275,7 +284,7 @@ def test_validation_and_center_crop_use_no_generator():
 
 def test_one_of_several_captions_is_drawn():
     known = {"captions": [["a", "b", "c"], "d"]}
-    dataset = image_dataset(random_images(2), known=known, center_crop=True, caption="unused")
+    dataset = image_dataset(random_images(2), known=known, center_crop=True)
     assert dataset.captioned
     assert dataset.random
     assert {dataset.get(0, seeded(seed))["caption"] for seed in range(30)} == {"a", "b", "c"}
@@ -293,7 +302,7 @@ def test_cached_examples_are_the_same_bits(same_size, known, split, random_flip)
     images = random_images(6, same_size)
     plain, cached = (image_dataset(images, split, known, random_flip=random_flip) for _ in range(2))
     cached.prepare()
-    assert cached.decoded.same_shape == same_size
+    assert cached.pictures.decoded.same_shape == same_size
     for index in range(6):
         assert_same(plain.get(index, seeded(index)), cached.get(index, seeded(index)))
         assert_same(plain.get(index, None), cached.get(index, None))
@@ -320,19 +329,19 @@ def test_the_cache_is_used_only_if_everything_fits(side, count, fits):
     images = [np.zeros((side, side, 4), dtype=np.uint8)] * count
     dataset = image_dataset(images, resolution=512, channels=4, image_cache_mb=1)
     dataset.prepare()
-    assert (dataset.decoded is not None) == fits
+    assert (dataset.pictures.decoded is not None) == fits
 
 
 def test_the_cache_counts_the_long_side_too():
     dataset = image_dataset([np.zeros((512, 520, 4), dtype=np.uint8)], resolution=512, channels=4, image_cache_mb=1)
     dataset.prepare()
-    assert dataset.decoded is None
+    assert dataset.pictures.decoded is None
 
 
 def test_a_cache_of_zero_is_off():
     dataset = image_dataset(random_images(1), image_cache_mb=0)
     dataset.prepare()
-    assert dataset.decoded is None
+    assert dataset.pictures.decoded is None
 
 
 @pytest.mark.parametrize("prepared", [True, False])
@@ -345,12 +354,173 @@ def test_a_pickled_data_set_gives_the_same_examples(prepared):
     assert_same(copy.get(2, seeded(3)), dataset.get(2, seeded(3)))
 
 
+# --- sizes, crops and what a cache of encoded pictures asks for
+
+
+def grid(height, width, turned=1):
+    """An image file whose pixels tell where they are: red counts rows, green columns of the upright picture."""
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    upright = Image.fromarray(np.stack([rows, columns, 0 * rows], axis=2))
+    back = {1: None, 6: Image.Transpose.ROTATE_90, 5: Image.Transpose.TRANSPOSE}[turned]
+    stored = upright if back is None else upright.transpose(back)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    file = io.BytesIO()
+    stored.save(file, "png", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("kind", ["bytes", "turned", "array"])
+def test_the_crop_says_where_each_pixel_was(prepared, kind):
+    image = {
+        "bytes": grid(16, 21),
+        "turned": grid(16, 21, turned=6),
+        "array": np.asarray(Image.open(io.BytesIO(grid(16, 21)))),
+    }[kind]
+    dataset = image_dataset([image], random_flip=True)
+    if prepared:
+        dataset.prepare()
+    seen = set()
+    for seed in range(60):
+        example = dataset.get(0, seeded(seed))
+        assert example["original_size"].tolist() == [16, 21]
+        columns = ((example["image"][1, 0] + 1) * 127.5).round().long()
+        flipped = bool(columns[0] > columns[1])
+        top, left = example["crop_top_left"].tolist()
+        expected = 20 - columns[0] if flipped else columns[0]  # in the mirrored picture column c is 20 - c
+        assert (top, left) == (0, expected)
+        seen.add((flipped, left))
+    assert len(seen) == 12
+    assert dataset.get(0, None)["crop_top_left"].tolist() == [0, 2]
+
+
+def test_the_original_size_is_that_before_resizing():
+    dataset = image_dataset([np.zeros((40, 100, 3), dtype=np.uint8)])
+    example = dataset.get(0, None)
+    assert (example["original_size"].tolist(), example["crop_top_left"].tolist()) == ([40, 100], [0, 12])
+    assert example["original_size"].dtype == example["crop_top_left"].dtype == torch.int64
+
+
+def several_kinds():
+    return [*random_images(3), *encoded(random_images(2)), grid(20, 30, turned=5), grid(30, 20, turned=6)]
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_an_example_without_its_image_agrees_with_the_whole_one(prepared, random_flip, monkeypatch):
+    known = {"captions": [["a", "b", "c"]] * 7, "labels": list(range(7))}
+    dataset = image_dataset(several_kinds(), known=known, center_crop=True, random_flip=random_flip)
+    if prepared:
+        dataset.prepare()
+    keys = [(index, seed) for index in range(7) for seed in (None, 1, 2, 3, 4)]
+    whole = [dataset.get(index, None if seed is None else seeded(seed)) for index, seed in keys]
+    images = [example.pop("image") for example in whole]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageReader, "read_sized", None)  # nothing is decoded
+        without = [dataset.without_image(index, None if seed is None else seeded(seed)) for index, seed in keys]
+    flips = [example.pop("flipped") for example in without]
+    for (index, _), left, right, image, flipped in zip(keys, whole, without, images, flips, strict=True):
+        assert_same(left, right)
+        assert torch.equal(image, dataset.image(index, flipped))
+    assert set(flips) == ({True, False} if random_flip else {False})
+
+
+def test_without_an_image_random_crops_are_the_same_too():
+    dataset = image_dataset(several_kinds(), random_flip=True)
+    for index in range(7):
+        whole, without = dataset.get(index, seeded(index)), dataset.without_image(index, seeded(index))
+        without.pop("flipped"), whole.pop("image")
+        assert_same(whole, without)
+
+
+def test_keys_tell_pictures_apart_by_content_and_by_what_makes_their_pixels():
+    images = encoded(random_images(2))
+    plain = image_dataset(images).image_keys(0)
+    assert len(plain) == 1
+    assert len(plain[0]) == 64
+    both = image_dataset(images, random_flip=True).image_keys(0)
+    assert both[0] == plain[0]
+    assert len(set(both)) == 2
+    assert image_dataset(images, "validation", random_flip=True).image_keys(0) == plain
+    same = [image_dataset(images[::-1], center_crop=True, max_image_pixels=5000, caption="x").image_keys(1)]
+    same += [image_dataset([images[0]], image_cache_mb=0, bad_images="skip").image_keys(0)]
+    assert same == [plain, plain]
+    changes = {"resolution": 8, "channels": 1, "interpolation": "nearest", "background_color": "black"}
+    others = [image_dataset(images, **{option: value}).image_keys(0) for option, value in changes.items()]
+    others += [image_dataset(images).image_keys(1), image_dataset(random_images(1)).image_keys(0)]
+    assert len({plain, *others}) == 7
+
+
+def test_keys_of_arrays_see_shape_and_type():
+    arrays = [np.zeros((16, 32), dtype=np.uint8), np.zeros((32, 16), dtype=np.uint8), np.zeros((16, 32, 1), np.uint8)]
+    keys = [image_dataset([array]).image_keys(0) for array in arrays]
+    assert len(set(keys)) == 3
+    assert image_dataset([arrays[0].copy()]).image_keys(0) == keys[0]
+
+
+def test_a_key_is_remembered_and_the_file_is_named_where_it_cannot_be_read(tmp_path):
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "a.png")
+    dataset = image_dataset([tmp_path / "a.png", tmp_path / "b.png"])
+    before = dataset.image_keys(0)
+    (tmp_path / "a.png").unlink()
+    assert dataset.image_keys(0) == pickle.loads(pickle.dumps(dataset)).image_keys(0) == before
+    with pytest.raises(ValueError, match=r"cannot use image .*b\.png: .*No such file"):
+        dataset.image_keys(1)
+    with pytest.raises(ValueError, match=r"cannot use image .*b\.png: .*No such file"):
+        dataset.without_image(1, None)
+
+
+def ask(dataset, queue):
+    queue.put((dataset.image_keys(0), dataset.without_image(0, seeded(1))["flipped"]))
+
+
+def test_a_spawned_worker_gives_the_same_keys():
+    dataset = image_dataset(encoded(random_images(1)), random_flip=True, center_crop=True)
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    worker = context.Process(target=ask, args=(dataset, queue))
+    worker.start()
+    assert queue.get() == (dataset.image_keys(0), dataset.without_image(0, seeded(1))["flipped"])
+    worker.join(30)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_replaced_picture_has_the_key_and_the_columns_of_the_one_instead_of_it(prepared):
+    files = [*encoded(random_images(19)), b""]
+    files[4] = files[4][: len(files[4]) // 2]  # the header is whole
+    known = {"labels": list(range(20)), "captions": [str(number) for number in range(20)]}
+    dataset = image_dataset(files, bad_images="skip", center_crop=True, known=known)
+    if prepared:
+        dataset.prepare()
+    assert [dataset.without_image(index, None)["label"] for index in (3, 4, 19)] == [3, 5, 0]
+    assert dataset.image_keys(4) == dataset.image_keys(5)
+    assert torch.equal(dataset.image(4, False), dataset.get(5, None)["image"])
+    assert dataset.bad_count == 2
+
+
+def test_all_captions_of_a_split():
+    known = {"captions": [["a", "b"], "c", "d"]}
+    assert list(image_dataset(random_images(3), known=known).captions()) == ["a", "b", "c", "d"]
+    halves = [
+        list(image_dataset(random_images(3), split, known, validation_split=0.34).captions())
+        for split in ("train", "validation")
+    ]
+    assert sorted(halves[0] + halves[1]) == ["a", "b", "c", "d"]
+    assert list(image_dataset(random_images(2), caption="x").captions()) == ["x", "x"]
+
+
+def test_fingerprints_of_earlier_versions_hold():
+    """Checkpoints refuse another fingerprint: these are of version 0.1.0."""
+    assert datasets_lib.build(settings(dataset="digits"), "train").fingerprint == "fc31403845377508"
+    held_out = datasets_lib.build(settings(dataset="digits", validation_split=0.1), "validation")
+    assert held_out.fingerprint == "de1ceff38db66463"
+
+
 # --- broken images
 
 
 def encoded(images, broken=()):
-    import io
-
     files = []
     for number, image in enumerate(images):
         file = io.BytesIO()
@@ -433,6 +603,27 @@ GOOD = {"image": torch.zeros(3, 16, 16), "label": 0, "caption": ""}
         ({**GOOD, "label": -1}, r"label must be an int of at least 0, got -1 \(int\)"),
         ({**GOOD, "label": "cat"}, r"label must be an int of at least 0, got 'cat' \(str\)"),
         ({**GOOD, "caption": None}, r"caption must be a str, got None \(NoneType\)"),
+        ({**GOOD, "class_caption": 3}, r"class_caption must be a str, got 3 \(int\)"),
+        (
+            {**GOOD, "class_image": torch.zeros(1, 16, 16)},
+            r"class_image has shape \[1, 16, 16\], expected \[3, 16, 16\]",
+        ),
+        (
+            {**GOOD, "mask": torch.zeros(3, 16, 16)},
+            r"mask has shape \[3, 16, 16\], expected \[1, 16, 16\] from 1, base.res",
+        ),
+        ({**GOOD, "mask": torch.full((1, 16, 16), -1.0)}, r"mask has values from -1 to -1, expected \[0, 1\]: x / 255"),
+        ({**GOOD, "mask": torch.zeros(1, 16, 16).int()}, "mask must be a float32 tensor, got torch.int32"),
+        (
+            {**GOOD, "original_size": torch.tensor([0, 3])},
+            r"original_size must be an int64 tensor of 2 numbers of at least 1",
+        ),
+        ({**GOOD, "original_size": (3, 3)}, r"original_size must be .*, vertical and horizontal, got \(3, 3\)"),
+        (
+            {**GOOD, "crop_top_left": torch.tensor([0.0, 3.0])},
+            r"crop_top_left must be an int64 tensor of 2 numbers of at least 0",
+        ),
+        ({**GOOD, "class_crop_top_left": torch.tensor([0])}, r"class_crop_top_left must be an int64 tensor"),
     ],
 )
 def test_what_is_wrong_with_an_example_is_said(example, message):
@@ -443,6 +634,9 @@ def test_what_is_wrong_with_an_example_is_said(example, message):
 def test_a_good_example_passes():
     datasets_lib.check_example(GOOD, settings())
     datasets_lib.check_example({"image": torch.ones(3, 16, 16)}, settings())
+    pairs = {"original_size": torch.tensor([1, 5]), "crop_top_left": torch.tensor([0, 3])}
+    more = {"mask": torch.ones(1, 16, 16), "class_image": -torch.ones(3, 16, 16), "class_caption": "x"}
+    datasets_lib.check_example({**GOOD, **pairs, **more}, settings())
 
 
 # --- imports

@@ -240,7 +240,7 @@ def test_a_caption_column_needs_metadata(tmp_path):
     [
         ("{file_name: a}", ValueError, "has the line '{file_name: a}', which is not a JSON object"),
         ("[1]", ValueError, r"has the line '\[1\]', which is not a JSON object"),
-        ({"text": "x"}, ValueError, "row 1 of .* has no file_name; name the image relative to"),
+        ({"text": "x"}, ValueError, "row 1 of .* has no file_name; name the file relative to"),
         ({"file_name": "gone.png"}, FileNotFoundError, "row 1 of .* names .*gone.png, which is not there or no image"),
         ("", ValueError, "names no image in .*; give each image a row"),
     ],

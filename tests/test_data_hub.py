@@ -206,7 +206,7 @@ def test_labels_must_be_integers(build, tmp_path, labels):
 
 @pytest.mark.parametrize("texts", [["a", None], ["a", " "]])
 def test_a_missing_caption_names_its_row(build, tmp_path, texts):
-    with pytest.raises(ValueError, match=r"row 1, column 'text' \(base.caption_column\), has no caption"):
+    with pytest.raises(ValueError, match=r"row 1 of .*t, column 'text' \(base.caption_column\), has no caption"):
         build(table(tmp_path / "t", text=texts))
 
 

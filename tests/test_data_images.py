@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 
 from datasets_lib.images import ImageError, ImageReader
 from datasets_lib.transforms import resized_size
@@ -185,3 +185,45 @@ def test_downscaling_is_antialiased():
     # Every other column is white: without antialiasing the result is all black or all white.
     assert reader(1, resolution=32).read(stripes).float().mean().item() == pytest.approx(127.5, abs=1)
     assert set(reader(1, resolution=32, interpolation="nearest").read(stripes).unique().tolist()) <= {0, 255}
+
+
+# --- sizes from headers
+
+
+def late_exif(path, orientation):
+    """A PNG whose orientation comes after its pixels."""
+    Image.new("RGB", (40, 20)).save(path)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    content = path.read_bytes()
+    path.write_bytes(content[:-12] + chunk + content[-12:])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "late.png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_says_the_size_of_the_upright_picture(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    if name == "late.png":
+        late_exif(tmp_path / name, orientation)
+    else:
+        Image.new("RGB", (40, 20)).save(tmp_path / name, exif=exif)
+    expected = (20, 40) if orientation < 5 else (40, 20)
+    assert reader().size(tmp_path / name) == reader().read_sized(tmp_path / name)[1] == expected
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.gif", "a.bmp"])
+def test_a_size_needs_no_decoding(tmp_path, name, monkeypatch):
+    Image.new("RGB", (40, 20)).save(tmp_path / name)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert reader().size(tmp_path / name) == (20, 40)
+
+
+def test_a_size_without_a_header(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ImageError, match="it is empty or in no known image format"):
+        reader().size(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="base.max_image_pixels=9 is the limit"):
+        reader(limit=9).size(saved(Image.new("RGB", (40, 20)), tmp_path / "b.png"))

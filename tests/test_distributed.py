@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import launch, losses, read_metrics
+from conftest import launch, losses, read_metrics, tiny
 from test_resume import final_state, forget_after
 
 from trainers import TRAINERS
@@ -19,7 +19,7 @@ TWO, ONE = ["base.train_batch_size=4"], ["base.train_batch_size=4", "base.gradie
 
 def run(folder, *options, processes, task="ddpm"):
     schedule = [f"{task}.lr_scheduler=cosine", f"{task}.lr_warmup_steps=2"]
-    arguments = [f"configs/tests/{task}.json", f"base.output_dir={folder}", *COMMON, *schedule, *options]
+    arguments = [tiny(task), f"base.output_dir={folder}", *COMMON, *schedule, *options]
     done = launch(*arguments, processes=processes)
     assert done.returncode == 0, done.stderr
     return folder, done

@@ -180,7 +180,8 @@ def test_an_autoencoder_that_overflows_in_half_precision_stays_in_float32(force_
     assert found.vae.dtype == dtype
     encoder = found.encoder()
     columns = encoder.encode(encoder.build(), torch.zeros(2, 1, 16, 16))
-    assert {rows.dtype for rows in columns.values()} == {torch.float32}
+    assert {rows.dtype for rows in columns.values()} == {dtype}
+    assert found.draw(columns, SlotRandom(0, torch.arange(2))).dtype == torch.float32
     assert found.decode(torch.zeros(2, 2, 8, 8)).dtype == torch.float32
 
 

@@ -5,5 +5,7 @@ TRAINERS = {
     "ddpm": "trainers.ddpm:DDPMTrainer",
     "conditional_ddpm": "trainers.conditional_ddpm:ConditionalDDPMTrainer",
     "vae": "trainers.vae:VAETrainer",
+    "lora": "trainers.sd_lora:LoRATrainer",
+    "text_to_image": "trainers.text_to_image:TextToImageTrainer",
     "noisy_classifier": "trainers.noisy_classifier:NoisyClassifierTrainer",
 }

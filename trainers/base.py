@@ -7,7 +7,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -74,9 +74,10 @@ class Section:
 class TrainerConfig(Section):
     """The options that every task has: optimizer, learning rate, averaging of the weights."""
 
-    passive: ClassVar[tuple[str, ...]] = ("valid_batch_size",)
+    passive: ClassVar[tuple[str, ...]] = ("valid_batch_size", "offload_ema")
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use for a trained network: left out where one is loaded
     initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # likewise, where it is whole
+    result_is_base: ClassVar[bool] = False  # whether a finished run can stand for pretrained_model_name_or_path
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-4  # at the top of the schedule; a dict: one per network
     scale_lr: bool = False  # multiply the learning rate by the global batch size
@@ -98,6 +99,7 @@ class TrainerConfig(Section):
     ema_max_decay: Fraction = 0.9999  # upper limit of the average's decay
     ema_inv_gamma: PositiveFloat = 1.0  # decay at step s is 1 - (1 + s / ema_inv_gamma) ** -ema_power
     ema_power: PositiveFloat = 0.75  # see ema_inv_gamma
+    offload_ema: bool = False  # keep the averages in main memory: slower, and less memory of the device
     valid_batch_size: Positive = 16  # pictures drawn at a validation, in all
 
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
@@ -112,7 +114,7 @@ class TrainerConfig(Section):
             default = fields[option].default
             if getattr(self, option) != default and self.lr_scheduler != schedule:
                 yield option, f"has an effect with lr_scheduler: {schedule} only; leave it at {default}"
-        averaging = ("ema_max_decay", "ema_inv_gamma", "ema_power")
+        averaging = ("ema_max_decay", "ema_inv_gamma", "ema_power", "offload_ema")
         yield from self.without_effect(averaging, "use_ema: true", self.use_ema)
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             yield "use_8bit_adam", "needs bitsandbytes: pip install diffloop[bitsandbytes]"
@@ -140,14 +142,18 @@ class Encoder:
     """A frozen stage in front of the network, such as a VAE's encoder: run by the loop, cacheable on its own.
 
     `encode(module, values)` maps the column `reads` of a batch to the columns `writes`; it draws nothing random.
-    `build()` makes the module on first use; `source` (files, dtype, options) identifies it.
+    `build()` makes the module on first use. `cache` keeps what it wrote in memory or on disk, where `source()` (hashes
+    of files, dtype, options) and the value's content are the key. `constants` are values that the task will ask for
+    beside those of the data.
     """
 
     reads: str
     writes: tuple[str, ...]
     build: Callable[[], nn.Module]
     encode: Callable[[nn.Module, Any], dict[str, Tensor]]
-    source: dict[str, Any] = field(default_factory=dict)
+    source: Callable[[], dict[str, Any]] = dict
+    cache: Literal["memory", "disk"] | None = None
+    constants: tuple[Any, ...] = ()
 
 
 class Trainer(ABC):
@@ -178,6 +184,7 @@ class Trainer(ABC):
     progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # around a sampler's steps, as many on every rank:
     # shows a bar, and lets a signal end the validation
     draws_held_out: ClassVar[bool] = False  # whether sample_requests names examples of the validation set
+    sample_batch_size: ClassVar[int | None] = None  # pictures that a validation draws at once; None: all of a process
     statistics_samples: int = 0  # of the training set, at most, for data_statistics
     statistics: dict[str, float]  # the means of data_statistics, set by the loop before save_pipeline
     frames: list[Tensor] | None = None  # where a list, sample() appends its pictures [N, C, H, W] after every step
@@ -218,6 +225,14 @@ class Trainer(ABC):
         Requests with an `example` are reconstructions, and compared with these held-out pictures.
         """
         return [{} for _ in range(count)]
+
+    def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
+        """Numbers about the pictures that sample() drew at a validation, all of them; main process only."""
+        return {}
+
+    def notes(self, train_set: Any) -> list[str]:
+        """Lines about the data for the start of the run."""
+        return []
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns numbers per example, {name: [B]}; by default the batch's loss."""

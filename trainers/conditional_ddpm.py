@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
 from trainers.common.autoencoder_config import latent_grid
 from trainers.common.classes import count_classes, labels_of
-from trainers.common.guidance import ClassifierGuidance, Guidance, classifier_problems
+from trainers.common.guidance import ClassifierGuidance, Condition, Guidance, classifier_problems
 from trainers.common.latents import LatentSpace, latents_problems, vae_config
 from trainers.common.model_files import Grid
 from trainers.common.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
@@ -115,10 +115,10 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         return {"loss": self.objective.loss(self._asking(labels_of(TASK, batch)), self.clean(batch, rng), rng)}
 
     def _asking(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda noisy, timesteps: self._network(noisy, timesteps, labels)
+        return lambda noisy, timesteps: self._network(noisy, timesteps, {"class_labels": labels})
 
-    def _network(self, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        return self.modules["unet"](noisy, timesteps, class_labels=labels).sample
+    def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        return self.modules["unet"](noisy, timesteps, **condition).sample
 
     def sample_requests(self, validation_set: Any) -> list[dict]:
         """One picture of each class, then again, `valid_batch_size` in all but at least one of each."""
@@ -135,10 +135,10 @@ class ConditionalDDPMTrainer(PixelDiffusionTrainer):
         labels = torch.tensor([request["label"] for request in requests], device=self.device)
         interval = tuple(config.guidance_interval) if config.guidance_interval else None
         guidance = Guidance(config.guidance_scale, config.guidance_rescale, interval)
+        asked, none = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.num_classes)}
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            asked = noisy, timestep, labels, self.num_classes, self.sigma_of(timestep)
-            prediction = guidance.predict(self._network, *asked)
+            prediction = guidance.predict(self._network, noisy, timestep, asked, none, self.sigma_of(timestep))
             if self.classifier is not None:
                 prediction = self.classifier.guide(prediction, noisy, timestep, labels)
             return prediction

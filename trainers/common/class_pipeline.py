@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from trainers.common.guidance import Guidance, noise_levels
+from trainers.common.guidance import Condition, Guidance, noise_levels
 from trainers.common.latents import decode
 from trainers.common.sampling import build_sampler, to_unit_range
 
@@ -78,9 +78,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler = build_sampler(sampler or self.config.sampler, self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
         guidance, sigma_of = Guidance(guidance_scale, guidance_rescale, guidance_interval), noise_levels(self.scheduler)
+        asked, none = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.num_classes)}
         for timestep in self.progress_bar(scheduler.timesteps):
-            asked = sample, timestep, labels, self.num_classes, sigma_of(timestep)
-            prediction = guidance.predict(self._network, *asked)
+            prediction = guidance.predict(self._network, sample, timestep, asked, none, sigma_of(timestep))
             sample = scheduler.step(prediction.float(), timestep, sample, generator=generator).prev_sample
         images = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
         if output_type != "pt":
@@ -89,5 +89,5 @@ class ClassConditionalPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _network(self, noisy: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.unet(noisy.to(self.unet.dtype), timestep, class_labels=labels).sample
+    def _network(self, noisy: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return self.unet(noisy.to(self.unet.dtype), timestep, **condition).sample

@@ -1,4 +1,4 @@
-"""Guidance towards a class: without a classifier (arXiv 2207.12598) and with one (arXiv 2105.05233)."""
+"""Guidance towards a class or a text: without a classifier (arXiv 2207.12598) and with one (arXiv 2105.05233)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from trainers.base import Section
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, SchedulerMixin
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy [B, ...], timesteps, labels [B]) -> prediction [B, ...]
+Condition = dict[str, Tensor]  # what is asked for: tensors [B, ...] by name
+Network = Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy [B, ...], timesteps, condition) -> prediction [B, ...]
 
 
 @dataclass
 class Guidance:
-    """How strongly, and at which noise levels, a prediction is pushed away from that without a class.
+    """How strongly, and at which noise levels, a prediction is pushed away from that without a condition.
 
     `scale` 1 is the conditional prediction and 0 the unconditional one; neither needs a second half of the batch.
     `rescale` in [0, 1] is phi of arXiv 2305.08891, section 3.4. Outside of `interval` (low, high) of the noise level
@@ -34,16 +35,16 @@ class Guidance:
     interval: tuple[float, float] | None = None
 
     def predict(
-        self, network: Network, noisy: Tensor, timestep: Tensor, labels: Tensor, no_class: int, sigma: float
+        self, network: Network, noisy: Tensor, timestep: Tensor, asked: Condition, none: Condition, sigma: float
     ) -> Tensor:
-        """One forward, of twice the batch where guidance acts."""
+        """One forward, of twice the batch where guidance acts; `none` is the condition to be pushed away from."""
         scale = self.scale if self.interval is None or self.interval[0] < sigma <= self.interval[1] else 1.0
         if scale == 1.0:
-            return network(noisy, timestep, labels)
-        none = torch.full_like(labels, no_class)
+            return network(noisy, timestep, asked)
         if scale == 0.0:
             return network(noisy, timestep, none)
-        both = network(torch.cat([noisy, noisy]), timestep, torch.cat([labels, none])).float()
+        conditions = {name: torch.cat([rows, none[name]]) for name, rows in asked.items()}
+        both = network(torch.cat([noisy, noisy]), timestep, conditions).float()
         conditional, unconditional = both.chunk(2)
         guided = unconditional + scale * (conditional - unconditional)
         if self.rescale == 0.0:

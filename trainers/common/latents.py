@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainers.base import Encoder, RandomSource, Section
 from trainers.common.autoencoder_config import find_subfolder, latent_grid, load_autoencoder
-from trainers.common.model_files import Grid
+from trainers.common.model_files import Grid, files_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -42,6 +42,8 @@ class LatentSpace:
     the network that encoded the data, is another's.
     """
 
+    offloaded = False  # whether the autoencoder leaves the device when it is not in use
+
     def __init__(
         self,
         option: str,
@@ -53,7 +55,8 @@ class LatentSpace:
     ) -> None:
         self.option, self.source, self.device, self.dtype = option, source, device, dtype
         self.pictures = Grid.of(base)
-        self.grid = latent_grid(vae_config(source) or self.vae.config, base.resolution)
+        self.settings = vae_config(source) or self.vae.config
+        self.grid = latent_grid(self.settings, base.resolution)
         if encoded_by is not None and encoded_by != self.digest:
             raise ValueError(
                 f"{option} = {source}: the data set was encoded by another network; encode it with this one"
@@ -63,8 +66,13 @@ class LatentSpace:
     def vae(self) -> AutoencoderKL:
         """The autoencoder; in float32 where its config says that half precision overflows."""
         vae = self.load()
-        dtype = torch.float32 if vae.config.force_upcast else self.dtype
-        return (vae if dtype == torch.float32 else vae.to(dtype)).to(self.device).eval().requires_grad_(False)
+        vae = vae if self.vae_dtype == vae.dtype else vae.to(self.vae_dtype)  # diffusers warns of a dtype, any dtype
+        return vae.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """As the file says: where it is silent, diffusers would say yes."""
+        return torch.float32 if (vae_config(self.source) or {}).get("force_upcast") else self.dtype
 
     def load(self) -> AutoencoderKL:
         """A copy in float32 on the CPU."""
@@ -78,27 +86,44 @@ class LatentSpace:
             content.update(name.encode() + weights.numpy().tobytes())
         return content.hexdigest()[:16]
 
-    def encoder(self) -> Encoder:
-        """The stage that writes each picture's mean and log-variance."""
-        return Encoder("image", ("mean", "logvar"), lambda: self.vae, encode, {"vae": self.source})
+    def encoder(self, cache: str | None = None, column: str = "") -> Encoder:
+        """The stage that writes the mean and log-variance of each picture of `image`, or `<column>image`."""
 
-    def draw(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
-        """Scaled latents [B, c, h, w] drawn from a batch's posteriors."""
-        mean, logvar = batch["mean"], batch["logvar"]
-        return self.scaled(mean + (logvar / 2).exp() * rng.normal("latent", self.shape))
+        def write(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:
+            return {f"{column}{name}": rows for name, rows in encode(vae, images).items()}
+
+        def source() -> dict[str, Any]:
+            folder = Path(self.source) / (find_subfolder(self.source, None) or "")
+            return {"vae": files_digest(folder) if folder.is_dir() else self.digest, "dtype": str(self.vae_dtype)}
+
+        return Encoder(f"{column}image", (f"{column}mean", f"{column}logvar"), lambda: self.vae, write, source, cache)
+
+    def draw(self, batch: dict[str, Any], rng: RandomSource, column: str = "") -> Tensor:
+        """Scaled latents [B, c, h, w] drawn from a batch's posteriors, `column` in front of their names."""
+        mean, logvar = batch[f"{column}mean"].float(), batch[f"{column}logvar"].float()
+        return self.scaled(mean + (logvar / 2).exp() * rng.normal(f"{column}latent", mean.shape[1:]))
+
+    def offload(self) -> None:
+        """Takes the autoencoder off the device, where it is needed at validations only."""
+        if self.offloaded:
+            self.vae.to("cpu")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return self.pictures.resolution // self.grid.resolution
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.grid.channels, self.grid.resolution, self.grid.resolution
 
     def scaled(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        return (latents - (self.settings.get("shift_factor") or 0.0)) * self.settings.get("scaling_factor", 0.18215)
 
     @torch.no_grad()
     def decode(self, scaled: Tensor) -> Tensor:
         """Pixels [B, C, H, W] in [-1, 1], a little beyond where the decoder says so."""
-        return decode(self.vae, scaled)
+        return decode(self.vae.to(self.device), scaled)
 
 
 def images_of(batch: dict[str, Any]) -> Tensor:
@@ -110,9 +135,9 @@ def images_of(batch: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:
-    """The posterior of pictures in [-1, 1], float32; the log-variance is clamped as diffusers does it."""
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+    """The posterior of pictures in [-1, 1], in the network's precision; the log-variance is clamped by diffusers."""
+    posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    return {"mean": posterior.mean, "logvar": posterior.logvar}
 
 
 def decode(vae: AutoencoderKL, scaled: Tensor) -> Tensor:

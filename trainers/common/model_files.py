@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,17 @@ class Grid(NamedTuple):
     def of(cls, base: Section) -> Grid:
         """The run's pictures."""
         return cls(base.channels, base.resolution)
+
+
+def files_digest(*folders: Path) -> str:
+    """16 hex digits of the content of networks' and tokenizers' files: weights, configs, vocabularies."""
+    content = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".txt", ".safetensors"):
+                with path.open("rb") as file:
+                    content.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return content.hexdigest()[:16]
 
 
 def find_model_config(model_config: str) -> Path:

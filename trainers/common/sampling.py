@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,27 +30,34 @@ def denoise(
     frames: list[Tensor] | None = None,
     show: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Runs the reverse process on a copy of `scheduler`; equal to what DDPMPipeline draws from the same generators.
+    """Runs the reverse process on a copy of `scheduler`; equal to what a pipeline draws from the same generators.
 
     Where `frames` is a list, the pictures `show(sample)` [B, C, H, W] in [0, 1] after every step are appended to it.
     """
     scheduler = type(scheduler).from_config(scheduler.config)  # set_timesteps changes a scheduler
     scheduler.set_timesteps(num_inference_steps)
-    sample = noise
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)  # a flow has none
+    random = {"generator": generators} if "generator" in signature(scheduler.step).parameters else {}
+    sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in progress(scheduler.timesteps):
-        prediction = predict(sample, timestep).float()
-        sample = scheduler.step(prediction, timestep, sample, generator=generators).prev_sample
+        prediction = predict(scale(sample, timestep), timestep).float()
+        sample = scheduler.step(prediction, timestep, sample, **random).prev_sample
         if frames is not None:
             frames.append((show or to_unit_range)(sample).cpu())
     return sample
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The sampler ddpm, ddim or dpmsolver++ over the noise that was trained with; of a flow euler or dpmsolver++.
+    """The sampler ddpm, ddim, dpmsolver++ or euler over the noise that was trained with; of a flow one of the last two.
 
     Raises ValueError for another.
     """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if name == "dpmsolver++":
@@ -64,8 +72,10 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
         return DDIMScheduler.from_config(scheduler.config)
     if name == "dpmsolver++":
         return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
+    if name == "euler":
+        return EulerDiscreteScheduler.from_config(scheduler.config)
     if name != "ddpm":
-        raise ValueError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++")
+        raise ValueError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++, euler")
     return type(scheduler).from_config(scheduler.config)
 
 

@@ -72,7 +72,7 @@ def gather(accelerator: Accelerator, rows: Tensor, count: int) -> Tensor:
 def draw_samples(
     accelerator: Accelerator, trainer: Trainer, requests: list[dict], seed: int, held_out: Any
 ) -> dict[str, Tensor]:
-    """Pictures [N, C, H, W] in [0, 1] of all requests by name, each process drawing its share at once. Collective."""
+    """Pictures [N, C, H, W] in [0, 1] of all requests by name, each process drawing its share. Collective."""
     numbers = own_share(len(requests), accelerator)
-    drawn = draw(trainer, requests, numbers, seed, max(1, len(numbers)), held_out)
+    drawn = draw(trainer, requests, numbers, seed, trainer.sample_batch_size or max(1, len(numbers)), held_out)
     return {name: gather(accelerator, torch.cat(images), len(requests)) for name, images in drawn.items()}

@@ -30,14 +30,17 @@ class EMA:
             for key, parameter in network.named_parameters()
             if parameter.requires_grad
         }
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.averages = {name: self._placed(p).clone() for name, p in self.parameters.items()}
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu") if self.config.offload_ema else tensor.detach()
 
     @torch.no_grad()
     def update(self, step: int, applied: Tensor) -> None:
         """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
         rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
-        averages = list(self.averages.values())
-        torch._foreach_lerp_(averages, list(self.parameters.values()), [rate] * len(averages))
+        averages, weights = list(self.averages.values()), list(map(self._placed, self.parameters.values()))
+        torch._foreach_lerp_(averages, weights, [self._placed(rate)] * len(averages))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -57,7 +57,7 @@ def open_run(path: Path) -> SavedRun:
         return SavedRun(document, state.get("label_names"), run, checkpoint)
     indices = [path / name for name in INDEX_FILES if (path / name).is_file()]
     if (path / "config.yaml").is_file() and indices:
-        index = json.loads(indices[0].read_text(encoding="utf-8"))
+        index = json.loads(indices[0].read_text(encoding="utf-8")) if indices[0].suffix == ".json" else {}
         names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
         document = _for_inference(read_document(path / "config.yaml"), path, path)
         return SavedRun(document, [names[number] for number in sorted(names)] or None, path, None)
@@ -85,6 +85,8 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     if finished and not whole:  # what the checkpoint leaves out is in the finished network
         replaced = {name: None for name in ("subfolder", "revision") if name in kept[task]}
         kept[task] |= replaced | {"pretrained_model_name_or_path": str(run)}
+    if schema.result_is_base and (folder / "model_index.json").is_file():
+        kept[task] |= {"pretrained_model_name_or_path": str(run), "model_config": None}
     if kept[task].get("vae") and (run / "vae" / "config.json").is_file():
         kept[task]["vae"] = str(run / "vae")  # the pipeline's own
     return kept

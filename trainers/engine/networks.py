@@ -49,7 +49,9 @@ def prepare_networks(
         if name in reserved or NAME.fullmatch(name):
             raise ValueError(f"network {name} would share the run's folder {name}; rename it, or base.logging_dir")
         network.train()  # from_pretrained returns networks in eval mode
-        if base.gradient_checkpointing:
+        if base.gradient_checkpointing and hasattr(network, "gradient_checkpointing_enable"):  # transformers'
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        elif base.gradient_checkpointing:
             _method(network, name, "enable_gradient_checkpointing", "gradient_checkpointing")()
         if base.enable_xformers_memory_efficient_attention:
             option = "enable_xformers_memory_efficient_attention"

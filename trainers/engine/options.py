@@ -33,14 +33,14 @@ class BaseConfig(Section):
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
         "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs",
         "save_model_steps", "push_to_hub", "hub_model_id", "valid_epochs", "valid_steps", "logging_dir", "logger",
-        "logging_steps", "tracker_project", "run_name", "cache_dir", "image_cache_mb", "eval_steps",
-        "eval_num_samples", "eval_features", "eval_classifier",
-        "dataloader_num_workers", "dataloader_timeout",
+        "logging_steps", "tracker_project", "run_name", "cache_dir", "encoder_cache_dir", "image_cache_mb",
+        "eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "dataloader_num_workers",
+        "dataloader_timeout",
         # on resume these are compared by what they come to: the global batch size, the learning rates that are left,
         # the data set's fingerprint
         "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
         "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
-        "validation_split",
+        "validation_split", "class_data_dir",
     )  # fmt: skip
 
     # the run
@@ -96,14 +96,23 @@ class BaseConfig(Section):
     # data: exactly one of dataset_name, train_data_dir and dataset
     dataset_name: str | None = None  # hub data set, or a local folder in a hub data set's layout
     dataset_config_name: str | None = None  # configuration of dataset_name, where it has several
-    train_data_dir: str | None = None  # folder of images, any depth; metadata.jsonl, .txt captions or class folders
+    train_data_dir: str | None = (
+        None  # folder of images, any depth, with metadata.jsonl, .txt captions or class folders; or a .jsonl file
+    )
     dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
     cache_dir: str | None = None  # where hub data sets are kept; null: the datasets library's folder
+    encoder_cache_dir: str | None = None  # of what a task caches on disk; null: encoder-cache beside output_dir
     image_column: str | None = None  # null: found by type
     label_column: str | None = None  # null: found by type, or the column `label` of a folder's metadata
     caption_column: str | None = None  # null: text, caption or prompt, if there is one
     caption: str = ""  # the text of every example of a data set without captions
+    trigger_word: str | None = None  # put in front of every caption, with a comma; null: none
+    shuffle_tags: bool = False  # in training, shuffle what commas separate in a caption
+    keep_tags: NonNegative = 0  # leading tags that stay in place with shuffle_tags; 0: none but the trigger word
+    mask_column: str | None = None  # of grey pictures beside the images; null: mask, if there is one
+    class_data_dir: str | None = None  # folder of pictures of the class, for prior preservation; null: none
+    class_caption: str | None = None  # the text of every picture in class_data_dir
     max_train_samples: Positive | None = None  # use a random subset of so many training examples; null: all
     resolution: Positive = 64  # pixels, height and width of an example
     channels: Literal[1, 3, 4] = 3  # 1 grey, 3 RGB, 4 RGB and alpha
@@ -155,14 +164,16 @@ class BaseConfig(Section):
         """A setting that cannot take effect is an error, not silence."""
         if self.hub_model_id is not None and not self.push_to_hub:
             yield "hub_model_id", "has an effect with push_to_hub: true only"
+        yield from self._captions_without_effect()
         for option in ("dataset_config_name", "cache_dir", "image_column"):
             if getattr(self, option) is not None and self.dataset_name is None:
                 yield option, "has an effect with dataset_name only"
         for option in ("eval_num_samples", "eval_features", "eval_classifier"):
             if self.eval_steps is None and getattr(self, option) != type(self).__dataclass_fields__[option].default:
                 yield option, "has an effect with eval_steps only"
-        if self.label_column is not None and self.dataset is not None:
-            yield "label_column", "has an effect with dataset_name and train_data_dir only"
+        for option in ("label_column", "mask_column"):
+            if getattr(self, option) is not None and self.dataset is not None:
+                yield option, "has an effect with dataset_name and train_data_dir only"
         if self.dataset_args and self.dataset is None:
             yield "dataset_args", "has an effect with dataset only"
         if self.tracker_project != "diffloop" and self.logger == "none":
@@ -171,6 +182,16 @@ class BaseConfig(Section):
             yield "run_name", "has an effect with logger: wandb or both only"
         if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
             yield "enable_xformers_memory_efficient_attention", "needs xformers: pip install diffloop[xformers]"
+
+    def _captions_without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.keep_tags and not self.shuffle_tags:
+            yield "keep_tags", "has an effect with shuffle_tags: true only"
+        if self.trigger_word is not None and not self.trigger_word.strip():
+            yield "trigger_word", "must not be blank; null for none"
+        if self.class_data_dir is not None and not (self.class_caption or "").strip():
+            yield "class_caption", "must be the text of the pictures in class_data_dir, such as a photo of a dog"
+        if self.class_caption is not None and self.class_data_dir is None:
+            yield "class_caption", "has an effect with class_data_dir only"
 
 
 def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:

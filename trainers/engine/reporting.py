@@ -19,7 +19,12 @@ from trainers.engine.optimization import warmup_steps
 
 
 def start_block(
-    accelerator: Accelerator, run: RunConfig, networks: dict[str, nn.Module], clock: Clock, train_set: Any
+    accelerator: Accelerator,
+    run: RunConfig,
+    trainer: Trainer,
+    networks: dict[str, nn.Module],
+    clock: Clock,
+    train_set: Any,
 ) -> str:
     """The lines that say what is about to happen."""
     base, config = run.base, run.config
@@ -41,7 +46,7 @@ def start_block(
     rows["devices"] = _devices(accelerator)
     rows["output"] = str(Path(base.output_dir))
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
-    lines += [f"  NOTE: {note}" for note in getattr(train_set, "notes", [])]
+    lines += [f"  NOTE: {note}" for note in [*getattr(train_set, "notes", []), *trainer.notes(train_set)]]
     if clock.origin_step >= clock.total_steps:
         lines.append("  NOTE: the run is finished already; its pipeline is written again")
     if warmup_steps(config, clock.total_steps) >= clock.total_steps:

@@ -17,7 +17,8 @@ from accelerate.utils import gather_object
 from trainers.engine.lock import take
 from trainers.engine.options import BaseConfig
 
-INDEX_FILES = ("model_index.json", "config.json")  # of a finished pipeline, or of a single network
+# of a finished pipeline, a single network, or an adapter
+INDEX_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
 RUN_FILES = ("metrics.jsonl", "config.yaml", *INDEX_FILES, "README.md")
 LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
 METRICS = "metrics.jsonl"

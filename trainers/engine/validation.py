@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.base import Trainer
 from trainers.engine.averaging import OfExamples, mean_over
+from trainers.engine.caching import uncached
 from trainers.engine.clock import Clock
 from trainers.engine.drawing import draw_samples, evaluation_mode
 from trainers.engine.ema import EMA
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.evaluation import Evaluation
 from trainers.engine.feeding import examples_once
+from trainers.engine.grids import grid_of
 from trainers.engine.picture_metrics import spread
 from trainers.engine.reporting import passing_bar
 from trainers.engine.stopping import Abandoned, Stopping
 from trainers.engine.tracking import EVALUATION_TIME, VALIDATION_TIME, Tracking
-
-VISIBLE_SIZE = 64  # pixels of height; smaller pictures are enlarged in grids by a whole factor
 
 
 class Validation:
@@ -51,7 +49,7 @@ class Validation:
         self.clock, self.stopping, self.tracking = clock, stopping, tracking
         self.base = trainer.base
         if self.base.eval_steps is not None:
-            self.evaluation = Evaluation(accelerator, trainer, *sets, self._watched)
+            self.evaluation = Evaluation(accelerator, trainer, *map(uncached, sets), self._watched)
 
     def make_up(self, steps_done: int) -> None:
         """What the run that wrote the checkpoint did not get to."""
@@ -96,8 +94,13 @@ class Validation:
                     metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
                 if requests:
                     pictures.append(self._draw(requests))
+                    if self.accelerator.is_main_process:
+                        judged = self.trainer.sample_metrics(requests, pictures[-1])
+                        metrics |= {f"{prefix}/{name}": value for name, value in judged.items()}
         names = list(pictures[0]) if pictures else []
-        grids = {name: grid_of([images[name] for images in pictures], self.trainer.grid_columns) for name in names}
+        texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
+        columns = self.trainer.grid_columns
+        grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in names}
         self.tracking.log_grids(grids, steps_done)
         if requests:
             self.tracking.log_table([self._readable(request) for request in requests], pictures, steps_done)
@@ -145,18 +148,3 @@ class Validation:
             found = self.evaluation.metrics()
         metrics = {f"eval/{name}": value for name, value in found.items()}
         self.tracking.log(metrics | {EVALUATION_TIME: time.perf_counter() - began}, steps_done)
-
-
-def grid_of(pictures: list[Tensor], columns: int | None) -> Tensor:
-    """One grid of several sets of pictures [N, C, H, W] with a white gap: below each other where columns are given."""
-    from torchvision.utils import make_grid
-
-    below = columns is not None
-    columns = columns or math.ceil(math.sqrt(len(pictures[0])))
-    zoom = max(1, VISIBLE_SIZE // pictures[0].shape[-2])
-    enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
-    grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
-    channels, height, width = grids[0].shape
-    gap = torch.ones(channels, 8, width) if below else torch.ones(channels, height, 8)
-    parts = [part for grid in grids for part in (gap, grid)]
-    return torch.cat(parts[1:], dim=1 if below else 2)

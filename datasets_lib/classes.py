@@ -1,0 +1,38 @@
+"""From what a folder says of its images' classes to numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets_lib.choices import one_of
+
+
+def class_folders(folder: Path, images: list[Path]) -> list[str] | None:
+    """Return each image's first-level sub-folder, if these look like classes."""
+    parts = [image.relative_to(folder).parts for image in images]
+    looks_so = len({first for first, *_ in parts}) >= 2 and all(len(part) > 1 for part in parts)
+    return [first for first, *_ in parts] if looks_so else None
+
+
+def class_names(classes: list[str | int] | None) -> list[str] | None:
+    """Return the names in order, numbers by their value; None where classes are integers already."""
+    if classes is None or all(isinstance(item, int) for item in classes):
+        return None
+    names = {str(item) for item in classes}
+    numbered = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
+
+
+def number_classes(classes: list[str | int] | None, label_names: list[str] | None, folder: Path) -> list[int] | None:
+    """Return the number of each image's class."""
+    if classes is None:
+        return None
+    if label_names is None:  # the training set's classes are numbers
+        for item in classes:
+            if not str(item).isdecimal():
+                raise ValueError(f"the class of an image in {folder} is {item!r}; those to train on have numbers")
+        return [int(item) for item in classes]
+    for name in sorted({str(item) for item in classes}):
+        one_of(f"the class of an image in {folder}", name, label_names)
+    numbers = {name: number for number, name in enumerate(label_names)}
+    return [numbers[str(item)] for item in classes]

@@ -1,0 +1,113 @@
+"""`class_data_dir`: beside every training example a picture of its class, for prior preservation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets_lib.dataset import ImageDataset
+from datasets_lib.folder import as_source, list_files
+from datasets_lib.metadata import Listed
+from datasets_lib.source import digest
+from datasets_lib.transforms import draw
+
+PREFIX = "class_"
+PASSED_ON = ("label_names", "highest_label", "captioned", "caption", "caption_note", "encoded_by")
+
+
+class PriorDataset:
+    """A data set whose examples also have "class_image", "class_caption" and what else an example has, so prefixed.
+
+    Its own draws come after those of the example: which picture, then its crop and flip.
+    """
+
+    random = True
+    picture_columns = ("image", "class_image")
+
+    def __init__(self, instances: Any, prior: ImageDataset) -> None:
+        self.instances, self.prior = instances, prior
+        self.fingerprint = digest(instances.fingerprint, prior.fingerprint)
+        self.notes = [*getattr(instances, "notes", ()), f"{len(prior)} pictures of the class: {prior.caption!r}"]
+        for name in PASSED_ON:
+            setattr(self, name, getattr(instances, name, None))
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    @property
+    def bad_count(self) -> int:
+        """How many images were found broken so far and replaced, those of the class included."""
+        return getattr(self.instances, "bad_count", 0) + self.prior.bad_count
+
+    def name(self, index: int) -> str:
+        """Return the file, or the row, from which an example comes."""
+        return self.instances.name(index) if hasattr(self.instances, "name") else f"example {index}"
+
+    def prepare(self, show_progress: bool = True) -> None:
+        """Decode ahead what fits `args.image_cache_mb`, the pictures of the class on their own."""
+        for dataset in (self.instances, self.prior):
+            if hasattr(dataset, "prepare"):
+                dataset.prepare(show_progress)
+
+    def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
+        """Return the example and, prefixed, one of the class; without a generator the one at the same place."""
+        example = self.instances.get(index, generator)
+        return {**example, **_prefixed(self.prior.get(self._choose(index, generator), generator))}
+
+    def without_image(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
+        """Return what `get` does without both pictures; "class_index" says which one of the class it is."""
+        example = self.instances.without_image(index, generator)
+        chosen = self._choose(index, generator)
+        return {**example, "class_index": chosen, **_prefixed(self.prior.without_image(chosen, generator))}
+
+    def image(self, index: int, flipped: bool, column: str = "image") -> torch.Tensor:
+        """Return the centre of a picture; "class_image" takes a "class_index"."""
+        return self._of(column).image(index, flipped)
+
+    def image_keys(self, index: int, column: str = "image") -> tuple[str, ...]:
+        """Return what identifies the content of `image`, plain and mirrored."""
+        return self._of(column).image_keys(index)
+
+    def image_count(self, column: str = "image") -> int:
+        """Return how many pictures a column draws from."""
+        return len(self._of(column))
+
+    def captions(self, column: str = "caption") -> Iterator[str]:
+        """Yield every text of "caption" or of "class_caption"."""
+        return self._of(column).captions()
+
+    def _of(self, column: str) -> Any:
+        return self.prior if column.startswith(PREFIX) else self.instances
+
+    def _choose(self, index: int, generator: torch.Generator | None) -> int:
+        return index % len(self.prior) if generator is None else draw(len(self.prior), generator)
+
+
+def _prefixed(example: dict[str, Any]) -> dict[str, Any]:
+    return {f"{PREFIX}{key}": value for key, value in example.items()}
+
+
+def with_prior(instances: Any, args: Any) -> PriorDataset:
+    """Add the pictures of `args.class_data_dir`; captions beside them are not read.
+
+    Raises FileNotFoundError for a folder that is not there, ValueError for one whose pictures are examples already.
+    """
+    folder = Path(args.class_data_dir).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
+    images, _ = list_files(folder, None, folder, "class_data_dir")
+    source = as_source(Listed(images, None, None, None), folder, None, None, [])
+    twice = set(images) & set(instances.source.images) if args.train_data_dir is not None else None
+    if twice:
+        raise ValueError(
+            f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "
+            "base.train_data_dir too; move it out of that folder"
+        )
+    prior_args = copy.copy(args)
+    own = {"caption": args.class_caption, "trigger_word": None, "shuffle_tags": False, "keep_tags": 0}
+    vars(prior_args).update(own, max_train_samples=None, validation_split=None)
+    return PriorDataset(instances, ImageDataset(source, prior_args, "train"))

@@ -1,0 +1,214 @@
+"""Converts a LoRA file to another format: scripts/convert_lora.py INPUT OUTPUT --to kohya|diffusers
+
+diffusers: what load_lora_weights of diffusers reads, with alpha in the header. kohya: what ComfyUI and AUTOMATIC1111
+read, with an alpha beside each module, which holds what rsLoRA changes, too; with diffusers' names of the UNet's
+blocks, which both read for SDXL as well. From kohya, the names of the original SDXL network are read, too.
+
+With DoRA, ComfyUI divides by the norm of the base's weight instead of the changed one's, and so draws a little
+differently; diffusers reads DoRA in its own format only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainers.common.lora_files import (
+    SETTINGS_KEY,
+    LoraFile,
+    Settings,
+    find_lora,
+    read_about,
+    read_lora,
+    write_lora,
+    write_tensors,
+)
+
+KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
+STARTS = {"kohya": "lora_", "diffusers": ("unet.", "text_encoder.", "text_encoder_2.")}
+NETWORKS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+# kohya's names have _ where modules have a dot; these parts of names keep theirs
+PARTS = (
+    "down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj "
+    "conv_shortcut conv_in conv_out time_embedding add_embedding linear_1 linear_2 text_model self_attn q_proj k_proj "
+    "v_proj out_proj text_projection attentions resnets downsamplers upsamplers attn1 attn2 ff net proj conv conv1 "
+    r"conv2 encoder layers mlp fc1 fc2 \d+"
+)
+PART = re.compile(rf"({PARTS.replace(' ', '|')})(?=_|$)")
+BASES = {  # by the width of the captions' embeddings
+    768: {"ss_base_model_version": "sd_v1"},
+    1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    2048: {"ss_base_model_version": "sdxl_base_v1-0"},
+}
+
+
+def convert(source: Path, output: Path, wanted: str) -> None:
+    """Writes `source`, a file or folder, in the `wanted` format; ValueError where it is no LoRA of the other one."""
+    if output.suffix != ".safetensors" or output.exists():
+        raise ValueError(f"{output}: must be a new file with the ending .safetensors")
+    file = find_lora(source)
+    about = read_about(file)
+    state = load_file(file)
+    if any(key.startswith(STARTS[wanted]) for key in state):
+        raise ValueError(f"{file}: is in the {wanted} format already")
+    staging = output.with_name(f".tmp-{secrets.token_hex(4)}-{output.name}")
+    try:
+        if wanted == "kohya":
+            write_tensors(staging, *to_kohya(read_lora(file)))
+        else:
+            about.pop(SETTINGS_KEY, None)
+            write_lora(staging, to_diffusers(file, state, about))
+        staging.rename(output)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header in kohya's format; what the header held, but for peft's settings, it keeps."""
+    unet = lora.tensors.get("unet", {})
+    widths = {value.shape[1] for key, value in unet.items() if key.endswith("attn2.to_k.lora_A.weight")}
+    base = BASES.get(widths.pop(), {}) if len(widths) == 1 else {}
+    sdxl = "text_encoder_2" in lora.tensors or base == BASES[2048]
+    tags = {"unet": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}
+    tensors, ranks, alphas = {}, [], []
+    for network, state in lora.tensors.items():
+        scalings, sizes = lora.scalings(network), lora.ranks(network)
+        for module, rank in sizes.items():
+            if not _is_known(module.replace(".", "_")):
+                raise ValueError(f"{module} is no module of Stable Diffusion's networks that is known here")
+            name = f"lora_{tags[network]}_{module.replace('.', '_')}"
+            tensors |= {f"{name}.{new}": state[f"{module}.{old}"] for old, new in SUFFIXES.items()}
+            tensors[f"{name}.alpha"] = torch.tensor(scalings[module] * rank, dtype=torch.float32)
+            if f"{module}.lora_magnitude_vector" in state:
+                ones = [1] * (state[f"{module}.lora_A.weight"].dim() - 1)
+                tensors[f"{name}.dora_scale"] = state[f"{module}.lora_magnitude_vector"].reshape(-1, *ones)
+            ranks.append(rank)
+            alphas.append(scalings[module] * rank)
+    usual = {"ss_network_dim": str(most_common(ranks)), "ss_network_alpha": f"{most_common(alphas):g}"}
+    kept = {key: value for key, value in lora.about.items() if key != SETTINGS_KEY}  # with it diffusers reads no alpha
+    return tensors, {"ss_network_module": "networks.lora"} | usual | base | kept
+
+
+def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> LoraFile:
+    """A file in kohya's format as one of diffusers; ValueError for keys that are none of a LoRA of Stable Diffusion."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if KOHYA.fullmatch(key) is None:
+            raise ValueError(f"{file}: {key} is no tensor of a LoRA in kohya's format; nothing else is converted")
+        name, _, suffix = key.partition(".")
+        modules.setdefault(name, {})[suffix] = value
+    if not modules:
+        raise ValueError(f"{file}: holds no tensor")
+    names = module_names(modules)
+    lora = LoraFile({}, {}, about)
+    alphas: dict[str, dict[str, float]] = {}
+    for name, (network, module) in names.items():
+        parts = modules[name]
+        if not {"lora_down.weight", "lora_up.weight"} <= parts.keys():
+            raise ValueError(f"{file}: {name} needs lora_down.weight and lora_up.weight")
+        own = lora.tensors.setdefault(network, {})
+        own |= {f"{module}.{new}": parts[old] for new, old in SUFFIXES.items()}
+        if "dora_scale" in parts:
+            own[f"{module}.lora_magnitude_vector"] = _magnitude(f"{file}: {name}", parts)
+        rank = len(parts["lora_down.weight"])
+        alphas.setdefault(network, {})[module] = float(parts.get("alpha", rank))
+    for network in lora.tensors:
+        doras = sum(key.endswith("magnitude_vector") for key in lora.tensors[network])
+        if doras not in (0, len(alphas[network])):
+            raise ValueError(f"{file}: {doras} of {len(alphas[network])} modules of {network} have a dora_scale")
+        lora.settings[network] = settings_of(lora.ranks(network), alphas[network], doras > 0)
+    return lora
+
+
+def _magnitude(name: str, parts: dict[str, Tensor]) -> Tensor:
+    """peft's magnitude vector, [out] or [1, out, 1, 1], from a scale [out, 1, ...] or [out]."""
+    scale, up = parts["dora_scale"], parts["lora_up.weight"]
+    if scale.shape[0] != scale.numel() or len(scale) != len(up):
+        raise ValueError(f"{name}.dora_scale is {list(scale.shape)}; one number per output is wanted, {len(up)} in all")
+    return scale.flatten() if up.dim() == 2 else scale.reshape(1, -1, 1, 1)
+
+
+def settings_of(ranks: dict[str, int], alphas: dict[str, float], dora: bool) -> Settings:
+    """Options of a LoraConfig from each module's rank and alpha; those of most modules, and what differs."""
+    ranks, alphas = ({key.removeprefix("text_model."): value for key, value in row.items()} for row in (ranks, alphas))
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {key: value for key, value in ranks.items() if value != rank},
+        "alpha_pattern": {key: value for key, value in alphas.items() if value != alpha},
+        "target_modules": sorted(ranks),
+        "use_dora": dora,
+        "use_rslora": False,
+    }
+
+
+def most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Network and module by kohya's name; ValueError for a name that is no module's, or two that are the same."""
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+
+    originals = {name: name for name in names}
+    # SD and SDXL have two layers per block; of a file with both kinds of names diffusers keeps one
+    mapped = _maybe_map_sgm_blocks_to_diffusers(dict(originals), SimpleNamespace(layers_per_block=2))
+    if len(mapped) != len(originals):
+        raise ValueError("names of the original SDXL network and of diffusers' are mixed: no such file is converted")
+    found = {}
+    for name, original in mapped.items():
+        tag, rest = re.fullmatch(r"lora_(unet|te|te1|te2)_(\w+)", name).groups()
+        if tag == "unet" and not _is_known(rest):
+            rest = _from_original(name)
+        if not _is_known(rest):
+            raise ValueError(f"{original} is no module of Stable Diffusion's networks that is known here")
+        found[original] = NETWORKS[tag], ".".join(PART.findall(rest))
+    if len(set(found.values())) != len(found):
+        raise ValueError("two names mean the same module")
+    return found
+
+
+def _from_original(name: str) -> str:
+    """A name with the original network's words as kohya writes diffusers'."""
+    from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    key = _convert_unet_lora_key(f"{name}.lora_down.weight")
+    return next(iter(convert_unet_state_dict_to_peft({key: None}))).removesuffix(".lora_A.weight").replace(".", "_")
+
+
+def _is_known(name: str) -> bool:
+    """Whether kohya's name is made of words of Stable Diffusion's networks."""
+    return "_".join(PART.findall(name)) == name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, help="a LoRA as .safetensors, or a folder with one")
+    parser.add_argument("output", type=Path, help="a new .safetensors file")
+    parser.add_argument("--to", choices=("kohya", "diffusers"), required=True)
+    options = parser.parse_args()
+    try:
+        convert(options.input, options.output, options.to)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{options.to} format: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Caches of what frozen encoders say: the same training, keys by content, nothing half-written, nothing stale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny_models
+import torch
+from conftest import launch, losses, read_metrics
+from PIL import Image
+from safetensors.torch import load_file
+
+from trainers.engine.caching import Cache, text_key
+from trainers.engine.encoding import FrozenStages
+
+WORDS = ["cat", "dog", "three", "photo"]
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Ten pictures of two sizes with one or three captions each, and a held-out one."""
+    folder = tmp_path / "pictures"
+    (folder / "held").mkdir(parents=True)
+    rows = []
+    for number in range(11):
+        name = f"held/{number}.png" if number == 10 else f"{number}.png"
+        pixels = torch.randint(256, (40, 32 + 8 * (number % 2), 3), dtype=torch.uint8, generator=_seeded(number))
+        Image.fromarray(pixels.numpy()).save(folder / name)
+        texts = [f"a {word} {number}" for word in WORDS[: 1 if number % 2 else 3]]
+        rows.append({"file_name": name, "text": texts if len(texts) > 1 else texts[0]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _seeded(number):
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.fixture
+def options(captioned, tmp_path):
+    """Flips, several captions and caption dropout on."""
+    return {
+        "base.dataset": None,
+        "base.train_data_dir": str(captioned),
+        "base.validation_split": "held",
+        "base.caption": "",
+        "base.center_crop": True,
+        "base.random_flip": True,
+        "base.encoder_cache_dir": str(tmp_path / "cache"),
+        "text_to_image.caption_dropout": 0.3,
+        "text_to_image.validation_prompts": ["a cat 1"],
+    }
+
+
+def cached(kind):
+    return {"text_to_image.cache_latents": kind, "text_to_image.cache_text": kind}
+
+
+def numbers(folder):
+    """Losses of training and validation."""
+    found = [float.fromhex(value) for value in losses(folder).values()]
+    return found + [v for line in read_metrics(folder, prefix="valid") for k, v in line.items() if "loss" in k]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_cached_and_uncached_training_are_the_same(run_in_process, options, family, tmp_path):
+    options = {**options, "text_to_image.pretrained_model_name_or_path": str(tiny_models.model(family))}
+    plain = run_in_process("plain", "text_to_image", **options)
+    for kind in ("memory", "disk"):
+        found = run_in_process(kind, "text_to_image", **options, **cached(kind))
+        assert numbers(found) == pytest.approx(numbers(plain), rel=1e-5)
+    files = list((tmp_path / "cache").glob("image-*/rows-*.safetensors"))
+    rows = [name for file in files for name in load_file(file)]
+    assert len(rows) == 2 * (
+        10 * 2 + 1
+    )  # mean and logvar of ten pictures and their mirrored ones, and the held-out one
+
+
+def test_with_workers_and_resumed(run_in_process, options):
+    options = {**options, **cached("disk"), "base.checkpointing_steps": 3}
+    whole = run_in_process("whole", "text_to_image", **options)
+    options |= {"base.dataloader_num_workers": 2, "base.resume_from_checkpoint": str(whole / "checkpoint-3")}
+    again = run_in_process("again", "text_to_image", **options)
+    assert list(losses(again).items()) == list(losses(whole).items())[3:]
+
+
+def test_encoders_are_not_loaded_where_everything_is_cached(run_in_process, options, monkeypatch):
+    options = {**options, **cached("disk"), "text_to_image.validation_prompts": []}
+    run_in_process("first", "text_to_image", **options)
+    built = []
+    run = FrozenStages.run
+    monkeypatch.setattr(FrozenStages, "run", lambda self, name, values: built.append(name) or run(self, name, values))
+    run_in_process("second", "text_to_image", **options)
+    assert built == []
+
+
+def encoded(capsys):
+    """{encoder: how many values were encoded}, as the run printed it."""
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cache ")]
+    return {line[1].rstrip(":"): int(line[2]) for line in lines if "to encode," in " ".join(line)}
+
+
+def test_keys_are_the_content(run_in_process, options, captioned, capsys, tmp_path):
+    options = {**options, **cached("disk")}
+
+    def count(name, **changed):
+        run_in_process(name, "text_to_image", **{**options, **changed})
+        return encoded(capsys)
+
+    texts = 5 + 5 * 3 + 3 + 1  # one or three of each picture, the held-out one's, the empty one; the prompt is known
+    assert count("first") == {"latents": 21, "text": texts}
+    assert count("again") == {"latents": 0, "text": 0}
+    assert count("without_flips", **{"base.random_flip": False}) == {"latents": 0, "text": 0}
+    shutil.copy(captioned / "0.png", captioned / "1.png")  # one file with other content: it is known already
+    assert count("copied") == {"latents": 0, "text": 0}
+    Image.new("RGB", (33, 40), "red").save(captioned / "2.png")
+    assert count("repainted") == {"latents": 2, "text": 0}
+    assert count("smaller", **{"base.resolution": 24}) == {"latents": 21 - 2, "text": 0}  # 0 and 1 are one file now
+    assert count("bf16", **{"base.mixed_precision": "bf16"}) == {"latents": 19, "text": texts}
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_models.model("sd1"), other)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    run_in_process(
+        "elsewhere", "text_to_image", **options, **{"text_to_image.pretrained_model_name_or_path": str(other)}
+    )
+    printed = capsys.readouterr().out
+    assert "holds is of another encoder, precision or version" in printed
+    assert "cache latents: 19 of 19 to encode" in printed
+    assert "cache text: 0 of" in printed
+
+
+def test_a_half_written_cache_is_completed_and_a_broken_file_replaced(run_in_process, options, capsys, tmp_path):
+    options = {**options, **cached("disk")}
+    plain = run_in_process("first", "text_to_image", **options)
+    [folder] = (tmp_path / "cache").glob("image-*")
+    [file] = folder.glob("rows-*")
+    content = file.read_bytes()
+    (folder / ".tmp-1234").write_bytes(content[: len(content) // 2])  # a run that was killed while it wrote
+    file.unlink()
+    capsys.readouterr()
+    again = run_in_process("again", "text_to_image", **options)
+    assert encoded(capsys) == {"latents": 21, "text": 0}
+    assert numbers(again) == numbers(plain)
+    [file] = folder.glob("rows-*")
+    file.write_bytes(content[: len(content) // 2])
+    run_in_process("broken", "text_to_image", **options)
+    printed = capsys.readouterr().out
+    assert "cannot be read" in printed
+    assert "cache latents: 21 of 21 to encode" in printed
+
+
+def test_all_processes_write_their_share(options, tmp_path, tiny_config):
+    options = {**options, **cached("disk"), "base.train_batch_size": 2, "base.max_train_steps": 3}
+    plain = tiny_config("text_to_image", "config", **options)
+    done = launch(plain, f"base.output_dir={tmp_path / 'two'}", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cache latents: 21 of 21 to encode") == 1
+    files = [load_file(file) for file in (tmp_path / "cache").glob("image-*/rows-*")]
+    assert sorted(len(file) // 2 for file in files) == [10, 11]
+    one = launch(plain, f"base.output_dir={tmp_path / 'one'}", "base.gradient_accumulation_steps=2")
+    assert "cache latents: 0 of 21" in one.stdout
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def test_rows_of_a_cache(tmp_path):
+    key, rows = text_key("a"), [torch.arange(3.0), torch.ones(2, dtype=torch.bfloat16)]
+    for folder in (None, tmp_path / "cache"):
+        cache = Cache(folder)
+        cache.look()
+        assert key not in cache
+        cache.add({key: rows})
+        cache.look()
+        assert key in cache
+        found = cache.rows([key, key], ("x", "y"), torch.device("cpu"))
+        assert torch.equal(found["x"], torch.stack([rows[0]] * 2))
+        assert found["y"].dtype == torch.bfloat16
+
+
+def test_errors_of_caches(run_in_process, tmp_path, options, monkeypatch):
+    import datasets_lib.dataset
+
+    monkeypatch.delattr(datasets_lib.dataset.ImageDataset, "captions")
+    with pytest.raises(ValueError, match=r"encoder text cannot be cached: a ImageDataset has no `captions`"):
+        run_in_process("run", "text_to_image", **options, **{"text_to_image.cache_text": "memory"})

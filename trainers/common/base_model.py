@@ -1,0 +1,128 @@
+"""A Stable Diffusion pipeline that a run starts from: read component by component, from a folder or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainers.common.model_files import files_digest
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel
+    from transformers import CLIPTokenizer, PreTrainedModel
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[str]:
+    """Yields what is wrong with `pretrained_model_name_or_path`, as far as a local folder tells."""
+    if source is None:
+        yield "must be the folder or hub name of a Stable Diffusion pipeline (1.x, 2.x or XL)"
+        return
+    folder = Path(source)
+    if not folder.exists():  # a name on the hub, or of a folder that another run makes
+        return
+    lacking = [part for part in parts if not any((folder / part).glob("*.json"))]
+    if lacking:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        yield f"has no {', '.join(lacking)}; a Stable Diffusion pipeline's folder is needed, found {found}"
+
+
+class BaseModel:
+    """The components of a pipeline; messages name the `option` that says where it is.
+
+    A hub name is downloaded without its safety checker, safetensors only. Raises FileNotFoundError where it cannot be
+    reached or read.
+    """
+
+    def __init__(self, option: str, source: str, revision: str | None = None, variant: str | None = None) -> None:
+        self.option, self.source, self.variant = option, source, variant
+        if not Path(source).is_dir() and (source.count("/") > 1 or source[0] in "./~"):
+            raise FileNotFoundError(f"{option} = {source}: there is no such folder, and hub names read owner/name")
+        self.folder = Path(source) if Path(source).is_dir() else self._download(source, revision)
+        index = self.folder / "model_index.json"
+        self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+
+    def _download(self, source: str, revision: str | None) -> Path:
+        from diffusers import DiffusionPipeline
+
+        without = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        try:
+            place = DiffusionPipeline.download(
+                source, revision=revision, variant=self.variant, use_safetensors=True, **without
+            )
+        except (OSError, ValueError) as error:
+            raise self._unreadable("pipeline", error) from None
+        return Path(place)
+
+    def _unreadable(self, what: str, error: Exception) -> FileNotFoundError:
+        advice = "give a pipeline's local folder, or a hub name that can be reached"
+        reason = str(error).splitlines()[0]
+        return FileNotFoundError(
+            f"{self.option} = {self.source}: no {what} in safetensors format could be read; {advice} ({reason})"
+        )
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it has the two text encoders and the size conditioning of Stable Diffusion XL."""
+        return (self.folder / "text_encoder_2" / "config.json").is_file()
+
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        return TEXT_ENCODERS if self.is_xl else TEXT_ENCODERS[:1]
+
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        """One per text encoder."""
+        from transformers import CLIPTokenizer
+
+        names = ("tokenizer", "tokenizer_2")[: len(self.text_encoder_names)]
+        try:
+            return [CLIPTokenizer.from_pretrained(self.folder / name) for name in names]
+        except (OSError, ValueError) as error:
+            raise self._unreadable("tokenizer", error) from None
+
+    def text_encoder(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
+        import transformers
+
+        kind = transformers.CLIPTextModelWithProjection if name == "text_encoder_2" else transformers.CLIPTextModel
+        return self._read(kind, name, dtype=dtype)
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        from diffusers import UNet2DConditionModel
+
+        return self._read(UNet2DConditionModel, "unet", torch_dtype=dtype)
+
+    def _read(self, kind: type, name: str, **options: Any) -> Any:
+        variant = {"variant": self.variant} if self.variant else {}
+        try:
+            return kind.from_pretrained(self.folder / name, use_safetensors=True, **options, **variant)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(f"{name} ({kind.__name__})", error) from None
+
+    @cached_property
+    def sampler(self) -> SchedulerMixin:
+        """The pipeline's own scheduler; Stable Diffusion's noise with DDIM where there is none."""
+        import diffusers
+
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        if not path.is_file():
+            noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+            return diffusers.DDIMScheduler(**noise, clip_sample=False, steps_offset=1)
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = getattr(diffusers, settings.get("_class_name", "DDIMScheduler"))
+        return kind.from_pretrained(path.parent)
+
+    def training_scheduler(self, **changes: Any) -> DDPMScheduler:
+        """The same noise for training; `changes` such as the prediction type are the run's."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.sampler.config, clip_sample=False, thresholding=False, **changes)
+
+    def digest(self, *names: str) -> str:
+        """16 hex digits of the content of components' files."""
+        return files_digest(*(self.folder / name for name in names))

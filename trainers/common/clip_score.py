@@ -1,0 +1,54 @@
+"""How well pictures fit texts, in the eyes of a CLIP: torchmetrics' CLIP score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.multimodal import CLIPScore
+
+
+class Features(nn.Module):
+    """A CLIPModel whose features are tensors, which transformers 5 wraps in an output, and torchmetrics expects."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        return _as_tensor(self.model.get_image_features(pixel_values))
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return _as_tensor(self.model.get_text_features(input_ids, attention_mask))
+
+
+def _as_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class ClipScore:
+    """100 times the mean cosine of pictures and prompts; `option` names where the CLIP is, for messages.
+
+    Raises FileNotFoundError where it cannot be read.
+    """
+
+    def __init__(self, option: str, source: str, device: torch.device) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
+            processor = CLIPProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            advice = "give a local folder, or a hub name that can be reached"
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(f"{option} = {source}: no CLIP could be read; {advice} ({reason})") from None
+        self.metric = CLIPScore(lambda: (Features(model), processor)).to(device)
+        self.device = device
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> float:
+        """Of images [N, 3, H, W] in [0, 1]."""
+        pixels = (images.to(self.device) * 255).round().to(torch.uint8)
+        self.metric.reset()
+        self.metric.update(list(pixels), list(prompts))
+        return self.metric.compute().item()

@@ -1,0 +1,62 @@
+"""Low-rank adapters, arXiv 2106.09685, through peft: W x + scale alpha / r B A x, with A and B alone trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+ADAPTER = "default"  # peft's name for it
+INITIALISATIONS = {"gaussian": "gaussian", "kaiming": True}  # of A; B starts at 0
+
+
+def add_lora(option: str, network: nn.Module, targets: list[str] | str, settings: dict[str, Any]) -> nn.Module:
+    """Freezes a network of diffusers or transformers and gives it an adapter with float32 weights.
+
+    `targets` are endings of modules' names, or a pattern (regular expression) that matches whole names. Raises
+    ValueError, naming the `option`, where none fits.
+    """
+    network.requires_grad_(False)
+    initial = INITIALISATIONS[settings["init_lora_weights"]]
+    try:
+        config = LoraConfig(**settings | {"target_modules": targets, "init_lora_weights": initial})
+        network.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        examples = ", ".join(list(dict.fromkeys(_ending(name) for name in _linear_names(network)))[:12])
+        advice = f"modules of {type(network).__name__} end in {examples}"
+        raise ValueError(f"{option} = {targets}: no adapter can be put there ({error}); {advice}") from None
+    cast_training_params(network, torch.float32)  # small updates vanish in half precision
+    return network
+
+
+def _linear_names(network: nn.Module) -> Iterator[str]:
+    return (name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+
+
+def _ending(name: str) -> str:
+    """to_out.0 of a.b.to_out.0."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]
+
+
+@contextmanager
+def lora_scaled(networks: Iterable[nn.Module], scale: float) -> Iterator[None]:
+    """The adapters act `scale` times as strongly inside; at 0 they are left out, and the base comes back exactly."""
+    layers = [module for network in networks for module in network.modules() if isinstance(module, LoraLayer)]
+    try:
+        for layer in layers:
+            layer.set_scale(ADAPTER, scale)
+            if scale == 0.0:
+                layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(ADAPTER, 1.0)
+            if scale == 0.0:
+                layer.enable_adapters(True)

@@ -1,0 +1,243 @@
+"""LoRA files: what diffusers' `load_lora_weights` reads, with the adapters' settings and texts in the header."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
+SETTINGS_KEY = "lora_adapter_metadata"  # diffusers' entry of the header: JSON of "network.option"
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+TENSOR = re.compile(rf"({'|'.join(NETWORKS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+
+# options that are always written; of the others only those that are no defaults, which an older peft would refuse
+WRITTEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
+
+Settings = dict[str, Any]  # options of peft's LoraConfig
+
+
+class LoraFile(NamedTuple):
+    """A file's content; tensors are named as peft does it, those of text encoders `text_model.encoder...`."""
+
+    tensors: dict[str, dict[str, Tensor]]  # by network: {"conv_in.lora_A.weight": [rank, 4, 3, 3], ...}
+    settings: dict[str, Settings]  # by network; empty where the header has none
+    about: dict[str, str]  # the whole header
+
+    def ranks(self, network: str) -> dict[str, int]:
+        """Rank of each module that has a LoRA."""
+        factors = self.tensors[network].items()
+        return {key.removesuffix(".lora_A.weight"): len(value) for key, value in factors if key.endswith("A.weight")}
+
+    def scalings(self, network: str) -> dict[str, float]:
+        """What B @ A is multiplied with, by module: alpha / rank, alpha / sqrt(rank) with rsLoRA."""
+        from peft.utils.other import get_pattern_key
+
+        settings, scalings = self.settings[network], {}
+        patterns, usual = settings.get("alpha_pattern") or {}, settings.get("lora_alpha")
+        for module, rank in self.ranks(network).items():
+            alpha = patterns.get(get_pattern_key(patterns, module), usual)
+            divisor = rank**0.5 if settings.get("use_rslora") else rank
+            scalings[module] = 1.0 if alpha is None else alpha / divisor
+        return scalings
+
+
+def save_lora(folder: Path, networks: dict[str, nn.Module], about: dict[str, str]) -> Path:
+    """Writes the adapters "default" of networks by name to a folder, in their dtype; returns the file.
+
+    `about` is written into the file's header.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors, settings = {}, {}
+    for name, network in networks.items():
+        # without the option peft asks the hub for the base's config
+        state = get_peft_model_state_dict(network, adapter_name=ADAPTER, save_embedding_layers=False)
+        tensors[name] = {_file_name(name, key): value.detach().cpu().contiguous() for key, value in state.items()}
+        settings[name] = _written_settings(network.peft_config[ADAPTER])
+    return write_lora(folder / FILE_NAME, LoraFile(tensors, settings, about))
+
+
+def write_lora(path: Path, lora: LoraFile) -> Path:
+    """Writes a file as diffusers does it, with the texts `about` in its header."""
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    layers = {f"{name}_lora_layers": _transformers_keys(name, state) for name, state in lora.tensors.items()}
+    settings = {f"{name}_lora_adapter_metadata": dict(value) for name, value in lora.settings.items()}
+    writer = StableDiffusionXLLoraLoaderMixin  # of Stable Diffusion's networks it writes the same
+    writer.save_lora_weights(path.parent, weight_name=path.name, **layers, **settings)
+    return write_tensors(path, load_file(path), lora.about | read_about(path))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> Path:
+    """Writes a file from tensors and the texts of its header."""
+    save_file(tensors, path, metadata=about | {"format": "pt"})
+    make_readable(path)
+    return path
+
+
+def make_readable(path: Path) -> None:
+    """Gives a file the mode of other files: safetensors writes such that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
+    """Puts a file's weights (or a folder's) into the adapters "default" of networks, in the adapters' dtype.
+
+    Raises FileNotFoundError where there is none, ValueError where networks, modules, shapes or scalings differ.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    lora = read_lora(path)
+    if set(lora.tensors) != set(networks):
+        found, wanted = ", ".join(lora.tensors), ", ".join(networks)
+        raise ValueError(f"{path}: holds a LoRA of {found}, and {wanted} has one here; the networks must be the same")
+    own = {}
+    for name, network in networks.items():
+        wanted = get_peft_model_state_dict(network, adapter_name=ADAPTER, save_embedding_layers=False)
+        keys = {_file_name(name, key): key for key in wanted}
+        _check_shapes(path, name, lora.tensors[name], {key: wanted[short] for key, short in keys.items()})
+        _check_scalings(path, name, lora.scalings(name), network)
+        own[name] = {keys[key]: value for key, value in lora.tensors[name].items()}
+    for name, network in networks.items():
+        set_peft_model_state_dict(network, own[name], ADAPTER)
+
+
+def _check_shapes(path: Path, name: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    advice = "the LoRA's targets must be the same"
+    for keys, what in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "has besides")):
+        if keys:
+            example = f"{len(keys)} tensors of {name}, such as {min(keys)}"
+            raise ValueError(f"{path}: {what} {example}; {advice}")
+    for key, value in found.items():
+        shapes = f"{list(value.shape)}, and {list(wanted[key].shape)} is wanted"
+        if value.shape != wanted[key].shape:
+            raise ValueError(f"{path}: {name}.{key} is {shapes}; rank and base model must be the same")
+
+
+def _check_scalings(path: Path, name: str, found: dict[str, float], network: nn.Module) -> None:
+    modules = {_file_name(name, key): module for key, module in network.named_modules()}
+    for key, scaling in found.items():
+        wanted = modules[key].scaling[ADAPTER]
+        if abs(scaling - wanted) > 1e-6 * abs(wanted):
+            scalings = f"scaled by {scaling:g}, and by {wanted:g} here"
+            raise ValueError(f"{path}: {name}.{key} is {scalings}; rank, alpha and rsLoRA must be the same")
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Reads a file (or a folder's) in diffusers' format, older spellings included.
+
+    Raises FileNotFoundError where there is none, ValueError where it holds anything else.
+    """
+    file = find_lora(path)
+    about = read_about(file)
+    state = _peft_keys(load_file(file))
+    if any(key.startswith("lora_") for key in state):
+        raise ValueError(f"{file}: is in the kohya format; convert it with scripts/convert_lora.py --to diffusers")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        match = TENSOR.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{file}: {key} is no tensor of a LoRA of {', '.join(NETWORKS)}")
+        tensors.setdefault(match[1], {})[_file_name(match[1], f"{match[2]}.{match[3]}")] = value
+    if not tensors:
+        raise ValueError(f"{file}: holds no tensor")
+    for name, state in tensors.items():
+        _check_pairs(file, name, state)
+    settings: dict[str, Settings] = {name: {} for name in tensors}
+    for key, value in json.loads(about.get(SETTINGS_KEY, "{}")).items():
+        name, _, option = key.partition(".")
+        settings.setdefault(name, {})[option] = value
+    return LoraFile(tensors, settings, about)
+
+
+def _check_pairs(file: Path, name: str, state: dict[str, Tensor]) -> None:
+    for module in {re.sub(r"\.lora_(A\.weight|B\.weight|magnitude_vector)$", "", key) for key in state}:
+        down, up = (state.get(f"{module}.lora_{letter}.weight") for letter in "AB")
+        if down is None or up is None or up.shape[1] != down.shape[0]:
+            raise ValueError(f"{file}: {name}.{module} needs lora_A and lora_B of one rank")
+
+
+def find_lora(path: Path) -> Path:
+    """The file itself, or a folder's pytorch_lora_weights.safetensors; FileNotFoundError without one."""
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; give a LoRA as .safetensors, or a folder with {FILE_NAME}")
+    return file
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """The texts of a file's header; ValueError where it is no safetensors file (a pickle is not read)."""
+    file = find_lora(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: cannot be read as safetensors ({error}); other formats are not read") from None
+
+
+def adapter_settings(path: Path) -> dict[str, Settings]:
+    """By network: rank, alpha, targets, use_dora and use_rslora, as the header says, or else the tensors' shapes.
+
+    Rank and alpha are those of most modules, without what differs; a file without a header has alpha = rank.
+    """
+    lora, found = read_lora(path), {}
+    for name in lora.tensors:
+        settings, ranks = lora.settings[name], lora.ranks(name)
+        rank = settings.get("r") or Counter(ranks.values()).most_common(1)[0][0]
+        found[name] = {
+            "rank": rank,
+            "alpha": settings.get("lora_alpha", rank),
+            "targets": settings.get("target_modules") or sorted(ranks),
+            "use_dora": any(key.endswith("magnitude_vector") for key in lora.tensors[name]),
+            "use_rslora": settings.get("use_rslora", False),
+        }
+    return found
+
+
+def _written_settings(config: Any) -> Settings:
+    """A LoraConfig as JSON can hold it, with sorted sets.
+
+    The base's path is this machine's; dropout would act on pictures, as diffusers leaves it in training mode.
+    """
+    unwanted = ("base_model_name_or_path", "lora_dropout")
+    usual = type(config)().to_dict()
+    options = {key: value for key, value in config.to_dict().items() if key not in unwanted}
+    kept = {key: value for key, value in options.items() if key in WRITTEN or value != usual[key]}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
+
+
+def _file_name(network: str, key: str) -> str:
+    """A module's or tensor's name in files: transformers 5 has no text_model in one encoder, all files have it."""
+    bare = network == "unet" or key.startswith(("text_model.", "text_projection"))
+    return key if bare else f"text_model.{key}"
+
+
+def _transformers_keys(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The spelling in which every module of a text encoder is read: peft's serves for its attention without DoRA."""
+    from diffusers.utils.state_dict_utils import convert_state_dict
+
+    mapping = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
+    mapping["magnitude_vector"] = "magnitude_vector.weight"
+    return state if network == "unet" else convert_state_dict(state, mapping)
+
+
+def _peft_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' spellings, of which three have been in use, as peft's."""
+    from diffusers.utils import state_dict_utils as spellings
+
+    text = {key: value for key, value in state.items() if key.startswith("text_encoder")}
+    others = {key: value for key, value in state.items() if key not in text}
+    mapping = spellings.DIFFUSERS_OLD_TO_PEFT | spellings.DIFFUSERS_TO_PEFT
+    text = spellings.convert_state_dict(text, mapping | {"magnitude_vector.weight": "magnitude_vector"})
+    return text | spellings.convert_unet_state_dict_to_peft(others)

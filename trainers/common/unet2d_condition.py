@@ -1,0 +1,38 @@
+"""UNet2DConditionModels from scratch: from a folder, a JSON file, or a name in configs/models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trainers.common.model_files import Grid, Settings, find_model_config, settings_problems
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+def unet_problems(model_config: str) -> Iterator[str]:
+    """Yields what keeps a file from being a UNet's config, before anything heavy is loaded."""
+    yield from settings_problems("a UNet2DConditionModel", lambda: _read(model_config), lambda settings: iter(()))
+
+
+def _read(model_config: str) -> Settings:
+    settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def build_unet(model_config: str, latents: Grid, text_width: int) -> UNet2DConditionModel:
+    """Makes the network with random weights, for these latents and text embeddings of this width.
+
+    Raises ValueError where the file says otherwise.
+    """
+    from diffusers import UNet2DConditionModel
+
+    decided = {"in_channels": latents.channels, "out_channels": latents.channels, "cross_attention_dim": text_width}
+    settings = _read(model_config)
+    for name, value in decided.items():
+        if settings.get(name, value) != value:
+            found = f"has {name} = {settings[name]}, and the base model's other parts need {value}"
+            raise ValueError(f"text_to_image.model_config = {model_config}: {found}; leave it out, or make them equal")
+    return UNet2DConditionModel.from_config(settings | decided | {"sample_size": latents.resolution})

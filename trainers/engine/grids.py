@@ -1,0 +1,53 @@
+"""Pictures side by side in one, with texts below them."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+VISIBLE_SIZE = 64  # pixels of height; smaller pictures are enlarged in grids by a whole factor
+READABLE_SIZE = 128  # the same where there are texts
+FONT_SIZE = 11  # pixels
+MAX_LINES = 4  # of a text
+
+
+def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None = None) -> Tensor:
+    """One grid of several sets of pictures [N, C, H, W] with a white gap: below each other where columns are given.
+
+    `texts`, one for each of the N pictures, stand below them.
+    """
+    from torchvision.utils import make_grid
+
+    below = columns is not None
+    columns = columns or math.ceil(math.sqrt(len(pictures[0])))
+    zoom = max(1, (VISIBLE_SIZE if texts is None else READABLE_SIZE) // pictures[0].shape[-2])
+    enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
+    if texts is not None:
+        enlarged = [_with_texts(images, texts) for images in enlarged]
+    grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
+    channels, height, width = grids[0].shape
+    gap = torch.ones(channels, 8, width) if below else torch.ones(channels, height, 8)
+    parts = [part for grid in grids for part in (gap, grid)]
+    return torch.cat(parts[1:], dim=1 if below else 2)
+
+
+def _with_texts(images: Tensor, texts: list[str]) -> Tensor:
+    """Pictures with a white strip below, of the same height for all, that holds their texts."""
+    font = ImageFont.load_default(FONT_SIZE)
+    characters = max(4, int(images.shape[-1] / font.getlength("e")))
+    wrapped = [textwrap.wrap(text, characters, max_lines=MAX_LINES, placeholder=" ...") for text in texts]
+    height = (FONT_SIZE + 3) * max(1, *map(len, wrapped)) + 2
+    strips = torch.stack([_written(lines, images.shape[-1], height, font) for lines in wrapped])
+    return torch.cat([images, strips.expand(-1, images.shape[1], -1, -1)], dim=2)
+
+
+def _written(lines: list[str], width: int, height: int, font: ImageFont.FreeTypeFont) -> Tensor:
+    """Black on white [1, height, width]."""
+    strip = Image.new("L", (width, height), 255)
+    ImageDraw.Draw(strip).multiline_text((1, 0), "\n".join(lines), fill=0, font=font, spacing=2)
+    return torch.from_numpy(np.array(strip)).float().div(255)[None]

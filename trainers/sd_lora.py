@@ -1,0 +1,148 @@
+"""Task `lora`: low-rank adapters of a Stable Diffusion pipeline, arXiv 2106.09685 and 2112.10752."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from trainers.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.common.stable_diffusion import StableDiffusionTrainer
+from trainers.common.stable_diffusion_config import StableDiffusionConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
+TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+@dataclass(kw_only=True)
+class LoRAConfig(StableDiffusionConfig):
+    """Options of the section `lora`."""
+
+    passive: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.passive, "lora_scale")
+    training_only: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.training_only, "lora_weights")
+
+    rank: Positive = 16  # r: columns of A, rows of B
+    lora_alpha: PositiveFloat | None = None  # the adapter acts alpha / r times; null: as rank, which is once
+    lora_dropout: Fraction = 0.0  # part of the adapters' inputs that is dropped in training
+    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or one pattern; null: its attention
+    use_rslora: bool = False  # act alpha / sqrt(r) times (arXiv 2312.03732)
+    use_dora: bool = False  # train the length of each row of weights, too (arXiv 2402.09353)
+    init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"  # of A; B starts at 0
+    train_text_encoder: bool = False  # adapters in the text encoders, too; learning_rate can be a dict
+    text_encoder_target_modules: list[str] | str | None = None  # the same of the text encoders; null: their attention
+    lora_weights: str | None = None  # a LoRA file, or its folder, to continue from; null: a new adapter
+    use_ema: bool = False  # average the adapter's weights
+    lora_scale: NonNegativeFloat = 1.0  # how strongly the adapter acts in validation pictures; 0: not at all
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        yield from self.without_effect(("text_encoder_target_modules",), "train_text_encoder", self.train_text_encoder)
+        if self.train_text_encoder and self.cache_text is not None:
+            yield "cache_text", "keeps what a text encoder says that train_text_encoder changes; set one of them off"
+        if self.lora_weights is not None and not Path(self.lora_weights).exists():
+            yield "lora_weights", "there is no such file or folder"
+        for option in ("target_modules", "text_encoder_target_modules"):
+            if getattr(self, option) in ([], ""):
+                yield option, "must name at least one module, or be null"
+
+
+class LoRATrainer(StableDiffusionTrainer):
+    """Trains adapters; the result is a LoRA file that every diffusers pipeline of the same family can load."""
+
+    Config = LoRAConfig
+    config: LoRAConfig
+    task = "lora"
+    usage = (
+        "from diffusers import DiffusionPipeline\n"
+        'pipeline = DiffusionPipeline.from_pretrained("{pretrained_model_name_or_path}")\n'
+        'pipeline.load_lora_weights("{output_dir}")\n'
+        'pipeline("a prompt").images[0].save("sample.png")'
+    )
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        from trainers.common.lora import add_lora
+        from trainers.common.lora_files import load_lora
+
+        config, networks = self.config, {}
+        targets = config.target_modules or ATTENTION
+        unet = self.base_model.unet(self.weight_dtype)
+        networks["unet"] = add_lora("lora.target_modules", unet, targets, self._adapter())
+        for name in self.base_model.text_encoder_names if config.train_text_encoder else ():
+            encoder, option = self.base_model.text_encoder(name, self.weight_dtype), "lora.text_encoder_target_modules"
+            targets = config.text_encoder_target_modules or TEXT_ATTENTION
+            networks[name] = add_lora(option, encoder, targets, self._adapter())
+        if config.lora_weights is not None:
+            load_lora(Path(config.lora_weights), networks)
+        self.base_pictures: dict[str, Tensor] = {}  # they never change
+        return networks
+
+    def _adapter(self) -> dict[str, Any]:
+        """peft's settings."""
+        config, names = self.config, ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+        alpha = config.lora_alpha if config.lora_alpha is not None else config.rank
+        return {"r": config.rank, "lora_alpha": alpha} | {name: getattr(config, name) for name in names}
+
+    def trains_text(self) -> bool:
+        return self.config.train_text_encoder
+
+    def embed(self, captions: list[str]) -> dict[str, Tensor]:
+        if not self.trains_text():
+            return super().embed(captions)
+        return self.prompts.embed(self.modules, list(captions), self.device)
+
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        """Pictures, and at validations strips "base model | LoRA" [N, 3, H, 2W] of the same noise."""
+        import torch
+
+        from trainers.common.lora import lora_scaled
+
+        generators = rng.generators()
+        states = [generator.get_state() for generator in generators]
+        with lora_scaled(self.modules.values(), self.config.lora_scale):
+            drawn = self.draw(requests, generators)
+        if not all(request.get("beside_base") for request in requests):
+            return {"samples": drawn}
+        key = repr((requests, [state.sum().item() for state in states]))
+        if key not in self.base_pictures:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            frames, self.frames = self.frames, None  # an animation shows the adapter's pictures
+            with lora_scaled(self.modules.values(), 0.0):
+                self.base_pictures[key] = self.draw(requests, generators).cpu()
+            self.frames = frames
+        base = self.base_pictures[key].to(drawn.device)
+        return {"samples": drawn, "base_and_lora": torch.cat([base, drawn], dim=3)}
+
+    def sample_requests(self, validation_set: Any) -> list[dict]:
+        return [request | {"beside_base": True} for request in super().sample_requests(validation_set)]
+
+    def save_pipeline(self, output_dir: Path) -> None:
+        from trainers.common.lora_files import save_lora
+
+        config, adapter = self.config, self._adapter()
+        about = {
+            "base_model": config.pretrained_model_name_or_path,
+            "rank": str(adapter["r"]),
+            "alpha": f"{adapter['lora_alpha']:g}",
+            "target_modules": str(config.target_modules or ATTENTION),
+            "trigger_word": getattr(self.base, "trigger_word", None) or "",
+            "diffloop_version": version("diffloop"),
+        }
+        save_lora(output_dir, self.unwrapped, about)
+
+    @classmethod
+    def load_pipeline(cls, output_dir: str | Path) -> Any:
+        """The base model with the adapter, as the file's metadata names it."""
+        from diffusers import DiffusionPipeline
+
+        from trainers.common.lora_files import read_about
+
+        base_model = read_about(Path(output_dir))["base_model"]
+        pipeline = DiffusionPipeline.from_pretrained(base_model, safety_checker=None)
+        pipeline.load_lora_weights(output_dir, adapter_name="default")
+        return pipeline

@@ -1,0 +1,102 @@
+"""Task `text_to_image`: the whole UNet of a Stable Diffusion pipeline, fine-tuned or from scratch, arXiv 2112.10752."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from trainers.base import PositiveFloat, Section
+from trainers.common.stable_diffusion import StableDiffusionTrainer
+from trainers.common.stable_diffusion_config import StableDiffusionConfig
+from trainers.common.stable_diffusion_objective import Learned, build_flow
+from trainers.common.unet2d_condition import build_unet, unet_problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OF_DIFFUSION = (
+    "prediction_type", "snr_gamma", "loss_type", "noise_offset", "input_perturbation", "rescale_betas_zero_snr",
+    "dream_detail_preservation", "timestep_range", "timestep_bias_strategy",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TextToImageConfig(StableDiffusionConfig):
+    """Options of the section `text_to_image`."""
+
+    passive: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.passive, "model_config")
+    initial_weights: ClassVar[tuple[str, ...]] = ()  # of the base model, its other parts are needed, too
+    result_is_base: ClassVar[bool] = True
+
+    learning_rate: PositiveFloat | dict[str, float] = 1e-5  # at the top of the schedule
+    model_config: str | None = (
+        None  # a UNet from scratch: folder, JSON file or name in configs/models; null: the base's
+    )
+    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # what is learned; a flow predicts noise minus picture
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of the times that a flow is trained at
+    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures
+    time_logit_std: PositiveFloat = 1.0  # of logit_normal
+    time_shift: PositiveFloat = 1.0  # moves a flow's times towards noise, in training and sampling; 3 at 1024 pixels
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        flow, logit_normal = self.objective == "rectified_flow", self.time_distribution == "logit_normal"
+        yield from self.without_effect(OF_DIFFUSION, "objective: ddpm", not flow)
+        yield from self.without_effect(("time_distribution", "time_shift"), "objective: rectified_flow", flow)
+        of_logit = ("time_logit_mean", "time_logit_std")
+        yield from self.without_effect(of_logit, "time_distribution: logit_normal", logit_normal)
+        if flow and self.sampler not in (None, "euler", "dpmsolver++"):
+            yield "sampler", "must be euler, dpmsolver++ or null with objective: rectified_flow"
+        if self.model_config is not None:
+            yield from (("model_config", problem) for problem in unet_problems(self.model_config))
+
+    def parts_needed(self) -> tuple[str, ...]:
+        return tuple(part for part in super().parts_needed() if part != "unet" or self.model_config is None)
+
+
+class TextToImageTrainer(StableDiffusionTrainer):
+    """Trains all of a UNet; the result is a whole pipeline."""
+
+    Config = TextToImageConfig
+    config: TextToImageConfig
+    task = "text_to_image"
+    usage = (
+        "from diffusers import DiffusionPipeline\n"
+        'pipeline = DiffusionPipeline.from_pretrained("{output_dir}")\n'
+        'pipeline("a prompt").images[0].save("sample.png")'
+    )
+
+    def build_objective(self) -> Learned:
+        if self.config.objective == "ddpm":
+            return super().build_objective()
+        return build_flow(self.config)
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        import torch
+
+        if self.config.model_config is None:
+            return {"unet": self.base_model.unet(torch.float32)}
+        folders = [self.base_model.folder / name / "config.json" for name in self.base_model.text_encoder_names]
+        width = sum(json.loads(path.read_text(encoding="utf-8"))["hidden_size"] for path in folders)
+        return {"unet": build_unet(self.config.model_config, self.latents.grid, width)}
+
+    def save_pipeline(self, output_dir: Path) -> None:
+        self.pipeline().save_pretrained(output_dir)
+
+    def pipeline(self) -> Any:
+        """The trained UNet with the base model's other parts, all on the CPU."""
+        import diffusers
+        import torch
+
+        base_model = self.base_model
+        parts = {"unet": self.raw("unet"), "scheduler": self.learned.sampler, "vae": self.latents.load()}
+        parts |= dict(zip(("tokenizer", "tokenizer_2"), base_model.tokenizers(), strict=False))
+        parts |= {name: base_model.text_encoder(name, torch.float32) for name in base_model.text_encoder_names}
+        if base_model.is_xl:
+            zeros = self.prompts.zeros_for_empty
+            return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros)
+        unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return diffusers.StableDiffusionPipeline(**parts, **unchecked)
