@@ -12,6 +12,7 @@ from conftest import launch, losses, read_metrics
 from PIL import Image
 from safetensors.torch import load_file
 
+from trainers.engine import cache_filling
 from trainers.engine.caching import Cache, text_key
 from trainers.engine.encoding import FrozenStages
 
@@ -76,6 +77,29 @@ def test_cached_and_uncached_training_are_the_same(run_in_process, options, fami
     assert len(rows) == 2 * (
         10 * 2 + 1
     )  # mean and logvar of ten pictures and their mirrored ones, and the held-out one
+
+
+@pytest.mark.parametrize("task", ["lora", "text_to_image"])
+def test_pictures_of_a_class_are_cached_too(run_in_process, options, captioned, task, tmp_path):
+    (tmp_path / "class").mkdir()
+    for number in range(3):
+        pixels = torch.randint(256, (36, 36, 3), dtype=torch.uint8, generator=_seeded(50 + number))
+        Image.fromarray(pixels.numpy()).save(tmp_path / "class" / f"{number}.png")
+    prior = {"base.class_data_dir": str(tmp_path / "class"), "base.class_caption": "a photo of a dog"}
+    options = {name.replace("text_to_image.", f"{task}."): value for name, value in options.items()} | prior
+    options[f"{task}.pretrained_model_name_or_path"] = str(tiny_models.model("sdxl"))
+    if task == "lora":
+        options["lora.learning_rate"] = 1e-3
+    plain = run_in_process("plain", task, **options)
+    kept = {f"{task}.cache_latents": "disk"}
+    found = run_in_process("cached", task, **options, **kept)
+    assert numbers(found) == pytest.approx(numbers(plain), rel=1e-5)
+    terms = read_metrics(found, prefix="prior_loss")
+    assert len(terms) == 6
+    for line in terms:
+        assert line["loss"] == pytest.approx(line["instance_loss"] + line["prior_loss"], rel=1e-5)
+    without = run_in_process("without", task, **{**options, **dict.fromkeys(prior)})
+    assert numbers(without)[0] == pytest.approx(terms[0]["instance_loss"], rel=1e-5)  # the draws are the same
 
 
 def test_with_workers_and_resumed(run_in_process, options):
@@ -151,6 +175,26 @@ def test_a_half_written_cache_is_completed_and_a_broken_file_replaced(run_in_pro
     printed = capsys.readouterr().out
     assert "cannot be read" in printed
     assert "cache latents: 21 of 21 to encode" in printed
+
+
+def test_an_interrupted_start_goes_on_where_it_was(run_in_process, options, monkeypatch, capsys):
+    options = {**options, **cached("disk")}
+    monkeypatch.setattr(cache_filling, "FILE_BYTES", 1)  # a file after every batch
+    run, calls = FrozenStages.run, []
+
+    def interrupted(self, name, values):
+        calls.append(name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(self, name, values)
+
+    monkeypatch.setattr(FrozenStages, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process("interrupted", "text_to_image", **options)
+    capsys.readouterr()
+    monkeypatch.setattr(FrozenStages, "run", run)
+    run_in_process("again", "text_to_image", **options)
+    assert encoded(capsys)["latents"] == 21 - 3 * 4
 
 
 def test_all_processes_write_their_share(options, tmp_path, tiny_config):

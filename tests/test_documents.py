@@ -162,3 +162,21 @@ def test_a_wrong_section_is_told_from_a_task_without_repository(tmp_path, capsys
     path.write_text(json.dumps({"base": {"dataset": "digits", "num_epochs": 1}, "sdxl": {}}))
     assert main([str(path)]) == 2
     assert 'For your own class set base.trainer_class: "package.module:Class"' in capsys.readouterr().err
+
+
+def test_the_migration_page_names_options_that_exist():
+    from trainers.engine.config import find_trainer
+    from trainers.engine.options import BaseConfig
+    from trainers.engine.schema import options
+
+    page = (ROOT / "docs/migration.md").read_text()
+    known = {f"base.{name}" for name in options(BaseConfig)}
+    for task in ("lora", "text_to_image"):
+        known |= {f"{prefix}.{name}" for name in options(find_trainer(task).Config) for prefix in ("task", task)}
+    named = set(re.findall(r"`((?:base|task|lora)\.\w+)`", page))
+    assert len(named) > 60
+    assert named - known == set()
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `--")]
+    assert len(rows) > 70
+    for there, here in rows:
+        assert "`" in here or here.strip() in ("left out", "always"), there

@@ -52,6 +52,8 @@ def test_errors_of_frozen_stages():
     stages = FrozenStages({"vae": doubling([])}, CPU)
     with pytest.raises(ValueError, match="encoder vae reads 'image'; the data set has caption"):
         stages.encode({"caption": ["a"]})
+    stages.encoders["vae"].optional = True
+    assert stages.encode({"caption": ["a"]}) == {"caption": ["a"]}
     with pytest.raises(ValueError, match=r"encoder vae wrote \['mean'\]; its `writes` says \['latent'\]"):
         FrozenStages({"vae": doubling([], writes=("mean",))}, CPU).encode({"image": torch.ones(1)})
 

@@ -154,6 +154,7 @@ class Encoder:
     source: Callable[[], dict[str, Any]] = dict
     cache: Literal["memory", "disk"] | None = None
     constants: tuple[Any, ...] = ()
+    optional: bool = False  # whether a batch may lack the column
 
 
 class Trainer(ABC):

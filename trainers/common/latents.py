@@ -96,7 +96,9 @@ class LatentSpace:
             folder = Path(self.source) / (find_subfolder(self.source, None) or "")
             return {"vae": files_digest(folder) if folder.is_dir() else self.digest, "dtype": str(self.vae_dtype)}
 
-        return Encoder(f"{column}image", (f"{column}mean", f"{column}logvar"), lambda: self.vae, write, source, cache)
+        writes = (f"{column}mean", f"{column}logvar")
+        optional = column != ""  # such as pictures of a class: training examples alone have them
+        return Encoder(f"{column}image", writes, lambda: self.vae, write, source, cache, optional=optional)
 
     def draw(self, batch: dict[str, Any], rng: RandomSource, column: str = "") -> Tensor:
         """Scaled latents [B, c, h, w] drawn from a batch's posteriors, `column` in front of their names."""

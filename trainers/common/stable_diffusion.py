@@ -101,7 +101,7 @@ class StableDiffusionTrainer(Trainer):
     def _prior_loss(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
         """The loss [B] of the pictures of the class, which keeps the model's idea of it."""
         clean = self.latents.draw(batch, rng, "class_")
-        condition = self._condition(self.embed(batch["class_caption"]), clean.shape, None)
+        condition = self._condition(self.embed(batch["class_caption"]), clean.shape, batch, "class_")
         return self.learned.objective.loss(self._asking(condition), clean, rng, prefix="class_")
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
@@ -137,15 +137,18 @@ class StableDiffusionTrainer(Trainer):
         embeds = self.embed([""])
         return {n: torch.zeros_like(rows) for n, rows in embeds.items()} if self.prompts.zeros_for_empty else embeds
 
-    def _condition(self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any] | None) -> Condition:
-        """With Stable Diffusion XL's sizes, those of the examples or, without a batch, of a whole picture."""
+    def _condition(
+        self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any] | None, prefix: str = ""
+    ) -> Condition:
+        """With Stable Diffusion XL's sizes, those of the examples or, without any, of a whole picture."""
         if not self.base_model.is_xl:
             return embeds
         target = tuple(side * self.latents.factor for side in shape[2:])
-        if batch is None or "original_size" not in batch:
-            sizes = torch.tensor([target], device=self.device).expand(shape[0], 2)
-            return embeds | {"time_ids": size_conditions(sizes, torch.zeros_like(sizes), target)}
-        return embeds | {"time_ids": size_conditions(batch["original_size"], batch["crop_top_left"], target)}
+        whole = torch.tensor([target], device=self.device).expand(shape[0], 2)
+        known = {} if batch is None else batch
+        sizes = known.get(f"{prefix}original_size", whole)
+        corners = known.get(f"{prefix}crop_top_left", torch.zeros_like(whole))
+        return embeds | {"time_ids": size_conditions(sizes, corners, target)}
 
     @staticmethod
     def _mask(batch: dict[str, Any], clean: Tensor) -> Tensor | None:

@@ -39,6 +39,8 @@ class FrozenStages:
                 batch = {**batch, **self.caches[name].rows(keys, encoder.writes, self.device)}
                 continue
             if encoder.reads not in batch:
+                if encoder.optional:
+                    continue
                 raise ValueError(f"encoder {name} reads {encoder.reads!r}; the data set has {', '.join(batch)}")
             batch = {**batch, **self.run(name, batch[encoder.reads])}
         return batch

@@ -62,10 +62,14 @@ def export_pipeline(
 
 
 def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
+    """Trained weights and buffers in float32, averaged ones where there are any; frozen weights as they are."""
+    frozen = {key: p for key, p in network.named_parameters() if not p.requires_grad}
     own = dict(network.named_parameters()) | dict(network.named_buffers())
     own |= ema.averages_of(name) if ema is not None else {}
-    values = {key: full_tensor(tensor, wanted) for key, tensor in own.items()}
-    return {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
+    values = {key: full_tensor(tensor, wanted) for key, tensor in own.items() if key not in frozen}
+    values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
+    # a base model is large: what does not change is not copied where it is on the CPU already
+    return values | {key: full_tensor(p, wanted) if p.is_cuda else p.detach() for key, p in frozen.items()}
 
 
 def cpu_copy(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
