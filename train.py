@@ -44,7 +44,7 @@ def train(run: RunConfig) -> Path:
         # data
         with accelerator.main_process_first():  # it downloads, the others find the files
             train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
-        clock = Clock.of_run(base, len(train_set), accelerator)
+        clock = Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None))
         datasets_lib.check_example(train_set.get(0, None), base)
         saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
 

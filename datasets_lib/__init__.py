@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import ImageColor
 
+from datasets_lib import buckets
 from datasets_lib.choices import one_of
 from datasets_lib.example import check_example
 
@@ -28,6 +29,7 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
         ImageColor.getrgb(args.background_color)
     except ValueError:
         yield "background_color", "must be a colour: a name such as white, or #rrggbb"
+    yield from buckets.problems(args)
 
 
 def build(args: Any, split: str) -> Any | None:
@@ -82,12 +84,14 @@ def _call(builder: Callable, args: Any, split: str) -> Any:
             f"its arguments: {accepted}"
         ) from error
     dataset = builder(args, split, **args.dataset_args)
-    lacking = [name for name in ("__len__", "get", "fingerprint") if dataset is not None and not hasattr(dataset, name)]
+    needed = ("__len__", "get", "fingerprint", *(("bucket_of",) if args.buckets else ()))
+    lacking = [name for name in needed if dataset is not None and not hasattr(dataset, name)]
     if not lacking and dataset is not None and not isinstance(dataset.fingerprint, str):
         lacking = ["a fingerprint that is text"]
     if lacking:
         raise ValueError(
             f"base.dataset={args.dataset} returned a {type(dataset).__name__} without {', '.join(lacking)}; "
-            "a data set has __len__, get(index, generator) and fingerprint, a text that changes with its content"
+            "a data set has __len__, get(index, generator) and fingerprint, a text that changes with its content, and "
+            "for base.buckets bucket_of(index), a number that examples of one size share"
         )
     return dataset

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PICTURES, COLUMNS = 48, 8
 LEAST_SIDE, MOST_SIDE = 112, 256  # pixels of a picture on the sheet
@@ -25,7 +25,7 @@ def spread(items: Sequence[int], count: int = PICTURES) -> list[int]:
 def contact_sheet(dataset: Any, indices: list[int]) -> Image.Image:
     """Return the examples' pictures in rows; without randomness, as in validation."""
     cells = [_cell(index, dataset.get(index, None)) for index in indices]
-    width, height = cells[0].width + MARGIN, cells[0].height + MARGIN
+    width, height = max(cell.width for cell in cells) + MARGIN, max(cell.height for cell in cells) + MARGIN
     columns = min(COLUMNS, len(cells))
     sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(cells) // columns) * height + MARGIN), "white")
     for number, cell in enumerate(cells):
@@ -53,7 +53,6 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 def _scaled(picture: Image.Image) -> Image.Image:
     """Small pictures grow by a whole number, so that their pixels can be seen."""
-    if picture.width > MOST_SIDE:
-        return picture.resize((MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
-    side = picture.width * -(-LEAST_SIDE // picture.width)
-    return picture.resize((side, side), Image.Resampling.NEAREST)
+    if max(picture.size) > MOST_SIDE:
+        return ImageOps.contain(picture, (MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
+    return ImageOps.scale(picture, -(-LEAST_SIDE // max(picture.size)), Image.Resampling.NEAREST)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets_lib.buckets import Size
 from datasets_lib.captions import Captions
-from datasets_lib.images import Size
 from datasets_lib.pictures import Pictures
 from datasets_lib.source import Source, digest
 from datasets_lib.transforms import View, draw, draw_view, normalize
@@ -39,7 +39,6 @@ class ImageDataset:
         self.caption_note = self.texts.note
 
         self.pictures = Pictures(source, self.rows, args)
-        self.resolution = args.resolution
         self.training = split == "train"
         self.center_crop = args.center_crop
         self.random_flip = args.random_flip
@@ -52,6 +51,15 @@ class ImageDataset:
     def bad_count(self) -> int:
         """How many images were found broken so far and replaced, in all worker processes."""
         return self.pictures.bad_count
+
+    @property
+    def bucket_sizes(self) -> list[Size]:
+        """The (height, width) that examples may have: one square without buckets."""
+        return list(self.pictures.reader.sizes)
+
+    def bucket_of(self, index: int) -> int:
+        """Return the number among `bucket_sizes` of an example's size; the first call reads every picture's header."""
+        return self.pictures.buckets[index]
 
     def name(self, index: int) -> str:
         """Return the file, or the row, from which an example comes."""
@@ -69,14 +77,15 @@ class ImageDataset:
         """Return an example; every random decision draws from `generator`.
 
         Without one: centre crop, no flip, first caption. "image" is float32 [C, H, W] in [-1, 1], "caption" str,
-        "original_size" int64 [2], height and width of the upright image, "crop_top_left" int64 [2], where the square
+        "original_size" int64 [2], height and width of the upright image, "crop_top_left" int64 [2], where the crop
         begins in the resized image; where the data has them "label" int, "mask" float32 [1, H, W] in [0, 1].
+        H and W are those of its bucket.
         """
         position, pixels, size = self.pictures.read(index)
         view, example = self._draw(position, size, generator)
         if self.source.masks is not None:
             pixels, example["mask"] = pixels[:-1], self._mask(pixels[-1:], view)
-        return {"image": normalize(view.cut(pixels, self.resolution)), **example}
+        return {"image": normalize(view.cut(pixels)), **example}
 
     def without_image(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Return the example that `get` would, with "flipped" (bool) instead of "image", which is not decoded.
@@ -92,8 +101,8 @@ class ImageDataset:
     def image(self, index: int, flipped: bool, column: str = "image") -> torch.Tensor:
         """Return the centre of a picture, plain or mirrored: float32 [C, H, W] in [-1, 1]."""
         _, pixels, size = self.pictures.read(index)
-        view = draw_view(size, self.resolution, None)._replace(flipped=flipped)
-        return normalize(view.cut(pixels[: self.pictures.reader.channels], self.resolution))
+        view = draw_view(size, self.pictures.reader.target(size), None)._replace(flipped=flipped)
+        return normalize(view.cut(pixels[: self.pictures.reader.channels]))
 
     def image_keys(self, index: int, column: str = "image") -> tuple[str, ...]:
         """Return hex digits that identify the content of `image`: plain and, where `get` may mirror it, mirrored."""
@@ -116,7 +125,7 @@ class ImageDataset:
         """The part of an example that is not pixels. The order of the draws: crop, flip, caption."""
         if not self.random:
             generator = None
-        view = draw_view(size, self.resolution, None if self.center_crop else generator)
+        view = draw_view(size, self.pictures.reader.target(size), None if self.center_crop else generator)
         if self.random_flip and generator is not None:
             view = view._replace(flipped=bool(draw(2, generator)))
         row = self.rows[position]
@@ -126,14 +135,18 @@ class ImageDataset:
         return view, {**example, "original_size": torch.tensor(size), "crop_top_left": view.top_left()}
 
     def _mask(self, pixels: torch.Tensor, view: View) -> torch.Tensor:
-        return view.cut(pixels, self.resolution).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        return view.cut(pixels).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
     def _is_random(self) -> bool:
         if not self.training:
             return False
-        decoded, side = self.pictures.decoded, self.resolution
-        square = decoded is not None and {shape[1:] for shape in decoded.shapes if shape} == {(side, side)}
-        return self.random_flip or not (self.center_crop or square) or self.texts.random
+        return self.random_flip or not (self.center_crop or self._fits()) or self.texts.random
+
+    def _fits(self) -> bool:
+        """Whether nothing has to be cropped, as far as that is known without reading."""
+        shapes = () if self.pictures.decoded is None else self.pictures.decoded.shapes
+        found = [shape[1:] == self.pictures.target(position) for position, shape in enumerate(shapes) if shape]
+        return bool(found) and all(found)
 
 
 def select_rows(count: int, args: Any, split: str) -> list[int]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from datasets_lib.images import Size
+from datasets_lib.buckets import Size
 
 Picture = tuple[torch.Tensor, Size]  # resized pixels, and the size before
 

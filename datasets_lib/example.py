@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from datasets_lib.buckets import Size, sizes_of
 
 
 def check_example(example: Any, args: Any) -> None:
@@ -18,11 +21,13 @@ def check_example(example: Any, args: Any) -> None:
         )
     if encoded:
         _check_latents(example["mean"], example["logvar"])
+    sizes, source = sizes_of(args), "the buckets" if args.buckets else "base.resolution, base.resolution"
     for name in ("image", "class_image"):
         if name in example:
-            _check_pixels(name, example[name], args.channels, args.resolution, "x / 127.5 - 1", -1)
+            _check_pixels(name, example[name], args.channels, sizes, f"base.channels, {source}", "x / 127.5 - 1", -1)
     if "mask" in example:
-        _check_pixels("mask", example["mask"], 1, args.resolution, "x / 255", 0)
+        of_image = sizes if encoded else (tuple(example["image"].shape[1:]),)
+        _check_pixels("mask", example["mask"], 1, of_image, f"1, {source}", "x / 255", 0)
     for name, least in (("original_size", 1), ("crop_top_left", 0)):
         for key in {name, f"class_{name}"} & example.keys():
             _check_pair(key, example[key], least)
@@ -44,16 +49,16 @@ def _check_latents(mean: Any, logvar: Any) -> None:
             raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
 
 
-def _check_pixels(name: str, image: Any, channels: int, resolution: int, formula: str, least: int) -> None:
+def _check_pixels(
+    name: str, image: Any, channels: int, sizes: Sequence[Size], source: str, formula: str, least: int
+) -> None:
     if not isinstance(image, torch.Tensor) or image.dtype != torch.float32:
         found = getattr(image, "dtype", type(image).__name__)
         raise ValueError(f"an example's {name} must be a float32 tensor, got {found}")
-    if list(image.shape) != [channels, resolution, resolution]:
-        options = "1" if name == "mask" else "base.channels"
-        raise ValueError(
-            f"an example's {name} has shape {list(image.shape)}, expected {[channels, resolution, resolution]} "
-            f"from {options}, base.resolution, base.resolution"
-        )
+    expected = [[channels, *size] for size in sizes]
+    if list(image.shape) not in expected:
+        shapes = " or ".join(map(str, expected))
+        raise ValueError(f"an example's {name} has shape {list(image.shape)}, expected {shapes} from {source}")
     if not torch.isfinite(image).all():
         raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
     low, high = image.min().item(), image.max().item()

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from datasets_lib.buckets import Size, best
 from datasets_lib.choices import one_of
 from datasets_lib.transforms import INTERPOLATIONS, resize, resized_size
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 PILLOW_LIMIT = 2 * 178956970  # pixels; above it Pillow refuses by itself
-Size = tuple[int, int]  # height, width
 
 
 class ImageError(ValueError):
@@ -25,12 +25,12 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads an image and resizes its short side to `resolution`: the part of loading that is never random.
+    """Reads an image and resizes it to just cover the best of `sizes`: the part of loading that is never random.
 
     Raises ValueError for settings that cannot be met.
     """
 
-    resolution: int
+    sizes: tuple[Size, ...]
     channels: int
     interpolation: str
     background_color: str
@@ -52,6 +52,10 @@ class ImageReader:
                 "give a name such as white or a code such as #ffffff"
             ) from error
 
+    def target(self, size: Size) -> Size:
+        """Return the size of what an example shows of an image of this size."""
+        return best(size, self.sizes)
+
     def read(self, source: Path | bytes | np.ndarray) -> torch.Tensor:
         """Return uint8 [C, H, W]; raise ImageError, which does not know the image's name, for whatever is wrong."""
         return self.read_sized(source)[0]
@@ -63,7 +67,8 @@ class ImageReader:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 image = to_mode(image, MODES[self.channels], self.background_color)
-            return resize(image, self.resolution, self.interpolation), image.size[::-1]
+            size = image.size[::-1]
+            return resize(image, self.target(size), self.interpolation), size
         except Exception as error:  # every decoder fails in its own way
             raise ImageError(self._reason(error)) from error
 
@@ -79,7 +84,8 @@ class ImageReader:
         """Return how many bytes `read` gives, from the header alone; 0 for an image that cannot be opened."""
         try:
             with self._open(source) as image:
-                width, height = resized_size(image.size, self.resolution)
+                size = header_size(image)
+                height, width = resized_size(size, self.target(size))
         except Exception:  # `read` will say what is wrong
             return 0
         return width * height * self.channels
@@ -88,8 +94,9 @@ class ImageReader:
         if isinstance(source, np.ndarray):
             return Image.fromarray(source)
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        # A 10,000 x 1 strip grows when its short side is resized, so both sizes count.
-        for width, height in (image.size, resized_size(image.size, self.resolution)):
+        # A 10,000 x 1 strip grows when it is resized, so both sizes count.
+        size = image.size[::-1]
+        for height, width in (size, resized_size(size, self.target(size))):
             if width * height > self.max_image_pixels:
                 image.close()
                 raise ValueError(

@@ -32,6 +32,7 @@ DEFAULTS = {
     "dataset": None, "dataset_args": {}, "cache_dir": None, "image_column": None, "label_column": None,
     "caption_column": None, "caption": "", "trigger_word": None, "shuffle_tags": False, "keep_tags": 0,
     "mask_column": None, "class_data_dir": None, "class_caption": None, "max_train_samples": None, "resolution": 64,
+    "buckets": False, "bucket_max_pixels": None, "bucket_step": 64,
     "channels": 3, "interpolation": "bilinear", "center_crop": False, "random_flip": False,
     "background_color": "white", "bad_images": "error", "max_image_pixels": 178956970, "image_cache_mb": 512,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from datasets_lib.images import Size
+from datasets_lib.buckets import Size, kept_part
 from datasets_lib.pictures import Pictures
 
 SHOWN = 5  # captions, duplicates
@@ -54,9 +54,11 @@ def picture_lines(found: list[Found], pictures: Pictures) -> Iterator[Line]:
             yield name, f"{_spread(sides)} pixels"
         (height, width), count = Counter(sizes).most_common(1)[0]
         yield "most frequent", f"{width} x {height} (width x height), {count:,} of {len(sizes):,}"
-        side = pictures.reader.resolution
-        small = sum(min(size) < side for size in sizes)
-        yield "enlarged", f"{small:,} have a side of less than base.resolution = {side} pixels"
+        targets = [pictures.reader.target(size) for size in sizes]
+        small = sum(size[0] < target[0] or size[1] < target[1] for size, target in zip(sizes, targets, strict=True))
+        yield "enlarged", f"{small:,} have a side of less than {_side(pictures)}"
+        if len(pictures.reader.sizes) > 1:
+            yield from bucket_lines(sizes, targets)
     groups = _groups((item.content, item.position) for item in found if item.content is not None)
     yield "same pictures", f"{len(groups):,} pictures are there more than once"
     for positions in groups[:SHOWN]:
@@ -64,6 +66,26 @@ def picture_lines(found: list[Found], pictures: Pictures) -> Iterator[Line]:
     faults = [item.fault for item in found if item.fault]
     yield "unusable", f"{len(faults):,}"
     yield from (("", fault) for fault in faults)
+
+
+def _side(pictures: Pictures) -> str:
+    sizes = pictures.reader.sizes
+    return f"base.resolution = {sizes[0][0]} pixels" if len(sizes) == 1 else "their bucket's"
+
+
+def bucket_lines(sizes: list[Size], targets: list[Size]) -> Iterator[Line]:
+    """How many pictures each bucket has, and how much of them is cropped away."""
+    groups: dict[Size, list[float]] = {}
+    for size, target in zip(sizes, targets, strict=True):
+        groups.setdefault(target, []).append(1 - kept_part(size, target))
+    lost = [part for parts in groups.values() for part in parts]
+    yield "buckets", f"{len(groups):,} sizes (width x height), {_cropped(lost)}"
+    for (height, width), parts in sorted(groups.items()):
+        yield "", f"{width} x {height}: {len(parts):,} pictures, {_cropped(parts)}"
+
+
+def _cropped(parts: list[float]) -> str:
+    return f"{statistics.fmean(parts):.1%} cropped away in the mean"
 
 
 def label_lines(labels: list[int], names: list[str] | None) -> Iterator[Line]:

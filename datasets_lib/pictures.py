@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
+import os
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from datasets_lib.buckets import Size, sizes_of
 from datasets_lib.choices import one_of
 from datasets_lib.decoded import DecodedImages, Picture, decode_all
-from datasets_lib.images import ImageError, ImageReader, Size
+from datasets_lib.images import ImageError, ImageReader
 from datasets_lib.source import Source
 
 DECODING = 1  # raise it when the pixels that come from a file change
@@ -26,7 +32,7 @@ class Pictures:
     def __init__(self, source: Source, rows: list[int], args: Any) -> None:
         self.source, self.rows = source, rows
         self.reader = ImageReader(
-            args.resolution, args.channels, args.interpolation, args.background_color, args.max_image_pixels
+            sizes_of(args), args.channels, args.interpolation, args.background_color, args.max_image_pixels
         )
         # What is transparent in a mask is not part of it.
         self.mask_reader = dataclasses.replace(self.reader, channels=1, background_color="black")
@@ -49,26 +55,44 @@ class Pictures:
         """How many pictures were found broken so far and replaced, in all worker processes."""
         return 0 if self.bad is None else int(self.bad.sum())
 
+    @cached_property
+    def buckets(self) -> list[int]:
+        """The number among `reader.sizes` of each picture's, from its header; broken ones go to the most frequent."""
+        if len(self.reader.sizes) == 1:
+            return [0] * len(self)
+        numbers = {size: number for number, size in enumerate(self.reader.sizes)}
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            sizes = pool.map(self._size_or_skip, range(len(self)))
+            found = [None if size is None else numbers[self.reader.target(size)] for size in sizes]
+        counts = Counter(number for number in found if number is not None)
+        most = max(counts, key=counts.get, default=0)
+        return [most if number is None else number for number in found]
+
+    def target(self, position: int) -> Size:
+        """Return the size of what an example shows of a picture."""
+        sizes = self.reader.sizes
+        return sizes[0] if len(sizes) == 1 else self.reader.target(self.size(position))
+
     def name(self, position: int) -> str:
         """Return the file, or the row, from which a picture comes."""
         return self.source.name(self.rows[position])
 
     def prepare(self, show_progress: bool) -> None:
         """Decode everything into memory if `args.image_cache_mb` holds it."""
-        least = len(self) * self.channels * self.reader.resolution**2
+        least = self.channels * sum(math.prod(self.reader.sizes[number]) for number in self.buckets)
         if self.decoded is None and least <= self.cache_bytes:
             self.decoded = decode_all(
                 len(self), self._resized_bytes, self._decode_or_skip, self.cache_bytes, show_progress
             )
 
     def find(self, index: int) -> int:
-        """Return the first usable position from `index` on; where broken ones are replaced, decode to find out."""
+        """Return the first usable position of the bucket from `index` on; where broken ones are replaced, decode."""
         if self.bad is None or self.good[index]:
             return index
         return self._first_usable(index)[0]
 
     def read(self, index: int) -> tuple[int, torch.Tensor, Size]:
-        """Return the first usable position from `index` on, its pixels and its (height, width) before resizing."""
+        """Return the first usable position of the bucket from `index` on, its pixels and its size before resizing."""
         if self.bad is None:
             return index, *(self.decode(index) if self.decoded is None else self.decoded[index])
         position, picture = self._first_usable(index)
@@ -98,18 +122,25 @@ class Pictures:
 
     def key(self, position: int, flipped: bool) -> str:
         """Return hex digits that identify the pixels of the centre of a picture."""
-        reader = dataclasses.replace(self.reader, max_image_pixels=1)  # it bounds what is read, and changes no pixel
+        # of the other sizes, and of the limit, no pixel depends
+        reader = dataclasses.replace(self.reader, sizes=(self.target(position),), max_image_pixels=1)
         parts = (DECODING, self.content(position), dataclasses.astuple(reader), "centre", flipped)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _first_usable(self, index: int) -> tuple[int, Picture]:
         for step in range(len(self)):
             position = (index + step) % len(self)
-            if not self.bad[position]:
+            same = position == index or self.buckets[position] == self.buckets[index]
+            if same and not self.bad[position]:
                 picture = self._decode_or_skip(position) if self.decoded is None else self.decoded[position]
                 if picture is not None:
                     return position, picture
-        raise ValueError(f"none of the {len(self)} images of {self.source.origin} can be read; check the data set")
+        number = self.buckets.count(self.buckets[index])
+        which = self.source.origin
+        if len(self.reader.sizes) > 1:
+            height, width = self.reader.sizes[self.buckets[index]]
+            which += f" in the bucket of {width} x {height} (width x height) pixels"
+        raise ValueError(f"none of the {number} images of {which} can be read; check the data set")
 
     def decode(self, position: int) -> Picture:
         """Return the pixels and the size of a picture; raise ImageError that names it, whatever is wrong."""
@@ -147,18 +178,28 @@ class Pictures:
         try:
             picture = self.decode(position)
         except ImageError as error:
-            if self.bad is None:
-                raise
-            self.bad[position] = True
-            if self.bad_count > max(1, len(self) // 10):
-                raise ValueError(
-                    f"{self.bad_count} of {len(self)} images cannot be read, and base.bad_images=skip replaces 10 % "
-                    f"at most; the last: {error}"
-                ) from error
+            self._skip(position, error)
             return None
         if self.good is not None:
             self.good[position] = True
         return picture
+
+    def _size_or_skip(self, position: int) -> Size | None:
+        try:
+            return self.size(position)
+        except ImageError as error:
+            self._skip(position, error)
+            return None
+
+    def _skip(self, position: int, error: ImageError) -> None:
+        if self.bad is None:
+            raise error
+        self.bad[position] = True
+        if self.bad_count > max(1, len(self) // 10):
+            raise ValueError(
+                f"{self.bad_count} of {len(self)} images cannot be read, and base.bad_images=skip replaces 10 % "
+                f"at most; the last: {error}"
+            ) from error
 
     def _resized_bytes(self, position: int) -> int:
         image_bytes = self.reader.resized_bytes(self._image(position))

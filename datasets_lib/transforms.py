@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datasets_lib.buckets import Size
+
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -16,16 +18,17 @@ INTERPOLATIONS = {
 }
 
 
-def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """Return (width, height) with the short side at `resolution` and the aspect ratio kept."""
-    short = min(size)
-    width, height = (max(resolution, round(side * resolution / short)) for side in size)
-    return width, height
+def resized_size(size: Size, target: Size) -> Size:
+    """Return the size at which a picture just covers the target, its aspect ratio kept."""
+    by_height = target[0] * size[1] >= target[1] * size[0]
+    new, old = (target[0], size[0]) if by_height else (target[1], size[1])
+    height, width = (max(least, round(side * new / old)) for side, least in zip(size, target, strict=True))
+    return height, width
 
 
-def resize(image: Image.Image, resolution: int, interpolation: str) -> torch.Tensor:
-    """Return the image, its short side resized to `resolution`, as uint8 [C, H, W]."""
-    size = resized_size(image.size, resolution)
+def resize(image: Image.Image, target: Size, interpolation: str) -> torch.Tensor:
+    """Return the image, resized to just cover the target, as uint8 [C, H, W]."""
+    size = resized_size(image.size[::-1], target)[::-1]
     if image.size != size:
         image = image.resize(size, INTERPOLATIONS[interpolation])
     # np.array copies: an array that shares PIL's memory is read-only.
@@ -34,31 +37,33 @@ def resize(image: Image.Image, resolution: int, interpolation: str) -> torch.Ten
 
 
 class View(NamedTuple):
-    """The square that an example shows of a resized picture, in pixels of it: from `top` and `left`, then mirrored."""
+    """The part that an example shows of a resized picture, in pixels of it: from `top` and `left`, then mirrored."""
 
     top: int
     left: int
     right: int  # pixels that are cut off at the right
+    size: Size
     flipped: bool = False
 
     def top_left(self) -> torch.Tensor:
-        """Return int64 [2]: where the square begins in the resized picture; in the mirrored one if it is flipped."""
+        """Return int64 [2]: where the part begins in the resized picture; in the mirrored one if it is flipped."""
         return torch.tensor([self.top, self.right if self.flipped else self.left])
 
-    def cut(self, pixels: torch.Tensor, resolution: int) -> torch.Tensor:
-        """Return the square of [C, H, W]."""
-        pixels = pixels[:, self.top : self.top + resolution, self.left : self.left + resolution]
+    def cut(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the part of [C, H, W]."""
+        height, width = self.size
+        pixels = pixels[:, self.top : self.top + height, self.left : self.left + width]
         return pixels.flip(-1) if self.flipped else pixels
 
 
-def draw_view(size: tuple[int, int], resolution: int, generator: torch.Generator | None) -> View:
-    """Return the square of a picture of (height, width) pixels: in the centre or, with a generator, anywhere."""
-    width, height = resized_size(size[::-1], resolution)
+def draw_view(size: Size, target: Size, generator: torch.Generator | None) -> View:
+    """Return the target's part of a picture of this size: in the centre or, with a generator, anywhere."""
+    height, width = resized_size(size, target)
     top = left = 0
-    if not height == width == resolution:
-        top = _offset(height - resolution, generator)
-        left = _offset(width - resolution, generator)
-    return View(top, left, width - resolution - left)
+    if (height, width) != target:
+        top = _offset(height - target[0], generator)
+        left = _offset(width - target[1], generator)
+    return View(top, left, width - target[1] - left, target)
 
 
 def _offset(room: int, generator: torch.Generator | None) -> int:

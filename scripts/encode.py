@@ -97,6 +97,8 @@ def main() -> None:
         if options.output.exists():
             raise ValueError(f"{options.output}: exists; choose a new folder")
         base = load_config(options.config, options.overrides, datasets_lib.problems).base
+        if base.buckets:
+            raise ValueError("base.buckets = true: the rows of a file have one shape; set it to false")
         if base.random_flip:
             raise ValueError("base.random_flip = true: latents of mirrored pictures are not written; set it to false")
         for problem in latents_problems(options.vae):

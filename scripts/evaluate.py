@@ -30,6 +30,7 @@ from trainers.base import Trainer
 from trainers.engine.averaging import mean_over
 from trainers.engine.drawing import draw, evaluation_mode
 from trainers.engine.encoding import FrozenStages
+from trainers.engine.grids import grid_of
 from trainers.engine.inference import find_device
 from trainers.engine.judges import (
     ALLOWED_FEATURES,
@@ -53,7 +54,6 @@ from trainers.engine.picture_metrics import (
     train_classifier,
 )  # fmt: skip
 from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
-from trainers.engine.grids import grid_of
 
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
 
@@ -109,6 +109,7 @@ def of_run(arguments: argparse.Namespace) -> Task:
     if arguments.held_out is not None:
         raise ValueError("--held-out: has an effect with --real only; a run has its own validation set")
     saved, trainer = trainer_of(arguments)
+    trainer.base.buckets = False  # pictures of one size are compared
     train_set, held_out = [datasets_lib.build(trainer.base, split) for split in ("train", "validation")]
     requests = trainer.evaluation_requests(arguments.number or 1000, held_out)
     if not requests:

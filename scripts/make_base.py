@@ -1,16 +1,15 @@
 """Puts together what a text-to-image model from scratch starts from: scripts/make_base.py VAE CONFIG OUTPUT
 
 VAE is a finished vae run, CONFIG a run's configuration whose data set has captions. OUTPUT gets the folders that
-`pretrained_model_name_or_path` of task text_to_image needs: vae, a tokenizer of these captions' words, and a CLIP text
-encoder with random weights. Such an encoder tells captions apart, and knows nothing of their meaning: for small
-vocabularies where no trained one can be had.
+`pretrained_model_name_or_path` of task text_to_image needs: vae, scheduler (Stable Diffusion's noise, DDIM), a
+tokenizer of these captions' words, and a CLIP text encoder with random weights. Such an encoder tells captions apart,
+and knows nothing of their meaning: for small vocabularies where no trained one can be had.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,6 +64,24 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
     return CLIPTextModel(config)
 
 
+def make_base(options: argparse.Namespace) -> str:
+    """Writes the folder and says what is in it; ValueError for what it cannot be made from."""
+    if options.output.exists():
+        raise ValueError(f"{options.output}: exists; choose a new folder")
+    for problem in latents_problems(options.vae):
+        raise ValueError(f"VAE = {options.vae}: {problem}")
+    base = load_config(options.config, options.overrides, datasets_lib.problems).base
+    captions = set(datasets_lib.build(base, "train").captions())
+    torch.manual_seed(options.seed)
+    vae = AutoencoderKL.from_pretrained(options.vae, subfolder=find_subfolder(options.vae, None))
+    vae.save_pretrained(options.output / "vae")
+    tokenizer = write_tokenizer(options.output / "tokenizer", sorted(captions), options.max_length)
+    build_text_encoder(tokenizer, options.width, options.layers).save_pretrained(options.output / "text_encoder")
+    sampler = DDIMScheduler(**NOISE, clip_sample=False, timestep_spacing="trailing")
+    sampler.save_pretrained(options.output / "scheduler")
+    return f"{len(captions)} captions, {len(tokenizer)} tokens: {options.output}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="a finished vae run, or another folder of an AutoencoderKL")
@@ -77,24 +94,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args()
     try:
-        if options.output.exists():
-            raise ValueError(f"{options.output}: exists; choose a new folder")
-        for problem in latents_problems(options.vae):
-            raise ValueError(f"VAE = {options.vae}: {problem}")
-        base = load_config(options.config, options.overrides, datasets_lib.problems).base
-        captions = set(datasets_lib.build(base, "train").captions())
-        torch.manual_seed(options.seed)
-        vae = AutoencoderKL.from_pretrained(options.vae, subfolder=find_subfolder(options.vae, None))
-        vae.save_pretrained(options.output / "vae")
-        tokenizer = write_tokenizer(options.output / "tokenizer", sorted(captions), options.max_length)
-        build_text_encoder(tokenizer, options.width, options.layers).save_pretrained(options.output / "text_encoder")
-        DDIMScheduler(**NOISE, clip_sample=False, timestep_spacing="trailing").save_pretrained(
-            options.output / "scheduler"
-        )
+        print(make_base(options))
     except (ValueError, OSError) as error:
-        shutil.rmtree(options.output / "tokenizer", ignore_errors=True)
         sys.exit(f"error: {error}")
-    print(f"{len(captions)} captions, {len(tokenizer)} tokens: {options.output}")
 
 
 if __name__ == "__main__":

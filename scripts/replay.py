@@ -22,7 +22,7 @@ from trainers.engine import launch
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig, load_config
 from trainers.engine.encoding import FrozenStages
-from trainers.engine.feeding import EpochOrder
+from trainers.engine.feeding import order_of
 from trainers.engine.loading import SlotExamples, collate
 from trainers.engine.manifest import list_checkpoints, verify
 from trainers.engine.networks import build_trainer, prepare_networks
@@ -57,9 +57,9 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     base.train_batch_size, base.global_batch_size, base.gradient_accumulation_steps = size, None, 1
     accelerator = launch.start_accelerator(base)
     train_set = datasets_lib.build(base, "train")
-    order, examples = EpochOrder(len(train_set), base.seed), SlotExamples(train_set, base.seed, augment=True)
+    order, examples = order_of(train_set, len(slots), base), SlotExamples(train_set, base.seed, augment=True)
 
-    clock = Clock.of_run(base, len(train_set), accelerator)
+    clock = Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None))
     trainer = build_trainer(accelerator, run, clock, train_set)
     networks = trainer.init_modules()
     optimizer = build_optimizer(trainer.param_groups(networks), run.config, clock, accelerator.device)

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from trainers.base import Trainer
 from trainers.engine.drawing import draw, evaluation_mode
+from trainers.engine.grids import grid_of
 from trainers.engine.picture_metrics import spread
 from trainers.engine.sampling_arguments import add_sampling_arguments, positive, trainer_of
-from trainers.engine.grids import grid_of
 
 SETTINGS = "settings.json"
 GIF_FRAMES = 40  # at most, of the steps of the sampler

@@ -14,7 +14,7 @@ SIZE = 64
 
 
 def reader(channels=3, resolution=SIZE, interpolation="bilinear", background="white", limit=178956970):
-    return ImageReader(resolution, channels, interpolation, background, limit)
+    return ImageReader(((resolution, resolution),), channels, interpolation, background, limit)
 
 
 def saved(image, path, **options):
@@ -174,7 +174,7 @@ def test_settings_that_cannot_be_met():
     ("size", "expected"), [((100, 50), (64, 32)), ((50, 100), (32, 64)), ((5, 5), (32, 32)), ((101, 100), (32, 32))]
 )
 def test_the_short_side_is_resized(size, expected):
-    assert resized_size(size, 32) == expected
+    assert resized_size(size, (32, 32)) == expected
     pixels = reader(resolution=32).read(np.zeros((size[1], size[0], 3), dtype=np.uint8))
     assert pixels.shape == (3, expected[1], expected[0])
     assert reader(resolution=32).resized_bytes(np.zeros((size[1], size[0], 3), dtype=np.uint8)) == pixels.numel()

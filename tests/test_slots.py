@@ -43,7 +43,8 @@ def clock_of(examples, size, accumulation, processes, epochs):
 
 def keys_of_run(clock, seed=0):
     """(slot, index) in the order of the slots, from all processes."""
-    ranks = [list(SlotBatches(clock, seed, rank, 0)) for rank in range(clock.num_processes)]
+    order = EpochOrder(clock.num_examples, seed)
+    ranks = [list(SlotBatches(order, clock, rank, 0)) for rank in range(clock.num_processes)]
     return sorted(key for batches in ranks for batch in batches for key in batch)
 
 
@@ -93,7 +94,7 @@ def test_a_changed_global_batch_goes_on_from_the_slot():
     after = clock_of(10, 2, 1, 1, epochs=4).resumed_at(3, before.slot_at(3))
     assert after.slot_at(3) == 12
     assert after.total_steps == 3 + (40 - 12) // 2
-    first = next(iter(SlotBatches(after, 0, 0, after.origin_step)))
+    first = next(iter(SlotBatches(EpochOrder(10, 0), after, 0, after.origin_step)))
     assert [slot for slot, _ in first] == [12, 13]
     assert clock_of(10, 4, 1, 1, epochs=4).resumed_at(3, 12).total_steps == before.total_steps
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from conftest import losses, read_metrics
+from conftest import launch, losses, read_metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -417,6 +417,34 @@ def test_gradient_checkpointing_changes_no_loss(run_in_process):
     saving = run_in_process("saving", "lora", **{"lora.lora_dropout": 0.0, "base.gradient_checkpointing": True})
     numbers = [[float.fromhex(value) for value in losses(folder).values()] for folder in (plain, saving)]
     assert numbers[1] == pytest.approx(numbers[0], rel=1e-5)
+
+
+def test_text_encoders_of_xl_on_two_processes(tiny_config, tmp_path):
+    """Every adapter has a gradient; of the first text encoder's last layer nothing is read."""
+    rates = {"unet": 1e-3, "text_encoder": 1e-3, "text_encoder_2": 1e-3}
+    config = tiny_config(
+        "lora",
+        **{
+            "lora.pretrained_model_name_or_path": str(tiny_models.model("sdxl")),
+            "lora.learning_rate": rates,
+            "lora.validation_prompts": [],
+            "base.train_batch_size": 2,
+        },
+    )
+    two = launch(config, f"base.output_dir={tmp_path / 'two'}", processes=2)
+    assert two.returncode == 0, two.stderr
+    one = launch(config, f"base.output_dir={tmp_path / 'one'}", "base.gradient_accumulation_steps=2")
+    assert one.returncode == 0, one.stderr
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    trained = load_file(tmp_path / "one" / "checkpoint-6" / "optimizer.safetensors")
+    moments = {name: tensor for name, tensor in trained.items() if name.endswith(".exp_avg_sq")}
+    assert len(moments) == len([name for name in trained if name.endswith(".step")])
+    assert all(tensor.abs().max() > 0 for tensor in moments.values())
+    assert not any(
+        "text_encoder.encoder.layers.1." in name or "encoder.text_model.encoder.layers.1." in name
+        for name in moments
+        if name.startswith("text_encoder.")
+    )
 
 
 # --- the whole UNet

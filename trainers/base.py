@@ -78,6 +78,7 @@ class TrainerConfig(Section):
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use for a trained network: left out where one is loaded
     initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # likewise, where it is whole
     result_is_base: ClassVar[bool] = False  # whether a finished run can stand for pretrained_model_name_or_path
+    takes_buckets: ClassVar[bool] = False  # whether batches may have pictures of different height and width
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-4  # at the top of the schedule; a dict: one per network
     scale_lr: bool = False  # multiply the learning rate by the global batch size

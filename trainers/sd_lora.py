@@ -75,7 +75,7 @@ class LoRATrainer(StableDiffusionTrainer):
         for name in self.base_model.text_encoder_names if config.train_text_encoder else ():
             encoder, option = self.base_model.text_encoder(name, self.weight_dtype), "lora.text_encoder_target_modules"
             targets = config.text_encoder_target_modules or TEXT_ATTENTION
-            networks[name] = add_lora(option, encoder, targets, self._adapter())
+            networks[name] = add_lora(option, encoder, targets, self._adapter(), self._unused(name, encoder))
         if config.lora_weights is not None:
             load_lora(Path(config.lora_weights), networks)
         self.base_pictures: dict[str, Tensor] = {}  # they never change
@@ -86,6 +86,14 @@ class LoRATrainer(StableDiffusionTrainer):
         config, names = self.config, ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
         alpha = config.lora_alpha if config.lora_alpha is not None else config.rank
         return {"r": config.rank, "lora_alpha": alpha} | {name: getattr(config, name) for name in names}
+
+    def _unused(self, name: str, encoder: nn.Module) -> str | None:
+        """The layer that nothing asks: of XL's first text encoder the last but one is read.
+
+        An adapter there would have no gradient, for which DDP would wait.
+        """
+        last = encoder.config.num_hidden_layers - 1
+        return rf".*layers\.{last}\..*" if self.base_model.is_xl and name == "text_encoder" else None
 
     def trains_text(self) -> bool:
         return self.config.train_text_encoder
@@ -130,7 +138,7 @@ class LoRATrainer(StableDiffusionTrainer):
             "rank": str(adapter["r"]),
             "alpha": f"{adapter['lora_alpha']:g}",
             "target_modules": str(config.target_modules or ATTENTION),
-            "trigger_word": getattr(self.base, "trigger_word", None) or "",
+            "trigger_word": self.base.trigger_word or "",
             "diffloop_version": version("diffloop"),
         }
         save_lora(output_dir, self.unwrapped, about)

@@ -57,6 +57,9 @@ class LatentSpace:
         self.pictures = Grid.of(base)
         self.settings = vae_config(source) or self.vae.config
         self.grid = latent_grid(self.settings, base.resolution)
+        if base.buckets and base.bucket_step % self.factor:
+            factor = f"must be a multiple of {self.factor}, the pixels per latent of {option}"
+            raise ValueError(f"base.bucket_step = {base.bucket_step}: {factor}")
         if encoded_by is not None and encoded_by != self.digest:
             raise ValueError(
                 f"{option} = {source}: the data set was encoded by another network; encode it with this one"

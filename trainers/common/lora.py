@@ -16,16 +16,19 @@ ADAPTER = "default"  # peft's name for it
 INITIALISATIONS = {"gaussian": "gaussian", "kaiming": True}  # of A; B starts at 0
 
 
-def add_lora(option: str, network: nn.Module, targets: list[str] | str, settings: dict[str, Any]) -> nn.Module:
+def add_lora(
+    option: str, network: nn.Module, targets: list[str] | str, settings: dict[str, Any], without: str | None = None
+) -> nn.Module:
     """Freezes a network of diffusers or transformers and gives it an adapter with float32 weights.
 
-    `targets` are endings of modules' names, or a pattern (regular expression) that matches whole names. Raises
-    ValueError, naming the `option`, where none fits.
+    `targets` are endings of modules' names, or a pattern (regular expression) that matches whole names; `without` is
+    a pattern of those to leave out. Raises ValueError, naming the `option`, where none fits.
     """
     network.requires_grad_(False)
-    initial = INITIALISATIONS[settings["init_lora_weights"]]
+    initial = INITIALISATIONS[settings.pop("init_lora_weights")]
     try:
-        config = LoraConfig(**settings | {"target_modules": targets, "init_lora_weights": initial})
+        places = {"target_modules": targets, "exclude_modules": without}
+        config = LoraConfig(**settings | places, init_lora_weights=initial)
         network.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         examples = ", ".join(list(dict.fromkeys(_ending(name) for name in _linear_names(network)))[:12])

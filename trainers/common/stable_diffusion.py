@@ -14,6 +14,7 @@ from trainers.common.base_model import BaseModel
 from trainers.common.guidance import Condition, Guidance
 from trainers.common.latents import LatentSpace
 from trainers.common.objective import Part, Predict
+from trainers.common.prompt_requests import captions_and_labels, held_out_captions, prompt_requests
 from trainers.common.prompts import EMBEDS, POOLED, Prompts, size_conditions
 from trainers.common.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.stable_diffusion_config import StableDiffusionConfig
@@ -55,7 +56,7 @@ class StableDiffusionTrainer(Trainer):
     def encoders(self) -> dict[str, Encoder]:
         cache = self.config.cache_latents
         found = {"latents": self.latents.encoder(cache)}
-        if getattr(self.base, "class_data_dir", None) is not None:
+        if self.base.class_data_dir is not None:
             found["class_latents"] = self.latents.encoder(cache, "class_")
         if not self.trains_text():
             cached = self.config.cache_text, self._constant_texts()
@@ -64,7 +65,7 @@ class StableDiffusionTrainer(Trainer):
 
     def _constant_texts(self) -> tuple[str, ...]:
         """What is asked for beside the captions of the data."""
-        texts = ["", getattr(self.base, "class_caption", None), self.config.negative_prompt]
+        texts = ["", self.base.class_caption, self.config.negative_prompt]
         return tuple(
             dict.fromkeys(text for text in [*texts, *(self.config.validation_prompts or [])] if text is not None)
         )
@@ -93,10 +94,8 @@ class StableDiffusionTrainer(Trainer):
         if "class_caption" not in batch or not self.training:
             return loss, {}
         prior = self._prior_loss(batch, rng).mean()
-        return loss + self.config.prior_loss_weight * prior, {
-            "instance_loss": loss.detach(),
-            "prior_loss": prior.detach(),
-        }
+        values = {"instance_loss": loss.detach(), "prior_loss": prior.detach()}
+        return loss + self.config.prior_loss_weight * prior, values
 
     def _prior_loss(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
         """The loss [B] of the pictures of the class, which keeps the model's idea of it."""
@@ -172,20 +171,17 @@ class StableDiffusionTrainer(Trainer):
 
     def sample_requests(self, validation_set: Any) -> list[dict]:
         """The prompts in turn, `valid_batch_size` in all; without any, captions of held-out examples."""
-        prompts = self.config.validation_prompts
+        prompts, count = self.config.validation_prompts, self.config.valid_batch_size
         if prompts is None:
-            prompts = _captions(validation_set, self.config.valid_batch_size) or [self.base.caption]
-        count = max(self.config.valid_batch_size, len(prompts)) if prompts else 0
-        return [{"prompt": prompts[number % len(prompts)], "number": number} for number in range(count)]
+            prompts = held_out_captions(validation_set, count) or [self.base.caption]
+        return prompt_requests([{"prompt": prompt} for prompt in prompts], max(count, len(prompts)))
 
     def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
         """Captions of held-out examples in turn, with their labels; without a validation set the prompts."""
-        if validation_set is None:
-            prompts = self.config.validation_prompts or [self.base.caption]
-            return [{"prompt": prompts[number % len(prompts)], "number": number} for number in range(count)]
-        examples = [validation_set.get(number, None) for number in range(min(count, len(validation_set)))]
-        kept = [{"prompt": e["caption"]} | ({"label": e["label"]} if "label" in e else {}) for e in examples]
-        return [kept[number % len(kept)] | {"number": number} for number in range(count)]
+        if validation_set is not None:
+            return prompt_requests(captions_and_labels(validation_set, count), count)
+        prompts = self.config.validation_prompts or [self.base.caption]
+        return prompt_requests([{"prompt": prompt} for prompt in prompts], count)
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         return {"samples": self.draw(requests, rng.generators())}
@@ -205,13 +201,8 @@ class StableDiffusionTrainer(Trainer):
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return guidance.predict(self._network, noisy, timestep, asked, none, sigma=0.0)
 
-        show = self._as_pictures
-        return show(
-            denoise(
-                predict, self.chosen_sampler(), noise, config.num_inference_steps, generators, self.progress,
-                self.frames, show,
-            )
-        )  # fmt: skip
+        sampler, steps, show = self.chosen_sampler(), config.num_inference_steps, self._as_pictures
+        return show(denoise(predict, sampler, noise, steps, generators, self.progress, self.frames, show))
 
     def chosen_sampler(self) -> SchedulerMixin:
         """The one that the config names, or the finished pipeline's."""
@@ -235,10 +226,3 @@ class StableDiffusionTrainer(Trainer):
         from trainers.common.clip_score import ClipScore
 
         return ClipScore(f"{self.task}.clip_score_model", self.config.clip_score_model, self.device)
-
-
-def _captions(validation_set: Any, count: int) -> list[str]:
-    """Captions of at most so many held-out examples, evenly spread."""
-    total = 0 if validation_set is None else len(validation_set)
-    chosen = min(count, total)
-    return [validation_set.get(number * total // chosen, None)["caption"] for number in range(chosen)]

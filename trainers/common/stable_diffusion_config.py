@@ -30,6 +30,7 @@ class StableDiffusionConfig(TrainerConfig):
         *TrainerConfig.passive, "cache_latents", "cache_text", "validation_prompts", "negative_prompt", "sampler",
         "num_inference_steps", "guidance_scale", "guidance_rescale", "clip_score_model",
     )  # fmt: skip
+    takes_buckets: ClassVar[bool] = True
     needed_parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer")  # of the base model
     training_only: ClassVar[tuple[str, ...]] = ("cache_latents", "cache_text", "clip_score_model")
 
@@ -85,7 +86,7 @@ class StableDiffusionConfig(TrainerConfig):
                 f"sees pictures with 3 channels, and base.channels is {base.channels}",
             )
         yield from self.without_effect(("guidance_rescale",), "a guidance_scale above 1", self.guidance_scale > 1)
-        with_prior = getattr(base, "class_data_dir", None) is not None
+        with_prior = base.class_data_dir is not None
         yield from self.without_effect(("prior_loss_weight",), "base.class_data_dir", with_prior)
 
     def parts_needed(self) -> tuple[str, ...]:
@@ -115,11 +116,11 @@ class StableDiffusionConfig(TrainerConfig):
 
     def _cache_problems(self, base: Section) -> Iterator[tuple[str, str]]:
         """Where every example would need another entry than the one that is kept."""
-        if self.cache_latents is not None and not base.center_crop and not getattr(base, "buckets", False):
+        if self.cache_latents is not None and not base.center_crop:
             yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
         if self.cache_latents is not None and base.dataset == "latents":
             yield "cache_latents", "has no effect with base.dataset: latents"
-        if self.cache_text is not None and getattr(base, "shuffle_tags", False):
+        if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 
     def timestep_weights(self, low: int, high: int) -> list[float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.engine.clock import Clock
@@ -39,6 +40,17 @@ def trajectory_changes(state: dict[str, Any], run: RunConfig, clock: Clock, trai
             Change(("dataset",), f"data set: {before[0]} examples ({before[1]}) -> {now[0]} examples ({now[1]})")
         )
     return found + list(_length_change(state, run, clock))
+
+
+def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:
+    """Raises ValueError where buckets, whose order has steps for its parts, would go on in the middle of one."""
+    size, slots, steps = clock.global_batch_size, state["slot"], state["step"]
+    if clock.bucket_counts and (state["global_batch_size"] != size or slots != steps * size):
+        raise ValueError(
+            f"{folder}: {slots:,} examples in {steps:,} steps, the last of {state['global_batch_size']}, and the "
+            f"global batch is {size} now: with base.buckets it must be the same in all steps, and base.allow_changes "
+            "cannot accept another; set base.global_batch_size, or start a new run"
+        )
 
 
 def harmless_changes(state: dict[str, Any], run: RunConfig) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,14 +23,29 @@ class Clock(NamedTuple):
     max_train_steps: int | None = None
     origin_step: int = 0  # where a resumed run goes on: with another global batch size
     origin_slot: int = 0  # its steps are counted from here
+    bucket_counts: tuple[int, ...] = ()  # examples of each bucket, each drawn in whole steps; (): without buckets
 
     @classmethod
-    def of_run(cls, base: BaseConfig, num_examples: int, accelerator: Accelerator) -> Clock:
-        """Raises ValueError for a data set without examples."""
+    def of_run(
+        cls,
+        base: BaseConfig,
+        num_examples: int,
+        accelerator: Accelerator,
+        bucket_of: Callable[[int], int] | None = None,
+    ) -> Clock:
+        """`bucket_of(index)`, which `base.buckets` needs, says which examples share a size.
+
+        Raises ValueError for a data set without examples, or without buckets where they are wanted.
+        """
         if num_examples == 0:
             raise ValueError("the training set has 0 examples; check the data options of section base")
         steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
-        return cls(num_examples, base.train_batch_size, steps, processes, base.num_epochs, base.max_train_steps)
+        clock = cls(num_examples, base.train_batch_size, steps, processes, base.num_epochs, base.max_train_steps)
+        if not base.buckets:
+            return clock
+        if bucket_of is None:
+            raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
+        return clock._replace(bucket_counts=tuple(Counter(map(bucket_of, range(num_examples))).values()))
 
     def resumed_at(self, step: int, slot: int) -> Clock:
         return self._replace(origin_step=step, origin_slot=slot)
@@ -38,19 +55,31 @@ class Clock(NamedTuple):
         return self.micro_batch_size * self.accumulation_steps * self.num_processes
 
     @property
+    def epoch_slots(self) -> int:
+        """The examples drawn in an epoch: N, or with buckets whole steps of each."""
+        size = self.global_batch_size
+        return sum(-(-count // size) * size for count in self.bucket_counts) or self.num_examples
+
+    def bucket_note(self) -> str:
+        return (
+            f"buckets: {self.num_examples:,} examples in {len(self.bucket_counts)} sizes; an epoch draws "
+            f"{self.epoch_slots - self.num_examples:,} again, to fill the last step of each size"
+        )
+
+    @property
     def total_steps(self) -> int:
         return self.max_train_steps or self.steps_in(self.num_epochs)
 
     def steps_in(self, epochs: int) -> int:
-        """The step at which so many epochs have ended: ceil(epochs * N / G) where G never changed."""
-        missing = epochs * self.num_examples - self.origin_slot
+        """The step at which so many epochs have ended: ceil(epochs * epoch_slots / G) where G never changed."""
+        missing = epochs * self.epoch_slots - self.origin_slot
         return max(self.origin_step + -(-missing // self.global_batch_size), 0)
 
     def slot_at(self, step: int) -> int:
         return self.origin_slot + (step - self.origin_step) * self.global_batch_size
 
     def epochs_done(self, steps_done: int) -> float:
-        return self.slot_at(steps_done) / self.num_examples
+        return self.slot_at(steps_done) / self.epoch_slots
 
     def due(self, steps_done: int, every_steps: int | None, every_epochs: int | None = None) -> bool:
         """Whether the step that was just done is one of a cadence, or the last one of the run."""
@@ -59,7 +88,7 @@ class Clock(NamedTuple):
         if every_steps is not None:
             return steps_done % every_steps == 0
         if every_epochs is not None:
-            period = every_epochs * self.num_examples
+            period = every_epochs * self.epoch_slots
             return self.slot_at(steps_done) // period > self.slot_at(steps_done - 1) // period
         return False
 

@@ -70,6 +70,8 @@ def check_config(
     wrong = {problem.split(" = ")[0] for problem in problems}
     found = [("base", *problem) for problem in data_problems(sections["base"])]
     found += [(name, *problem) for name, section in sections.items() for problem in section.problems(sections["base"])]
+    if sections["base"].buckets and not trainer_class.Config.takes_buckets:
+        found.append(("base", "buckets", f"{task} takes pictures of one size; set it to false"))
     for name, option, reason in found:
         if f"{name}.{option}" not in wrong:
             problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")

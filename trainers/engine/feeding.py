@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -19,35 +19,81 @@ class EpochOrder:
     """Which example a slot holds: a permutation of (seed, epoch), every index once per epoch."""
 
     def __init__(self, num_examples: int, seed: int) -> None:
-        self.num_examples = num_examples
+        self.epoch_slots = num_examples
         self.seed = seed
-        self._permutations: dict[int, torch.Tensor] = {}  # of the two newest epochs: a step may hold slots of both
+        self._epochs: dict[int, torch.Tensor] = {}  # the two last ones asked for: a step may hold slots of both
 
     def index(self, slot: int) -> int:
-        epoch, position = divmod(slot, self.num_examples)
-        if epoch not in self._permutations:
-            generator = torch.Generator().manual_seed(key_of(self.seed, "order", epoch))
-            self._permutations[epoch] = torch.randperm(self.num_examples, generator=generator)
-            for old in sorted(self._permutations)[:-2]:
-                del self._permutations[old]
-        return int(self._permutations[epoch][position])
+        epoch, position = divmod(slot, self.epoch_slots)
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._indices(epoch)
+            for old in list(self._epochs)[:-2]:
+                del self._epochs[old]
+        return int(self._epochs[epoch][position])
+
+    def _indices(self, epoch: int) -> torch.Tensor:
+        """The indices of an epoch's slots, [epoch_slots]."""
+        return self._shuffle(self.epoch_slots, "order", epoch)
+
+    def _shuffle(self, count: int, *names: str | int) -> torch.Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(key_of(self.seed, *names)))
+
+
+class BucketOrder(EpochOrder):
+    """The same in groups of one bucket, each the slots of a step.
+
+    A bucket is shuffled and cut into groups, its last one filled from its next shuffles; then the groups are shuffled.
+    """
+
+    def __init__(self, members: dict[int, list[int]], group_size: int, seed: int) -> None:
+        self.members = members  # of each bucket
+        self.group_size = group_size
+        super().__init__(sum(map(self._slots, members.values())), seed)
+
+    def _slots(self, members: Sequence[int]) -> int:
+        return -(-len(members) // self.group_size) * self.group_size
+
+    def _indices(self, epoch: int) -> torch.Tensor:
+        groups = torch.cat([self._groups(bucket, epoch) for bucket in self.members])
+        return groups[self._shuffle(len(groups), "groups", epoch)].flatten()
+
+    def _groups(self, bucket: int, epoch: int) -> torch.Tensor:
+        """The indices of a bucket, [groups, group_size]."""
+        members = torch.tensor(self.members[bucket])
+        rounds = range(-(-self._slots(members) // len(members)))
+        shuffles = [self._shuffle(len(members), "order", epoch, bucket, number) for number in rounds]
+        return members[torch.cat(shuffles)[: self._slots(members)]].view(-1, self.group_size)
+
+
+def by_bucket(indices: Iterable[int], bucket_of: Callable[[int], int]) -> dict[int, list[int]]:
+    """The indices in each bucket."""
+    members: dict[int, list[int]] = {}
+    for index in indices:
+        members.setdefault(bucket_of(index), []).append(index)
+    return members
+
+
+def order_of(train_set: Any, global_batch_size: int, base: BaseConfig) -> EpochOrder:
+    """The order of a run's examples."""
+    if not base.buckets:
+        return EpochOrder(len(train_set), base.seed)
+    return BucketOrder(by_bucket(range(len(train_set)), train_set.bucket_of), global_batch_size, base.seed)
 
 
 class SlotBatches:
     """A batch sampler over the rest of the run: the keys of each micro-batch of this process."""
 
-    def __init__(self, clock: Clock, seed: int, process_index: int, start_step: int) -> None:
+    def __init__(self, order: EpochOrder, clock: Clock, process_index: int, start_step: int) -> None:
+        self.order = order
         self.clock = clock
-        self.seed = seed
         self.process_index = process_index
         self.start_step = start_step
 
     def __iter__(self) -> Iterator[Keys]:
-        order = EpochOrder(self.clock.num_examples, self.seed)
         for step in range(self.start_step, self.clock.total_steps):
             for micro_step in range(self.clock.accumulation_steps):
                 slots = self.clock.micro_batch_slots(step, micro_step, self.process_index)
-                yield [(slot, order.index(slot)) for slot in slots]
+                yield [(slot, self.order.index(slot)) for slot in slots]
 
 
 def training_batches(
@@ -57,7 +103,7 @@ def training_batches(
 
     Close it: that ends the workers.
     """
-    batches = SlotBatches(clock, base.seed, process_index, clock.origin_step)
+    batches = SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step)
     examples = SlotExamples(train_set, base.seed, augment=True)
     return _on_device(load_ahead(examples, batches, base, device, stopping), device)
 
@@ -74,15 +120,16 @@ def examples_once(
     """Yields (batch, weight) of this process's share of some examples: batch j goes to process j mod P.
 
     Every process gets the same number of batches, as collectives in a network's forward need it; what one is short
-    of is the first batch again, with weight 0. Nothing is random; slots are indices of the data set.
+    of is the first batch again, with weight 0. Nothing is random; slots are indices of the data set. With buckets the
+    examples of a batch are of one.
     """
-    size, total = base.train_batch_size, len(indices)
-    starts = list(range(0, total, size))
-    rounds = -(-len(starts) // num_processes)
+    size = base.train_batch_size
+    members = by_bucket(indices, dataset.bucket_of) if base.buckets else {0: indices}
+    batches = [each[start : start + size] for each in members.values() for start in range(0, len(each), size)]
+    rounds = -(-len(batches) // num_processes)
     mine = [number * num_processes + process_index for number in range(rounds)]
-    weights = [float(number < len(starts)) for number in mine]
-    spans = [starts[number] if number < len(starts) else 0 for number in mine]
-    keys = [[(i, i) for i in indices[start : start + size]] for start in spans]
+    weights = [float(number < len(batches)) for number in mine]
+    keys = [[(i, i) for i in batches[number if number < len(batches) else 0]] for number in mine]
     examples = SlotExamples(dataset, base.seed, augment=False)
     return zip(_on_device(load_ahead(examples, keys, base, device, stopping), device), weights, strict=True)
 
@@ -98,5 +145,7 @@ def _on_device(batches: Iterator[Batch | Exception], device: torch.device) -> It
 def first_batch(train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device) -> Batch:
     """The micro-batch with which training_batches begins, read in this process."""
     dataset = SlotExamples(train_set, base.seed, augment=True)
-    keys = next(iter(SlotBatches(clock, base.seed, process_index, clock.origin_step)))
+    keys = next(
+        iter(SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step))
+    )
     return next(_on_device(iter([collate([dataset[key] for key in keys])]), device))

@@ -114,9 +114,12 @@ class BaseConfig(Section):
     class_data_dir: str | None = None  # folder of pictures of the class, for prior preservation; null: none
     class_caption: str | None = None  # the text of every picture in class_data_dir
     max_train_samples: Positive | None = None  # use a random subset of so many training examples; null: all
-    resolution: Positive = 64  # pixels, height and width of an example
+    resolution: Positive = 64  # pixels, height and width of an example; with buckets of pictures drawn at validations
+    buckets: bool = False  # sizes by aspect ratio, each batch of one, so that little is cropped away
+    bucket_max_pixels: Positive | None = None  # area of an example with buckets at most; null: the square of resolution
+    bucket_step: Positive = 64  # pixels: sides of buckets are multiples of it
     channels: Literal[1, 3, 4] = 3  # 1 grey, 3 RGB, 4 RGB and alpha
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"  # for resizing the short side
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"  # for resizing
     center_crop: bool = False  # crop at the centre; false: at random in training
     random_flip: bool = False  # mirror half of the examples in training
     background_color: str = "white"  # put behind transparent pixels where channels is not 4
@@ -136,6 +139,8 @@ class BaseConfig(Section):
         if len(sources) != 1:
             given = " and ".join(sources) or "none"
             yield "dataset_name", f"exactly one of dataset_name, train_data_dir and dataset must be set, not {given}"
+        if self.buckets and self.eval_steps is not None:
+            yield "eval_steps", "measures pictures of one size, and cannot with buckets: true; set it to null"
         for pair in self.exclusive[2:]:
             if all(getattr(self, name) is not None for name in pair):
                 yield pair[0], f"at most one of {pair[0]} and {pair[1]} can be set"
@@ -165,6 +170,7 @@ class BaseConfig(Section):
         if self.hub_model_id is not None and not self.push_to_hub:
             yield "hub_model_id", "has an effect with push_to_hub: true only"
         yield from self._captions_without_effect()
+        yield from self.without_effect(("bucket_max_pixels", "bucket_step"), "buckets: true", self.buckets)
         for option in ("dataset_config_name", "cache_dir", "image_column"):
             if getattr(self, option) is not None and self.dataset_name is None:
                 yield option, "has an effect with dataset_name only"

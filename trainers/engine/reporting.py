@@ -47,6 +47,8 @@ def start_block(
     rows["output"] = str(Path(base.output_dir))
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
     lines += [f"  NOTE: {note}" for note in [*getattr(train_set, "notes", []), *trainer.notes(train_set)]]
+    if clock.bucket_counts:
+        lines.append(f"  NOTE: {clock.bucket_note()}")
     if clock.origin_step >= clock.total_steps:
         lines.append("  NOTE: the run is finished already; its pipeline is written again")
     if warmup_steps(config, clock.total_steps) >= clock.total_steps:

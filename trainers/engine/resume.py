@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainers.engine.agreement import on_main
-from trainers.engine.changes import harmless_changes, trajectory_changes
+from trainers.engine.changes import check_steps, harmless_changes, trajectory_changes
 from trainers.engine.checkpoint import FORMAT
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
@@ -97,7 +97,8 @@ def read_state(
 ) -> tuple[dict[str, Any], Clock]:
     """The saved state and the clock that goes on from it; no state and the clock as it is for a run from step 0.
 
-    Raises ValueError that lists every change which alters the training and is not in `base.allow_changes`.
+    Raises ValueError that lists every change which alters the training and is not in `base.allow_changes`, and for
+    another global batch size with buckets.
     """
     if folder is None:
         return {}, clock
@@ -113,6 +114,7 @@ def read_state(
             f"base.{option}: the run would end at step {clock.total_steps}, and {folder} is later; raise it, or resume "
             "from an earlier checkpoint"
         )
+    check_steps(state, clock, folder)
     changes = trajectory_changes(state, run, clock, train_set)
     refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
     if refused:
