@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ FORMAT = 1
 
 
 class LatentDataset:
-    """Examples {"mean", "logvar": float32 [c, h, w], "label" and "caption" where the pictures have them}."""
+    """Examples {"mean", "logvar": float32 [c, h, w], "caption", and "label" where the pictures have one}."""
 
     random = False  # the posterior is drawn from by slot, in the task
+    picture_columns = ()  # there is nothing to encode
 
     def __init__(self, folder: Path, index: dict[str, Any], args: Any, split: str) -> None:
         self.folder, self.index = folder, index
@@ -30,6 +32,7 @@ class LatentDataset:
         self.label_names = index["label_names"]
         self.encoded_by = index["encoded_by"]
         self.highest_label = max(index["labels"]) if index["labels"] else None
+        self.caption = args.caption  # of pictures that had none when they were encoded
         self.starts = [shard["start"] for shard in index["shards"]]
         self.opened: dict[str, Any] = {}
 
@@ -46,10 +49,22 @@ class LatentDataset:
         if name not in self.opened:
             self.opened[name] = open_shard(self.folder / name)
         example = {key: self.opened[name].get_slice(key)[place].float() for key in ("mean", "logvar")}
-        for column, key in (("labels", "label"), ("captions", "caption")):
-            if self.index[column]:
-                example[key] = self.index[column][row]
-        return example
+        if self.index["labels"]:
+            example["label"] = self.index["labels"][row]
+        return {**example, "caption": self._caption(row)}
+
+    def _caption(self, row: int) -> str:
+        return self.index["captions"][row] if self.index["captions"] else self.caption
+
+    def captions(self, column: str = "caption") -> Iterator[str]:
+        """Yield the text of every example."""
+        return map(self._caption, self.rows)
+
+    @property
+    def caption_note(self) -> str | None:
+        """The line that a task which reads captions shows where there are none."""
+        found = f"no captions in {self.folder}: every example has base.caption = {self.caption!r}"
+        return None if self.index["captions"] else found
 
 
 def open_shard(path: Path) -> Any:

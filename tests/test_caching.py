@@ -210,6 +210,33 @@ def test_all_processes_write_their_share(options, tmp_path, tiny_config):
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
+def test_latents_of_a_file_with_cached_text(run_in_process, options, captioned, tmp_path, monkeypatch, capsys):
+    """scripts/encode.py's files in place of pictures: the same losses, and the captions are found."""
+    from scripts import encode
+
+    rows = [json.loads(line) for line in (captioned / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"text": row["text"] if isinstance(row["text"], str) else row["text"][0]} for row in rows]
+    (captioned / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # one is written
+    plain = {**options, "base.random_flip": False, "base.dataset_args": {}}
+    del plain["base.encoder_cache_dir"]
+    first = run_in_process("plain", "text_to_image", **plain)
+    config = first / "config.yaml"
+    monkeypatch.setattr(
+        "sys.argv", ["encode.py", str(tiny_models.model("sd1")), str(config), str(tmp_path / "latents")]
+    )
+    encode.main()
+    encoded_set = {"base.dataset": "latents", "base.dataset_args": {"path": str(tmp_path / "latents")}}
+    options = {**plain, **encoded_set, "base.train_data_dir": None, "base.validation_split": "validation"}
+    capsys.readouterr()
+    found = run_in_process("encoded", "text_to_image", **options, **{"text_to_image.cache_text": "memory"})
+    assert "no captions" not in capsys.readouterr().out
+    assert numbers(found) == pytest.approx(numbers(first), rel=1e-5)
+    for path in (tmp_path / "latents").glob("*/index.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "captions": []}))
+    run_in_process("silent", "text_to_image", **{**options, "base.caption": "a photo of a cat"})
+    assert "every example has base.caption = 'a photo of a cat'" in capsys.readouterr().out
+
+
 def test_rows_of_a_cache(tmp_path):
     key, rows = text_key("a"), [torch.arange(3.0), torch.ones(2, dtype=torch.bfloat16)]
     for folder in (None, tmp_path / "cache"):
