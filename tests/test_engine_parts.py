@@ -48,6 +48,17 @@ def test_frozen_stages_are_built_once_and_when_needed():
     assert not any(p.requires_grad for p in module.parameters())
 
 
+def test_a_released_encoder_is_built_again_where_it_is_needed():
+    built = []
+    stages = FrozenStages({"vae": doubling(built)}, CPU)
+    stages.run("vae", torch.ones(1))
+    stages.release("vae")
+    stages.release("vae")  # nothing is there any more
+    assert stages._built == {}
+    stages.run("vae", torch.ones(1))
+    assert built == [1, 1]
+
+
 def test_errors_of_frozen_stages():
     stages = FrozenStages({"vae": doubling([])}, CPU)
     with pytest.raises(ValueError, match="encoder vae reads 'image'; the data set has caption"):

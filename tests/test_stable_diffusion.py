@@ -369,6 +369,28 @@ def test_a_checkpoint_holds_only_what_is_trained(run_in_process):
     assert checkpoint < base
 
 
+@pytest.mark.slow
+def test_a_checkpoint_of_stable_diffusions_shape():
+    """Weights and two moments of a rank-8 adapter, and never the 860 million weights of the UNet."""
+    from diffusers import UNet2DConditionModel
+
+    from trainers.common.lora import add_lora
+    from trainers.engine.snapshot import snapshot
+
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(torch.bfloat16)
+    settings = {"r": 8, "lora_alpha": 8, "init_lora_weights": "gaussian"}
+    add_lora("option", unet, ["to_k", "to_q", "to_v", "to_out.0"], settings)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    adapter = sum(p.nbytes for p in trained)
+    assert adapter == 4 * 1_594_368
+    optimizer = torch.optim.AdamW(trained)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    taken = snapshot({"unet": unet}, None, optimizer, {"step": 1}, True)
+    assert 3 * adapter < taken.num_bytes < 3.01 * adapter
+
+
 def test_going_on_from_a_file(run_in_process, monkeypatch):
     first = run_in_process("first", "lora", **{"lora.use_ema": False})
     begun = []
