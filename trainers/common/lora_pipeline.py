@@ -1,4 +1,4 @@
-"""Pipelines of Stable Diffusion with weighted LoRAs on them, for scripts that draw with, or change, a whole pipeline."""
+"""Stable Diffusion pipelines with weighted LoRAs on them, for scripts that draw with, or change, a whole pipeline."""
 
 from __future__ import annotations
 
