@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -204,8 +205,9 @@ def main() -> None:
     parser.add_argument("--to", choices=("kohya", "diffusers"), required=True)
     options = parser.parse_args()
     try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         convert(options.input, options.output, options.to)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     print(f"{options.to} format: {options.output}")
 

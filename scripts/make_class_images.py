@@ -8,6 +8,7 @@ base.class_data_dir=FOLDER base.class_caption=PROMPT
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.engine.sampling_arguments import positive
 
+SETTINGS = ".class_images.json"  # hidden, so that it is no part of the data
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -38,6 +40,8 @@ def main() -> None:
     state = PartialState()
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            _remember(options)
         missing = [n for n in range(options.number) if not (options.folder / f"{n:05d}.png").is_file()]
         state.wait_for_everyone()  # all have looked before the first one writes
         if missing:
@@ -46,6 +50,18 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if state.is_main_process:
         print(f"{len(missing)} pictures drawn, {options.number} in all: {options.folder}")
+
+
+def _remember(options: argparse.Namespace) -> None:
+    """Notes how the folder's pictures are drawn; ValueError where those that are there were drawn otherwise."""
+    settings = {name: getattr(options, name) for name in ("base", "prompt", "steps", "resolution", "seed", "dtype")}
+    path = options.folder / SETTINGS
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            found = f"its pictures were drawn with {name} = {before.get(name)!r}, and {value!r} is asked for"
+            raise ValueError(f"{options.folder}: {found}; choose a new folder")
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def _draw(options: argparse.Namespace, numbers: list[int], state: PartialState) -> None:
@@ -61,7 +77,9 @@ def _draw(options: argparse.Namespace, numbers: list[int], state: PartialState) 
         prompts = [options.prompt] * len(chosen)
         images = pipeline(prompts, num_inference_steps=options.steps, generator=generators, **size).images
         for number, image in zip(chosen, images, strict=True):
-            image.save(options.folder / f"{number:05d}.png")
+            staged = options.folder / f".{number:05d}.png"
+            image.save(staged)
+            staged.rename(options.folder / f"{number:05d}.png")  # what was begun is no picture
 
 
 if __name__ == "__main__":

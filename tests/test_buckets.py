@@ -361,7 +361,6 @@ def options(folder, tmp_path):
         "base.center_crop": True,
         "base.random_flip": True,
         "base.checkpointing_steps": 3,
-        "base.encoder_cache_dir": str(tmp_path / "cache"),
         "text_to_image.validation_prompts": ["a cat 1"],
     }
 

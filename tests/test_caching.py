@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 from conftest import launch, losses, read_metrics
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainers.engine import cache_filling
-from trainers.engine.caching import Cache, text_key
+from trainers.engine import cache_filling, caching
+from trainers.engine.caching import Cache, folder_of, text_key
 from trainers.engine.encoding import FrozenStages
 
 WORDS = ["cat", "dog", "three", "photo"]
@@ -49,7 +52,6 @@ def options(captioned, tmp_path):
         "base.caption": "",
         "base.center_crop": True,
         "base.random_flip": True,
-        "base.encoder_cache_dir": str(tmp_path / "cache"),
         "text_to_image.caption_dropout": 0.3,
         "text_to_image.validation_prompts": ["a cat 1"],
     }
@@ -72,7 +74,7 @@ def test_cached_and_uncached_training_are_the_same(run_in_process, options, fami
     for kind in ("memory", "disk"):
         found = run_in_process(kind, "text_to_image", **options, **cached(kind))
         assert numbers(found) == pytest.approx(numbers(plain), rel=1e-5)
-    files = list((tmp_path / "cache").glob("image-*/rows-*.safetensors"))
+    files = list((tmp_path / "encoder-cache").glob("image-*/rows-*.safetensors"))
     rows = [name for file in files for name in load_file(file)]
     assert len(rows) == 2 * (
         10 * 2 + 1
@@ -123,11 +125,11 @@ def test_encoders_are_not_loaded_where_everything_is_cached(run_in_process, opti
 def encoded(capsys):
     """{encoder: how many values were encoded}, as the run printed it."""
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cache ")]
-    return {line[1].rstrip(":"): int(line[2]) for line in lines if "to encode," in " ".join(line)}
+    return {line[1].rstrip(":"): int(line[2]) for line in lines if "to encode, in /" in " ".join(line)}
 
 
 def test_keys_are_the_content(run_in_process, options, captioned, capsys, tmp_path):
-    options = {**options, **cached("disk")}
+    options = {**options, **cached("disk"), "base.encoder_cache_dir": str(tmp_path / "shared")}
 
     def count(name, **changed):
         run_in_process(name, "text_to_image", **{**options, **changed})
@@ -160,7 +162,7 @@ def test_keys_are_the_content(run_in_process, options, captioned, capsys, tmp_pa
 def test_a_half_written_cache_is_completed_and_a_broken_file_replaced(run_in_process, options, capsys, tmp_path):
     options = {**options, **cached("disk")}
     plain = run_in_process("first", "text_to_image", **options)
-    [folder] = (tmp_path / "cache").glob("image-*")
+    [folder] = (tmp_path / "encoder-cache").glob("image-*")
     [file] = folder.glob("rows-*")
     content = file.read_bytes()
     (folder / ".tmp-1234").write_bytes(content[: len(content) // 2])  # a run that was killed while it wrote
@@ -197,13 +199,73 @@ def test_an_interrupted_start_goes_on_where_it_was(run_in_process, options, monk
     assert encoded(capsys)["latents"] == 21 - 3 * 4
 
 
+def test_a_signal_loses_no_row(run_in_process, options, monkeypatch, capsys, tmp_path):
+    """What was encoded before the end is written, however little it is."""
+    options, run, calls = {**options, **cached("disk")}, FrozenStages.run, []
+
+    def interrupted(self, name, values):
+        calls.append(name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(self, name, values)
+
+    monkeypatch.setattr(FrozenStages, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process("interrupted", "text_to_image", **options)
+    [file] = (tmp_path / "encoder-cache").glob("image-*/rows-*")
+    assert len(load_file(file)) == 2 * 2 * 4  # mean and logvar of two batches
+
+
+def test_a_cache_that_cannot_be_written_or_read(tmp_path, monkeypatch):
+    key, rows = text_key("a"), [torch.ones(2)]
+    folder, _ = folder_of(tmp_path, "caption", {"dtype": "x"})
+
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "save_file", full)
+        with pytest.raises(
+            OSError, match=r"a cache cannot be written \(.*No space left.*\); it needs 8 bytes, [\d,]+ are f"
+        ):
+            Cache(folder).add({key: rows})
+    assert [path.name for path in folder.iterdir()] == ["source.json"]
+    Cache(folder).add({key: rows})
+    [file] = folder.glob("rows-*")
+    assert file.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+    def forbidden(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", forbidden)
+        with pytest.raises(OSError, match=r"a cache cannot be read \(.*Permission denied.*\); see to its permissions"):
+            Cache(folder).look()
+    assert file.is_file()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_broken_picture_is_told_by_every_process(options, captioned, tmp_path, tiny_config):
+    (captioned / "3.png").write_bytes(b"broken")
+    config = tiny_config("text_to_image", **{**options, **cached("disk"), "base.train_batch_size": 2})
+    done = launch(config, processes=2)
+    assert done.returncode != 0
+    assert "3.png" in done.stderr
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+
+
 def test_all_processes_write_their_share(options, tmp_path, tiny_config):
     options = {**options, **cached("disk"), "base.train_batch_size": 2, "base.max_train_steps": 3}
     plain = tiny_config("text_to_image", "config", **options)
     done = launch(plain, f"base.output_dir={tmp_path / 'two'}", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cache latents: 21 of 21 to encode") == 1
-    files = [load_file(file) for file in (tmp_path / "cache").glob("image-*/rows-*")]
+    files = [load_file(file) for file in (tmp_path / "encoder-cache").glob("image-*/rows-*")]
     assert sorted(len(file) // 2 for file in files) == [10, 11]
     one = launch(plain, f"base.output_dir={tmp_path / 'one'}", "base.gradient_accumulation_steps=2")
     assert "cache latents: 0 of 21" in one.stdout
@@ -218,7 +280,6 @@ def test_latents_of_a_file_with_cached_text(run_in_process, options, captioned, 
     rows = [row | {"text": row["text"] if isinstance(row["text"], str) else row["text"][0]} for row in rows]
     (captioned / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # one is written
     plain = {**options, "base.random_flip": False, "base.dataset_args": {}}
-    del plain["base.encoder_cache_dir"]
     first = run_in_process("plain", "text_to_image", **plain)
     config = first / "config.yaml"
     monkeypatch.setattr(
@@ -239,6 +300,7 @@ def test_latents_of_a_file_with_cached_text(run_in_process, options, captioned, 
 
 def test_rows_of_a_cache(tmp_path):
     key, rows = text_key("a"), [torch.arange(3.0), torch.ones(2, dtype=torch.bfloat16)]
+    (tmp_path / "cache").mkdir()
     for folder in (None, tmp_path / "cache"):
         cache = Cache(folder)
         cache.look()

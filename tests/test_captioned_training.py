@@ -11,6 +11,7 @@ import torch
 from conftest import read_metrics
 from PIL import Image
 
+import datasets_lib
 from scripts import make_class_images
 from trainers.common.stable_diffusion import StableDiffusionTrainer
 
@@ -99,6 +100,47 @@ def test_one_picture_is_enough(run_in_process, pictures, tmp_path):
     assert read_metrics(folder, prefix="loss")[-1]["epoch"] == 24
 
 
+def test_without_prompts_captions_of_the_data_are_drawn(run_in_process, pictures, monkeypatch):
+    """Held-out ones, else those that are trained on, with the trigger word."""
+    asked = []
+    original = StableDiffusionTrainer.draw
+    monkeypatch.setattr(
+        StableDiffusionTrainer, "draw", lambda self, requests, g: asked.append(requests) or original(self, requests, g)
+    )
+    run_in_process("data", "lora", **options_of(write_pairs(pictures), **{"base.trigger_word": "inkwash"}))
+    assert {request["prompt"] for request in asked[0]} == {"inkwash, sks, red, blue, left, right"}
+    asked.clear()
+    (pictures / "pairs.jsonl").unlink()
+    run_in_process("fixed", "lora", **options_of(pictures, **{"base.trigger_word": "sks", "base.caption": "a cat"}))
+    assert {request["prompt"] for request in asked[0]} == {"sks, a cat"}
+
+
+class Silent:
+    """A data set of one's own, without captions."""
+
+    fingerprint = "silent"
+
+    def __len__(self):
+        return 4
+
+    def get(self, index, generator):
+        return {"image": torch.full((3, 32, 32), index / 4)}
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_data_of_ones_own_without_captions(run_in_process, train_text_encoder, monkeypatch, capsys):
+    monkeypatch.setitem(datasets_lib.DATASETS, "silent", "test_captioned_training:build_silent")
+    options = {"base.dataset": "silent", "base.caption": "a fox", "lora.train_text_encoder": train_text_encoder}
+    rates = {"unet": 1e-3} | ({"text_encoder": 1e-3} if train_text_encoder else {})
+    folder = run_in_process("run", "lora", **options, **{"lora.learning_rate": rates})
+    assert len(read_metrics(folder, prefix="loss")) == 6
+    assert "NOTE: the data set has no captions: every example has base.caption = 'a fox'" in capsys.readouterr().out
+
+
+def build_silent(args, split):
+    return Silent()
+
+
 # --- scripts/make_class_images.py
 
 
@@ -110,20 +152,29 @@ def make_images(monkeypatch, *arguments):
 def test_pictures_of_a_class_fill_a_folder_up(tmp_path, monkeypatch, capsys):
     folder, common = tmp_path / "class", ("--steps", 2, "--resolution", 32, "--batch-size", 2)
     make_images(monkeypatch, tiny_models.model("sd1"), "a dog", folder, "--number", 3, *common)
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert sorted(first) == ["00000.png", "00001.png", "00002.png"]
     assert len(set(first.values())) == 3
     assert "3 pictures drawn, 3 in all" in capsys.readouterr().out
     (folder / "00001.png").unlink()
     make_images(monkeypatch, tiny_models.model("sd1"), "a dog", folder, "--number", 4, *common)
     assert "2 pictures drawn, 4 in all" in capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} == {*first, "00003.png"}
+    assert {path.name for path in folder.glob("*.png")} == {*first, "00003.png"}
     with Image.open(folder / "00001.png") as again:  # each has its own seed; another batch may round otherwise
         pixels = torch.tensor(list(again.getdata()), dtype=torch.int16)
     before = tmp_path / "before.png"
     before.write_bytes(first["00001.png"])
     with Image.open(before) as old:
         assert (torch.tensor(list(old.getdata()), dtype=torch.int16) - pixels).abs().max() <= 1
+
+
+def test_another_class_needs_another_folder(tmp_path, monkeypatch):
+    common = ("--number", 1, "--steps", 1, "--resolution", 32)
+    make_images(monkeypatch, tiny_models.model("sd1"), "a dog", tmp_path / "class", *common)
+    with pytest.raises(
+        SystemExit, match="were drawn with prompt = 'a dog', and 'a cat' is asked for; choose a new fol"
+    ):
+        make_images(monkeypatch, tiny_models.model("sd1"), "a cat", tmp_path / "class", *common)
 
 
 def test_a_class_folder_that_cannot_be_filled(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_samplers_are_diffusers(name, kind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_those_of_the_pipeline(family):
     prompts = Prompts(BaseModel("option", str(tiny_models.model(family))))
-    encoder = prompts.encoder(CPU, torch.float32, None, ())
+    encoder = prompts.encoder(CPU, torch.float32, None, (), "")
     with torch.no_grad():
         found = encoder.encode(encoder.build(), PROMPTS)
     pipeline = pipeline_of(tiny_models.model(family))
@@ -449,7 +449,8 @@ def test_text_encoders_of_xl_on_two_processes(tiny_config, tmp_path):
         **{
             "lora.pretrained_model_name_or_path": str(tiny_models.model("sdxl")),
             "lora.learning_rate": rates,
-            "lora.validation_prompts": [],
+            "lora.validation_prompts": PROMPTS,
+            "lora.clip_score_model": str(tiny_models.model("clip")),  # scored by the main process alone
             "base.train_batch_size": 2,
         },
     )
@@ -606,6 +607,18 @@ MISTAKES = [
     ),
     ("lora", {"lora.guidance_scale": 1.0, "lora.guidance_rescale": 0.5}, "with a guidance_scale above 1 only"),
     ("lora", {"lora.lora_weights": "nowhere"}, "there is no such file or folder"),
+    ("lora", {"lora.target_modules": "(unclosed"}, "is no pattern (a regular expression that matches modules' names)"),
+    ("lora", {"lora.pretrained_model_name_or_path": "train.py"}, "is a file, and a pipeline's folder is needed; diff"),
+    ("lora", {"lora.revision": "main"}, "has an effect with a name on the hub only, and this is a folder"),
+    ("lora", {"lora.negative_prompt": "blurry", "lora.guidance_scale": 1.0}, "with a guidance_scale above 1 only"),
+    (
+        "lora",
+        {"lora.validation_prompts": [], "lora.clip_score_model": "x", "lora.lora_scale": 0.5},
+        "has an effect with pictures, and validation_prompts is empty only",
+    ),
+    ("lora", {"base.encoder_cache_dir": "x"}, "base.encoder_cache_dir has an effect with cache_latents or cache_text"),
+    ("ddpm", {"base.trigger_word": "sks"}, "trigger_word = \"sks\": has an effect with a task that reads captions only"),
+    ("ddpm", {"base.encoder_cache_dir": "x"}, "has an effect with a task that reads captions only"),
     ("lora", {"lora.target_modules": []}, "must name at least one module, or be null"),
     (
         "lora",
@@ -647,6 +660,16 @@ LATER = [
         {"lora.target_modules": ["nothing"]},
         "lora.target_modules = ['nothing']: no adapter can be put there",
     ),
+    (
+        "lora",
+        {
+            "lora.timestep_bias_strategy": "range",
+            "lora.timestep_bias_multiplier": 2.0,
+            "lora.timestep_bias_begin": 2000,
+            "lora.timestep_bias_end": 3000,
+        },
+        "timestep_bias_strategy = range: favours none of the timesteps 0 to 999 over another; change its limits",
+    ),
     ("lora", {"lora.clip_score_model": "configs"}, "clip_score_model = configs: no CLIP could be read; give a local"),
 ]  # fmt: skip
 
@@ -676,3 +699,73 @@ def test_a_base_model_with_broken_parts(tmp_path, from_scratch, tiny_config, cap
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 7}))
     assert main([str(tiny_config("text_to_image", "other", **options, **from_scratch))]) == 1
     assert "has cross_attention_dim = 7, and the base model's other parts need 32" in capsys.readouterr().err
+
+
+def changed_base(tmp_path, part, **changes):
+    """A copy of the tiny pipeline with another config of a part."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_models.model("sd1"), folder)
+    [path] = (folder / part).glob("*config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+def test_base_models_that_cannot_be_used(tmp_path, tiny_config, capsys):
+    from diffusers import UNet2DConditionModel
+
+    folder = changed_base(tmp_path, "scheduler", _class_name="NoSuchScheduler")
+    assert main([str(tiny_config("lora", "a", **{"lora.pretrained_model_name_or_path": folder}))]) == 1
+    assert "its scheduler is a NoSuchScheduler, which diffusers does not have" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    folder = changed_base(tmp_path, "unet", in_channels=9)
+    settings = json.loads((Path(folder) / "unet" / "config.json").read_text())
+    UNet2DConditionModel.from_config(settings).save_pretrained(Path(folder) / "unet")
+    assert main([str(tiny_config("lora", "b", **{"lora.pretrained_model_name_or_path": folder}))]) == 1
+    assert "its UNet sees 9 channels, and latents have 4; give a text-to-image model" in capsys.readouterr().err
+
+
+def test_a_variant_is_read_from_all_parts(tmp_path, run_in_process, capsys):
+    folder = tmp_path / "base"
+    pipeline_of(tiny_models.model("sd1")).to(torch.float16).save_pretrained(folder, variant="fp16")
+    options = {"lora.pretrained_model_name_or_path": str(folder), "lora.variant": "fp16"}
+    run = run_in_process("run", "lora", **options)
+    assert f'from_pretrained("{folder}", variant="fp16")' in capsys.readouterr().out
+    assert LoRATrainer.load_pipeline(run).unet is not None
+
+
+def test_an_autoencoder_on_the_hub_keeps_its_precision(monkeypatch):
+    """Its config says that half precision overflows; a file that is silent does not."""
+    import diffusers
+
+    from trainers.common import latents
+
+    base = BaseConfig(resolution=32, num_epochs=1, dataset="digits")
+    for family, dtype in (("sdxl", torch.float32), ("sd1", torch.bfloat16)):
+        folder = tiny_models.model(family) / "vae"
+        config = json.loads((folder / "config.json").read_text())
+        monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda name, found=config, **options: found)
+        space = latents.LatentSpace("option", "owner/name", base, CPU, torch.bfloat16)
+        assert space.vae_dtype == dtype
+
+
+def test_from_scratch_with_the_sizes_of_xl(run_in_process, from_scratch, tmp_path, tiny_config, capsys):
+    options = {"text_to_image.pretrained_model_name_or_path": str(tiny_models.model("sdxl"))}
+    folder = run_in_process("run", "text_to_image", **options, **from_scratch)
+    config = pipeline_of(folder).unet.config
+    assert config.addition_embed_type == "text_time"
+    assert config.projection_class_embeddings_input_dim == tiny_models.TEXT_WIDTH + 6 * 256
+    assert drawn_by_slots(pipeline_of(folder), folder).shape == (2, 3, 32, 32)
+    path = Path(from_scratch["text_to_image.model_config"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"addition_embed_type": "text_time"}))
+    assert main([str(tiny_config("text_to_image", "other", **from_scratch))]) == 1
+    assert "has addition_embed_type = text_time, and the base model's other parts need None" in capsys.readouterr().err
+
+
+def test_a_run_that_went_on_from_a_file_resumes_without_it(run_in_process, tmp_path):
+    first = run_in_process("first", "lora", **{"lora.use_ema": False})
+    options = {"lora.use_ema": False, "lora.lora_weights": str(tmp_path / "copy"), "base.checkpointing_steps": 3}
+    shutil.copytree(first, tmp_path / "copy")
+    whole = run_in_process("whole", "lora", **options)
+    shutil.rmtree(tmp_path / "copy")
+    again = run_in_process("again", "lora", **options, **{"base.resume_from_checkpoint": str(whole / "checkpoint-3")})
+    assert list(losses(again).items()) == list(losses(whole).items())[3:]

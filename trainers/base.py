@@ -78,6 +78,7 @@ class TrainerConfig(Section):
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use for a trained network: left out where one is loaded
     initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # likewise, where it is whole
     result_is_base: ClassVar[bool] = False  # whether a finished run can stand for pretrained_model_name_or_path
+    reads_captions: ClassVar[bool] = False  # whether texts of examples, and pictures of their class, are of use
     takes_buckets: ClassVar[bool] = False  # whether batches may have pictures of different height and width
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-4  # at the top of the schedule; a dict: one per network
@@ -156,6 +157,7 @@ class Encoder:
     cache: Literal["memory", "disk"] | None = None
     constants: tuple[Any, ...] = ()
     optional: bool = False  # whether a batch may lack the column
+    default: Any = None  # the value of examples that lack it; None: an error
 
 
 class Trainer(ABC):
@@ -180,6 +182,8 @@ class Trainer(ABC):
     label_names: list[str] | None = None  # of the data set's classes, set before init_modules
     highest_label: int | None = None  # in the data set, where it is known, set before init_modules
     grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
+    captions: list[str] | None = None  # some of the training set's, set before init_modules
+    start_step: int = 0  # where a resumed run goes on, set before init_modules
     total_steps: int | None = None  # of the run, set before init_modules; None where a trained network is loaded
     encoded_by: str | None = None  # digest of the network that made the data set's latents, set before init_modules
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,11 +45,22 @@ class LoRAConfig(StableDiffusionConfig):
         yield from self.without_effect(("text_encoder_target_modules",), "train_text_encoder", self.train_text_encoder)
         if self.train_text_encoder and self.cache_text is not None:
             yield "cache_text", "keeps what a text encoder says that train_text_encoder changes; set one of them off"
-        if self.lora_weights is not None and not Path(self.lora_weights).exists():
+        resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds all
+        if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
             yield "lora_weights", "there is no such file or folder"
+        yield from self.without_effect(("lora_scale",), "validation pictures", self.validation_prompts != [])
         for option in ("target_modules", "text_encoder_target_modules"):
-            if getattr(self, option) in ([], ""):
-                yield option, "must name at least one module, or be null"
+            yield from ((option, problem) for problem in _target_problems(getattr(self, option)))
+
+
+def _target_problems(targets: list[str] | str | None) -> Iterator[str]:
+    if targets in ([], ""):
+        yield "must name at least one module, or be null"
+    elif isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield f"is no pattern (a regular expression that matches modules' names): {error}"
 
 
 class LoRATrainer(StableDiffusionTrainer):
@@ -59,7 +71,7 @@ class LoRATrainer(StableDiffusionTrainer):
     task = "lora"
     usage = (
         "from diffusers import DiffusionPipeline\n"
-        'pipeline = DiffusionPipeline.from_pretrained("{pretrained_model_name_or_path}")\n'
+        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
         'pipeline.load_lora_weights("{output_dir}")\n'
         'pipeline("a prompt").images[0].save("sample.png")'
     )
@@ -76,7 +88,7 @@ class LoRATrainer(StableDiffusionTrainer):
             encoder, option = self.base_model.text_encoder(name, self.weight_dtype), "lora.text_encoder_target_modules"
             targets = config.text_encoder_target_modules or TEXT_ATTENTION
             networks[name] = add_lora(option, encoder, targets, self._adapter(), self._unused(name, encoder))
-        if config.lora_weights is not None:
+        if config.lora_weights is not None and self.start_step == 0:
             load_lora(Path(config.lora_weights), networks)
         self.base_pictures: dict[str, Tensor] = {}  # they never change
         return networks
@@ -129,12 +141,20 @@ class LoRATrainer(StableDiffusionTrainer):
     def sample_requests(self, validation_set: Any) -> list[dict]:
         return [request | {"beside_base": True} for request in super().sample_requests(validation_set)]
 
+    def usage_of(self, location: str | Path) -> str:
+        config, place = self.config, f'"{self.config.pretrained_model_name_or_path}"'
+        for name in ("revision", "variant"):
+            place += f', {name}="{getattr(config, name)}"' if getattr(config, name) else ""
+        return self.usage.format(base_model=place, output_dir=location)
+
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.lora_files import save_lora
 
         config, adapter = self.config, self._adapter()
         about = {
             "base_model": config.pretrained_model_name_or_path,
+            "base_revision": config.revision or "",
+            "base_variant": config.variant or "",
             "rank": str(adapter["r"]),
             "alpha": f"{adapter['lora_alpha']:g}",
             "target_modules": str(config.target_modules or ATTENTION),
@@ -150,7 +170,8 @@ class LoRATrainer(StableDiffusionTrainer):
 
         from trainers.common.lora_files import read_about
 
-        base_model = read_about(Path(output_dir))["base_model"]
-        pipeline = DiffusionPipeline.from_pretrained(base_model, safety_checker=None)
+        about = read_about(Path(output_dir))
+        place = {name: about[f"base_{name}"] or None for name in ("revision", "variant")}
+        pipeline = DiffusionPipeline.from_pretrained(about["base_model"], safety_checker=None, **place)
         pipeline.load_lora_weights(output_dir, adapter_name="default")
         return pipeline

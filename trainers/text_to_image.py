@@ -80,8 +80,10 @@ class TextToImageTrainer(StableDiffusionTrainer):
         if self.config.model_config is None:
             return {"unet": self.base_model.unet(torch.float32)}
         folders = [self.base_model.folder / name / "config.json" for name in self.base_model.text_encoder_names]
-        width = sum(json.loads(path.read_text(encoding="utf-8"))["hidden_size"] for path in folders)
-        return {"unet": build_unet(self.config.model_config, self.latents.grid, width)}
+        encoders = [json.loads(path.read_text(encoding="utf-8")) for path in folders]
+        widths = [sum(settings["hidden_size"] for settings in encoders)]
+        widths += [encoders[-1]["projection_dim"]] if self.base_model.is_xl else []
+        return {"unet": build_unet(self.config.model_config, self.latents.grid, *widths)}
 
     def save_pipeline(self, output_dir: Path) -> None:
         self.pipeline().save_pretrained(output_dir)

@@ -95,6 +95,7 @@ def load_autoencoder(
     subfolder: str | None = None,
     revision: str | None = None,
     trainable: bool = False,
+    variant: str | None = None,
 ) -> AutoencoderKL:
     """Reads the network from a folder or the hub, in float32; a trainable one has a forward for training.
 
@@ -108,6 +109,7 @@ def load_autoencoder(
     network = AutoencoderKL if trainable else diffusers.AutoencoderKL
     place = {"subfolder": find_subfolder(pretrained, subfolder), "revision": revision}
     options = place | {"use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    options |= {"variant": variant} if variant else {}
     try:
         kind = network.load_config(pretrained, **place).get("_class_name")
         if kind != "AutoencoderKL":

@@ -27,6 +27,10 @@ def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[
     folder = Path(source)
     if not folder.exists():  # a name on the hub, or of a folder that another run makes
         return
+    if not folder.is_dir():
+        one = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        yield f"is a file, and a pipeline's folder is needed; diffusers makes one of it: {one}"
+        return
     lacking = [part for part in parts if not any((folder / part).glob("*.json"))]
     if lacking:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -113,8 +117,10 @@ class BaseModel:
         if not path.is_file():
             noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
             return diffusers.DDIMScheduler(**noise, clip_sample=False, steps_offset=1)
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(diffusers, settings.get("_class_name", "DDIMScheduler"))
+        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "DDIMScheduler")
+        kind = getattr(diffusers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise ValueError(f"{self.option} = {self.source}: its scheduler is a {name}, which diffusers does not have")
         return kind.from_pretrained(path.parent)
 
     def training_scheduler(self, **changes: Any) -> DDPMScheduler:

@@ -27,6 +27,22 @@ def _as_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+def check_clip(option: str, source: str) -> None:
+    """Raises FileNotFoundError where no CLIP can be read from `source`, which `option` names; reads no weights."""
+    from transformers import CLIPConfig, CLIPProcessor
+
+    try:
+        CLIPConfig.from_pretrained(source)
+        CLIPProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _unreadable(option, source, error) from None
+
+
+def _unreadable(option: str, source: str, error: Exception) -> FileNotFoundError:
+    advice, reason = "give a local folder, or a hub name that can be reached", str(error).splitlines()[0]
+    return FileNotFoundError(f"{option} = {source}: no CLIP could be read; {advice} ({reason})")
+
+
 class ClipScore:
     """100 times the mean cosine of pictures and prompts; `option` names where the CLIP is, for messages.
 
@@ -40,10 +56,9 @@ class ClipScore:
             model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
             processor = CLIPProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
-            advice = "give a local folder, or a hub name that can be reached"
-            reason = str(error).splitlines()[0]
-            raise FileNotFoundError(f"{option} = {source}: no CLIP could be read; {advice} ({reason})") from None
-        self.metric = CLIPScore(lambda: (Features(model), processor)).to(device)
+            raise _unreadable(option, source, error) from None
+        # one process scores all pictures: the others must not be waited for
+        self.metric = CLIPScore(lambda: (Features(model), processor), sync_on_compute=False).to(device)
         self.device = device
 
     def __call__(self, images: Tensor, prompts: list[str]) -> float:

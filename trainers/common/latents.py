@@ -52,10 +52,12 @@ class LatentSpace:
         device: torch.device,
         dtype: torch.dtype,
         encoded_by: str | None = None,
+        variant: str | None = None,
     ) -> None:
         self.option, self.source, self.device, self.dtype = option, source, device, dtype
+        self.variant = variant
         self.pictures = Grid.of(base)
-        self.settings = vae_config(source) or self.vae.config
+        self.settings = vae_config(source) or self._settings_on_hub()
         self.grid = latent_grid(self.settings, base.resolution)
         if base.buckets and base.bucket_step % self.factor:
             factor = f"must be a multiple of {self.factor}, the pixels per latent of {option}"
@@ -64,6 +66,15 @@ class LatentSpace:
             raise ValueError(
                 f"{option} = {source}: the data set was encoded by another network; encode it with this one"
             )
+
+    def _settings_on_hub(self) -> dict[str, Any]:
+        """The config as it is written, without defaults."""
+        from diffusers import AutoencoderKL
+
+        try:
+            return AutoencoderKL.load_config(self.source)
+        except OSError:
+            return dict(self.load().config)  # which says what is wrong
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -75,11 +86,11 @@ class LatentSpace:
     @property
     def vae_dtype(self) -> torch.dtype:
         """As the file says: where it is silent, diffusers would say yes."""
-        return torch.float32 if (vae_config(self.source) or {}).get("force_upcast") else self.dtype
+        return torch.float32 if self.settings.get("force_upcast") else self.dtype
 
     def load(self) -> AutoencoderKL:
         """A copy in float32 on the CPU."""
-        return load_autoencoder(self.option, self.source, self.pictures)
+        return load_autoencoder(self.option, self.source, self.pictures, variant=self.variant)
 
     @cached_property
     def digest(self) -> str:
@@ -97,7 +108,8 @@ class LatentSpace:
 
         def source() -> dict[str, Any]:
             folder = Path(self.source) / (find_subfolder(self.source, None) or "")
-            return {"vae": files_digest(folder) if folder.is_dir() else self.digest, "dtype": str(self.vae_dtype)}
+            digest = files_digest(folder) if folder.is_dir() else self.digest
+            return {"vae": digest, "variant": self.variant, "dtype": str(self.vae_dtype)}
 
         writes = (f"{column}mean", f"{column}logvar")
         optional = column != ""  # such as pictures of a class: training examples alone have them

@@ -42,7 +42,8 @@ class Timesteps:
         if self.cumulative is None:
             return self.low + rng.integers(name, self.high - self.low)
         drawn = rng.uniform(name)
-        places = torch.searchsorted(self.cumulative.to(drawn.device), drawn, right=True)
+        self.cumulative = self.cumulative.to(drawn.device)  # once
+        places = torch.searchsorted(self.cumulative, drawn, right=True)
         return self.low + places.clamp(max=self.high - self.low - 1)
 
 

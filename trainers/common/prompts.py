@@ -31,7 +31,7 @@ class Prompts:
 
     def embed(self, networks: Mapping[str, nn.Module], captions: list[str], device: torch.device) -> dict[str, Tensor]:
         """Runs the text encoders `networks`, by name."""
-        tokens = [self._tokens(tokenizer, captions).to(device) for tokenizer in self.tokenizers]
+        tokens = [_moved(self._tokens(tokenizer, captions), device) for tokenizer in self.tokenizers]
         if not self.base_model.is_xl:
             return {EMBEDS: networks["text_encoder"](tokens[0])[0]}
         found = [networks[n](t, output_hidden_states=True) for n, t in zip(self.names, tokens, strict=True)]
@@ -48,9 +48,12 @@ class Prompts:
         return bool(self.base_model.is_xl and self.base_model.index.get("force_zeros_for_empty_prompt", True))
 
     def encoder(
-        self, device: torch.device, dtype: torch.dtype, cache: str | None, constants: tuple[str, ...]
+        self, device: torch.device, dtype: torch.dtype, cache: str | None, constants: tuple[str, ...], default: str
     ) -> Encoder:
-        """The frozen stage from captions to embeddings; `constants` are texts beside the captions."""
+        """The frozen stage from captions to embeddings; `constants` are texts beside the captions.
+
+        `default` is the caption of data that has none.
+        """
 
         def build() -> nn.ModuleDict:
             return nn.ModuleDict({name: self.base_model.text_encoder(name, dtype) for name in self.names})
@@ -60,9 +63,10 @@ class Prompts:
 
         def source() -> dict[str, str]:
             folders = (*self.names, *("tokenizer", "tokenizer_2")[: len(self.names)])
-            return {"text encoders": self.base_model.digest(*folders), "dtype": str(dtype)}
+            digest = self.base_model.digest(*folders)
+            return {"text encoders": digest, "variant": self.base_model.variant, "dtype": str(dtype)}
 
-        return Encoder("caption", self.columns, build, encode, source, cache, constants)
+        return Encoder("caption", self.columns, build, encode, source, cache, constants, default=default)
 
     def truncated(self, captions: Iterable[str]) -> tuple[int, str | None]:
         """How many captions lose tokens at the tokenizers' length, and the end that the first of them loses."""
@@ -76,7 +80,16 @@ class Prompts:
         return lost, first
 
 
+def _moved(tokens: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+
+
 def size_conditions(sizes: Any, corners: Any, target: tuple[int, int]) -> Tensor:
     """Stable Diffusion XL's [B, 6]: original height and width, top and left of the crop, height and width now."""
-    shown = torch.tensor([target], device=sizes.device, dtype=sizes.dtype).expand(len(sizes), 2)
-    return torch.cat([sizes, corners, shown], dim=1)
+    return torch.cat([sizes, corners, constant_rows(target, len(sizes), sizes.device)], dim=1)
+
+
+def constant_rows(values: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """int64 [count, len(values)], filled on the device: a copy to it would wait."""
+    return torch.stack([torch.full((count,), value, device=device) for value in values], dim=1)

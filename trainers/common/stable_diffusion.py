@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,15 @@ from trainers.common.guidance import Condition, Guidance
 from trainers.common.latents import LatentSpace
 from trainers.common.objective import Part, Predict
 from trainers.common.prompt_requests import captions_and_labels, held_out_captions, prompt_requests
-from trainers.common.prompts import EMBEDS, POOLED, Prompts, size_conditions
+from trainers.common.prompts import EMBEDS, POOLED, Prompts, constant_rows, size_conditions
 from trainers.common.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.stable_diffusion_config import StableDiffusionConfig
 from trainers.common.stable_diffusion_objective import Learned, build_diffusion
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+    from trainers.common.clip_score import ClipScore
 
 QUARTERS = 4  # parts of the time in which the validation loss is given
 
@@ -38,11 +39,21 @@ class StableDiffusionTrainer(Trainer):
         option, source = f"{self.task}.pretrained_model_name_or_path", config.pretrained_model_name_or_path
         self.base_model = BaseModel(option, source, config.revision, config.variant)
         vae = (option, str(self.base_model.folder)) if config.vae is None else (f"{self.task}.vae", config.vae)
-        self.latents = LatentSpace(*vae, self.base, self.device, self.weight_dtype, self.encoded_by)
+        variant = config.variant if config.vae is None else None
+        self.latents = LatentSpace(*vae, self.base, self.device, self.weight_dtype, self.encoded_by, variant)
         self.latents.offloaded = config.cache_latents is not None
         self.prompts = Prompts(self.base_model)
         self.learned = self.build_objective()
-        return self.build_networks()
+        if config.clip_score_model is not None:
+            from trainers.common.clip_score import check_clip
+
+            check_clip(f"{self.task}.clip_score_model", config.clip_score_model)
+        networks = self.build_networks()
+        channels, wanted = networks["unet"].config.in_channels, self.latents.grid.channels
+        if channels != wanted:  # such as 9 of one for inpainting
+            found = f"its UNet sees {channels} channels, and latents have {wanted}"
+            raise ValueError(f"{option} = {source}: {found}; give a text-to-image model")
+        return networks
 
     def build_networks(self) -> dict[str, nn.Module]:
         """The networks to train: "unet", and text encoders by the names of their folders."""
@@ -60,12 +71,12 @@ class StableDiffusionTrainer(Trainer):
             found["class_latents"] = self.latents.encoder(cache, "class_")
         if not self.trains_text():
             cached = self.config.cache_text, self._constant_texts()
-            found["text"] = self.prompts.encoder(self.device, self.weight_dtype, *cached)
+            found["text"] = self.prompts.encoder(self.device, self.weight_dtype, *cached, self._fixed_caption())
         return found
 
     def _constant_texts(self) -> tuple[str, ...]:
         """What is asked for beside the captions of the data."""
-        texts = ["", self.base.class_caption, self.config.negative_prompt]
+        texts = ["", self._fixed_caption(), self.base.class_caption, self.config.negative_prompt]
         return tuple(
             dict.fromkeys(text for text in [*texts, *(self.config.validation_prompts or [])] if text is not None)
         )
@@ -76,7 +87,11 @@ class StableDiffusionTrainer(Trainer):
 
     def notes(self, train_set: Any) -> list[str]:
         """Data without captions, and captions that are too long for the text encoder."""
-        found = [getattr(train_set, "caption_note", None)]
+        if hasattr(train_set, "caption_note"):
+            found = [train_set.caption_note]
+        else:
+            note = f"the data set has no captions: every example has base.caption = {self._fixed_caption()!r}"
+            found = [None if "caption" in train_set.get(0, None) else note]
         lost, end = self.prompts.truncated(train_set.captions()) if hasattr(train_set, "captions") else (0, None)
         if lost:
             limit = self.prompts.tokenizers[0].model_max_length
@@ -115,9 +130,10 @@ class StableDiffusionTrainer(Trainer):
 
     def _asked(self, batch: dict[str, Any], clean: Tensor, rng: RandomSource) -> Condition:
         """What the UNet is asked for: captions, of which training hides some."""
-        embeds = (
-            {name: batch[name] for name in self.prompts.columns} if EMBEDS in batch else self.embed(batch["caption"])
-        )
+        if EMBEDS in batch:
+            embeds = {name: batch[name] for name in self.prompts.columns}
+        else:
+            embeds = self.embed(batch.get("caption") or [self._fixed_caption()] * len(clean))
         if self.training and self.config.caption_dropout:
             hidden, empty = rng.bernoulli("caption_dropout", self.config.caption_dropout), self.empty()
             embeds = {
@@ -143,7 +159,7 @@ class StableDiffusionTrainer(Trainer):
         if not self.base_model.is_xl:
             return embeds
         target = tuple(side * self.latents.factor for side in shape[2:])
-        whole = torch.tensor([target], device=self.device).expand(shape[0], 2)
+        whole = constant_rows(target, shape[0], self.device)
         known = {} if batch is None else batch
         sizes = known.get(f"{prefix}original_size", whole)
         corners = known.get(f"{prefix}crop_top_left", torch.zeros_like(whole))
@@ -173,15 +189,22 @@ class StableDiffusionTrainer(Trainer):
         """The prompts in turn, `valid_batch_size` in all; without any, captions of held-out examples."""
         prompts, count = self.config.validation_prompts, self.config.valid_batch_size
         if prompts is None:
-            prompts = held_out_captions(validation_set, count) or [self.base.caption]
+            prompts = held_out_captions(validation_set, count) or self._known_prompts()[:count]
         return prompt_requests([{"prompt": prompt} for prompt in prompts], max(count, len(prompts)))
 
     def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
         """Captions of held-out examples in turn, with their labels; without a validation set the prompts."""
         if validation_set is not None:
             return prompt_requests(captions_and_labels(validation_set, count), count)
-        prompts = self.config.validation_prompts or [self.base.caption]
+        prompts = self.config.validation_prompts or self._known_prompts()
         return prompt_requests([{"prompt": prompt} for prompt in prompts], count)
+
+    def _known_prompts(self) -> list[str]:
+        """Captions of the training set, where they are known, or the one that all of its examples have."""
+        return self.captions or [self._fixed_caption()]
+
+    def _fixed_caption(self) -> str:
+        return ", ".join(part for part in (self.base.trigger_word, self.base.caption) if part)
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         return {"samples": self.draw(requests, rng.generators())}
@@ -222,7 +245,7 @@ class StableDiffusionTrainer(Trainer):
         return {"clip_score": self.clip_score(images["samples"], [request["prompt"] for request in requests])}
 
     @cached_property
-    def clip_score(self) -> Callable[[Tensor, list[str]], float]:
+    def clip_score(self) -> ClipScore:
         from trainers.common.clip_score import ClipScore
 
         return ClipScore(f"{self.task}.clip_score_model", self.config.clip_score_model, self.device)

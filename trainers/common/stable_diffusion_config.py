@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from trainers.base import (
@@ -31,6 +32,7 @@ class StableDiffusionConfig(TrainerConfig):
         "num_inference_steps", "guidance_scale", "guidance_rescale", "clip_score_model",
     )  # fmt: skip
     takes_buckets: ClassVar[bool] = True
+    reads_captions: ClassVar[bool] = True
     needed_parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer")  # of the base model
     training_only: ClassVar[tuple[str, ...]] = ("cache_latents", "cache_text", "clip_score_model")
 
@@ -77,6 +79,8 @@ class StableDiffusionConfig(TrainerConfig):
             yield "pretrained_model_name_or_path", problem
         if self.vae is not None:
             yield from (("vae", problem) for problem in latents_problems(self.vae))
+        if self.revision is not None and Path(self.pretrained_model_name_or_path or "").is_dir():
+            yield "revision", "has an effect with a name on the hub only, and this is a folder"
         yield from self._objective_problems()
         yield from self._timestep_problems()
         yield from self._cache_problems(base)
@@ -85,7 +89,10 @@ class StableDiffusionConfig(TrainerConfig):
                 "pretrained_model_name_or_path",
                 f"sees pictures with 3 channels, and base.channels is {base.channels}",
             )
-        yield from self.without_effect(("guidance_rescale",), "a guidance_scale above 1", self.guidance_scale > 1)
+        guided = ("guidance_rescale", "negative_prompt")
+        yield from self.without_effect(guided, "a guidance_scale above 1", self.guidance_scale > 1)
+        drawn = self.validation_prompts != []
+        yield from self.without_effect(("clip_score_model",), "pictures, and validation_prompts is empty", drawn)
         with_prior = base.class_data_dir is not None
         yield from self.without_effect(("prior_loss_weight",), "base.class_data_dir", with_prior)
 
@@ -120,6 +127,8 @@ class StableDiffusionConfig(TrainerConfig):
             yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
         if self.cache_latents is not None and base.dataset == "latents":
             yield "cache_latents", "has no effect with base.dataset: latents"
+        if base.encoder_cache_dir is not None and "disk" not in (self.cache_latents, self.cache_text):
+            yield "cache_latents", "base.encoder_cache_dir has an effect with cache_latents or cache_text: disk only"
         if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 

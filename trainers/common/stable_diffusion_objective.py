@@ -68,6 +68,9 @@ def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Tim
     if high > total:
         raise ValueError(f"{task}.timestep_range = {[low, high]}: the base model has {total} timesteps")
     weights = config.timestep_weights(low, high)
+    if weights is not None and len(set(weights)) == 1:
+        found = f"favours none of the timesteps {low} to {high - 1} over another"
+        raise ValueError(f"{task}.timestep_bias_strategy = {config.timestep_bias_strategy}: {found}; change its limits")
     return Timesteps(low, high, None if weights is None else torch.tensor(weights))
 
 

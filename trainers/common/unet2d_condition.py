@@ -22,17 +22,24 @@ def _read(model_config: str) -> Settings:
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
-def build_unet(model_config: str, latents: Grid, text_width: int) -> UNet2DConditionModel:
+def build_unet(
+    model_config: str, latents: Grid, text_width: int, pooled_width: int | None = None
+) -> UNet2DConditionModel:
     """Makes the network with random weights, for these latents and text embeddings of this width.
 
+    With `pooled_width` it is one of Stable Diffusion XL, which is told sizes and a pooled text embedding as well.
     Raises ValueError where the file says otherwise.
     """
     from diffusers import UNet2DConditionModel
 
     decided = {"in_channels": latents.channels, "out_channels": latents.channels, "cross_attention_dim": text_width}
     settings = _read(model_config)
+    decided["addition_embed_type"] = None if pooled_width is None else "text_time"
+    if pooled_width is not None:
+        settings["addition_time_embed_dim"] = settings.get("addition_time_embed_dim") or 256
+        decided["projection_class_embeddings_input_dim"] = pooled_width + 6 * settings["addition_time_embed_dim"]
     for name, value in decided.items():
-        if settings.get(name, value) != value:
+        if settings.get(name) not in (None, value):
             found = f"has {name} = {settings[name]}, and the base model's other parts need {value}"
             raise ValueError(f"text_to_image.model_config = {model_config}: {found}; leave it out, or make them equal")
     return UNet2DConditionModel.from_config(settings | decided | {"sample_size": latents.resolution})

@@ -1,4 +1,4 @@
-"""Work that only the main process does, with a result or an error that every process gets."""
+"""Work of one process or of all, with a result or an error that every process gets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from trainers.engine.messages import is_message
 
@@ -30,4 +30,17 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     result, error = broadcast_object_list(answer)
     if error is not None:
         raise (failure or error) from None
+    return result
+
+
+def on_all(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """What `action()` returns on this rank; an error that one rank met is raised on every rank. Collective."""
+    result, error = None, None
+    try:
+        result = action()
+    except (OSError, ValueError) as failure:
+        error = failure
+    for found in gather_object([error]):
+        if found is not None:
+            raise error or found
     return result

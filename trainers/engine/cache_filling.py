@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +13,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trainers.engine.agreement import on_main
+from trainers.engine.agreement import on_all, on_main
 from trainers.engine.caching import KEY_DIGITS, Cache, KeyedExamples, folder_of, text_key
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.options import BaseConfig
 from trainers.engine.reporting import passing_bar
 
 FILE_BYTES = 64 << 20  # of rows that are written at once
+BATCHES_AHEAD = 2  # that are decoded while one is encoded
+Rows = dict[str, list[torch.Tensor]]  # by key, a tensor for each column
 
 
 class Picture(NamedTuple):
@@ -78,24 +83,50 @@ def _picture_keys(accelerator: Accelerator, dataset: Any, column: str) -> list[t
 def _filled(
     accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, name: str, wanted: dict[str, Any]
 ) -> Cache:
-    """The encoder's cache with all that is wanted."""
+    """The encoder's cache with all that is wanted. Raises on every rank what one of them could not read or write."""
     cache = Cache(_folder(accelerator, stages, base, name))
     missing = on_main(accelerator, lambda: _missing(cache, wanted))
-    if cache.folder is not None:
-        accelerator.print(f"cache {name}: {len(missing):,} of {len(wanted):,} to encode, in {cache.folder}")
-    batches = list(_batches(missing[accelerator.process_index :: accelerator.num_processes], base.train_batch_size))
-    rows: dict[str, list[torch.Tensor]] = {}
-    for keys in passing_bar(accelerator, f"encoding {name}")(batches):
-        rows |= _encode(stages, name, keys, wanted)
-        if cache.folder is not None and sum(row.nbytes for each in rows.values() for row in each) > FILE_BYTES:
-            cache.add(rows)
-            rows = {}
+    place = "in memory" if cache.folder is None else f"in {cache.folder}"
+    accelerator.print(f"cache {name}: {len(missing):,} of {len(wanted):,} to encode, {place}")
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    batches = [own[start : start + base.train_batch_size] for start in range(0, len(own), base.train_batch_size)]
+    bar = passing_bar(accelerator, f"encoding {name}")
+    encoded = (_encode(stages, name, *read) for read in bar(_read_ahead(batches, wanted), total=len(batches)))
     if cache.folder is None:
-        rows = {key: each for part in gather_object([rows]) for key, each in part.items()}
-    cache.add(rows)
-    accelerator.wait_for_everyone()
-    cache.look()
+        rows = on_all(accelerator, lambda: {key: each for part in encoded for key, each in part.items()})
+        cache.add({key: each for part in gather_object([rows]) for key, each in part.items()})
+    else:
+        on_all(accelerator, lambda: _write(cache, encoded))
+        cache.look()
     return cache
+
+
+def _write(cache: Cache, encoded: Iterator[Rows]) -> None:
+    rows: Rows = {}
+    try:
+        for part in encoded:
+            rows |= part
+            if sum(row.nbytes for each in rows.values() for row in each) > FILE_BYTES:
+                cache.add(rows)
+                rows = {}
+    finally:  # where a signal ends the run, the next start need not do this again
+        cache.add(rows)
+
+
+def _read_ahead(batches: list[list[str]], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[Any]]]:
+    """The values of each batch; pictures are decoded in threads while the batches before are encoded."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        ahead: deque[tuple[list[str], list[Future]]] = deque()
+        for keys in [*batches, *[None] * BATCHES_AHEAD]:
+            if keys is not None:
+                ahead.append((keys, [pool.submit(_read, wanted[key]) for key in keys]))
+            if ahead and (keys is None or len(ahead) > BATCHES_AHEAD):
+                first, values = ahead.popleft()
+                yield first, [value.result() for value in values]
+
+
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, Picture) else value
 
 
 def _folder(accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, name: str) -> Path | None:
@@ -115,13 +146,8 @@ def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:
     return [key for key in wanted if key not in cache]
 
 
-def _batches(keys: list[str], size: int) -> Iterator[list[str]]:
-    return (keys[start : start + size] for start in range(0, len(keys), size))
-
-
-def _encode(stages: FrozenStages, name: str, keys: list[str], wanted: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
+def _encode(stages: FrozenStages, name: str, keys: list[str], values: list[Any]) -> Rows:
     """The rows of a batch by key, on the CPU; pictures of different sizes are encoded one by one."""
-    values = [wanted[key].read() if isinstance(wanted[key], Picture) else wanted[key] for key in keys]
     if isinstance(values[0], str):
         parts = [values]
     elif len({value.shape for value in values}) == 1:

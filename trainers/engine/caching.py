@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,9 @@ class Cache:
     def rows(self, keys: list[str], columns: tuple[str, ...], device: torch.device) -> dict[str, Tensor]:
         """The columns [B, ...] of these keys, on the device; the rows have one shape."""
         stacked = [torch.stack(rows) for rows in zip(*map(self._rows_of, keys), strict=True)]
-        return {name: rows.to(device) for name, rows in zip(columns, stacked, strict=True)}
+        if device.type == "cuda":  # from other memory the copy would wait for the device
+            stacked = [rows.pin_memory() for rows in stacked]
+        return {name: rows.to(device, non_blocking=True) for name, rows in zip(columns, stacked, strict=True)}
 
     def _rows_of(self, key: str) -> Sequence[Tensor]:
         if key in self.rows_by_key:
@@ -51,25 +55,45 @@ class Cache:
         return [file.get_tensor(f"{key}.{number}") for number in range(count)]
 
     def add(self, rows: dict[str, list[Tensor]]) -> None:
-        """Keeps rows by key: in memory, or in a file that is written, flushed and then named."""
+        """Keeps rows by key: in memory, or in a file that is written, flushed and then named.
+
+        Raises OSError, with what was needed and what was free, where it cannot be written.
+        """
         if self.folder is None:
             self.rows_by_key |= rows
         elif rows:
-            self.folder.mkdir(parents=True, exist_ok=True)
             token = secrets.token_hex(8)
             staged = self.folder / f".tmp-{token}"
             tensors = {f"{key}.{n}": row.contiguous() for key, each in rows.items() for n, row in enumerate(each)}
-            save_file(tensors, staged)
-            staged.rename(self.folder / f"rows-{token}.safetensors")
+            try:
+                save_file(tensors, staged)
+                staged.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+                _flush(staged)
+                staged.rename(self.folder / f"rows-{token}.safetensors")
+                _flush(self.folder)
+            except (OSError, SafetensorError) as error:
+                staged.unlink(missing_ok=True)
+                needed, free = sum(row.nbytes for row in tensors.values()), shutil.disk_usage(self.folder).free
+                space = f"it needs {needed:,} bytes, {free:,} are free"
+                raise OSError(
+                    f"{self.folder}: a cache cannot be written ({error}); {space}; what is there stays"
+                ) from None
 
     def look(self) -> None:
-        """Finds the rows of new files in the folder; a file that cannot be read is removed, with a line."""
+        """Finds the rows of new files in the folder; a file whose header is broken is removed, with a line.
+
+        Raises OSError for a file that may not be read.
+        """
         for path in sorted(self.folder.glob("rows-*.safetensors")) if self.folder is not None else ():
             if path.name in self.opened:
                 continue
             try:
+                path.open("rb").close()  # safetensors calls everything a missing file
+            except OSError as error:
+                raise OSError(f"{path}: a cache cannot be read ({error}); see to its permissions") from None
+            try:
                 file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except SafetensorError as error:
                 print(f"WARNING: {path} cannot be read ({error}): removed, and encoded again", flush=True)
                 path.unlink(missing_ok=True)
                 continue
@@ -79,6 +103,20 @@ class Cache:
                 counts[key] = counts.get(key, 0) + 1
             self.files |= {key: (file, count) for key, count in counts.items()}
             self.opened.add(path.name)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path, bool]:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trainers import TRAINERS
 from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.document import ConfigError, read_document
-from trainers.engine.options import BaseConfig, resolve_launcher_values
+from trainers.engine.options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.schema import coerce, describe_kind, nearest, options
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
@@ -70,6 +70,9 @@ def check_config(
     wrong = {problem.split(" = ")[0] for problem in problems}
     found = [("base", *problem) for problem in data_problems(sections["base"])]
     found += [(name, *problem) for name, section in sections.items() for problem in section.problems(sections["base"])]
+    if not trainer_class.Config.reads_captions:
+        condition = "a task that reads captions"
+        found += [("base", *problem) for problem in sections["base"].without_effect(OF_CAPTIONS, condition, False)]
     if sections["base"].buckets and not trainer_class.Config.takes_buckets:
         found.append(("base", "buckets", f"{task} takes pictures of one size; set it to false"))
     for name, option, reason in found:

@@ -34,6 +34,8 @@ class FrozenStages:
         for name, encoder in self.encoders.items():
             if batch.keys() >= set(encoder.writes):
                 continue
+            if encoder.reads not in batch and encoder.default is not None:
+                batch = {**batch, encoder.reads: [encoder.default] * len(batch["slot"])}
             keys = self._keys(name, batch)
             if keys is not None:
                 batch = {**batch, **self.caches[name].rows(keys, encoder.writes, self.device)}

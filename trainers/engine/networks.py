@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from trainers.engine.manifest import NAME
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
 
+SHOWN_CAPTIONS = 64  # that a task may draw at validations
+
 
 def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, *datasets: Any | None) -> Trainer:
     """The task's trainer, told where it runs, for how long, and what its data (the training set first) holds.
@@ -29,7 +32,9 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, *datas
     torch.manual_seed(run.base.seed)
     trainer = run.trainer_class(run.config, run.base)
     trainer.device, trainer.weight_dtype = accelerator.device, weight_dtype(accelerator)
-    trainer.total_steps = clock.total_steps
+    trainer.start_step, trainer.total_steps = clock.origin_step, clock.total_steps
+    if hasattr(datasets[0], "captions"):
+        trainer.captions = list(islice(dict.fromkeys(islice(datasets[0].captions(), 1000)), SHOWN_CAPTIONS))
     trainer.label_names = getattr(datasets[0], "label_names", None)
     trainer.encoded_by = getattr(datasets[0], "encoded_by", None)
     highest = [getattr(dataset, "highest_label", None) for dataset in datasets]

@@ -12,6 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from trainers.base import Bounds, NonNegative, Positive, PositiveFloat, Section
 
+OF_CAPTIONS = (
+    "trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption", "encoder_cache_dir",
+)  # fmt: skip
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
 
 
