@@ -27,10 +27,13 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(path), weight
 
 
-def load_pipeline(base: str, dtype: torch.dtype = torch.float32, kind: Any = None, **components: Any) -> Any:
+def load_pipeline(
+    base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, kind: Any = None, **components: Any
+) -> Any:
     """A pipeline from a folder or the hub, without a safety checker, safetensors only.
 
     `kind` is a pipeline class of diffusers, by default the one that the base names; `components` replace the base's.
+    `dtype` may differ by component: {"default": torch.bfloat16, "vae": torch.float32}.
     Raises ValueError for one that takes no LoRA, OSError where it cannot be read.
     """
     from diffusers import DiffusionPipeline

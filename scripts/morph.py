@@ -1,0 +1,233 @@
+"""Turns one picture into another: scripts/morph.py BASE FIRST LAST OUTPUT [--prompt TEXT] [section.key=value ...]
+
+BASE is a folder or hub name of Stable Diffusion or SDXL. Each picture has a LoRA that knows it alone: given, or trained
+here by --config (overrides change it) into a folder beside OUTPUT, which the next call finds. Each picture is inverted
+by DDIM with its own LoRA alone; frames are drawn from what lies between the two noises, with both LoRAs. What is mixed
+are weights of their differences, W + (1 - w) D_1 + w D_2, not of the factors B and A of D = alpha / r B A. There is no
+guidance. Self-attention and the noise's statistics are interpolated as in DiffMorpher (arXiv 2312.07409).
+
+The first and the last frame are the pictures as DDIM gives them back; the contact sheet has the pictures beside them,
+psnr_of_ends among the settings says how near they are.
+Pictures are fitted into the model's square, not squashed; frames have their aspect again, or one in between.
+OUTPUT gets morph.gif, morph.mp4, morph.png (the contact sheet), morph.json (the settings) and frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets_lib
+from datasets_lib.images import to_mode
+from train import train
+from trainers.common.autoencoder_config import latent_grid, perceptual_problem
+from trainers.common.base_model import BaseModel, base_model_problems
+from trainers.common.fitting import Fitted, fit, size_between, unfit
+from trainers.common.inversion import ddim_schedulers
+from trainers.common.latents import vae_config
+from trainers.common.lora_files import read_lora
+from trainers.common.lora_pipeline import load_pipeline
+from trainers.common.morphing import Morph, evenly_distant
+from trainers.common.perceptual import load_perceptual
+from trainers.engine.animation import as_pil, centred, contact_sheet, write_gif, write_mp4
+from trainers.engine.config import check_config
+from trainers.engine.document import read_document
+from trainers.engine.inference import find_device
+from trainers.engine.messages import Interrupted
+from trainers.engine.picture_files import save_picture
+from trainers.engine.sampling_arguments import positive
+
+CONFIG = Path(__file__).parents[1] / "configs" / "lora_single_image.yaml"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # of training
+SHEET_COLUMNS = 6
+# that are written beside pictures, LoRAs, prompts and weights
+SETTINGS = ("base", "steps", "attention", "adain", "reschedule", "dtype", "seed", "overrides")
+
+
+def side_of(base: BaseModel) -> int:
+    """The pixels of a side of the squares that a base works on."""
+    unet = json.loads((base.folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    side, latents = unet["sample_size"], latent_grid(vae_config(str(base.folder / "vae")), 1 << 10)
+    return side * (1 << 10) // latents.resolution
+
+
+def read_picture(path: Path, side: int) -> Fitted:
+    """Raises FileNotFoundError where there is none, ValueError for what is no picture."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such picture")
+    try:
+        with Image.open(path) as image:
+            return fit(to_mode(ImageOps.exif_transpose(image), "RGB", "white"), side)
+    except Exception as error:  # every decoder fails in its own way
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def single_picture_lora(picture: Fitted, name: str, prompt: str, arguments: argparse.Namespace) -> Path:
+    """Trains a LoRA on one picture, goes on with one that was interrupted, or finds one that is finished.
+
+    Its folder is named by the content of picture, prompt and settings, so what is found there fits.
+    """
+    document = read_document(arguments.config or CONFIG)
+    base = {"caption": prompt, "resolution": picture.square.width, "mixed_precision": PRECISIONS[arguments.dtype]}
+    base |= {"seed": arguments.seed or 0, "resume_from_checkpoint": "latest"}
+    document["base"] = (document.get("base") or {}) | base
+    document["lora"] = (document.get("lora") or {}) | {"pretrained_model_name_or_path": arguments.base}
+    settings = json.dumps([document, arguments.overrides], sort_keys=True).encode()
+    digest = hashlib.sha256(picture.square.tobytes() + settings).hexdigest()[:8]
+    folder = arguments.output.absolute().parent / f"lora-{name}-{digest}"
+    document["base"] |= {"output_dir": str(folder), "train_data_dir": str(folder / "picture")}
+    run = check_config(document, arguments.overrides, datasets_lib.problems)
+    (folder / "picture").mkdir(parents=True, exist_ok=True)
+    picture.square.save(folder / "picture" / f"{name}.png")
+    return train(run)
+
+
+def check(arguments: argparse.Namespace) -> BaseModel:
+    """The base; raises ValueError or FileNotFoundError for what cannot be met or has no effect, before any training."""
+    if arguments.output.exists():
+        raise ValueError(f"{arguments.output}: exists; choose a new folder")
+    if not 0 <= arguments.attention <= 1:
+        raise ValueError(f"--attention {arguments.attention}: must be a part of the steps, from 0 to 1")
+    if arguments.frames < 3:
+        raise ValueError(f"--frames {arguments.frames}: the two ends alone; give at least 3")
+    given = [lora for lora in (arguments.lora_a, arguments.lora_b) if lora]
+    if len(given) == 2 and not (arguments.seed is arguments.config is None and not arguments.overrides):
+        raise ValueError(
+            "--seed, --config and overrides are of the LoRAs' training, and both are given; leave them out"
+        )
+    for lora in given:
+        read_lora(lora)
+    for problem in base_model_problems(arguments.base, ("unet", "vae", "text_encoder", "tokenizer")):
+        raise ValueError(f"BASE = {arguments.base}: {problem}")
+    base = BaseModel("BASE", arguments.base)
+    ddim_schedulers(base.sampler, arguments.steps)
+    return base
+
+
+def perceptual(spec: str | None, side: int) -> nn.Module | None:
+    """The distance by which frames are spaced; ValueError where it cannot be had."""
+    problem = spec and perceptual_problem(spec, 3, side)
+    try:
+        if problem:
+            raise ValueError(problem)
+        return spec and load_perceptual(spec, side)
+    except ValueError as error:
+        raise ValueError(f"--reschedule {spec}: {error}") from None
+
+
+def draw(
+    pipeline: Any, pictures: list[Fitted], loras: list[Path], distance: nn.Module | None, arguments: argparse.Namespace
+) -> tuple[list[float], Tensor]:
+    """The frames' weights from 0 to 1, and the frames as squares [N, 3, S, S] in [0, 1] on the CPU."""
+    options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain")}
+    morph = Morph(pipeline, loras, prompts_of(arguments), **options)
+    morph.invert(torch.stack([picture.pixels for picture in pictures]).to(pipeline.device), progress)
+    weights = torch.linspace(0, 1, arguments.frames, dtype=torch.float64).tolist()
+    frames = morph.frames(weights, progress)
+    if distance is None:
+        return weights, frames
+    distances = [distance(*(2 * frames[n : n + 2, None] - 1)).item() for n in range(len(frames) - 1)]
+    weights = evenly_distant(weights, distances)
+    return weights, morph.frames(weights, progress)
+
+
+def progress(steps: Iterable, text: str) -> Iterable:
+    return tqdm(steps, desc=text)
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[str]:
+    return [arguments.prompt, arguments.prompt if arguments.prompt_b is None else arguments.prompt_b]
+
+
+def write(folder: Path, frames: list[Image.Image], given: list[Image.Image], settings: dict[str, Any]) -> None:
+    """Frames in their own sizes; in animations, and on the sheet beside the given pictures, on white of one size."""
+    for number, (frame, weight) in enumerate(zip(frames, settings["weights"], strict=True)):
+        save_picture(frame, folder / "frames" / f"{number:05d}.png", settings | {"frame": number, "weight": weight})
+    sheet = centred([given[0], *frames, given[1]])
+    write_gif(sheet[1:-1], folder / "morph.gif", json.dumps(settings))
+    if not write_mp4(sheet[1:-1], folder / "morph.mp4", json.dumps(settings)):
+        print("no morph.mp4: neither imageio with imageio-ffmpeg nor av is installed")
+    first, last = (Path(path).name for path in settings["pictures"])
+    texts = [first, *(f"{weight:.3g}" for weight in settings["weights"]), last]
+    save_picture(contact_sheet(sheet, SHEET_COLUMNS, texts), folder / "morph.png", settings)
+
+
+def morph(arguments: argparse.Namespace) -> None:
+    """Trains what has to be trained, draws and writes."""
+    base, device = check(arguments), find_device(arguments.device)
+    side, paths, prompts = side_of(base), (arguments.first, arguments.last), prompts_of(arguments)
+    pictures = [read_picture(path, side) for path in paths]
+    distance = perceptual(arguments.reschedule, side)
+    given = (arguments.lora_a, arguments.lora_b)
+    loras = [
+        lora or single_picture_lora(picture, path.stem, prompt, arguments)
+        for lora, picture, path, prompt in zip(given, pictures, paths, prompts, strict=True)
+    ]
+    dtypes = {"default": DTYPES[arguments.dtype], "vae": torch.float32}  # some autoencoders overflow in half precision
+    weights, squares = draw(load_pipeline(str(base.folder), dtypes).to(device), pictures, loras, distance, arguments)
+    sizes = [size_between(pictures[0].size, pictures[1].size, weight) for weight in weights]
+    frames = [unfit(square, size) for square, size in zip(squares, sizes, strict=True)]
+    originals = [unfit(picture.pixels / 2 + 0.5, picture.size) for picture in pictures]
+    errors = [
+        (frame - picture).square().mean() for frame, picture in zip((frames[0], frames[-1]), originals, strict=True)
+    ]
+    settings = {"script": "scripts/morph.py"} | {name: getattr(arguments, name) for name in SETTINGS}
+    settings |= {"pictures": [*map(str, paths)], "loras": [*map(str, loras)], "prompts": prompts, "weights": weights}
+    settings["psnr_of_ends"] = psnr = [-10 * error.log10().item() for error in errors]
+    write(arguments.output, [*map(as_pil, frames)], [*map(as_pil, originals)], settings)
+    print(f"first and last frame: {psnr[0]:.1f} and {psnr[1]:.1f} dB PSNR to the pictures")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="a folder or hub name")
+    parser.add_argument("first", type=Path, help="a picture")
+    parser.add_argument("last", type=Path, help="another picture")
+    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the LoRAs' training")
+    parser.add_argument("--prompt", default="", help="what the pictures show")
+    parser.add_argument("--prompt-b", help="what the last one shows, if something else: embeddings are interpolated")
+    parser.add_argument("--lora-a", type=Path, metavar="FILE", help="the first picture's; default: trained here")
+    parser.add_argument("--lora-b", type=Path, metavar="FILE", help="the last picture's; default: trained here")
+    parser.add_argument("--config", type=Path, help="of the training; default: configs/lora_single_image.yaml")
+    parser.add_argument("--frames", type=positive, default=16, help="with both ends; default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=50, help="of DDIM, forth and back; default: %(default)s")
+    attention = "part of the steps, from the noise on, whose self-attention is interpolated; default: %(default)s"
+    parser.add_argument("--attention", type=float, default=0.6, metavar="PART", help=attention)
+    adain = "interpolate the means and deviations of the noise's channels"
+    parser.add_argument("--adain", action=argparse.BooleanOptionalAction, default=True, help=adain)
+    distances = "ms_ssim, lpips, lpips:FILE or NETWORK:FILE: space frames evenly by it, which takes twice as long"
+    parser.add_argument("--reschedule", metavar="DISTANCE", help=distances)
+    parser.add_argument("--seed", type=int, help="of the LoRAs' training: all else is without chance; default: 0")
+    parser.add_argument("--device", help="of the frames; default: cuda where there is one. Training is accelerate's")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks, in training, too")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse()
+    try:
+        morph(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(interruption.code)
+    print(f"{arguments.frames} frames: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
