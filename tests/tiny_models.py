@@ -34,6 +34,21 @@ def model(family):
     return folder
 
 
+def lora_file(folder, family="sd1", seed=0, **settings):
+    """A LoRA with random weights for the UNet of `model(family)`, in a folder; `settings` are peft's."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    from trainers.common.lora_files import save_lora
+
+    unet = UNet2DConditionModel.from_pretrained(model(family) / "unet")
+    torch.manual_seed(seed)
+    usual = {"r": 4, "lora_alpha": 2, "target_modules": ["to_q", "to_k", "to_v"], "init_lora_weights": False}
+    unet.add_adapter(LoraConfig(**usual | settings), adapter_name="default")
+    return save_lora(folder, {"unet": unet}, {})
+
+
 def _sd1(folder):
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 

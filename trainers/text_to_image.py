@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trainers.base import PositiveFloat, Section
 from trainers.common.stable_diffusion import StableDiffusionTrainer
@@ -87,18 +87,3 @@ class TextToImageTrainer(StableDiffusionTrainer):
 
     def save_pipeline(self, output_dir: Path) -> None:
         self.pipeline().save_pretrained(output_dir)
-
-    def pipeline(self) -> Any:
-        """The trained UNet with the base model's other parts, all on the CPU."""
-        import diffusers
-        import torch
-
-        base_model = self.base_model
-        parts = {"unet": self.raw("unet"), "scheduler": self.learned.sampler, "vae": self.latents.load()}
-        parts |= dict(zip(("tokenizer", "tokenizer_2"), base_model.tokenizers(), strict=False))
-        parts |= {name: base_model.text_encoder(name, torch.float32) for name in base_model.text_encoder_names}
-        if base_model.is_xl:
-            zeros = self.prompts.zeros_for_empty
-            return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros)
-        unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return diffusers.StableDiffusionPipeline(**parts, **unchecked)

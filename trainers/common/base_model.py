@@ -77,6 +77,11 @@ class BaseModel:
         return (self.folder / "text_encoder_2" / "config.json").is_file()
 
     @property
+    def zeros_for_empty(self) -> bool:
+        """Whether the pipeline asks with zeros where there is no text, as Stable Diffusion XL does."""
+        return bool(self.is_xl and self.index.get("force_zeros_for_empty_prompt", True))
+
+    @property
     def text_encoder_names(self) -> tuple[str, ...]:
         return TEXT_ENCODERS if self.is_xl else TEXT_ENCODERS[:1]
 
@@ -122,6 +127,18 @@ class BaseModel:
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"{self.option} = {self.source}: its scheduler is a {name}, which diffusers does not have")
         return kind.from_pretrained(path.parent)
+
+    def pipeline(self, **parts: Any) -> Any:
+        """diffusers' pipeline, float32: of `parts` (unet, vae, scheduler, trained text encoders), else of its own."""
+        import diffusers
+
+        own = [name for name in self.text_encoder_names if name not in parts]
+        parts |= {name: self.text_encoder(name, torch.float32) for name in own}
+        parts |= dict(zip(("tokenizer", "tokenizer_2"), self.tokenizers(), strict=False))
+        if self.is_xl:
+            return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=self.zeros_for_empty)
+        unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return diffusers.StableDiffusionPipeline(**parts, **unchecked)
 
     def training_scheduler(self, **changes: Any) -> DDPMScheduler:
         """The same noise for training; `changes` such as the prediction type are the run's."""

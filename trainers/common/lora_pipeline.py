@@ -34,12 +34,16 @@ def load_pipeline(
 
     `kind` is a pipeline class of diffusers, by default the one that the base names; `components` replace the base's.
     `dtype` may differ by component: {"default": torch.bfloat16, "vae": torch.float32}.
-    Raises ValueError for one that takes no LoRA, OSError where it cannot be read.
+    Raises ValueError for one that takes no LoRA, FileNotFoundError where none can be read.
     """
     from diffusers import DiffusionPipeline
 
     options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
-    pipeline = (kind or DiffusionPipeline).from_pretrained(base, torch_dtype=dtype, **options, **components)
+    try:
+        pipeline = (kind or DiffusionPipeline).from_pretrained(base, torch_dtype=dtype, **options, **components)
+    except OSError as error:
+        advice = "give a pipeline's local folder, or a hub name that can be reached"
+        raise FileNotFoundError(f"{base}: no pipeline could be read; {advice} ({str(error).splitlines()[0]})") from None
     if not hasattr(pipeline, "fuse_lora"):
         raise ValueError(f"{base}: is a {type(pipeline).__name__}; give Stable Diffusion or SDXL")
     return pipeline
@@ -55,9 +59,37 @@ def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> list[str]:
     for name, (file, lora) in zip(names, files, strict=True):
         check_fit(file, lora, pipeline)
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        for network in lora.tensors:
+            getattr(pipeline, network).eval()  # a LoRA's dropout would act on pictures
     if names:
         pipeline.set_adapters(names, [weight for _, weight in loras])  # only the last one is active after loading
     return names
+
+
+def weigh_loras(pipeline: Any, weights: dict[str, float]) -> None:
+    """Makes adapters by name act with these weights.
+
+    One of weight 0 is left out, as a DoRA would act with it; without any the base's pictures come back exactly.
+    """
+    acting = {name: weight for name, weight in weights.items() if weight != 0.0}
+    if acting:
+        pipeline.enable_lora()
+        pipeline.set_adapters(list(acting), list(acting.values()))
+    elif weights:
+        pipeline.disable_lora()
+
+
+def check_negative_prompt(text: str | None, guidance: float) -> None:
+    if text is not None and guidance <= 1:
+        raise ValueError(f"--negative-prompt: has no effect with guidance {guidance:g}; give --guidance above 1")
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """ValueError for a part of the sampler's steps in which nothing would be drawn, or that is none."""
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"--strength {strength:g}: must be above 0 and at most 1, the part of the steps that is drawn")
+    if int(steps * strength) < 1:
+        raise ValueError(f"--strength {strength:g}: leaves none of {steps} steps; raise it or --steps")
 
 
 def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:

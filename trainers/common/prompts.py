@@ -42,11 +42,6 @@ class Prompts:
         options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         return tokenizer(captions, return_tensors="pt", **options).input_ids
 
-    @property
-    def zeros_for_empty(self) -> bool:
-        """Whether the pipeline asks with zeros where there is no text, as Stable Diffusion XL does."""
-        return bool(self.base_model.is_xl and self.base_model.index.get("force_zeros_for_empty_prompt", True))
-
     def encoder(
         self, device: torch.device, dtype: torch.dtype, cache: str | None, constants: tuple[str, ...], default: str
     ) -> Encoder:

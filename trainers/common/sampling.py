@@ -79,6 +79,16 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     return type(scheduler).from_config(scheduler.config)
 
 
+def trained_with(sampler: SchedulerMixin) -> SchedulerMixin:
+    """The noise that a pipeline with this sampler was trained with, from which build_sampler makes others."""
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    config = sampler.config
+    if config.get("use_flow_sigmas"):
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
+    return DDPMScheduler.from_config(config, clip_sample=False, thresholding=False)
+
+
 def to_unit_range(sample: Tensor) -> Tensor:
     """Pixels from [-1, 1] to [0, 1], clamped."""
     return (sample / 2 + 0.5).clamp(0, 1)

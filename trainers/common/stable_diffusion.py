@@ -150,7 +150,7 @@ class StableDiffusionTrainer(Trainer):
     def empty(self) -> dict[str, Tensor]:
         """The embeddings, B = 1, of no text, as the pipeline asks without one."""
         embeds = self.embed([""])
-        return {n: torch.zeros_like(rows) for n, rows in embeds.items()} if self.prompts.zeros_for_empty else embeds
+        return {n: torch.zeros_like(rows) for n, rows in embeds.items()} if self.base_model.zeros_for_empty else embeds
 
     def _condition(
         self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any] | None, prefix: str = ""
@@ -226,6 +226,11 @@ class StableDiffusionTrainer(Trainer):
 
         sampler, steps, show = self.chosen_sampler(), config.num_inference_steps, self._as_pictures
         return show(denoise(predict, sampler, noise, steps, generators, self.progress, self.frames, show))
+
+    def pipeline(self) -> Any:
+        """diffusers' pipeline of the networks as they are, with its own copies of all else, on the CPU."""
+        networks = {name: self.raw(name) for name in self.unwrapped}
+        return self.base_model.pipeline(**networks, vae=self.latents.load(), scheduler=self.learned.sampler)
 
     def chosen_sampler(self) -> SchedulerMixin:
         """The one that the config names, or the finished pipeline's."""

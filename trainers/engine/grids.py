@@ -36,14 +36,38 @@ def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None
     return torch.cat(parts[1:], dim=1 if below else 2)
 
 
+def labelled_grid(columns: dict[str, Tensor], rows: list[str]) -> Tensor:
+    """One picture [C, H, W] of pictures [rows, C, h, w] by column, with names above the columns, left of the rows."""
+    from torchvision.utils import make_grid
+
+    cells = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+    zoom = max(1, READABLE_SIZE // cells.shape[-2])
+    cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    channels, height, width = cells.shape[1:]
+    grid = make_grid(cells, nrow=len(columns), padding=2, pad_value=1.0)
+    heads, names = _strips(list(columns), width), _strips(rows, READABLE_SIZE, height)
+    top = torch.ones(channels, heads.shape[2], grid.shape[2])
+    left = torch.ones(channels, heads.shape[2] + grid.shape[1], READABLE_SIZE + 2)
+    for number, head in enumerate(heads):
+        top[:, :, 2 + number * (width + 2) :][:, :, :width] = head
+    for number, name in enumerate(names):
+        left[:, heads.shape[2] + 2 + number * (height + 2) :, 2:][:, :height] = name
+    return torch.cat([left, torch.cat([top, grid], dim=1)], dim=2)
+
+
 def _with_texts(images: Tensor, texts: list[str]) -> Tensor:
     """Pictures with a white strip below, of the same height for all, that holds their texts."""
-    font = ImageFont.load_default(FONT_SIZE)
-    characters = max(4, int(images.shape[-1] / font.getlength("e")))
-    wrapped = [textwrap.wrap(text, characters, max_lines=MAX_LINES, placeholder=" ...") for text in texts]
-    height = (FONT_SIZE + 3) * max(1, *map(len, wrapped)) + 2
-    strips = torch.stack([_written(lines, images.shape[-1], height, font) for lines in wrapped])
+    strips = _strips(texts, images.shape[-1])
     return torch.cat([images, strips.expand(-1, images.shape[1], -1, -1)], dim=2)
+
+
+def _strips(texts: list[str], width: int, height: int | None = None) -> Tensor:
+    """The texts on white, [N, 1, height, width]; by default as high as the longest of them needs."""
+    font = ImageFont.load_default(FONT_SIZE)
+    characters = max(4, int(width / font.getlength("e")))
+    wrapped = [textwrap.wrap(text, characters, max_lines=MAX_LINES, placeholder=" ...") for text in texts]
+    height = height or (FONT_SIZE + 3) * max(1, *map(len, wrapped)) + 2
+    return torch.stack([_written(lines, width, height, font) for lines in wrapped])
 
 
 def _written(lines: list[str], width: int, height: int, font: ImageFont.FreeTypeFont) -> Tensor:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
-from trainers.base import Trainer
+import yaml
+
+from trainers.base import Section, Trainer
 from trainers.engine.inference import SavedRun, load_trainer, open_run
+from trainers.engine.schema import coerce
 from trainers.engine.schema import options as options_of
 
 # command line -> how the option is called in a task's section; an ending, as ddpm_num_inference_steps
@@ -37,6 +41,28 @@ def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
             value = json.dumps(value.split(","))  # names stay texts
         found.append(f"{saved.task}.{names[0]}=" + (f"[{value}]" if argument == "guidance_interval" else str(value)))
     return [*arguments.overrides, *found]
+
+
+def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
+    """The options of the command line for a pipeline that is no run, checked as those of a section with this schema.
+
+    Raises ValueError for what a pipeline does not have.
+    """
+    if arguments.overrides:
+        raise ValueError(f"{arguments.overrides[0]}: is an option of a run, and {arguments.path} is a pipeline")
+    known, found = options_of(schema), {}
+    for argument, option in (OPTIONS | {"weights": "weights"}).items():
+        value = getattr(arguments, argument)
+        if value is None:
+            continue
+        shown = f"--{argument.replace('_', '-')} {value}"
+        if option not in known:
+            raise ValueError(f"{shown}: is an option of runs, and {arguments.path} is a pipeline")
+        try:
+            found[option] = coerce(yaml.safe_load(value), known[option].kind)
+        except (ValueError, yaml.YAMLError) as allowed:
+            raise ValueError(f"{shown}: must be {allowed}") from None
+    return found
 
 
 def positive(text: str) -> int:

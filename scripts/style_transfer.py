@@ -1,0 +1,183 @@
+"""Redraws pictures in the style of a LoRA: scripts/style_transfer.py BASE PICTURE ... --controlnet FOLDER --prompt TEXT
+
+BASE is a folder or hub name of Stable Diffusion or SDXL, PICTURE a file or a folder of pictures. Image-to-image from
+each picture, in which a ControlNet for Canny edges keeps the outlines. The aspect stays, up to the pixels per latent.
+Each PNG holds what it was made with; `scripts/sample.py --again FILE.png` draws it once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from datasets_lib.images import read_picture
+from trainers.common.canny import canny
+from trainers.common.lora_files import find_lora, read_lora
+from trainers.common.lora_pipeline import (
+    add_loras,
+    check_negative_prompt,
+    check_strength,
+    load_pipeline,
+    parse_lora,
+    weigh_loras,
+)
+from trainers.engine.inference import find_device
+from trainers.engine.picture_files import MARK, as_pil, prepare_folder, save_picture, settings_of, write_settings
+from trainers.engine.randomness import SlotRandom
+from trainers.engine.sampling_arguments import positive
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def pictures_of(paths: list[str]) -> list[Path]:
+    """The files, and those in folders by name; FileNotFoundError for what is not there."""
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
+        if not path.is_file() and not inside:
+            raise FileNotFoundError(f"{path}: is no picture, and no folder with any ({', '.join(sorted(ENDINGS))})")
+        found += inside or [path]
+    return found
+
+
+def fitted(image: Image.Image, multiple: int, max_side: int) -> Image.Image:
+    """The picture at most so large, with sides that are multiples: what is over at the rim is cut, nothing squashed."""
+    scale = min(1.0, max_side / max(image.size))
+    size = [max(1, min(round(side * scale / multiple), max_side // multiple)) * multiple for side in image.size]
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def edges_of(image: Image.Image) -> Image.Image:
+    """White on black, RGB: what ControlNets for Canny edges are asked with."""
+    found = canny(np.asarray(image.convert("L")))
+    return Image.fromarray(found.astype(np.uint8) * 255).convert("RGB")
+
+
+def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any:
+    """The pipeline with ControlNet and LoRAs, on its device."""
+    from diffusers import AutoPipelineForImage2Image, ControlNetModel
+
+    device = find_device(arguments.device)
+    try:
+        controlnet = ControlNetModel.from_pretrained(arguments.controlnet, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--controlnet {arguments.controlnet}: cannot be read as a ControlNet ({reason})") from None
+    base = load_pipeline(arguments.base)
+    width, own = base.unet.config.cross_attention_dim, controlnet.config.cross_attention_dim
+    if own != width:
+        advice = "give one for the same family"
+        raise ValueError(
+            f"--controlnet {arguments.controlnet}: is asked with {own} numbers, BASE with {width}; {advice}"
+        )
+    pipeline = AutoPipelineForImage2Image.from_pipe(base, controlnet=controlnet)
+    names = add_loras(pipeline, loras)
+    weigh_loras(pipeline, dict(zip(names, (weight for _, weight in loras), strict=True)))
+    pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    return pipeline.to(device)
+
+
+def restyle(pipeline: Any, image: Image.Image, edges: Image.Image, number: int, arguments: argparse.Namespace) -> Any:
+    """The picture drawn anew, with the noise of its number."""
+    drawn = pipeline(
+        arguments.prompt,
+        image=image,
+        control_image=edges,
+        height=image.height,
+        width=image.width,
+        negative_prompt=arguments.negative_prompt,
+        strength=arguments.strength,
+        guidance_scale=arguments.guidance,
+        controlnet_conditioning_scale=arguments.control_scale,
+        num_inference_steps=arguments.steps,
+        generator=SlotRandom(arguments.seed, torch.tensor([number]), "sample").generators(),
+        output_type="pt",
+    )
+    return as_pil(drawn.images[0].float().cpu())
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="a folder or hub name")
+    parser.add_argument("pictures", nargs="+", help="files and folders")
+    parser.add_argument("--controlnet", required=True, help="folder or hub name, for Canny edges")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative-prompt", help="what pictures are pushed away from")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="weight 1 if not given")
+    parser.add_argument("--strength", type=float, default=0.8, help="in (0, 1]: how much of the picture is redrawn")
+    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1: none")
+    parser.add_argument("--control-scale", type=float, default=0.8, help="how strongly edges act; 0: not at all")
+    parser.add_argument("--steps", type=positive, default=30, help="of the sampler, of which strength takes a part")
+    parser.add_argument("--max-side", type=positive, default=768, help="pixels; larger pictures are made smaller")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-edges", action="store_true", help="into the folder edges")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/style_transfer"))
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.set_defaults(words=words, only=None)
+    return parser.parse_intermixed_args(words)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """ValueError for settings that are out of range or cannot take effect."""
+    check_strength(arguments.strength, arguments.steps)
+    check_negative_prompt(arguments.negative_prompt, arguments.guidance)
+    for name in ("guidance", "control_scale"):
+        value = getattr(arguments, name)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Draws and writes what is asked for; says what."""
+    check(arguments)
+    loras, files = [parse_lora(text) for text in arguments.lora], pictures_of(arguments.pictures)
+    for path, _ in loras:  # before a base is loaded, or downloaded
+        read_lora(path)
+    pipeline = build(arguments, loras)
+    if arguments.max_side < pipeline.vae_scale_factor:
+        raise ValueError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
+    prepare_folder(arguments.output_dir)
+    names = names_of(files)
+    for number, (file, name) in enumerate(
+        zip(tqdm(files, desc="pictures", disable=len(files) == 1), names, strict=True)
+    ):
+        if arguments.only not in (None, number):
+            continue
+        image = fitted(read_picture(file), pipeline.vae_scale_factor, arguments.max_side)
+        edges = edges_of(image)
+        read = [file, *(find_lora(path) for path, _ in loras)]
+        settings = settings_of(["style_transfer", *arguments.words], read, pipeline.device)
+        settings |= {"pinned": {"only": number}, "picture": str(file), "size": list(image.size)}
+        made = {f"{name}.png": restyle(pipeline, image, edges, number, arguments)}
+        made |= {f"edges/{name}.png": edges} if arguments.save_edges else {}
+        for target, picture in made.items():
+            save_picture(picture, arguments.output_dir / target, settings | {"file": target})
+    write_settings(arguments.output_dir / MARK, {"command": ["style_transfer", *arguments.words]})
+    return f"{len(files)} pictures: {arguments.output_dir}"
+
+
+def names_of(files: list[Path]) -> list[str]:
+    """The files' own names, with their numbers where some are alike."""
+    names = [file.stem for file in files]
+    return names if len(set(names)) == len(names) else [f"{n:05d}-{name}" for n, name in enumerate(names)]
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    try:
+        print(run(arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

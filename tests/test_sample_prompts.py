@@ -1,0 +1,432 @@
+"""scripts/sample.py with prompts: runs and pipelines of Stable Diffusion, LoRAs, masks, and pictures drawn again."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import lora_file, model
+
+from scripts import merge_lora, sample
+from scripts.prompts import row_names
+from train import main
+from trainers.engine.drawing import evaluation_mode
+from trainers.engine.grids import labelled_grid
+from trainers.engine.inference import load_trainer, open_run
+from trainers.engine.picture_files import read_settings
+from trainers.engine.randomness import SlotRandom
+
+CAT, DOG = "a photo of a cat", "a photo of a dog"
+BOTH = ["--prompt", CAT, "--prompt", DOG]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of task lora whose text encoder has an adapter, too."""
+    model("sd1")
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    options = [f"base.output_dir={folder}", "lora.validation_prompts=[]", "base.checkpointing_steps=3"]
+    assert main(["configs/tests/lora.json", *options]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    made = [tmp_path_factory.mktemp("lora") for _ in range(3)]
+    return [lora_file(made[0]), lora_file(made[1], seed=1, r=2), lora_file(made[2], seed=2, use_dora=True)]
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """call(*arguments, to="out") draws into a folder, and returns its pictures as arrays by the file's name."""
+
+    def draw(*arguments, to="out"):
+        folder = tmp_path / to
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments), "--output-dir", str(folder)])
+        sample.main()
+        found = sorted(folder.rglob("*.png"))
+        return {str(path.relative_to(folder)): np.asarray(Image.open(path)).astype(int) for path in found}
+
+    return draw
+
+
+def once_more(monkeypatch, path):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--again", str(path)])
+    sample.main()
+    return path.with_stem(f"{path.stem}-again")
+
+
+def drawn_by(pipeline, prompts, seed=0, **options):
+    """What the pipeline draws from the script's generators: [N, H, W, 3] of 0 to 255."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = SlotRandom(seed, torch.arange(len(prompts)), "sample").generators()
+    settings = {"num_inference_steps": 2, "guidance_scale": 7.5} | options
+    images = pipeline(prompts, generator=generators, output_type="pt", **settings).images
+    return (images * 255).round().permute(0, 2, 3, 1).int().numpy()
+
+
+def close(found, expected):
+    """The last bit of a sum may move a pixel by one of 255."""
+    return np.abs(np.asarray(found) - expected).max() <= 1
+
+
+def pipeline_of(folder):
+    return diffusers.DiffusionPipeline.from_pretrained(folder)
+
+
+# --- runs, and the pipelines that they make
+
+
+@pytest.mark.parametrize("checkpoint", [None, "checkpoint-3"])
+def test_a_run_draws_what_its_trainer_draws(trained, call, checkpoint):
+    path = trained / (checkpoint or "")
+    found = call(path, *BOTH, "--guidance-rescale", 0.5, "--seed", 3, "lora.lora_scale=0.7")
+    trainer = load_trainer(open_run(path), ["lora.lora_scale=0.7", "lora.guidance_rescale=0.5"])
+    with evaluation_mode(trainer):
+        requests = [{"prompt": CAT}, {"prompt": DOG}]
+        expected = trainer.sample(requests, SlotRandom(3, torch.arange(2), "sample"))["samples"]
+    expected = (expected * 255).round().permute(0, 2, 3, 1).int().numpy()
+    assert close([found["samples/00000.png"], found["samples/00001.png"]], expected)
+
+
+def test_a_finished_run_is_its_base_with_its_file(trained, call):
+    found = call(trained, *BOTH)
+    pipeline = pipeline_of(model("sd1"))
+    pipeline.load_lora_weights(trained)
+    assert close([found["samples/00000.png"], found["samples/00001.png"]], drawn_by(pipeline, [CAT, DOG]))
+    as_a_file = call(model("sd1"), *BOTH, "--steps", 2, "--lora", trained, to="file")
+    assert close(found["samples.png"], as_a_file["samples.png"])
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "rectified_flow"])
+def test_a_run_of_a_whole_unet(run_in_process, call, objective):
+    options = {"text_to_image.objective": objective}
+    options |= {"text_to_image.noise_offset": 0.0} if objective == "rectified_flow" else {}
+    folder = run_in_process("run", "text_to_image", **options)
+    sampler = "euler" if objective == "rectified_flow" else "ddim"
+    found = call(folder, "--prompt", CAT, "--sampler", sampler, "--steps", 3)
+    trainer = load_trainer(
+        open_run(folder), [f"text_to_image.sampler={sampler}", "text_to_image.num_inference_steps=3"]
+    )
+    with evaluation_mode(trainer):
+        expected = trainer.sample([{"prompt": CAT}], SlotRandom(0, torch.arange(1), "sample"))["samples"]
+    expected = (expected * 255).round().permute(0, 2, 3, 1).int().numpy()
+    assert close(found["samples/00000.png"], expected[0])
+    (folder / "config.yaml").rename(folder / "hidden.yaml")  # as a pipeline that is no run
+    alone = call(folder, "--prompt", CAT, "--sampler", sampler, "--steps", 3, "--guidance", 7.5, to="alone")
+    assert close(alone["samples/00000.png"], found["samples/00000.png"])
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_pipeline_and_its_options(call, family):
+    options = ["--steps", 3, "--guidance", 4, "--guidance-rescale", 0.6, "--sampler", "ddim"]
+    found = call(model(family), *BOTH, *options, "--negative-prompt", DOG, "--clip-skip", 1)
+    pipeline = pipeline_of(model(family))
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    if family != "sdxl":
+        object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
+    asked = {"num_inference_steps": 3, "guidance_scale": 4.0, "guidance_rescale": 0.6, "negative_prompt": [DOG] * 2}
+    expected = drawn_by(pipeline, [CAT, DOG], **asked, clip_skip=1)
+    assert close([found["samples/00000.png"], found["samples/00001.png"]], expected)
+    assert not close(expected, drawn_by(pipeline, [CAT, DOG], **asked))
+
+
+def test_clip_skip_leaves_out_layers(call):
+    """A text encoder that has one layer less gives the same; of what is not asked for, diffusers leaves out none."""
+    found = call(model("sd1"), "--prompt", CAT, "--steps", 2, "--guidance", 1, "--clip-skip", 1)
+    pipeline = pipeline_of(model("sd1"))
+    pipeline.text_encoder.encoder.layers = pipeline.text_encoder.encoder.layers[:-1]
+    assert close(found["samples/00000.png"], drawn_by(pipeline, [CAT], guidance_scale=1.0)[0])
+
+
+def test_pictures_do_not_depend_on_the_batch_size(trained, call):
+    one, all_at_once = (call(trained, *BOTH, "--number", 5, "--batch-size", size, to=str(size)) for size in (1, 5))
+    assert one.keys() == all_at_once.keys() == {"samples.png", *(f"samples/{n:05d}.png" for n in range(5))}
+    assert all(close(one[name], all_at_once[name]) for name in one)
+    assert not close(one["samples/00000.png"], one["samples/00002.png"])  # another noise
+
+
+def test_prompts_of_a_file(trained, call, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{CAT}\n\n  {DOG}\n")
+    assert call(trained, "--prompts", tmp_path / "prompts.txt").keys() == call(trained, *BOTH, to="b").keys()
+    settings = read_settings(tmp_path / "out" / "samples" / "00001.png")
+    assert str(tmp_path / "prompts.txt") in settings["files"]
+
+
+@pytest.mark.parametrize("inpainted", [False, True])
+def test_the_denoising_is_animated(trained, call, tmp_path, monkeypatch, inpainted):
+    kept, write = [], sample.write_gif
+    monkeypatch.setattr(sample, "write_gif", lambda frames, *others: kept.append(frames) or write(frames, *others))
+    options = painted(tmp_path)[1] if inpainted else []
+    found = call(trained, *BOTH, *options, "--gif", "--sampler", "ddim", "--steps", 4, "--batch-size", 1)
+    with Image.open(tmp_path / "out" / "denoising.gif") as animation:
+        assert animation.n_frames == 4
+    frames = (kept[0] * 255).round().permute(0, 1, 3, 4, 2).int().numpy()
+    assert frames.shape[:2] == (4, 2)
+    assert close(frames[-1], [found["samples/00000.png"], found["samples/00001.png"]])
+    assert not close(frames[0], frames[-1])
+    assert json.loads((tmp_path / "out" / "denoising.json").read_text())["command"][0] == "sample"
+
+
+# --- LoRAs
+
+
+def test_several_loras_are_the_merged_pipeline(call, loras, tmp_path, monkeypatch):
+    weights = ["--lora", f"{loras[0]}:0.8", "--lora", f"{loras[1]}:-0.5"]
+    found = call(model("sd1"), *BOTH, "--steps", 2, *weights)
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(model("sd1")), str(tmp_path / "merged"), *weights])
+    merge_lora.main()
+    expected = drawn_by(pipeline_of(tmp_path / "merged"), [CAT, DOG])
+    assert close([found["samples/00000.png"], found["samples/00001.png"]], expected)
+    assert not close(expected, drawn_by(pipeline_of(model("sd1")), [CAT, DOG]))
+
+
+def test_another_lora_on_a_run(trained, call, loras):
+    found = call(trained, *BOTH, "--lora", f"{loras[0]}:0.6")
+    pipeline = pipeline_of(model("sd1"))
+    pipeline.load_lora_weights(trained, adapter_name="own")
+    pipeline.load_lora_weights(loras[0].parent, adapter_name="other")
+    pipeline.set_adapters(["own", "other"], [1.0, 0.6])
+    assert close([found["samples/00000.png"], found["samples/00001.png"]], drawn_by(pipeline, [CAT, DOG]))
+
+
+def test_a_sweep_over_scales(call, loras):
+    """A DoRA at 0 is not the base: it has to be taken out."""
+    options = ["--steps", 2, "--lora", f"{loras[0]}:0.5", "--lora", loras[2], "--lora-scales", "1,0,0.5"]
+    found = call(model("sd1"), *BOTH, *options)
+    base = call(model("sd1"), *BOTH, "--steps", 2, to="base")
+    alone = call(model("sd1"), *BOTH, *options[:-2], to="alone")
+    half = call(model("sd1"), *BOTH, "--steps", 2, "--lora", f"{loras[0]}:0.25", "--lora", f"{loras[2]}:0.5", to="half")
+    for scale, expected in (("0", base), ("1", alone), ("0.5", half)):
+        for number in ("00000", "00001"):
+            assert (found[f"scale_{scale}/{number}.png"] == expected[f"samples/{number}.png"]).all()
+    assert not close(found["scale_0/00000.png"], found["scale_1/00000.png"])
+    grid = found["lora_scales.png"]  # names, then three columns of 128 pixels; the order is that of the command
+    assert grid.shape[1] == 128 + 2 + 3 * 130 + 2
+    for column, scale in enumerate(("1", "0", "0.5")):
+        for row, number in enumerate(("00000", "00001")):
+            top, left = grid.shape[0] - (2 - row) * 130, 130 + 2 + column * 130
+            cell = grid[top : top + 128, left : left + 128]
+            assert (cell[::4, ::4] == found[f"scale_{scale}/{number}.png"]).all()
+
+
+def test_a_weight_of_a_single_lora_names_the_column(trained, call):
+    found = call(trained, "--prompt", CAT, "--lora-scales", "0,1", "lora.lora_scale=0.5")
+    assert {"weight_0.png", "weight_0.5.png", "weight_0/00000.png", "lora_scales.png"} <= found.keys()
+
+
+def test_labels_of_a_grid():
+    pictures = {name: torch.full((2, 3, 128, 128), value) for name, value in (("one", 0.25), ("two", 0.5))}
+    grid = labelled_grid(pictures, ["first row", "second"])
+    top = grid.shape[1] - 2 * 130 - 2
+    assert grid.shape == (3, top + 262, 130 + 262)
+    for row in range(2):
+        for column, value in enumerate((0.25, 0.5)):
+            cell = grid[:, top + 2 + 130 * row :, 132 + 130 * column :][:, :128, :128]
+            assert (cell == value).all()
+    written = (grid < 0.2).any(0)  # black on white
+    assert [written[:top, 132 + 130 * n : 260 + 130 * n].any().item() for n in range(2)] == [True, True]
+    assert [written[top + 130 * n :, :130][:130].any().item() for n in range(2)] == [True, True]
+    assert not written[:top, :130].any()
+    other = labelled_grid({"one": pictures["one"], "six": pictures["two"]}, ["first row", "second"])
+    assert ((grid != other).any(0).nonzero()[:, 1] >= 260).all()  # the second column's name alone
+
+
+def test_names_of_rows():
+    requests = [{"prompt": prompt} for prompt in (CAT, DOG, CAT)]
+    assert row_names(requests, 4) == [f"{CAT} (seed 4, number 0)", DOG, f"{CAT} (seed 4, number 2)"]
+    assert row_names(requests[:1] * 2, 4) == ["seed 4, number 0", "seed 4, number 1"]
+
+
+# --- inpainting
+
+
+def painted(folder, size=(40, 32)):
+    """A picture with colours in it, and a mask whose right half is white."""
+    width, height = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 255
+    Image.fromarray(pixels).save(folder / "image.png")
+    Image.fromarray(mask).save(folder / "mask.png")
+    return pixels, ["--image", folder / "image.png", "--mask", folder / "mask.png"]
+
+
+@pytest.mark.parametrize("size", [(40, 32), (37, 30)])
+def test_inpainting_leaves_the_rest(trained, call, tmp_path, size):
+    pixels, options = painted(tmp_path, size)
+    found = call(trained, *BOTH, *options, "--strength", 0.9)
+    half = size[0] // 2
+    for number in ("00000", "00001"):
+        picture = found[f"samples/{number}.png"]
+        assert picture.shape == pixels.shape
+        assert (picture[:, :half] == pixels[:, :half]).all()
+        assert np.abs(picture[:, half:] - pixels[:, half:]).mean() > 10
+
+
+def test_inpainting_is_the_pipelines(call, tmp_path, loras):
+    _, options = painted(tmp_path)
+    one, both = (
+        call(model("sdxl"), *BOTH, *options, "--steps", 3, "--strength", 0.7, "--batch-size", size, to=str(size))
+        for size in (1, 2)
+    )
+    assert all(close(one[name], both[name]) for name in one)
+    pipeline = diffusers.AutoPipelineForInpainting.from_pipe(pipeline_of(model("sdxl")))
+    image, mask = Image.open(tmp_path / "image.png"), Image.open(tmp_path / "mask.png")
+    asked = {"image": [image] * 2, "mask_image": [mask] * 2, "strength": 0.7, "height": 32, "width": 40}
+    expected = drawn_by(pipeline, [CAT, DOG], num_inference_steps=3, **asked)
+    assert close([one["samples/00000.png"][:, 20:], one["samples/00001.png"][:, 20:]], expected[:, :, 20:])
+
+
+def test_a_pipeline_for_inpainting(call, tmp_path):
+    """Nine channels: the picture without what is masked, and the mask, beside the noise."""
+    settings = dict(pipeline_of(model("sd1")).unet.config) | {"in_channels": 9}
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel.from_config(settings)
+    made = diffusers.StableDiffusionInpaintPipeline.from_pretrained(model("sd1"), unet=unet)
+    made.save_pretrained(tmp_path / "nine")
+    pixels, options = painted(tmp_path)
+    found = call(tmp_path / "nine", "--prompt", CAT, "--steps", 2, *options)["samples/00000.png"]
+    image, mask = Image.open(tmp_path / "image.png"), Image.open(tmp_path / "mask.png")
+    expected = drawn_by(made, [CAT], image=[image], mask_image=[mask], height=32, width=40)[0]
+    assert close(found[:, 20:], expected[:, 20:])
+    assert (found[:, :20] == pixels[:, :20]).all()
+    with pytest.raises(SystemExit, match="the pipeline is one for inpainting; give --image and --mask"):
+        call(tmp_path / "nine", "--prompt", CAT, to="none")
+
+
+# --- again
+
+
+@pytest.mark.parametrize("file", ["weight_0.5/00003.png", "weight_1.png", "lora_scales.png"])
+def test_a_picture_is_drawn_again(trained, call, tmp_path, monkeypatch, capsys, file):
+    found = call(trained, *BOTH, "--number", 5, "--batch-size", 2, "--lora-scales", "0.5,1", "--seed", 7)
+    path = once_more(monkeypatch, tmp_path / "out" / file)
+    assert (np.asarray(Image.open(path)) == found[file]).all()
+    assert capsys.readouterr().out.endswith(f"the same pixels: {path}\n")
+    assert read_settings(path) == read_settings(tmp_path / "out" / file)
+    assert json.loads(path.with_suffix(".json").read_text()) == read_settings(path)
+
+
+def test_the_checkpoint_is_remembered(trained, call, tmp_path, monkeypatch):
+    """The run has a newer one by now."""
+    last = trained / "checkpoint-6"
+    last.rename(tmp_path / "later")
+    try:
+        found = call(trained, "--prompt", CAT)
+    finally:
+        (tmp_path / "later").rename(last)
+    path = once_more(monkeypatch, tmp_path / "out" / "samples" / "00000.png")
+    assert (np.asarray(Image.open(path)) == found["samples/00000.png"]).all()
+    assert (call(trained, "--prompt", CAT, to="now")["samples/00000.png"] != found["samples/00000.png"]).any()
+
+
+@pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm", "vae"])
+def test_pictures_of_other_tasks_again(run_in_process, call, tmp_path, monkeypatch, task):
+    folder = run_in_process(task=task, **{"base.validation_split": 0.1})
+    found = call(folder, "--number", 5, "--batch-size", 2, "--seed", 2)
+    number = sorted(name for name in found if name.endswith("00003.png"))[0]
+    grid = sorted(name for name in found if "/" not in name)[0]
+    for file in (number, grid):
+        path = once_more(monkeypatch, tmp_path / "out" / file)
+        assert (np.asarray(Image.open(path)) == found[file]).all()
+
+
+def test_pictures_that_cannot_be_drawn_again(call, loras, tmp_path, monkeypatch):
+    lora = lora_file(tmp_path)
+    call(model("sd1"), "--prompt", CAT, "--steps", 1, "--lora", lora)
+    path = tmp_path / "out" / "samples" / "00000.png"
+    settings = read_settings(path)
+    content = lora.read_bytes()
+
+    lora.write_bytes(loras[1].read_bytes())
+    with pytest.raises(SystemExit, match=f"error: {path}: was made from another {lora}; put that file back"):
+        once_more(monkeypatch, path)
+    lora.unlink()
+    with pytest.raises(SystemExit, match=f"was made from {lora}, which is not there; run from the same folder"):
+        once_more(monkeypatch, path)
+    lora.write_bytes(content)
+
+    from trainers.engine.picture_files import save_picture
+
+    save_picture(Image.new("RGB", (32, 32)), path, settings)
+    with pytest.raises(
+        SystemExit, match=r"00000-again.png: differs from .* by up to \d+ of 255; it was made on cpu with"
+    ):
+        once_more(monkeypatch, path)
+    save_picture(Image.new("RGB", (3, 3)), path, settings)
+    with pytest.raises(SystemExit, match="has another size than"):
+        once_more(monkeypatch, path)
+    save_picture(Image.new("RGB", (3, 3)), path, settings | {"command": ["os", "x"]})
+    with pytest.raises(SystemExit, match="was made by os; known are sample, style_transfer, morph"):
+        once_more(monkeypatch, path)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(SystemExit, match="does not say how it was made"):
+        once_more(monkeypatch, tmp_path / "text.png")
+
+
+# --- mistakes
+
+WRONG = [
+    (["BASE"], "is a pipeline; say what to draw with --prompt or --prompts"),
+    (["nobody/nothing", "--prompt", "x"], "nobody/nothing: no pipeline could be read; give a pipeline's local folder, or a"),
+    (["BASE", "--prompts", "none.txt"], "--prompts none.txt: there is no such file"),
+    (["BASE", "--prompts", "EMPTY"], "holds no prompt; write one a line"),
+    (["BASE", "--prompt", "x", "lora.rank=3"], "lora.rank=3: is an option of a run, and BASE is a pipeline"),
+    (["BASE", "--prompt", "x", "--classes", "3"], "--classes 3: is an option of runs, and BASE is a pipeline"),
+    (["BASE", "--prompt", "x", "--weights", "ema"], "--weights ema: is an option of runs"),
+    (["BASE", "--prompt", "x", "--steps", "0"], "--steps 0: must be int at least 1"),
+    (["BASE", "--prompt", "x", "--sampler", "heun"], "--sampler heun: must be one of ddpm, ddim, dpmsolver++, euler"),
+    (["BASE", "--prompt", "x", "--lora", "none.safetensors"], "no file none.safetensors; give a LoRA as .safetensors"),
+    (["BASE", "--prompt", "x", "--lora-scales", "0,1"], "--lora-scales: there is no LoRA; give one with --lora"),
+    (["RUN", "--lora-scales", "0,a"], "--lora-scales 0,a: must be different numbers, such as 0,0.5,1"),
+    (["RUN", "--lora-scales", "1,1"], "--lora-scales 1,1: must be different numbers"),
+    (["RUN", "--lora-scales", "0,nan"], "--lora-scales 0,nan: must be different numbers"),
+    (["RUN", "--lora-scales", "0,1", "--gif"], "--gif: shows one scale; leave out --lora-scales"),
+    (["RUN", "--clip-skip", "2"], "--clip-skip 2: the text encoder has 2 layers; give at most 1"),
+    (["RUN", "--negative-prompt", "x", "--guidance", "1"], "--negative-prompt: has no effect with guidance 1; give"),
+    (["RUN", "--classes", "3"], "--classes 3: task lora has no option valid_classes"),
+    (["RUN", "--strength", "0.5"], "--strength 0.5: has an effect with --image and --mask only"),
+    (["RUN", "--image", "IMAGE"], "--image and --mask: inpainting needs both"),
+    (["RUN", "--image", "none.png", "--mask", "MASK"], "none.png: there is no such picture"),
+    (["RUN", "--image", "EMPTY", "--mask", "MASK"], "cannot be read as a picture (cannot identify image file"),
+    (["RUN", "--image", "IMAGE", "--mask", "OTHER"], "--mask: has 3 x 5 pixels, and --image 40 x 32; give one of the same"),
+    (["RUN", "--image", "IMAGE", "--mask", "MASK", "--strength", "1.5"], "--strength 1.5: must be above 0 and at most 1"),
+    (["RUN", "--image", "IMAGE", "--mask", "MASK", "--strength", "0.4"], "--strength 0.4: leaves none of 2 steps; raise"),
+    (["RUN", "--image", "IMAGE", "--mask", "MASK", "--guidance-rescale", "0.5"], "inpainting has it for Stable Diffusion XL"),
+    (["DDPM", "--prompt", "x"], "--prompt: task ddpm draws no prompts"),
+    (["DDPM", "--lora", "x"], "--lora: task ddpm draws no prompts"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    painted(folder)
+    Image.new("L", (3, 5)).save(folder / "other.png")
+    (folder / "empty").touch()
+    assert main(["configs/tests/ddpm.json", f"base.output_dir={folder / 'ddpm'}"]) == 0
+    found = {"RUN": trained, "BASE": model("sd1"), "DDPM": folder / "ddpm", "EMPTY": folder / "empty"}
+    return found | {"IMAGE": folder / "image.png", "MASK": folder / "mask.png", "OTHER": folder / "other.png"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_mistakes(arguments, message, places, call, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as caught:
+        call(*[places.get(word, word) for word in arguments])
+    assert str(caught.value).startswith("error: ")
+    assert message.replace("BASE", str(places["BASE"])) in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--again", "a.png", "run"], ["--again", "a.png", "--seed", "1"]])
+def test_a_run_or_a_picture(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
+    with pytest.raises(SystemExit):
+        sample.main()
+    assert "give a run or a pipeline, or --again FILE.png alone" in capsys.readouterr().err

@@ -1,0 +1,285 @@
+"""scripts/style_transfer.py: Canny's edges against closed forms, and pictures against diffusers' pipelines."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from tiny_models import lora_file, model
+
+from scripts import merge_lora, sample, style_transfer
+from trainers.common.canny import canny
+from trainers.engine.picture_files import read_settings
+from trainers.engine.randomness import SlotRandom
+
+CAT = "a photo of a cat"
+
+# --- edges
+
+
+def step(size=40, at=17, low=60.0, high=160.0):
+    picture = np.full((size, size), low)
+    picture[:, at:] = high
+    return picture
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 2.0])
+def test_a_step_is_one_line_beside_it(turns, sigma):
+    found = np.rot90(canny(np.rot90(step(), turns), sigma, 1, 2), -turns)
+    columns = np.flatnonzero(found.any(0))
+    assert len(columns) == 1
+    assert columns[0] in (16, 17)
+    assert found[:, columns[0]].all()
+
+
+def test_the_gradient_of_a_step():
+    """4 h (g(0) + g(1)), with g the Gaussian's share of a pixel: what is above `high` is no edge, what is below is one."""
+    weights = np.exp(-0.5 * np.arange(-4, 5) ** 2)
+    shares = weights / weights.sum()
+    length = 4 * 100 * (shares[4] + shares[5])
+    assert canny(step(), 1.0, 1, length * 0.9999).any()
+    assert not canny(step(), 1.0, 1, length * 1.0001).any()
+
+
+def test_thresholds_are_those_of_steps_of_25_and_50():
+    assert not canny(step(low=100, high=149)).any()
+    assert canny(step(low=100, high=151)).any()
+    joined = np.vstack([step(low=100, high=148), step(low=100, high=160)])  # weak below strong: kept
+    assert canny(joined).any(1).all()
+    faint = np.vstack([step(low=100, high=124), step(low=100, high=160)])  # below both
+    assert not canny(faint)[:36].any()
+
+
+@pytest.mark.parametrize("radius", [8, 15.5, 25])
+def test_a_disc_is_a_ring(radius):
+    y, x = np.mgrid[:64, :64] - 31.5
+    distance = np.hypot(x, y)
+    found = canny(255 * np.clip(radius + 0.5 - distance, 0, 1))
+    assert np.abs(distance[found] - radius).max() <= 1
+    _, parts = ndimage.label(found, np.ones((3, 3)))
+    assert parts == 1  # closed: it holds what is inside of it
+    filled = ndimage.binary_fill_holes(found)
+    assert filled.sum() == pytest.approx(math.pi * radius**2, abs=2 * math.pi * radius)
+    assert found.sum() <= 8 * radius  # as thin as a circle of neighbouring pixels can be drawn
+
+
+def test_nothing_to_see():
+    assert not canny(np.full((10, 12), 77.0)).any()
+    ramp = np.tile(np.arange(0, 250, 5.0), (20, 1))  # a gradient everywhere, longest nowhere
+    assert not canny(ramp)[:, 8:-8].any()
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "max_side", "expected"),
+    [
+        ((640, 480), 8, 768, (640, 480)),
+        ((4000, 3000), 8, 768, (768, 576)),
+        ((3000, 4000), 8, 770, (576, 768)),
+        ((500, 333), 8, 768, (496, 336)),
+        ((1000, 10), 8, 512, (512, 8)),
+    ],
+)
+def test_the_aspect_is_kept(size, multiple, max_side, expected):
+    fitted = style_transfer.fitted(Image.new("RGB", size), multiple, max_side)
+    assert fitted.size == expected
+
+
+def test_nothing_is_squashed():
+    """A disc stays one."""
+    y, x = np.mgrid[:300, :445]
+    disc = (np.hypot(x - 222, y - 150) < 90).astype(np.uint8) * 255
+    fitted = np.asarray(style_transfer.fitted(Image.fromarray(disc).convert("RGB"), 8, 205).convert("L")) > 127
+    assert fitted.shape == (136, 200)
+    height, width = (np.ptp(np.flatnonzero(fitted.any(axis))) + 1 for axis in (1, 0))
+    assert abs(height - width) <= 1
+
+
+# --- pictures
+
+
+@pytest.fixture(scope="module")
+def controlnets(tmp_path_factory):
+    """controlnets(family) -> the folder of a ControlNet that acts: its last layers start at zero."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            unet = diffusers.UNet2DConditionModel.from_pretrained(model(family) / "unet")
+            controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32))
+            torch.manual_seed(0)
+            zeros = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
+            for layer in [*zeros, controlnet.controlnet_cond_embedding.conv_out]:
+                torch.nn.init.normal_(layer.weight, std=0.3)
+            made[family] = tmp_path_factory.mktemp(family) / "controlnet"
+            controlnet.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with two pictures of different aspect, and a file that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    y, x = np.mgrid[:32, :48]
+    disc = np.where(np.hypot(x - 24, y - 16) < 10, 230, 40).astype(np.uint8)
+    Image.fromarray(np.stack([disc, disc, 255 - disc], 2)).save(folder / "disc.png")
+    Image.fromarray(step(32).astype(np.uint8)).resize((32, 64)).save(folder / "step.jpg")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, controlnets):
+    """call(family, *arguments, to="out") redraws into a folder, and returns the pictures by name."""
+
+    def redraw(family, *arguments, to="out"):
+        words = [model(family), *arguments, "--controlnet", controlnets(family), "--steps", 3, "--prompt", CAT]
+        monkeypatch.setattr(sys, "argv", ["style_transfer.py", *map(str, words), "--output-dir", str(tmp_path / to)])
+        style_transfer.main()
+        found = sorted((tmp_path / to).rglob("*.png"))
+        return {str(path.relative_to(tmp_path / to)): np.asarray(Image.open(path)).astype(int) for path in found}
+
+    return redraw
+
+
+OPTIONS = ["--strength", 0.7, "--guidance", 3, "--control-scale", 0.6, "--negative-prompt", "a dog", "--seed", 4]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_pictures_are_the_pipelines(call, controlnets, pictures, tmp_path, family):
+    lora = lora_file(tmp_path, family)
+    found = call(family, pictures, *OPTIONS, "--lora", f"{lora}:0.8", "--save-edges")
+    assert list(found) == ["disc.png", "edges/disc.png", "edges/step.png", "step.png"]
+    name = {"sd1": "StableDiffusion", "sdxl": "StableDiffusionXL"}[family]
+    kind = getattr(diffusers, f"{name}ControlNetImg2ImgPipeline")
+    controlnet = diffusers.ControlNetModel.from_pretrained(controlnets(family))
+    pipeline = kind.from_pretrained(model(family), controlnet=controlnet)
+    pipeline.load_lora_weights(tmp_path, adapter_name="a")
+    pipeline.set_adapters(["a"], [0.8])
+    pipeline.set_progress_bar_config(disable=True)
+    for number, file in enumerate(("disc.png", "step.jpg")):
+        image, stem = Image.open(pictures / file).convert("RGB"), file.split(".")[0]
+        edges = canny(np.asarray(image.convert("L")))
+        assert (found[f"edges/{stem}.png"] == edges[..., None] * 255).all()
+        drawn = pipeline(
+            CAT,
+            negative_prompt="a dog",
+            image=image,
+            control_image=Image.fromarray(edges.astype(np.uint8) * 255).convert("RGB"),
+            height=image.height,
+            width=image.width,
+            strength=0.7,
+            guidance_scale=3.0,
+            controlnet_conditioning_scale=0.6,
+            num_inference_steps=3,
+            generator=SlotRandom(4, torch.tensor([number]), "sample").generators()[0],
+            output_type="np",
+        ).images[0]
+        assert found[f"{stem}.png"].shape == (image.height, image.width, 3)
+        assert np.abs(found[f"{stem}.png"] - drawn * 255).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [["--strength", 1], ["--guidance", 4], ["--control-scale", 0], ["--negative-prompt", "x"], ["--seed", 5], ["--steps", 4]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_every_option_acts(call, pictures, other, monkeypatch):
+    before = call("sd1", pictures / "disc.png", *OPTIONS)
+    words = list(map(str, OPTIONS))
+    original = style_transfer.parse
+    monkeypatch.setattr(style_transfer, "parse", lambda given: original([*given, *map(str, other)]))  # the last counts
+    assert (call("sd1", pictures / "disc.png", *words, to="other")["disc.png"] != before["disc.png"]).any()
+
+
+def test_several_loras_are_the_merged_pipeline(call, pictures, tmp_path, monkeypatch):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir(), second.mkdir()
+    loras = ["--lora", f"{lora_file(first)}:0.8", "--lora", f"{lora_file(second, seed=1)}:-0.4"]
+    found = call("sd1", pictures / "disc.png", *loras)
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(model("sd1")), str(tmp_path / "merged"), *loras])
+    merge_lora.main()
+    monkeypatch.setattr(sys.modules[__name__], "model", lambda family: tmp_path / "merged")
+    assert np.abs(call("sd1", pictures / "disc.png", to="merged-out")["disc.png"] - found["disc.png"]).max() <= 1
+
+
+def test_without_loras_at_weight_0(call, pictures, tmp_path):
+    """A DoRA would act."""
+    lora = lora_file(tmp_path, use_dora=True)
+    found = [
+        call("sd1", pictures / "disc.png", *words, to=str(n)) for n, words in enumerate(([], ["--lora", f"{lora}:0"]))
+    ]
+    assert (found[0]["disc.png"] == found[1]["disc.png"]).all()
+
+
+def test_large_pictures_are_made_smaller(call, tmp_path):
+    Image.new("RGB", (100, 50), "red").save(tmp_path / "wide.png")
+    found = call("sd1", tmp_path / "wide.png", "--max-side", 40)
+    assert found["wide.png"].shape == (20, 40, 3)
+
+
+def test_pictures_of_one_name(call, pictures, tmp_path):
+    shutil.copy(pictures / "disc.png", tmp_path / "disc.png")
+    found = call("sd1", pictures / "disc.png", tmp_path / "disc.png")
+    assert list(found) == ["00000-disc.png", "00001-disc.png"]
+    assert (found["00000-disc.png"] != found["00001-disc.png"]).any()  # another noise
+
+
+@pytest.mark.parametrize("file", ["step.png", "edges/disc.png"])
+def test_a_picture_is_drawn_again(call, pictures, tmp_path, monkeypatch, capsys, file):
+    found = call("sd1", pictures, *OPTIONS, "--save-edges", "--lora", lora_file(tmp_path))
+    path = tmp_path / "out" / file
+    assert read_settings(path)["size"] == ([32, 64] if "step" in file else [48, 32])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--again", str(path)])
+    sample.main()
+    again = path.with_stem(f"{path.stem}-again")
+    assert capsys.readouterr().out.endswith(f"the same pixels: {again}\n")
+    assert (np.asarray(Image.open(again)) == found[file]).all()
+
+
+WRONG = [
+    (["none.png"], "none.png: is no picture, and no folder with any (.bmp, .jpeg, .jpg"),
+    (["NOTES"], "notes.txt: cannot be read as a picture (cannot identify image file"),
+    (["DISC", "--strength", "0"], "--strength 0: must be above 0 and at most 1"),
+    (["DISC", "--strength", "0.3"], "--strength 0.3: leaves none of 3 steps; raise it or --steps"),
+    (["DISC", "--guidance", "-1"], "--guidance -1: must be at least 0"),
+    (["DISC", "--control-scale", "nan"], "--control-scale nan: must be at least 0"),
+    (["DISC", "--guidance", "1", "--negative-prompt", "x"], "--negative-prompt: has no effect with guidance 1"),
+    (["DISC", "--max-side", "3"], "--max-side 3: must be at least 4"),
+    (["DISC", "--lora", "none.safetensors"], "no file none.safetensors; give a LoRA as .safetensors"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_mistakes(arguments, message, call, pictures):
+    places = {"DISC": pictures / "disc.png", "NOTES": pictures / "notes.txt"}
+    with pytest.raises(SystemExit) as caught:
+        call("sd1", *[places.get(word, word) for word in arguments])
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
+
+
+def test_controlnets_that_do_not_fit(pictures, controlnets, tmp_path, monkeypatch):
+    def redraw(controlnet):
+        words = [model("sd1"), pictures / "disc.png", "--controlnet", controlnet, "--prompt", CAT]
+        monkeypatch.setattr(sys, "argv", ["style_transfer.py", *map(str, words), "--output-dir", str(tmp_path / "out")])
+        style_transfer.main()
+
+    with pytest.raises(
+        SystemExit, match="controlnet: is asked with 64 numbers, BASE with 32; give one for the same family"
+    ):
+        redraw(controlnets("sdxl"))
+    with pytest.raises(SystemExit, match=f"--controlnet {tmp_path}: cannot be read as a ControlNet"):
+        redraw(tmp_path)
