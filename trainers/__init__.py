@@ -6,6 +6,7 @@ TRAINERS = {
     "conditional_ddpm": "trainers.conditional_ddpm:ConditionalDDPMTrainer",
     "vae": "trainers.vae:VAETrainer",
     "lora": "trainers.sd_lora:LoRATrainer",
+    "lcm_lora": "trainers.lcm_lora:LCMLoRATrainer",
     "text_to_image": "trainers.text_to_image:TextToImageTrainer",
     "noisy_classifier": "trainers.noisy_classifier:NoisyClassifierTrainer",
 }

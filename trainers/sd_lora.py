@@ -2,102 +2,51 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING
 
-from trainers.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
-from trainers.common.stable_diffusion import StableDiffusionTrainer
-from trainers.common.stable_diffusion_config import StableDiffusionConfig
+from trainers.base import Section
+from trainers.common.lora_training import AdapterConfig, AdapterTrainer, target_problems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 @dataclass(kw_only=True)
-class LoRAConfig(StableDiffusionConfig):
+class LoRAConfig(AdapterConfig):
     """Options of the section `lora`."""
 
-    passive: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.passive, "lora_scale")
-    training_only: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.training_only, "lora_weights")
-
-    rank: Positive = 16  # r: columns of A, rows of B
-    lora_alpha: PositiveFloat | None = None  # the adapter acts alpha / r times; null: as rank, which is once
-    lora_dropout: Fraction = 0.0  # part of the adapters' inputs that is dropped in training
-    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or one pattern; null: its attention
-    use_rslora: bool = False  # act alpha / sqrt(r) times (arXiv 2312.03732)
-    use_dora: bool = False  # train the length of each row of weights, too (arXiv 2402.09353)
-    init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"  # of A; B starts at 0
     train_text_encoder: bool = False  # adapters in the text encoders, too; learning_rate can be a dict
     text_encoder_target_modules: list[str] | str | None = None  # the same of the text encoders; null: their attention
-    lora_weights: str | None = None  # a LoRA file, or its folder, to continue from; null: a new adapter
-    use_ema: bool = False  # average the adapter's weights
-    lora_scale: NonNegativeFloat = 1.0  # how strongly the adapter acts in validation pictures; 0: not at all
 
     def problems(self, base: Section) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         yield from self.without_effect(("text_encoder_target_modules",), "train_text_encoder", self.train_text_encoder)
+        found = target_problems(self.text_encoder_target_modules)
+        yield from (("text_encoder_target_modules", problem) for problem in found)
         if self.train_text_encoder and self.cache_text is not None:
             yield "cache_text", "keeps what a text encoder says that train_text_encoder changes; set one of them off"
-        resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds all
-        if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
-            yield "lora_weights", "there is no such file or folder"
-        yield from self.without_effect(("lora_scale",), "validation pictures", self.validation_prompts != [])
-        for option in ("target_modules", "text_encoder_target_modules"):
-            yield from ((option, problem) for problem in _target_problems(getattr(self, option)))
 
 
-def _target_problems(targets: list[str] | str | None) -> Iterator[str]:
-    if targets in ([], ""):
-        yield "must name at least one module, or be null"
-    elif isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            yield f"is no pattern (a regular expression that matches modules' names): {error}"
-
-
-class LoRATrainer(StableDiffusionTrainer):
-    """Trains adapters; the result is a LoRA file that every diffusers pipeline of the same family can load."""
+class LoRATrainer(AdapterTrainer):
+    """Trains adapters of the UNet and, where the config asks for it, of the text encoders on noisy pictures."""
 
     Config = LoRAConfig
     config: LoRAConfig
     task = "lora"
-    usage = (
-        "from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
-        'pipeline.load_lora_weights("{output_dir}")\n'
-        'pipeline("a prompt").images[0].save("sample.png")'
-    )
 
-    def build_networks(self) -> dict[str, nn.Module]:
+    def add_adapters(self) -> dict[str, nn.Module]:
         from trainers.common.lora import add_lora
-        from trainers.common.lora_files import load_lora
 
-        config, networks = self.config, {}
-        targets = config.target_modules or ATTENTION
-        unet = self.base_model.unet(self.weight_dtype)
-        networks["unet"] = add_lora("lora.target_modules", unet, targets, self._adapter())
+        config, networks = self.config, super().add_adapters()
         for name in self.base_model.text_encoder_names if config.train_text_encoder else ():
             encoder, option = self.base_model.text_encoder(name, self.weight_dtype), "lora.text_encoder_target_modules"
             targets = config.text_encoder_target_modules or TEXT_ATTENTION
-            networks[name] = add_lora(option, encoder, targets, self._adapter(), self._unused(name, encoder))
-        if config.lora_weights is not None and self.start_step == 0:
-            load_lora(Path(config.lora_weights), networks)
-        self.base_pictures: dict[str, Tensor] = {}  # they never change
+            networks[name] = add_lora(option, encoder, targets, self.adapter(), self._unused(name, encoder))
         return networks
-
-    def _adapter(self) -> dict[str, Any]:
-        """peft's settings."""
-        config, names = self.config, ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
-        alpha = config.lora_alpha if config.lora_alpha is not None else config.rank
-        return {"r": config.rank, "lora_alpha": alpha} | {name: getattr(config, name) for name in names}
 
     def _unused(self, name: str, encoder: nn.Module) -> str | None:
         """The layer that nothing asks: of XL's first text encoder the last but one is read.
@@ -114,64 +63,3 @@ class LoRATrainer(StableDiffusionTrainer):
         if not self.trains_text():
             return super().embed(captions)
         return self.prompts.embed(self.modules, list(captions), self.device)
-
-    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Pictures, and at validations strips "base model | LoRA" [N, 3, H, 2W] of the same noise."""
-        import torch
-
-        from trainers.common.lora import lora_scaled
-
-        generators = rng.generators()
-        states = [generator.get_state() for generator in generators]
-        with lora_scaled(self.modules.values(), self.config.lora_scale):
-            drawn = self.draw(requests, generators)
-        if not all(request.get("beside_base") for request in requests):
-            return {"samples": drawn}
-        key = repr((requests, [state.sum().item() for state in states]))
-        if key not in self.base_pictures:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
-            frames, self.frames = self.frames, None  # an animation shows the adapter's pictures
-            with lora_scaled(self.modules.values(), 0.0):
-                self.base_pictures[key] = self.draw(requests, generators).cpu()
-            self.frames = frames
-        base = self.base_pictures[key].to(drawn.device)
-        return {"samples": drawn, "base_and_lora": torch.cat([base, drawn], dim=3)}
-
-    def sample_requests(self, validation_set: Any) -> list[dict]:
-        return [request | {"beside_base": True} for request in super().sample_requests(validation_set)]
-
-    def usage_of(self, location: str | Path) -> str:
-        config, place = self.config, f'"{self.config.pretrained_model_name_or_path}"'
-        for name in ("revision", "variant"):
-            place += f', {name}="{getattr(config, name)}"' if getattr(config, name) else ""
-        return self.usage.format(base_model=place, output_dir=location)
-
-    def save_pipeline(self, output_dir: Path) -> None:
-        from trainers.common.lora_files import save_lora
-
-        config, adapter = self.config, self._adapter()
-        about = {
-            "base_model": config.pretrained_model_name_or_path,
-            "base_revision": config.revision or "",
-            "base_variant": config.variant or "",
-            "rank": str(adapter["r"]),
-            "alpha": f"{adapter['lora_alpha']:g}",
-            "target_modules": str(config.target_modules or ATTENTION),
-            "trigger_word": self.base.trigger_word or "",
-            "diffloop_version": version("diffloop"),
-        }
-        save_lora(output_dir, self.unwrapped, about)
-
-    @classmethod
-    def load_pipeline(cls, output_dir: str | Path) -> Any:
-        """The base model with the adapter, as the file's metadata names it."""
-        from diffusers import DiffusionPipeline
-
-        from trainers.common.lora_files import read_about
-
-        about = read_about(Path(output_dir))
-        place = {name: about[f"base_{name}"] or None for name in ("revision", "variant")}
-        pipeline = DiffusionPipeline.from_pretrained(about["base_model"], safety_checker=None, **place)
-        pipeline.load_lora_weights(output_dir, adapter_name="default")
-        return pipeline

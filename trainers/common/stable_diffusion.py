@@ -173,6 +173,7 @@ class StableDiffusionTrainer(Trainer):
         return nn.functional.interpolate(batch["mask"], size=clean.shape[2:], mode="area")
 
     def _asking(self, condition: Condition) -> Predict:
+        """What the objective asks about the examples."""
         return lambda noisy, timesteps: self._network(noisy, timesteps, condition)
 
     def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

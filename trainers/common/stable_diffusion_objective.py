@@ -14,14 +14,16 @@ from trainers.common.stable_diffusion_config import StableDiffusionConfig
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, SchedulerMixin
 
+    from trainers.common.consistency import ConsistencyObjective
+
 TRAINING_ONLY = ("snr_gamma", "noise_offset", "input_perturbation", "dream_detail_preservation")
 
 
 class Learned(NamedTuple):
     """An objective and the schedulers that belong to it."""
 
-    objective: DDPMObjective | RectifiedFlow
-    plain: DDPMObjective | RectifiedFlow  # without what only training needs: for the validation's loss
+    objective: DDPMObjective | RectifiedFlow | ConsistencyObjective
+    plain: DDPMObjective | RectifiedFlow | ConsistencyObjective  # without what only training needs: for validation
     scheduler: SchedulerMixin  # the noise that is trained with
     sampler: SchedulerMixin  # of the finished pipeline
 

@@ -1,0 +1,116 @@
+"""Task `lcm_lora`: an adapter with which a Stable Diffusion pipeline draws in four steps, arXiv 2311.05556."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainers.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from trainers.common.lora_training import ATTENTION, AdapterConfig, AdapterTrainer
+from trainers.common.stable_diffusion_objective import Learned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainers.common.consistency import Networks
+    from trainers.common.guidance import Condition
+
+# all that computes in the UNet but its first and last layer, as the published adapters have it
+EVERYWHERE = [
+    *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
+    "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+]  # fmt: skip
+OF_DENOISING = (
+    "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr",
+    "dream_detail_preservation", "timestep_range", "timestep_bias_strategy",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class LCMLoRAConfig(AdapterConfig):
+    """Options of the section `lcm_lora`."""
+
+    rank: Positive = 64  # r: columns of A, rows of B
+    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or a pattern; null: its blocks' all
+    num_ddim_timesteps: Positive = 50  # steps from noise to picture of the teacher's DDIM solver
+    w_min: NonNegativeFloat = 5.0  # of the teacher's guidance, drawn per example: its guidance_scale is 1 + w
+    w_max: NonNegativeFloat = 15.0  # see w_min
+    loss_type: Literal["l2", "huber"] = "huber"  # distance to the target; huber: sqrt(e^2 + c^2) - c
+    huber_c: PositiveFloat = 0.001  # c of huber
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: LCM's, which the adapter is made for
+    num_inference_steps: Positive = 4  # steps of the sampler
+    guidance_scale: NonNegativeFloat = 1.0  # 1: none beside what the adapter has learned
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        yield from self.without_effect(OF_DENOISING, "the loss of task lora", False)
+        if self.w_min > self.w_max:
+            yield "w_min", f"must be at most w_max = {self.w_max:g}"
+        if self.sampler is None and self.num_inference_steps > self.num_ddim_timesteps:
+            yield "num_inference_steps", f"must be at most num_ddim_timesteps = {self.num_ddim_timesteps}"
+
+
+class LCMLoRATrainer(AdapterTrainer):
+    """Distils the guided base model into an adapter; the teacher is the same network without its adapter."""
+
+    Config = LCMLoRAConfig
+    config: LCMLoRAConfig
+    task = "lcm_lora"
+    usual_targets = EVERYWHERE
+    usage = (
+        "from diffusers import DiffusionPipeline, LCMScheduler\n"
+        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
+        "settings = pipeline.scheduler.config\n"
+        "pipeline.scheduler = LCMScheduler.from_config(settings, original_inference_steps={num_ddim_timesteps})\n"
+        'pipeline.load_lora_weights("{output_dir}")\n'
+        'pipeline("a prompt", num_inference_steps=4, guidance_scale=1.0).images[0].save("sample.png")'
+    )
+
+    def build_objective(self) -> Learned:
+        from diffusers import LCMScheduler
+
+        from trainers.common.consistency import ConsistencyObjective
+
+        config, base_model = self.config, self.base_model
+        huber_c = config.huber_c if config.loss_type == "huber" else None
+        steps = {"original_inference_steps": config.num_ddim_timesteps}
+        scheduler = LCMScheduler.from_config(base_model.sampler.config, **steps)
+        try:
+            distances = [ConsistencyObjective(scheduler, config.w_min, config.w_max, c) for c in (huber_c, None)]
+        except ValueError as error:
+            raise ValueError(f"{self.task}.{error} ({config.pretrained_model_name_or_path})") from None
+        return Learned(*distances, base_model.training_scheduler(), scheduler)
+
+    def _asking(self, condition: Condition) -> Networks:
+        import torch
+
+        from trainers.common.consistency import Networks
+        from trainers.common.lora import lora_scaled
+
+        empty = {name: rows.to(condition[name].dtype).expand_as(condition[name]) for name, rows in self.empty().items()}
+        both = {name: torch.cat([rows, empty.get(name, rows)]) for name, rows in condition.items()}
+
+        def teacher(noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+            """One forward of twice the batch."""
+            with lora_scaled(self.modules.values(), 0.0):
+                predictions = self._network(torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), both)
+            return predictions.float().chunk(2)
+
+        return Networks(super()._asking(condition), teacher)
+
+    def about(self) -> dict[str, str]:
+        return super().about() | {"num_ddim_timesteps": str(self.config.num_ddim_timesteps)}
+
+    @classmethod
+    def load_pipeline(cls, output_dir: str | Path) -> Any:
+        """The base model with the adapter and LCM's scheduler."""
+        from diffusers import LCMScheduler
+
+        from trainers.common.lora_files import read_about
+
+        pipeline, steps = super().load_pipeline(output_dir), int(read_about(Path(output_dir))["num_ddim_timesteps"])
+        settings = pipeline.scheduler.config
+        pipeline.scheduler = LCMScheduler.from_config(settings, original_inference_steps=steps)
+        return pipeline
