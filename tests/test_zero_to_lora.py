@@ -15,7 +15,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from scripts import make_base, make_digits, measure_style
+from scripts import make_base, make_digits, measure_steps, measure_style
 from train import main
 from trainers.engine.config import load_config
 
@@ -95,7 +95,7 @@ def test_the_same_pictures_every_time(digits, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
-    """A folder with the runs vae, base and lora of two steps each, by the shipped configs."""
+    """A folder with the runs vae, base, lora and lcm of two steps each, by the shipped configs."""
     torch.set_num_threads(1)
     top = tmp_path_factory.mktemp("zero")
 
@@ -112,6 +112,7 @@ def runs(digits, tmp_path_factory):
         for stage, task, source, style in (
             ("base", "text_to_image", "blank", "plain"),
             ("lora", "lora", "base", "paper"),
+            ("lcm", "lcm_lora", "base", "plain"),
         ):
             given = [option.format(task) for option in few]
             train(stage, style, f"{task}.pretrained_model_name_or_path={top / source}", *given)
@@ -137,6 +138,30 @@ def test_all_stages_in_a_few_steps(runs, capsys):
     assert height > 2 * 2 * 3 * 32
     size = sum(parameter.numel() for parameter in unet_of(runs / "base").parameters())
     assert 0.9e6 < size < 1.6e6
+
+
+AWAY = ("distance_base", "distance_lcm")
+
+
+def test_few_steps_are_measured(runs, capsys):
+    call(measure_steps, runs / "base", runs / "lcm", "--number", 12, "--steps", 1, 2, "--many", 3, "--guidance", 3)
+    found = json.loads(capsys.readouterr().out)
+    numbers = {f"{name}_{steps}" for name in ("base", "lcm", "recovered", *AWAY) for steps in (1, 2)}
+    assert set(found) == {"pictures", "guidance_scale", "judge_held_out", "base_3", *numbers}
+    assert (found["pictures"], found["guidance_scale"]) == (20, 3)
+    assert found == json.loads((runs / "lcm" / "evaluation" / "metrics.json").read_text())
+    width, height = Image.open(runs / "lcm" / "evaluation" / "steps.png").size
+    assert width == 10 * (3 * 32 + 2) + 2
+    assert height > 5 * 3 * 32
+    assert f"{runs / 'lora'}: is a run of lora; give one of lcm_lora" in error(
+        measure_steps, runs / "base", runs / "lora"
+    )
+
+
+def test_what_is_recovered():
+    assert measure_steps.recovered(0.5, 1.0, 0.9) == pytest.approx(0.8)
+    assert measure_steps.recovered(0.8, 1.0, 0.7) == pytest.approx(-0.5)
+    assert measure_steps.recovered(0.95, 1.0, 1.0) is None
 
 
 def unet_of(folder):
