@@ -64,7 +64,7 @@ def train_one_way(folder: Path, name: str, rank: int, steps: int, precision: str
 
     base = {"output_dir": str(folder / name), "train_data_dir": str(folder / "pictures"), "resolution": 512}
     base |= {"center_crop": True, "max_train_steps": steps, "train_batch_size": 1, "logging_steps": 1, "logger": "none"}
-    base |= {"mixed_precision": precision, "encoder_cache_dir": str(folder / "encoder-cache")}
+    base |= {"mixed_precision": precision}
     lora = {"pretrained_model_name_or_path": str(folder / "base"), "rank": rank, "lr_scheduler": "constant"}
     run = train(check_config({"base": base, "lora": lora | {"validation_prompts": []}}, options))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

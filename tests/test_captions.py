@@ -420,7 +420,8 @@ def test_class_folders_that_cannot_be_used(tmp_path, sks):
 
 
 def problems(**options):
-    document = {"base": {"dataset": "digits", "num_epochs": 1, **options}, "ddpm": {"model_config": "unet_digits"}}
+    section = {"pretrained_model_name_or_path": "owner/name"}
+    document = {"base": {"dataset": "digits", "num_epochs": 1, **options}, "lora": section}
     try:
         check_config(document, [], datasets_lib.problems)
     except ConfigError as error:

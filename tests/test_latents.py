@@ -118,7 +118,13 @@ def test_half_precision_files_with_captions(vae, tmp_path):
     assert (example["caption"], "label" in example) == ("grey 3", False)
 
 
-def test_mistakes_in_encoding_leave_nothing_behind(vae, tmp_path):
+@pytest.fixture
+def without_hub(monkeypatch):
+    """Where a hub does not answer, its library tries for long."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_mistakes_in_encoding_leave_nothing_behind(vae, tmp_path, without_hub):
     def error(*arguments):
         with pytest.raises(SystemExit) as caught:
             run_script(encode, *arguments)
@@ -297,7 +303,7 @@ def test_metrics_want_pictures(runs, tiny_config, vae, encoded, capsys):
     assert "class_accuracy" in json.loads(capsys.readouterr().out)
 
 
-def test_mistakes_in_the_option(vae, tmp_path, tiny_config, capsys):
+def test_mistakes_in_the_option(vae, tmp_path, tiny_config, capsys, without_hub):
     def problems(**options):
         with pytest.raises(ConfigError) as caught:
             load_config(tiny_config(TASK, **{f"{TASK}.{name}": value for name, value in options.items()}))

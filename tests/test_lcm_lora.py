@@ -346,6 +346,7 @@ def test_the_lines_that_the_run_ends_with_draw(run_in_process, monkeypatch, tmp_
     assert scope["pipeline"].scheduler.config.original_inference_steps == 20
 
 
+@pytest.mark.slow
 def test_two_processes_are_two_micro_batches(tiny_config, tmp_path):
     """The adapter is switched off and on around the teacher's forward of the prepared network in every step."""
     options = {"lcm_lora.validation_prompts": [], "base.train_batch_size": 2, "base.max_train_steps": 4}

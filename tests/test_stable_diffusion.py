@@ -613,7 +613,7 @@ MISTAKES = [
     ("lora", {"lora.negative_prompt": "blurry", "lora.guidance_scale": 1.0}, "with a guidance_scale above 1 only"),
     (
         "lora",
-        {"lora.validation_prompts": [], "lora.clip_score_model": "x", "lora.lora_scale": 0.5},
+        {"lora.validation_prompts": [], "lora.clip_score_model": "x"},
         "has an effect with pictures, and validation_prompts is empty only",
     ),
     ("lora", {"base.encoder_cache_dir": "x"}, "base.encoder_cache_dir has an effect with cache_latents or cache_text"),

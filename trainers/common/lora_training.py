@@ -42,7 +42,6 @@ class AdapterConfig(StableDiffusionConfig):
         resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds all
         if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
             yield "lora_weights", "there is no such file or folder"
-        yield from self.without_effect(("lora_scale",), "validation pictures", self.validation_prompts != [])
         yield from (("target_modules", problem) for problem in target_problems(self.target_modules))
 
 
