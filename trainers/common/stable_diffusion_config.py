@@ -65,7 +65,7 @@ class StableDiffusionConfig(TrainerConfig):
     cache_latents: Literal["memory", "disk"] | None = None  # encode each picture once; null: in every step
     cache_text: Literal["memory", "disk"] | None = None  # encode each caption once; null: in every step
 
-    validation_prompts: list[str] | None = None  # texts to draw; null: captions of held-out examples, []: draw nothing
+    validation_prompts: list[str] | None = None  # texts to draw; null: captions of the data, held-out first; []: none
     negative_prompt: str | None = None  # what pictures are pushed away from; null: the empty text
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: the base model's own
     num_inference_steps: Positive = 30  # steps of the sampler
