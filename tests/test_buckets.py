@@ -423,6 +423,7 @@ def test_one_crop_is_cached(run_in_process, options):
         run_in_process("run", "text_to_image", **options)
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulation_bit_for_bit(run_in_process, tiny_config, options, tmp_path):
     options |= {"base.train_batch_size": 2}
     two = tmp_path / "two"

@@ -139,6 +139,7 @@ def test_configs_from_scratch_on_a_folder(name, pictures, tmp_path):
     assert "discriminator" in read_metrics(tmp_path / "run", prefix="loss")[-1]
 
 
+@pytest.mark.slow
 def test_the_config_of_digits(tmp_path):
     assert main(["configs/vae_digits.yaml", f"base.output_dir={tmp_path / 'run'}", *TINY]) == 0
     assert read_metrics(tmp_path / "run", prefix="valid")[-1]["valid_ema/psnr"] > 0
