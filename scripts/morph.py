@@ -41,12 +41,12 @@ from trainers.common.lora_files import read_lora
 from trainers.common.lora_pipeline import load_pipeline
 from trainers.common.morphing import Morph, evenly_distant
 from trainers.common.perceptual import load_perceptual
-from trainers.engine.animation import as_pil, centred, contact_sheet, write_gif, write_mp4
+from trainers.engine.animation import centred, contact_sheet, write_gif, write_mp4
 from trainers.engine.config import check_config
 from trainers.engine.document import read_document
 from trainers.engine.inference import find_device
 from trainers.engine.messages import Interrupted
-from trainers.engine.picture_files import save_picture
+from trainers.engine.picture_files import as_pil, save_picture
 from trainers.engine.sampling_arguments import positive
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lora_single_image.yaml"

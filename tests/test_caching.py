@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainers.engine import cache_filling, caching
+from trainers.engine import cache_filling, durable
 from trainers.engine.caching import Cache, folder_of, text_key
 from trainers.engine.encoding import FrozenStages
 
@@ -220,11 +220,11 @@ def test_a_cache_that_cannot_be_written_or_read(tmp_path, monkeypatch):
     key, rows = text_key("a"), [torch.ones(2)]
     folder, _ = folder_of(tmp_path, "caption", {"dtype": "x"})
 
-    def full(*arguments):
+    def full(*arguments, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "save_file", full)
+        patch.setattr(durable, "save_file", full)
         with pytest.raises(
             OSError, match=r"a cache cannot be written \(.*No space left.*\); it needs 8 bytes, [\d,]+ are f"
         ):

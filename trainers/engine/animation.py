@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from trainers.engine.grids import grid_of
+from trainers.engine.picture_files import as_pil
 
 FRAMES_PER_SECOND = 10
 HELD_SECONDS = 1.0  # the first and the last frame of a GIF
 SHEET_SIDE = 256  # pixels; larger pictures are made smaller in a contact sheet
-
-
-def as_pil(image: Tensor) -> Image.Image:
-    """A picture [3, H, W] in [0, 1]; rounded, where torchvision would cut off."""
-    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def centred(pictures: list[Image.Image]) -> list[Image.Image]:

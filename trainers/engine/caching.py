@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from trainers.engine.durable import flush, write_tensors
 
 FORMAT = 1  # raise it when encoders' inputs, or the files here, change
 KEY_DIGITS = 32
@@ -66,11 +66,10 @@ class Cache:
             staged = self.folder / f".tmp-{token}"
             tensors = {f"{key}.{n}": row.contiguous() for key, each in rows.items() for n, row in enumerate(each)}
             try:
-                save_file(tensors, staged)
-                staged.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-                _flush(staged)
+                write_tensors(tensors, staged)
+                flush(staged)
                 staged.rename(self.folder / f"rows-{token}.safetensors")
-                _flush(self.folder)
+                flush(self.folder)
             except (OSError, SafetensorError) as error:
                 staged.unlink(missing_ok=True)
                 needed, free = sum(row.nbytes for row in tensors.values()), shutil.disk_usage(self.folder).free
@@ -103,20 +102,6 @@ class Cache:
                 counts[key] = counts.get(key, 0) + 1
             self.files |= {key: (file, count) for key, count in counts.items()}
             self.opened.add(path.name)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path, bool]:

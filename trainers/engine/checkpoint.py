@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
@@ -19,6 +17,7 @@ from trainers.engine.agreement import on_main
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.divergence import Divergence
+from trainers.engine.durable import flush, write_tensors
 from trainers.engine.ema import EMA
 from trainers.engine.manifest import list_checkpoints, sha256
 from trainers.engine.metering import Meter
@@ -89,9 +88,9 @@ def publish(taken: Snapshot, output_dir: Path) -> None:
     try:
         write(taken, staging)
         if (output_dir / "metrics.jsonl").exists():
-            _flush(output_dir / "metrics.jsonl")  # a checkpoint is never ahead of the log
+            flush(output_dir / "metrics.jsonl")  # a checkpoint is never ahead of the log
         staging.rename(final)
-        _flush(output_dir)
+        flush(output_dir)
     except (OSError, SafetensorError) as failure:
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(f"{final.name} could not be written to {output_dir}: {failure}; {space}; {intact}") from None
@@ -108,29 +107,13 @@ def _prune(folder: Path) -> None:
 
 def write(taken: Snapshot, folder: Path) -> None:
     """Writes and flushes every file, the manifest last. Makes no collective call."""
-    mode = 0o666 & ~_umask()
     for path, values in taken.tensors.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(values, folder / path, metadata={"format": "pt"})
-        (folder / path).chmod(mode)  # safetensors writes files that only their owner can read
+        write_tensors(values, folder / path)
     for path, text in taken.texts.items():
         (folder / path).write_text(text, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
