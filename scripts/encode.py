@@ -32,9 +32,7 @@ from trainers.engine.config import load_config
 from trainers.engine.inference import find_device
 from trainers.engine.manifest import sha256
 from trainers.engine.options import BaseConfig
-from trainers.engine.sampling_arguments import positive
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from trainers.engine.sampling_arguments import DTYPES, positive
 
 
 class Encoded(NamedTuple):

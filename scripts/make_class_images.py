@@ -19,10 +19,9 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainers.engine.sampling_arguments import positive
+from trainers.engine.sampling_arguments import DTYPES, positive
 
 SETTINGS = ".class_images.json"  # hidden, so that it is no part of the data
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:

@@ -13,14 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.common.lora_files import make_readable, read_lora
 from trainers.common.lora_pipeline import add_loras, load_pipeline, parse_lora
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from trainers.engine.sampling_arguments import DTYPES
 
 
 def merge(base: str, loras: list[tuple[Path, float]]) -> Any:

@@ -47,10 +47,9 @@ from trainers.engine.document import read_document
 from trainers.engine.inference import find_device
 from trainers.engine.messages import Interrupted
 from trainers.engine.picture_files import as_pil, save_picture
-from trainers.engine.sampling_arguments import positive
+from trainers.engine.sampling_arguments import DTYPES, positive
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lora_single_image.yaml"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # of training
 SHEET_COLUMNS = 6
 # that are written beside pictures, LoRAs, prompts and weights

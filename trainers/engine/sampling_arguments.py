@@ -6,12 +6,15 @@ import argparse
 import json
 from typing import Any
 
+import torch
 import yaml
 
 from trainers.base import Section, Trainer
 from trainers.engine.inference import SavedRun, load_trainer, open_run
 from trainers.engine.schema import coerce
 from trainers.engine.schema import options as options_of
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # command line -> how the option is called in a task's section; an ending, as ddpm_num_inference_steps
 OPTIONS = {
