@@ -1,21 +1,20 @@
-"""Turns one picture into another: scripts/morph.py BASE FIRST LAST OUTPUT [--prompt TEXT] [section.key=value ...]
+"""Turns one picture into another: scripts/morph.py BASE FIRST LAST [--prompt TEXT] [section.key=value ...]
 
 BASE is a folder or hub name of Stable Diffusion or SDXL. Each picture has a LoRA that knows it alone: given, or trained
-here by --config (overrides change it) into a folder beside OUTPUT, which the next call finds. Each picture is inverted
-by DDIM with its own LoRA alone; frames are drawn from what lies between the two noises, with both LoRAs. What is mixed
-are weights of their differences, W + (1 - w) D_1 + w D_2, not of the factors B and A of D = alpha / r B A. There is no
-guidance. Self-attention and the noise's statistics are interpolated as in DiffMorpher (arXiv 2312.07409).
+here by --config (overrides change it) into a folder beside --output-dir, which the next call finds. Each picture is
+inverted by DDIM with its own LoRA alone; frames are drawn from what lies between the two noises, with both LoRAs. What
+is mixed are weights of their differences, W + (1 - w) D_1 + w D_2, not of the factors B and A of D = alpha / r B A.
+There is no guidance. Self-attention and the noise's statistics are interpolated as in DiffMorpher (arXiv 2312.07409).
 
 The first and the last frame are the pictures as DDIM gives them back; the contact sheet has the pictures beside them,
-psnr_of_ends among the settings says how near they are.
-Pictures are fitted into the model's square, not squashed; frames have their aspect again, or one in between.
-OUTPUT gets morph.gif, morph.mp4, morph.png (the contact sheet), morph.json (the settings) and frames.
+psnr_of_ends among the settings says how near they are. Pictures are fitted into the model's square, not squashed;
+frames have their aspect again, or one in between. --output-dir gets morph.gif, morph.mp4, morph.png (the contact
+sheet) and frames; each PNG holds what it was made with, and `scripts/sample.py --again FILE.png` draws it once more.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterable
@@ -23,37 +22,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import datasets_lib
-from datasets_lib.images import to_mode
-from train import train
+from datasets_lib.images import read_picture
+from scripts.single_picture import single_picture_lora
 from trainers.common.autoencoder_config import latent_grid, perceptual_problem
 from trainers.common.base_model import BaseModel, base_model_problems
 from trainers.common.fitting import Fitted, fit, size_between, unfit
 from trainers.common.inversion import ddim_schedulers
 from trainers.common.latents import vae_config
-from trainers.common.lora_files import read_lora
+from trainers.common.lora_files import find_lora, read_lora
 from trainers.common.lora_pipeline import load_pipeline
 from trainers.common.morphing import Morph, evenly_distant
 from trainers.common.perceptual import load_perceptual
 from trainers.engine.animation import centred, contact_sheet, write_gif, write_mp4
-from trainers.engine.config import check_config
-from trainers.engine.document import read_document
 from trainers.engine.inference import find_device
 from trainers.engine.messages import Interrupted
-from trainers.engine.picture_files import as_pil, save_picture
+from trainers.engine.picture_files import (
+    MARK,
+    as_pil,
+    check_folder,
+    prepare_folder,
+    save_picture,
+    settings_of,
+    write_settings,
+)
 from trainers.engine.sampling_arguments import DTYPES, positive
 
-CONFIG = Path(__file__).parents[1] / "configs" / "lora_single_image.yaml"
-PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # of training
 SHEET_COLUMNS = 6
-# that are written beside pictures, LoRAs, prompts and weights
-SETTINGS = ("base", "steps", "attention", "adain", "reschedule", "dtype", "seed", "overrides")
 
 
 def side_of(base: BaseModel) -> int:
@@ -63,41 +63,9 @@ def side_of(base: BaseModel) -> int:
     return side * (1 << 10) // latents.resolution
 
 
-def read_picture(path: Path, side: int) -> Fitted:
-    """Raises FileNotFoundError where there is none, ValueError for what is no picture."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such picture")
-    try:
-        with Image.open(path) as image:
-            return fit(to_mode(ImageOps.exif_transpose(image), "RGB", "white"), side)
-    except Exception as error:  # every decoder fails in its own way
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
-
-
-def single_picture_lora(picture: Fitted, name: str, prompt: str, arguments: argparse.Namespace) -> Path:
-    """Trains a LoRA on one picture, goes on with one that was interrupted, or finds one that is finished.
-
-    Its folder is named by the content of picture, prompt and settings, so what is found there fits.
-    """
-    document = read_document(arguments.config or CONFIG)
-    base = {"caption": prompt, "resolution": picture.square.width, "mixed_precision": PRECISIONS[arguments.dtype]}
-    base |= {"seed": arguments.seed or 0, "resume_from_checkpoint": "latest"}
-    document["base"] = (document.get("base") or {}) | base
-    document["lora"] = (document.get("lora") or {}) | {"pretrained_model_name_or_path": arguments.base}
-    settings = json.dumps([document, arguments.overrides], sort_keys=True).encode()
-    digest = hashlib.sha256(picture.square.tobytes() + settings).hexdigest()[:8]
-    folder = arguments.output.absolute().parent / f"lora-{name}-{digest}"
-    document["base"] |= {"output_dir": str(folder), "train_data_dir": str(folder / "picture")}
-    run = check_config(document, arguments.overrides, datasets_lib.problems)
-    (folder / "picture").mkdir(parents=True, exist_ok=True)
-    picture.square.save(folder / "picture" / f"{name}.png")
-    return train(run)
-
-
 def check(arguments: argparse.Namespace) -> BaseModel:
     """The base; raises ValueError or FileNotFoundError for what cannot be met or has no effect, before any training."""
-    if arguments.output.exists():
-        raise ValueError(f"{arguments.output}: exists; choose a new folder")
+    check_folder(arguments.output_dir)
     if not 0 <= arguments.attention <= 1:
         raise ValueError(f"--attention {arguments.attention}: must be a part of the steps, from 0 to 1")
     if arguments.frames < 3:
@@ -108,7 +76,7 @@ def check(arguments: argparse.Namespace) -> BaseModel:
             "--seed, --config and overrides are of the LoRAs' training, and both are given; leave them out"
         )
     for lora in given:
-        read_lora(lora)
+        read_lora(Path(lora))
     for problem in base_model_problems(arguments.base, ("unet", "vae", "text_encoder", "tokenizer")):
         raise ValueError(f"BASE = {arguments.base}: {problem}")
     base = BaseModel("BASE", arguments.base)
@@ -134,7 +102,7 @@ def draw(
     options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain")}
     morph = Morph(pipeline, loras, prompts_of(arguments), **options)
     morph.invert(torch.stack([picture.pixels for picture in pictures]).to(pipeline.device), progress)
-    weights = torch.linspace(0, 1, arguments.frames, dtype=torch.float64).tolist()
+    weights = arguments.weights or torch.linspace(0, 1, arguments.frames, dtype=torch.float64).tolist()
     frames = morph.frames(weights, progress)
     if distance is None:
         return weights, frames
@@ -153,54 +121,65 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
 
 def write(folder: Path, frames: list[Image.Image], given: list[Image.Image], settings: dict[str, Any]) -> None:
     """Frames in their own sizes; in animations, and on the sheet beside the given pictures, on white of one size."""
+    prepare_folder(folder)
     for number, (frame, weight) in enumerate(zip(frames, settings["weights"], strict=True)):
-        save_picture(frame, folder / "frames" / f"{number:05d}.png", settings | {"frame": number, "weight": weight})
+        file = f"frames/{number:05d}.png"
+        save_picture(frame, folder / file, settings | {"file": file, "frame": number, "weight": weight})
     sheet = centred([given[0], *frames, given[1]])
     write_gif(sheet[1:-1], folder / "morph.gif", json.dumps(settings))
     if not write_mp4(sheet[1:-1], folder / "morph.mp4", json.dumps(settings)):
         print("no morph.mp4: neither imageio with imageio-ffmpeg nor av is installed")
     first, last = (Path(path).name for path in settings["pictures"])
     texts = [first, *(f"{weight:.3g}" for weight in settings["weights"]), last]
-    save_picture(contact_sheet(sheet, SHEET_COLUMNS, texts), folder / "morph.png", settings)
+    save_picture(contact_sheet(sheet, SHEET_COLUMNS, texts), folder / "morph.png", settings | {"file": "morph.png"})
+    write_settings(folder / MARK, settings)
 
 
-def morph(arguments: argparse.Namespace) -> None:
-    """Trains what has to be trained, draws and writes."""
+def run(arguments: argparse.Namespace) -> str:
+    """Trains what has to be trained, draws and writes; says what."""
     base, device = check(arguments), find_device(arguments.device)
     side, paths, prompts = side_of(base), (arguments.first, arguments.last), prompts_of(arguments)
-    pictures = [read_picture(path, side) for path in paths]
-    distance = perceptual(arguments.reschedule, side)
+    pictures = [fit(read_picture(path), side) for path in paths]
+    distance = None if arguments.weights else perceptual(arguments.reschedule, side)
     given = (arguments.lora_a, arguments.lora_b)
     loras = [
-        lora or single_picture_lora(picture, path.stem, prompt, arguments)
+        Path(lora or single_picture_lora(picture, path.stem, prompt, arguments))
         for lora, picture, path, prompt in zip(given, pictures, paths, prompts, strict=True)
     ]
     dtypes = {"default": DTYPES[arguments.dtype], "vae": torch.float32}  # some autoencoders overflow in half precision
-    weights, squares = draw(load_pipeline(str(base.folder), dtypes).to(device), pictures, loras, distance, arguments)
+    pipeline = load_pipeline(str(base.folder), dtypes).to(device)
+    weights, squares = draw(pipeline, pictures, loras, distance, arguments)
     sizes = [size_between(pictures[0].size, pictures[1].size, weight) for weight in weights]
     frames = [unfit(square, size) for square, size in zip(squares, sizes, strict=True)]
     originals = [unfit(picture.pixels / 2 + 0.5, picture.size) for picture in pictures]
-    errors = [
-        (frame - picture).square().mean() for frame, picture in zip((frames[0], frames[-1]), originals, strict=True)
+    psnr = [
+        -10 * (a - b).square().mean().log10().item() for a, b in ((frames[0], originals[0]), (frames[-1], originals[1]))
     ]
-    settings = {"script": "scripts/morph.py"} | {name: getattr(arguments, name) for name in SETTINGS}
-    settings |= {"pictures": [*map(str, paths)], "loras": [*map(str, loras)], "prompts": prompts, "weights": weights}
-    settings["psnr_of_ends"] = psnr = [-10 * error.log10().item() for error in errors]
-    write(arguments.output, [*map(as_pil, frames)], [*map(as_pil, originals)], settings)
-    print(f"first and last frame: {psnr[0]:.1f} and {psnr[1]:.1f} dB PSNR to the pictures")
+    settings = settings_of(["morph", *arguments.words], [*paths, *map(find_lora, loras)], device)
+    lora_a, lora_b = map(str, loras)
+    pinned = {"lora_a": lora_a, "lora_b": lora_b, "weights": weights, "seed": None, "config": None, "overrides": []}
+    settings |= {
+        "pinned": pinned,
+        "pictures": [*map(str, paths)],
+        "prompts": prompts,
+        "weights": weights,
+        "psnr_of_ends": psnr,
+    }
+    write(arguments.output_dir, [*map(as_pil, frames)], [*map(as_pil, originals)], settings)
+    ends = f"first and last: {psnr[0]:.1f} and {psnr[1]:.1f} dB PSNR to the pictures"
+    return f"{len(frames)} frames ({ends}): {arguments.output_dir}"
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a folder or hub name")
     parser.add_argument("first", type=Path, help="a picture")
     parser.add_argument("last", type=Path, help="another picture")
-    parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the LoRAs' training")
     parser.add_argument("--prompt", default="", help="what the pictures show")
     parser.add_argument("--prompt-b", help="what the last one shows, if something else: embeddings are interpolated")
-    parser.add_argument("--lora-a", type=Path, metavar="FILE", help="the first picture's; default: trained here")
-    parser.add_argument("--lora-b", type=Path, metavar="FILE", help="the last picture's; default: trained here")
+    parser.add_argument("--lora-a", metavar="FILE", help="the first picture's; default: trained here")
+    parser.add_argument("--lora-b", metavar="FILE", help="the last picture's; default: trained here")
     parser.add_argument("--config", type=Path, help="of the training; default: configs/lora_single_image.yaml")
     parser.add_argument("--frames", type=positive, default=16, help="with both ends; default: %(default)s")
     parser.add_argument("--steps", type=positive, default=50, help="of DDIM, forth and back; default: %(default)s")
@@ -213,19 +192,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the LoRAs' training: all else is without chance; default: 0")
     parser.add_argument("--device", help="of the frames; default: cuda where there is one. Training is accelerate's")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks, in training, too")
-    return parser.parse_intermixed_args()
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/morph"), help="default: %(default)s")
+    parser.set_defaults(words=words, weights=None)  # weights: of the frames, where a picture is drawn once more
+    return parser.parse_intermixed_args(words)
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parse(sys.argv[1:])
     try:
-        morph(arguments)
+        print(run(arguments))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(interruption.code)
-    print(f"{arguments.frames} frames: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_models import model
 
 from scripts import morph as script
+from scripts import sample, single_picture
 from trainers.common.fitting import fit, size_between, unfit
 from trainers.common.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
 from trainers.common.lora_files import save_lora
@@ -499,41 +501,56 @@ TRAINING = ["base.max_train_steps=2", "base.checkpointing_steps=2", "lora.rank=2
 
 def test_loras_are_trained_and_found_again(tmp_path, pictures, monkeypatch, capsys):
     monkeypatch.setattr(animation, "find_spec", lambda name: None)
-    call(monkeypatch, model("sd1"), *pictures, tmp_path / "out", "--prompt", "a: photo", *FEW, *TRAINING)
+    call(
+        monkeypatch, model("sd1"), *pictures, "--output-dir", tmp_path / "out", "--prompt", "a: photo", *FEW, *TRAINING
+    )
     printed = capsys.readouterr().out
     assert "no morph.mp4: neither imageio with imageio-ffmpeg nor av is installed" in printed
-    assert "first and last frame: " in printed
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"frames", "morph.gif", "morph.json", "morph.png"}
+    assert "3 frames (first and last: " in printed
+    written = {"frames", "morph.gif", "morph.json", "morph.png", "settings.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
     sizes = [Image.open(tmp_path / "out" / "frames" / f"0000{number}.png").size for number in range(3)]
     assert sizes == [(32, 16), (24, 24), (16, 32)]
     assert Image.open(tmp_path / "out" / "morph.gif").size == (32, 32)
 
-    settings = read_settings(tmp_path / "out" / "morph.png")
-    assert settings == json.loads((tmp_path / "out" / "morph.json").read_text())
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    sheet = read_settings(tmp_path / "out" / "morph.png")
+    assert sheet == json.loads((tmp_path / "out" / "morph.json").read_text()) == settings | {"file": "morph.png"}
     assert settings == json.loads(Image.open(tmp_path / "out" / "morph.gif").info["comment"])
     for number, end in ((0, 0), (2, 1)):
         drawn = np.array(Image.open(tmp_path / "out" / "frames" / f"0000{number}.png")) / 255
         wanted = np.array(Image.open(pictures[end]).resize(drawn.shape[1::-1], Image.Resampling.LANCZOS)) / 255
         assert settings["psnr_of_ends"][end] == pytest.approx(-10 * np.log10(np.mean((drawn - wanted) ** 2)), abs=0.05)
     frame = read_settings(tmp_path / "out" / "frames" / "00001.png")
-    assert frame == settings | {"frame": 1, "weight": 0.5}
+    assert frame == settings | {"file": "frames/00001.png", "frame": 1, "weight": 0.5}
     assert settings["pictures"] == [*map(str, pictures)]
     assert settings["prompts"] == ["a: photo"] * 2
     found = sorted(map(str, tmp_path.glob("lora-*")))
-    assert sorted(settings["loras"]) == found
+    loras = [settings["pinned"][name] for name in ("lora_a", "lora_b")]
+    assert sorted(loras) == found
     assert [folder.split("-")[-2] for folder in found] == ["tall", "wide"]
     inside = Image.open(next((tmp_path / found[1] / "picture").iterdir()))
     assert inside.tobytes() == fit(Image.open(pictures[0]), 32).square.tobytes()
 
-    call(monkeypatch, model("sd1"), *pictures, tmp_path / "again", "--prompt", "a: photo", *FEW, *TRAINING)
+    call(
+        monkeypatch,
+        model("sd1"),
+        *pictures,
+        "--output-dir",
+        tmp_path / "again",
+        "--prompt",
+        "a: photo",
+        *FEW,
+        *TRAINING,
+    )
     assert capsys.readouterr().out.count("the run is finished already") == 2
     assert sorted(map(str, tmp_path.glob("lora-*"))) == found
     for number in range(3):
         first, second = (Image.open(tmp_path / name / "frames" / f"0000{number}.png") for name in ("out", "again"))
         assert first.tobytes() == second.tobytes()
 
-    given = ["--lora-a", settings["loras"][0], "--prompt", "a: photo", "--prompt-b", "another", *FEW, *TRAINING]
-    call(monkeypatch, model("sd1"), *pictures, tmp_path / "other", *given)
+    given = ["--lora-a", loras[0], "--prompt", "a: photo", "--prompt-b", "another", *FEW, *TRAINING]
+    call(monkeypatch, model("sd1"), *pictures, "--output-dir", tmp_path / "other", *given)
     assert len(list(tmp_path.glob("lora-*"))) == 3  # another prompt of the last picture
 
 
@@ -546,17 +563,52 @@ def test_the_autoencoder_stays_in_float32():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_given_loras_and_rescheduling(tmp_path, pictures, loras, monkeypatch, dtype):
     given = ["--lora-a", loras()[0], "--lora-b", loras()[1].parent, "--dtype", dtype, "--frames", 5, "--steps", 2]
-    call(monkeypatch, model("sd1"), *pictures, tmp_path / "plain", *given)
-    call(monkeypatch, model("sd1"), *pictures, tmp_path / "even", *given, "--reschedule", "ms_ssim", "--no-adain")
+    call(monkeypatch, model("sd1"), *pictures, "--output-dir", tmp_path / "plain", *given)
+    call(
+        monkeypatch,
+        model("sd1"),
+        *pictures,
+        "--output-dir",
+        tmp_path / "even",
+        *given,
+        "--reschedule",
+        "ms_ssim",
+        "--no-adain",
+    )
     weights = {name: read_settings(tmp_path / name / "morph.png")["weights"] for name in ("plain", "even")}
     assert weights["plain"] == [0, 0.25, 0.5, 0.75, 1]
     assert weights["even"] == sorted(weights["even"]) != weights["plain"]
     assert (weights["even"][0], weights["even"][-1]) == (0, 1)
 
 
+@pytest.mark.parametrize("file", ["morph.png", "frames/00003.png"])
+def test_a_picture_is_drawn_again(tmp_path, pictures, loras, monkeypatch, capsys, file):
+    """With the weights that rescheduling found, and the LoRA that was trained, neither of which is done once more."""
+    lora = shutil.copy(loras()[1], tmp_path / "b.safetensors")
+    given = ["--lora-b", lora, "--frames", 5, "--steps", 2, "--reschedule", "ms_ssim", *TRAINING]
+    call(monkeypatch, model("sd1"), *pictures, "--output-dir", tmp_path / "out", *given)
+    for name in ("train", "load_perceptual"):
+        owner = single_picture if name == "train" else script
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("was called"))
+    path = tmp_path / "out" / file
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--again", str(path)])
+    sample.main()
+    drawn = path.with_stem(f"{path.stem}-again")
+    assert capsys.readouterr().out.endswith(f"the same pixels: {drawn}\n")
+    assert Image.open(drawn).tobytes() == Image.open(path).tobytes()
+    first, second = read_settings(path), read_settings(drawn)
+    assert first == second
+    assert len(set(first["weights"])) == 5
+    assert first["weights"][1] != 0.25
+    shutil.copy(loras()[0], lora)
+    with pytest.raises(SystemExit, match=r"was made from another .*; put that file back"):
+        sample.main()
+
+
 def test_mistakes_are_messages(tmp_path, pictures, loras, monkeypatch):
     both = ["--lora-a", loras()[0], "--lora-b", loras()[1]]
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
     (tmp_path / "text.png").write_text("no picture")
     lines = [
         ((), ["--frames", "2"], "--frames 2: the two ends alone; give at least 3"),
@@ -569,18 +621,24 @@ def test_mistakes_are_messages(tmp_path, pictures, loras, monkeypatch):
         ((), ["--reschedule", "lpips:none.pth"], "--reschedule lpips:none.pth: no file none.pth"),
         ((), ["--device", "nowhere"], "device = nowhere: cannot be used"),
         ((), ["--lora-a", tmp_path / "none"], "no file .*none; give a LoRA"),
-        (("output", "there"), [], "there: exists; choose a new folder"),
+        (("output", "there"), [], "--output-dir .*there: holds other files; choose a new folder"),
         (("first", "none.png"), [], "none.png: there is no such picture"),
         (("last", "text.png"), [], "text.png: cannot be read as a picture"),
         (("base", "there"), [], "BASE = .*there: has no unet, vae, text_encoder, tokenizer; a Stable Diffusion"),
         (("base", "none"), [], "BASE = .*none: there is no such folder, and hub names read owner/name"),
     ]
     for changed, options, message in lines:
-        places = {"base": model("sd1"), "first": pictures[0], "last": pictures[1], "output": tmp_path / "out"}
+        places = {
+            "base": model("sd1"),
+            "first": pictures[0],
+            "last": pictures[1],
+            "option": "--output-dir",
+            "output": tmp_path / "out",
+        }
         places |= {changed[0]: tmp_path / changed[1]} if changed else {}
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             call(monkeypatch, *places.values(), *both, *options)
-    training = [model("sd1"), *pictures, tmp_path / "out", *FEW]
+    training = [model("sd1"), *pictures, "--output-dir", tmp_path / "out", *FEW]
     for options, message in (
         (["lora.rnak=2"], "lora.rnak = 2: unknown option; did you mean lora.rank"),
         (["--config", tmp_path / "none.yaml"], "config file .*none.yaml does not exist"),
@@ -598,8 +656,8 @@ def test_a_distance_that_cannot_be_had_and_a_signal_while_training(tmp_path, pic
         raise Interrupted("saved at step 1", 143)
 
     monkeypatch.setattr(script, "load_perceptual", unreachable)
-    monkeypatch.setattr(script, "train", interrupted)
-    training = [model("sd1"), *pictures, tmp_path / "out", *FEW]
+    monkeypatch.setattr(single_picture, "train", interrupted)
+    training = [model("sd1"), *pictures, "--output-dir", tmp_path / "out", *FEW]
     with pytest.raises(SystemExit, match="error: --reschedule lpips: weights cannot be downloaded"):
         call(monkeypatch, *training, "--reschedule", "lpips")
     with pytest.raises(SystemExit) as caught:

@@ -42,13 +42,18 @@ def as_pil(image: Tensor) -> Image.Image:
     return to_pil_image((image * 255).round().to(torch.uint8))
 
 
+def check_folder(folder: Path) -> None:
+    """ValueError for a folder in which something else is than the pictures of an earlier call."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise ValueError(f"--output-dir {folder}: holds other files; choose a new folder")
+
+
 def prepare_folder(folder: Path) -> None:
     """Makes the folder, without the pictures of an earlier call; ValueError where something else is in it."""
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARK).is_file():
-            raise ValueError(f"--output-dir {folder}: holds other files; choose a new folder")
+    check_folder(folder)
+    if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
 
 
 def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
