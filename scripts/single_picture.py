@@ -1,0 +1,37 @@
+"""A LoRA that knows one picture alone, trained on the spot: for scripts/morph.py."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import datasets_lib
+from train import train
+from trainers.common.fitting import Fitted
+from trainers.engine.config import check_config
+from trainers.engine.document import read_document
+
+CONFIG = Path(__file__).parents[1] / "configs" / "lora_single_image.yaml"
+PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # of training
+
+
+def single_picture_lora(picture: Fitted, name: str, prompt: str, arguments: argparse.Namespace) -> Path:
+    """Trains a LoRA on one picture, goes on with one that was interrupted, or finds one that is finished.
+
+    Its folder is named by the content of picture, prompt and settings, so what is found there fits.
+    """
+    document = read_document(arguments.config or CONFIG)
+    base = {"caption": prompt, "resolution": picture.square.width, "mixed_precision": PRECISIONS[arguments.dtype]}
+    base |= {"seed": arguments.seed or 0, "resume_from_checkpoint": "latest"}
+    document["base"] = (document.get("base") or {}) | base
+    document["lora"] = (document.get("lora") or {}) | {"pretrained_model_name_or_path": arguments.base}
+    settings = json.dumps([document, arguments.overrides], sort_keys=True).encode()
+    digest = hashlib.sha256(picture.square.tobytes() + settings).hexdigest()[:8]
+    folder = arguments.output_dir.absolute().parent / f"lora-{name}-{digest}"
+    document["base"] |= {"output_dir": str(folder), "train_data_dir": str(folder / "picture")}
+    run = check_config(document, arguments.overrides, datasets_lib.problems)
+    (folder / "picture").mkdir(parents=True, exist_ok=True)
+    picture.square.save(folder / "picture" / f"{name}.png")
+    return train(run)
