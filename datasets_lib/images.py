@@ -115,15 +115,15 @@ class ImageReader:
         return f"base.max_image_pixels={self.max_image_pixels} is the limit"
 
 
-def read_picture(path: Path, mode: str = "RGB") -> Image.Image:
-    """Return a whole image upright, as L or RGB on white; raise FileNotFoundError or ImageError with its name."""
+def read_picture(path: Path, mode: str = "RGB", background: str = "white") -> Image.Image:
+    """Return a whole image upright, as L or RGB; raise FileNotFoundError or ImageError with its name."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such picture")
     try:
         with Image.open(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return to_mode(image, mode, "white")
+            return to_mode(image, mode, background)
     except Exception as error:  # every decoder fails in its own way
         raise ImageError(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
 

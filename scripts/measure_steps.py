@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     judge, captions = Judge(real.train, real.held_out), list(real.captions.values())
     rounds = -(-arguments.number // len(captions))
     labels = torch.tensor(list(real.captions) * rounds)
-    guidance = arguments.guidance or 1 + (config.w_min + config.w_max) / 2
+    guidance = 1 + (config.w_min + config.w_max) / 2 if arguments.guidance is None else arguments.guidance
     pipelines = {
         "base": DiffusionPipeline.from_pretrained(base.folder, safety_checker=None),
         "lcm": LCMLoRATrainer.load_pipeline(lcm.folder),

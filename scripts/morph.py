@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -37,20 +36,13 @@ from trainers.common.inversion import ddim_schedulers
 from trainers.common.latents import vae_config
 from trainers.common.lora_files import find_lora, read_lora
 from trainers.common.lora_pipeline import load_pipeline
-from trainers.common.morphing import Morph, evenly_distant
+from trainers.common.morphing import Morph, check_morph, evenly_distant
 from trainers.common.perceptual import load_perceptual
 from trainers.engine.animation import centred, contact_sheet, write_gif, write_mp4
 from trainers.engine.inference import find_device
 from trainers.engine.messages import Interrupted
-from trainers.engine.picture_files import (
-    MARK,
-    as_pil,
-    check_folder,
-    prepare_folder,
-    save_picture,
-    settings_of,
-    write_settings,
-)
+from trainers.engine.output_folder import output_folder
+from trainers.engine.picture_files import as_pil, save_picture, settings_of
 from trainers.engine.sampling_arguments import DTYPES, positive
 
 SHEET_COLUMNS = 6
@@ -65,23 +57,30 @@ def side_of(base: BaseModel) -> int:
 
 def check(arguments: argparse.Namespace) -> BaseModel:
     """The base; raises ValueError or FileNotFoundError for what cannot be met or has no effect, before any training."""
-    check_folder(arguments.output_dir)
     if not 0 <= arguments.attention <= 1:
         raise ValueError(f"--attention {arguments.attention}: must be a part of the steps, from 0 to 1")
+    if arguments.attention and not round(arguments.attention * arguments.steps):
+        raise ValueError(f"--attention {arguments.attention}: is none of {arguments.steps} steps; raise it, or give 0")
     if arguments.frames < 3:
         raise ValueError(f"--frames {arguments.frames}: the two ends alone; give at least 3")
-    given = [lora for lora in (arguments.lora_a, arguments.lora_b) if lora]
+    given = [Path(lora) for lora in (arguments.lora_a, arguments.lora_b) if lora]
     if len(given) == 2 and not (arguments.seed is arguments.config is None and not arguments.overrides):
         raise ValueError(
             "--seed, --config and overrides are of the LoRAs' training, and both are given; leave them out"
         )
-    for lora in given:
-        read_lora(Path(lora))
     for problem in base_model_problems(arguments.base, ("unet", "vae", "text_encoder", "tokenizer")):
         raise ValueError(f"BASE = {arguments.base}: {problem}")
     base = BaseModel("BASE", arguments.base)
     ddim_schedulers(base.sampler, arguments.steps)
+    for lora in given:
+        read_lora(lora)
+    check_morph(load_pipeline(str(base.folder), dtypes_of(arguments)), given, arguments.attention)
     return base
+
+
+def dtypes_of(arguments: argparse.Namespace) -> dict[str, torch.dtype]:
+    """Some autoencoders overflow in half precision."""
+    return {"default": DTYPES[arguments.dtype], "vae": torch.float32}
 
 
 def perceptual(spec: str | None, side: int) -> nn.Module | None:
@@ -119,55 +118,68 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
     return [arguments.prompt, arguments.prompt if arguments.prompt_b is None else arguments.prompt_b]
 
 
-def write(folder: Path, frames: list[Image.Image], given: list[Image.Image], settings: dict[str, Any]) -> None:
-    """Frames in their own sizes; in animations, and on the sheet beside the given pictures, on white of one size."""
-    prepare_folder(folder)
-    for number, (frame, weight) in enumerate(zip(frames, settings["weights"], strict=True)):
+def write(
+    folder: Path,
+    squares: Tensor,
+    weights: list[float],
+    pictures: list[Fitted],
+    loras: list[Path],
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> list[float]:
+    """Frames in their own sizes; in animations, and on the sheet beside the given pictures, on white of one size.
+
+    Returns the PSNR of the first and of the last frame to the given pictures.
+    """
+    sizes = [size_between(pictures[0].size, pictures[1].size, weight) for weight in weights]
+    frames = [unfit(square, size) for square, size in zip(squares, sizes, strict=True)]
+    given = [unfit(picture.pixels / 2 + 0.5, picture.size) for picture in pictures]
+    errors = [(a - b).square().mean() for a, b in zip((frames[0], frames[-1]), given, strict=True)]
+    psnr = [-10 * error.log10().item() for error in errors]
+    settings = settings_for(arguments, loras, weights, device) | {"psnr_of_ends": psnr}
+    for number, (frame, weight) in enumerate(zip(frames, weights, strict=True)):
         file = f"frames/{number:05d}.png"
-        save_picture(frame, folder / file, settings | {"file": file, "frame": number, "weight": weight})
-    sheet = centred([given[0], *frames, given[1]])
+        save_picture(as_pil(frame), folder / file, settings | {"file": file, "frame": number, "weight": weight})
+    sheet = centred([*map(as_pil, [given[0], *frames, given[1]])])
     write_gif(sheet[1:-1], folder / "morph.gif", json.dumps(settings))
     if not write_mp4(sheet[1:-1], folder / "morph.mp4", json.dumps(settings)):
         print("no morph.mp4: neither imageio with imageio-ffmpeg nor av is installed")
-    first, last = (Path(path).name for path in settings["pictures"])
-    texts = [first, *(f"{weight:.3g}" for weight in settings["weights"]), last]
+    texts = [arguments.first.name, *(f"{weight:.3g}" for weight in weights), arguments.last.name]
     save_picture(contact_sheet(sheet, SHEET_COLUMNS, texts), folder / "morph.png", settings | {"file": "morph.png"})
-    write_settings(folder / MARK, settings)
+    return psnr
+
+
+def settings_for(
+    arguments: argparse.Namespace, loras: list[Path], weights: list[float], device: torch.device
+) -> dict[str, Any]:
+    """How the pictures are made: with which LoRAs and weights, so that none has to be found once more."""
+    paths = [arguments.first, arguments.last]
+    lora_a, lora_b = map(str, loras)
+    pinned = {"lora_a": lora_a, "lora_b": lora_b, "weights": weights, "seed": None, "config": None, "overrides": []}
+    options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain", "reschedule", "dtype")}
+    settings = settings_of(["morph", *arguments.words], [*paths, *map(find_lora, loras)], device)
+    settings |= {"pinned": pinned, "pictures": [*map(str, paths)], "prompts": prompts_of(arguments), "options": options}
+    return settings | {"weights": weights}
 
 
 def run(arguments: argparse.Namespace) -> str:
     """Trains what has to be trained, draws and writes; says what."""
-    base, device = check(arguments), find_device(arguments.device)
-    side, paths, prompts = side_of(base), (arguments.first, arguments.last), prompts_of(arguments)
-    pictures = [fit(read_picture(path), side) for path in paths]
-    distance = None if arguments.weights else perceptual(arguments.reschedule, side)
-    given = (arguments.lora_a, arguments.lora_b)
-    loras = [
-        Path(lora or single_picture_lora(picture, path.stem, prompt, arguments))
-        for lora, picture, path, prompt in zip(given, pictures, paths, prompts, strict=True)
-    ]
-    dtypes = {"default": DTYPES[arguments.dtype], "vae": torch.float32}  # some autoencoders overflow in half precision
-    pipeline = load_pipeline(str(base.folder), dtypes).to(device)
-    weights, squares = draw(pipeline, pictures, loras, distance, arguments)
-    sizes = [size_between(pictures[0].size, pictures[1].size, weight) for weight in weights]
-    frames = [unfit(square, size) for square, size in zip(squares, sizes, strict=True)]
-    originals = [unfit(picture.pixels / 2 + 0.5, picture.size) for picture in pictures]
-    psnr = [
-        -10 * (a - b).square().mean().log10().item() for a, b in ((frames[0], originals[0]), (frames[-1], originals[1]))
-    ]
-    settings = settings_of(["morph", *arguments.words], [*paths, *map(find_lora, loras)], device)
-    lora_a, lora_b = map(str, loras)
-    pinned = {"lora_a": lora_a, "lora_b": lora_b, "weights": weights, "seed": None, "config": None, "overrides": []}
-    settings |= {
-        "pinned": pinned,
-        "pictures": [*map(str, paths)],
-        "prompts": prompts,
-        "weights": weights,
-        "psnr_of_ends": psnr,
-    }
-    write(arguments.output_dir, [*map(as_pil, frames)], [*map(as_pil, originals)], settings)
+    given, paths = [arguments.lora_a, arguments.lora_b], [arguments.first, arguments.last]
+    with output_folder(arguments.output_dir, [path for path in [*paths, *given] if path]) as folder:
+        base, device = check(arguments), find_device(arguments.device)
+        side = side_of(base)
+        pictures = [fit(read_picture(path), side) for path in paths]
+        distance = None if arguments.weights else perceptual(arguments.reschedule, side)
+        training = zip(given, pictures, paths, prompts_of(arguments), strict=True)
+        loras = [
+            Path(lora or single_picture_lora(picture, path.stem, prompt, base, arguments))
+            for lora, picture, path, prompt in training
+        ]
+        pipeline = load_pipeline(str(base.folder), dtypes_of(arguments)).to(device)
+        weights, squares = draw(pipeline, pictures, loras, distance, arguments)
+        psnr = write(folder, squares, weights, pictures, loras, arguments, device)
     ends = f"first and last: {psnr[0]:.1f} and {psnr[1]:.1f} dB PSNR to the pictures"
-    return f"{len(frames)} frames ({ends}): {arguments.output_dir}"
+    return f"{len(weights)} frames ({ends}): {arguments.output_dir}"
 
 
 def parse(words: list[str]) -> argparse.Namespace:

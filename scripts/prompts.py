@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from datasets_lib.images import read_picture
 from trainers.base import Trainer
@@ -16,6 +16,7 @@ from trainers.common.lora_files import ADAPTER, find_lora
 from trainers.common.lora_pipeline import add_loras, load_pipeline, parse_lora
 from trainers.common.prompt_requests import prompt_requests
 from trainers.common.prompted_drawing import (
+    SAMPLERS,
     Inpainting,
     PromptedPipeline,
     PromptSettings,
@@ -60,7 +61,10 @@ def prompts_of(arguments: argparse.Namespace) -> list[str] | None:
     path = Path(arguments.prompts)
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path}: there is no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: is no text in UTF-8 ({error})") from None
     if not lines:
         raise ValueError(f"--prompts {path}: holds no prompt; write one a line")
     return [*(arguments.prompt or []), *lines]
@@ -79,6 +83,13 @@ def scales_of(arguments: argparse.Namespace) -> list[float] | None:
     return scales
 
 
+@dataclasses.dataclass(kw_only=True)
+class PipelineConfig(StableDiffusionConfig):
+    """What the command line may say of a pipeline that is no run."""
+
+    sampler: Literal[SAMPLERS] | None = None  # null: its own
+
+
 class Drawing(NamedTuple):
     """What draws, and what is to be drawn."""
 
@@ -86,7 +97,7 @@ class Drawing(NamedTuple):
     requests: list[dict]
     source: str  # what was loaded
     folder: Path  # where pictures go, unless --output-dir says so
-    options: dict[str, Any]  # for settings.json
+    options: dict[str, Any]  # that pictures carry
     files: Sequence[Path] = ()  # small files that the pictures depend on
     names: list[str] | None = None  # of classes
     held_out: Any = None  # the data set whose examples the requests name
@@ -133,10 +144,10 @@ def _of_pipeline(arguments: argparse.Namespace) -> Loaded:
     prompts, source = prompts_of(arguments), arguments.path
     if prompts is None:
         raise ValueError(f"{source}: is a pipeline; say what to draw with --prompt or --prompts")
-    settings = pipeline_options(arguments, StableDiffusionConfig)
+    settings = pipeline_options(arguments, PipelineConfig)
     sampler, pipeline = settings.pop("sampler", None), load_pipeline(source)
     if sampler is not None:
-        use_sampler(pipeline, sampler)
+        use_sampler(pipeline, sampler, [parse_lora(text)[0] for text in arguments.lora or []])
     return Loaded(pipeline, {}, settings, prompts, source, Path("outputs", "samples", Path(source).name))
 
 
@@ -161,7 +172,9 @@ def inpainting_of(arguments: argparse.Namespace) -> Inpainting | None:
         return None
     if image is None or mask is None:
         raise ValueError("--image and --mask: inpainting needs both, the picture and what of it is drawn anew")
-    return Inpainting(read_picture(Path(image)), read_picture(Path(mask), "L"), 1.0 if strength is None else strength)
+    return Inpainting(
+        read_picture(Path(image)), read_picture(Path(mask), "L", "black"), 1.0 if strength is None else strength
+    )
 
 
 def row_names(requests: list[dict], seed: int) -> list[str]:

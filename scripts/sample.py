@@ -1,7 +1,7 @@
 """Draws pictures: scripts/sample.py RUN [section.key=value ...], or a pipeline's folder or hub name with --prompt TEXT
 
-RUN is a run or a checkpoint of any task. Writes grids, every picture (in a folder per class), and settings.json; each
-PNG holds what it was made with, and `scripts/sample.py --again FILE.png` draws it once more. Same seed, same pictures,
+RUN is a run or a checkpoint of any task. Writes grids and every picture (in a folder per class); each PNG
+holds what it was made with, and `scripts/sample.py --again FILE.png` draws it once more. Same seed, same pictures,
 whatever the batch size. Overrides set any option of the run.
 """
 
@@ -29,7 +29,8 @@ from trainers.common.stable_diffusion import StableDiffusionTrainer
 from trainers.engine.drawing import draw, evaluation_mode
 from trainers.engine.grids import grid_of, labelled_grid
 from trainers.engine.inference import SavedRun, load_trainer, open_run
-from trainers.engine.picture_files import MARK, as_pil, prepare_folder, save_picture, settings_of, write_settings
+from trainers.engine.output_folder import output_folder
+from trainers.engine.picture_files import as_pil, save_picture, settings_of, write_settings
 from trainers.engine.picture_metrics import spread
 from trainers.engine.sampling_arguments import add_sampling_arguments, overrides_of, positive
 
@@ -135,10 +136,16 @@ def run(arguments: argparse.Namespace) -> str:
     saved = None if is_pipeline(arguments.path) else open_run(Path(arguments.path))
     prompted = saved is None or issubclass(saved.trainer_class, StableDiffusionTrainer)
     drawing = of_prompts(arguments, saved) if prompted else of_task(arguments, saved)
-    folder, count = arguments.output_dir or drawing.folder / f"seed-{arguments.seed}", len(drawing.requests)
-    prepare_folder(folder)
+    folder = arguments.output_dir or drawing.folder / f"seed-{arguments.seed}"
+    with output_folder(folder, drawing.files) as made:
+        draw_into(made, arguments, drawing, saved)
+    return f"{len(drawing.requests)} pictures of {drawing.source}: {folder}"
+
+
+def draw_into(folder: Path, arguments: argparse.Namespace, drawing: Drawing, saved: SavedRun | None) -> None:
+    """Draws the pictures, or the batch of the only one that is wanted, and writes them with their grids."""
     batch_size = arguments.batch_size or drawing.drawer.sample_batch_size or BATCH_SIZE
-    batches = batches_of(count, batch_size, arguments.only)
+    batches = batches_of(len(drawing.requests), batch_size, arguments.only)
     pictures, frames = sample(drawing, batches, arguments.seed, arguments.gif)
     settings = settings_of(["sample", *arguments.words], drawing.files, drawing.drawer.device)
     settings |= {"pinned": {"path": drawing.source}, "seed": arguments.seed, "weights": arguments.weights}
@@ -150,8 +157,6 @@ def run(arguments: argparse.Namespace) -> str:
     if frames is not None:
         write_gif(frames, drawing.drawer.grid_columns, folder / "denoising.gif")
         write_settings(folder / "denoising.json", settings)
-    write_settings(folder / MARK, settings)
-    return f"{count} pictures of {drawing.source}: {folder}"
 
 
 def main() -> None:

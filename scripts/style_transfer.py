@@ -19,32 +19,40 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from datasets_lib.folder import EXTENSIONS
 from datasets_lib.images import read_picture
 from trainers.common.canny import canny
 from trainers.common.lora_files import find_lora, read_lora
 from trainers.common.lora_pipeline import (
     add_loras,
+    check_finite,
     check_negative_prompt,
     check_strength,
     load_pipeline,
     parse_lora,
     weigh_loras,
 )
+from trainers.common.prompted_drawing import SAMPLERS, use_sampler
 from trainers.engine.inference import find_device
-from trainers.engine.picture_files import MARK, as_pil, prepare_folder, save_picture, settings_of, write_settings
+from trainers.engine.output_folder import output_folder
+from trainers.engine.picture_files import as_pil, save_picture, settings_of
 from trainers.engine.randomness import SlotRandom
 from trainers.engine.sampling_arguments import positive
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+# what says how pictures look, beside the base, the ControlNet and the LoRAs
+OPTIONS = (
+    "prompt", "negative_prompt", "lora", "strength", "guidance", "control_scale", "sampler", "steps", "max_side",
+    "seed",
+)  # fmt: skip
 
 
 def pictures_of(paths: list[str]) -> list[Path]:
     """The files, and those in folders by name; FileNotFoundError for what is not there."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
+        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in EXTENSIONS)
         if not path.is_file() and not inside:
-            raise FileNotFoundError(f"{path}: is no picture, and no folder with any ({', '.join(sorted(ENDINGS))})")
+            raise FileNotFoundError(f"{path}: is no picture, and no folder with any ({', '.join(EXTENSIONS)})")
         found += inside or [path]
     return found
 
@@ -52,6 +60,11 @@ def pictures_of(paths: list[str]) -> list[Path]:
 def fitted(image: Image.Image, multiple: int, max_side: int) -> Image.Image:
     """The picture at most so large, with sides that are multiples: what is over at the rim is cut, nothing squashed."""
     scale = min(1.0, max_side / max(image.size))
+    if min(image.size) * scale < multiple / 2:
+        width, height = image.size
+        raise ValueError(
+            f"--max-side {max_side}: leaves too little of a picture of {width} x {height} pixels; raise it"
+        )
     size = [max(1, min(round(side * scale / multiple), max_side // multiple)) * multiple for side in image.size]
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
@@ -62,26 +75,38 @@ def edges_of(image: Image.Image) -> Image.Image:
     return Image.fromarray(found.astype(np.uint8) * 255).convert("RGB")
 
 
-def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any:
-    """The pipeline with ControlNet and LoRAs, on its device."""
-    from diffusers import AutoPipelineForImage2Image, ControlNetModel
+def read_controlnet(name: str) -> Any:
+    """Raises ValueError for a folder or hub name that is none, or cannot be had."""
+    from diffusers import ControlNetModel
 
-    device = find_device(arguments.device)
     try:
-        controlnet = ControlNetModel.from_pretrained(arguments.controlnet, use_safetensors=True)
+        kind = ControlNetModel.load_config(name).get("_class_name")
+        if kind != "ControlNetModel":
+            raise ValueError(f"it is a {kind}")
+        return ControlNetModel.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--controlnet {arguments.controlnet}: cannot be read as a ControlNet ({reason})") from None
-    base = load_pipeline(arguments.base)
-    width, own = base.unet.config.cross_attention_dim, controlnet.config.cross_attention_dim
-    if own != width:
-        advice = "give one for the same family"
-        raise ValueError(
-            f"--controlnet {arguments.controlnet}: is asked with {own} numbers, BASE with {width}; {advice}"
-        )
+        raise ValueError(f"--controlnet {name}: cannot be read as a ControlNet ({reason})") from None
+
+
+def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any:
+    """The pipeline with ControlNet and LoRAs, on its device; ValueError where they do not fit each other."""
+    from diffusers import AutoPipelineForImage2Image
+
+    device = find_device(arguments.device)
+    controlnet, base = read_controlnet(arguments.controlnet), load_pipeline(arguments.base)
+    if base.unet.config.in_channels != base.vae.config.latent_channels:
+        raise ValueError(f"{arguments.base}: is a base for inpainting; give an ordinary one")
+    for name in ("cross_attention_dim", "block_out_channels"):
+        wanted, own = base.unet.config[name], controlnet.config[name]
+        if own != wanted:
+            found = f"has {name} = {own}, BASE {wanted}; give one for the same family"
+            raise ValueError(f"--controlnet {arguments.controlnet}: {found}")
     pipeline = AutoPipelineForImage2Image.from_pipe(base, controlnet=controlnet)
     names = add_loras(pipeline, loras)
     weigh_loras(pipeline, dict(zip(names, (weight for _, weight in loras), strict=True)))
+    if arguments.sampler is not None:
+        use_sampler(pipeline, arguments.sampler, [path for path, _ in loras])
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     return pipeline.to(device)
 
@@ -102,6 +127,7 @@ def restyle(pipeline: Any, image: Image.Image, edges: Image.Image, number: int, 
         generator=SlotRandom(arguments.seed, torch.tensor([number]), "sample").generators(),
         output_type="pt",
     )
+    check_finite(drawn.images)
     return as_pil(drawn.images[0].float().cpu())
 
 
@@ -117,12 +143,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1: none")
     parser.add_argument("--control-scale", type=float, default=0.8, help="how strongly edges act; 0: not at all")
     parser.add_argument("--steps", type=positive, default=30, help="of the sampler, of which strength takes a part")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the base's own")
     parser.add_argument("--max-side", type=positive, default=768, help="pixels; larger pictures are made smaller")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-edges", action="store_true", help="into the folder edges")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/style_transfer"))
     parser.add_argument("--device", help="default: cuda where there is one")
-    parser.set_defaults(words=words, only=None)
+    parser.set_defaults(words=words, only=None, names=None)
     return parser.parse_intermixed_args(words)
 
 
@@ -140,28 +167,28 @@ def run(arguments: argparse.Namespace) -> str:
     """Draws and writes what is asked for; says what."""
     check(arguments)
     loras, files = [parse_lora(text) for text in arguments.lora], pictures_of(arguments.pictures)
-    for path, _ in loras:  # before a base is loaded, or downloaded
-        read_lora(path)
-    pipeline = build(arguments, loras)
-    if arguments.max_side < pipeline.vae_scale_factor:
-        raise ValueError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
-    prepare_folder(arguments.output_dir)
-    names = names_of(files)
-    for number, (file, name) in enumerate(
-        zip(tqdm(files, desc="pictures", disable=len(files) == 1), names, strict=True)
-    ):
-        if arguments.only not in (None, number):
-            continue
-        image = fitted(read_picture(file), pipeline.vae_scale_factor, arguments.max_side)
-        edges = edges_of(image)
-        read = [file, *(find_lora(path) for path, _ in loras)]
-        settings = settings_of(["style_transfer", *arguments.words], read, pipeline.device)
-        settings |= {"pinned": {"only": number}, "picture": str(file), "size": list(image.size)}
-        made = {f"{name}.png": restyle(pipeline, image, edges, number, arguments)}
-        made |= {f"edges/{name}.png": edges} if arguments.save_edges else {}
-        for target, picture in made.items():
-            save_picture(picture, arguments.output_dir / target, settings | {"file": target})
-    write_settings(arguments.output_dir / MARK, {"command": ["style_transfer", *arguments.words]})
+    names = [Path(name).name for name in arguments.names or names_of(files)]
+    numbers = range(len(files)) if arguments.only is None else [arguments.only]
+    with output_folder(arguments.output_dir, [*files, *(path for path, _ in loras)]) as folder:
+        for path, _ in loras:  # before a base is loaded, or downloaded
+            read_lora(path)
+        for file in files:
+            read_picture(file)
+        pipeline = build(arguments, loras)
+        if arguments.max_side < pipeline.vae_scale_factor:
+            raise ValueError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
+        progress = tqdm(files, desc="pictures", disable=len(files) == 1)
+        for number, file, name in zip(numbers, progress, names, strict=True):
+            image = fitted(read_picture(file), pipeline.vae_scale_factor, arguments.max_side)
+            edges = edges_of(image)
+            read = [file, *(find_lora(path) for path, _ in loras)]
+            settings = settings_of(["style_transfer", *arguments.words], read, pipeline.device)
+            settings |= {"pinned": {"only": number, "pictures": [str(file)], "names": [name]}}
+            settings |= {"size": list(image.size), "options": {name: getattr(arguments, name) for name in OPTIONS}}
+            made = {f"{name}.png": restyle(pipeline, image, edges, number, arguments)}
+            made |= {f"edges/{name}.png": edges} if arguments.save_edges else {}
+            for target, picture in made.items():
+                save_picture(picture, folder / target, settings | {"file": target})
     return f"{len(files)} pictures: {arguments.output_dir}"
 
 

@@ -195,7 +195,7 @@ def test_sampled_pictures_are_those_of_the_pipeline(trained, tmp_path, monkeypat
         [torch.frombuffer(bytearray(p), dtype=torch.uint8).reshape(1, 16, 16) for p in pictures(tmp_path).values()]
     )
     assert (found / 255 - drawn).abs().max() <= 1.01 / 255
-    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings = json.loads((tmp_path / "samples.json").read_text())
     assert (settings["seed"], settings[TASK]["guidance_scale"], settings[TASK]["sampler"]) == (4, 2.5, "ddim")
 
 
@@ -303,7 +303,7 @@ def test_flags_and_overrides_are_checked_together(trained, run_in_process, tmp_p
         tmp_path / "out",
     ]
     call(monkeypatch, sample, trained, *options)
-    assert json.loads((tmp_path / "out/settings.json").read_text())[TASK]["classifier_scale"] == 4
+    assert json.loads((tmp_path / "out/samples.json").read_text())[TASK]["classifier_scale"] == 4
 
 
 def test_no_steps_to_animate(trained, tmp_path, monkeypatch):

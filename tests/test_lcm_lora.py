@@ -395,8 +395,10 @@ def test_another_sampler_may_take_more_steps(tiny_config):
 
 
 def test_mistakes_that_show_later(tiny_config, tmp_path, capsys):
-    assert main([str(tiny_config("lcm_lora", **{"lcm_lora.num_ddim_timesteps": 2000}))]) == 1
-    assert "lcm_lora.num_ddim_timesteps = 2000: the base model has 1000 timesteps" in capsys.readouterr().err
+    for number, nearest in ((2000, 1000), (60, 50), (300, 250)):
+        assert main([str(tiny_config("lcm_lora", **{"lcm_lora.num_ddim_timesteps": number}))]) == 1
+        expected = f"lcm_lora.num_ddim_timesteps = {number}: must divide the base's 1000 timesteps; take {nearest}"
+        assert expected in capsys.readouterr().err
     shutil.copytree(tiny_models.model("sd1"), tmp_path / "flow")
     flow = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     (tmp_path / "flow" / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow))

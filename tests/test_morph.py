@@ -24,7 +24,7 @@ from trainers.common.fitting import fit, size_between, unfit
 from trainers.common.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
 from trainers.common.lora_files import save_lora
 from trainers.common.lora_pipeline import load_pipeline
-from trainers.common.morphing import Morph, SharedAttention, evenly_distant
+from trainers.common.morphing import Morph, SharedAttention, check_morph, evenly_distant
 from trainers.common.sampling import denoise
 from trainers.engine import animation
 from trainers.engine.messages import Interrupted
@@ -374,7 +374,7 @@ def test_keys_and_values_of_self_attention_in_up_blocks_are_mixed(loras):
     assert not any(layer._forward_hooks for layer in morph.shared.layers)
 
 
-@pytest.mark.parametrize(("attention", "steps"), [(0.0, 0), (0.6, 3), (1.0, 5)])
+@pytest.mark.parametrize(("attention", "steps"), [(0.0, 0), (0.5, 2), (0.75, 4), (1.0, 5)])
 def test_attention_is_shared_in_the_first_steps(loras, monkeypatch, attention, steps):
     used, at = [], SharedAttention.at
     monkeypatch.setattr(SharedAttention, "at", lambda self, weight: (used.append(weight), at(self, weight))[1])
@@ -384,8 +384,11 @@ def test_attention_is_shared_in_the_first_steps(loras, monkeypatch, attention, s
 
 def test_bases_that_do_not_fit(loras):
     pipeline = load_pipeline(model("sd1"))
+    bare = SimpleNamespace(unet=torch.nn.Linear(1, 1), vae=pipeline.vae)
+    bare.unet.config = SimpleNamespace(in_channels=4)
     with pytest.raises(ValueError, match="no self-attention in its up blocks; give --attention 0"):
-        SharedAttention(torch.nn.Linear(1, 1))
+        check_morph(bare, [], 0.6)
+    check_morph(bare, [], 0.0)
     pipeline.unet.register_to_config(in_channels=9)
     with pytest.raises(ValueError, match="the base's UNet reads 9 channels; inpainting bases do not fit"):
         Morph(pipeline, loras(), PROMPTS, 2, 0.0, False)
@@ -407,7 +410,9 @@ def test_frames_are_spaced_evenly():
 # --- pictures of any aspect
 
 
-@pytest.mark.parametrize(("width", "height", "size"), [(40, 20, (16, 32)), (15, 45, (32, 11)), (8, 8, (32, 32))])
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(40, 20, (16, 32)), (15, 45, (32, 11)), (8, 8, (32, 32)), (200, 1, (1, 32))]
+)
 def test_pictures_are_fitted_not_squashed(width, height, size):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
     fitted = fit(picture, 32)
@@ -507,16 +512,15 @@ def test_loras_are_trained_and_found_again(tmp_path, pictures, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "no morph.mp4: neither imageio with imageio-ffmpeg nor av is installed" in printed
     assert "3 frames (first and last: " in printed
-    written = {"frames", "morph.gif", "morph.json", "morph.png", "settings.json"}
+    written = {"frames", "morph.gif", "morph.json", "morph.png", ".diffloop.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == written
     sizes = [Image.open(tmp_path / "out" / "frames" / f"0000{number}.png").size for number in range(3)]
     assert sizes == [(32, 16), (24, 24), (16, 32)]
     assert Image.open(tmp_path / "out" / "morph.gif").size == (32, 32)
 
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    settings = json.loads(Image.open(tmp_path / "out" / "morph.gif").info["comment"])
     sheet = read_settings(tmp_path / "out" / "morph.png")
     assert sheet == json.loads((tmp_path / "out" / "morph.json").read_text()) == settings | {"file": "morph.png"}
-    assert settings == json.loads(Image.open(tmp_path / "out" / "morph.gif").info["comment"])
     for number, end in ((0, 0), (2, 1)):
         drawn = np.array(Image.open(tmp_path / "out" / "frames" / f"0000{number}.png")) / 255
         wanted = np.array(Image.open(pictures[end]).resize(drawn.shape[1::-1], Image.Resampling.LANCZOS)) / 255
@@ -552,6 +556,20 @@ def test_loras_are_trained_and_found_again(tmp_path, pictures, monkeypatch, caps
     given = ["--lora-a", loras[0], "--prompt", "a: photo", "--prompt-b", "another", *FEW, *TRAINING]
     call(monkeypatch, model("sd1"), *pictures, "--output-dir", tmp_path / "other", *given)
     assert len(list(tmp_path.glob("lora-*"))) == 3  # another prompt of the last picture
+
+
+def test_a_lora_of_another_base_is_not_found(tmp_path, pictures, monkeypatch):
+    """A base that was trained on in its folder is another one."""
+    shutil.copytree(model("sd1"), tmp_path / "base")
+    words = [tmp_path / "base", *pictures, "--output-dir", tmp_path / "out", *FEW, *TRAINING]
+    call(monkeypatch, *words)
+    assert len(list(tmp_path.glob("lora-*"))) == 2
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base" / "unet")
+    with torch.no_grad():
+        unet.conv_in.weight.mul_(1.1)
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    call(monkeypatch, *words)
+    assert len(list(tmp_path.glob("lora-*"))) == 4
 
 
 def test_the_autoencoder_stays_in_float32():
@@ -639,13 +657,20 @@ def test_mistakes_are_messages(tmp_path, pictures, loras, monkeypatch):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             call(monkeypatch, *places.values(), *both, *options)
     training = [model("sd1"), *pictures, "--output-dir", tmp_path / "out", *FEW]
+    dora, other = make_lora(tmp_path / "dora", 3, use_dora=True), loras("sdxl")[0]
     for options, message in (
+        (["--lora-a", dora], "is a DoRA, whose weights are no sum"),
+        (["--lora-a", other], "take the base that it was trained on"),
+        (["--attention", "0.1"], "--attention 0.1: is none of 2 steps; raise it, or give 0"),
+        (["lora.use_dora=true"], "lora.use_dora: the weights of a DoRA are no sum that can be mixed; leave it out"),
+        (["base.caption=else"], "base.caption=else: scripts/morph.py sets it from its own options; leave it out"),
+        (["lora.pretrained_model_name_or_path=x"], "lora.pretrained_model_name_or_path=x: scripts/morph.py sets it"),
         (["lora.rnak=2"], "lora.rnak = 2: unknown option; did you mean lora.rank"),
         (["--config", tmp_path / "none.yaml"], "config file .*none.yaml does not exist"),
     ):
         with pytest.raises(SystemExit, match=rf"(?s)error: .*{message}"):
             call(monkeypatch, *training, *options)
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "text.png", "wide.png", "tall.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "text.png", "wide.png", "tall.png", "dora"}
 
 
 def test_a_distance_that_cannot_be_had_and_a_signal_while_training(tmp_path, pictures, monkeypatch, capsys):

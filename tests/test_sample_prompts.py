@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 
 import diffusers
@@ -10,15 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import lora_file, model
 
 from scripts import merge_lora, sample
 from scripts.prompts import row_names
 from train import main
+from trainers.common.consistency import lcm_scheduler
+from trainers.common.lora_pipeline import parse_lora
+from trainers.common.prompted_drawing import for_pipelines
 from trainers.engine.drawing import evaluation_mode
 from trainers.engine.grids import labelled_grid
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.picture_files import read_settings
+from trainers.engine.picture_files import read_settings, save_picture
 from trainers.engine.randomness import SlotRandom
 
 CAT, DOG = "a photo of a cat", "a photo of a dog"
@@ -220,6 +227,13 @@ def test_a_weight_of_a_single_lora_names_the_column(trained, call):
     assert {"weight_0.png", "weight_0.5.png", "weight_0/00000.png", "lora_scales.png"} <= found.keys()
 
 
+def test_a_grid_of_one(call, loras):
+    options = ["--prompt", CAT, "--steps", 1, "--lora", f"{loras[0]}:-0.5", "--lora-scales"]
+    one = call(model("sd1"), *options, "0.5")
+    assert (one["lora_scales.png"][-130:-2, 132:-2][::4, ::4] == one["weight_-0.25/00000.png"]).all()
+    assert {"weight_0.png", "weight_-0.5.png"} <= call(model("sd1"), *options, "0,1", to="two").keys()
+
+
 def test_labels_of_a_grid():
     pictures = {name: torch.full((2, 3, 128, 128), value) for name, value in (("one", 0.25), ("two", 0.5))}
     grid = labelled_grid(pictures, ["first row", "second"])
@@ -267,6 +281,34 @@ def test_inpainting_leaves_the_rest(trained, call, tmp_path, size):
         assert picture.shape == pixels.shape
         assert (picture[:, :half] == pixels[:, :half]).all()
         assert np.abs(picture[:, half:] - pixels[:, half:]).mean() > 10
+
+
+def test_a_mask_on_a_transparent_layer(trained, call, tmp_path):
+    """White paint on nothing: only what is painted is drawn anew."""
+    pixels, (_, image, _, mask) = painted(tmp_path)
+    layer = np.zeros((32, 40, 4), np.uint8)
+    layer[:12, :12] = 255
+    Image.fromarray(layer).save(mask)
+    found = call(trained, "--prompt", CAT, "--image", image, "--mask", mask)["samples/00000.png"]
+    changed = (found != pixels).any(2)
+    assert changed[:12, :12].mean() > 0.9
+    assert not changed[12:].any()
+    assert not changed[:, 12:].any()
+
+
+def test_inpainting_by_a_flow(run_in_process, call, tmp_path):
+    """The Euler method of flows has scale_noise, (1 - s) x + s noise, where the pipeline asks for add_noise."""
+    options = {"text_to_image.objective": "rectified_flow", "text_to_image.noise_offset": 0.0}
+    folder = run_in_process("run", "text_to_image", **options)
+    pixels, options = painted(tmp_path)
+    found = call(folder, "--prompt", CAT, *options, "--sampler", "euler", "--strength", 0.9)["samples/00000.png"]
+    assert (found[:, :20] == pixels[:, :20]).all()
+    assert np.abs(found[:, 20:] - pixels[:, 20:]).mean() > 10
+    sampler = for_pipelines(diffusers.FlowMatchEulerDiscreteScheduler())
+    sampler.set_timesteps(4)
+    x, noise = torch.randn(2, 1, 4, 8, 8)
+    for timestep, sigma in zip(sampler.timesteps, sampler.sigmas[:-1], strict=True):
+        torch.testing.assert_close(sampler.add_noise(x, noise, timestep[None]), (1 - sigma) * x + sigma * noise)
 
 
 def test_inpainting_is_the_pipelines(call, tmp_path, loras):
@@ -352,8 +394,6 @@ def test_pictures_that_cannot_be_drawn_again(call, loras, tmp_path, monkeypatch)
         once_more(monkeypatch, path)
     lora.write_bytes(content)
 
-    from trainers.engine.picture_files import save_picture
-
     save_picture(Image.new("RGB", (32, 32)), path, settings)
     with pytest.raises(
         SystemExit, match=r"00000-again.png: differs from .* by up to \d+ of 255; it was made on cpu with"
@@ -363,11 +403,121 @@ def test_pictures_that_cannot_be_drawn_again(call, loras, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="has another size than"):
         once_more(monkeypatch, path)
     save_picture(Image.new("RGB", (3, 3)), path, settings | {"command": ["os", "x"]})
-    with pytest.raises(SystemExit, match="was made by os; known are sample, style_transfer, morph"):
+    with pytest.raises(
+        SystemExit,
+        match="has other settings than those of this version's sample, style_transfer, morph; it cannot be repeated",
+    ):
         once_more(monkeypatch, path)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(SystemExit, match="does not say how it was made"):
         once_more(monkeypatch, tmp_path / "text.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": 0}, "other settings than those"),
+        ({"command": []}, "other settings than those"),
+        ({"files": None}, "other settings than those"),
+        ({"file": "/etc/x.png"}, "other settings than those"),
+        ({"file": "../x.png"}, "other settings than those"),
+        ({"pinned": {"only": 0, "path": "run", "device": "cpu"}}, "other settings than those"),
+        (
+            {"command": ["sample", "run", "base.trainer_class=os:x"]},
+            "its settings name code .*draw it by its own command",
+        ),
+        ({"command": ["sample", "run", "base.dataset=os:x"]}, "its settings name code"),
+    ],
+)
+def test_pictures_from_elsewhere(tmp_path, monkeypatch, changes, message):
+    """Settings of a PNG are not trusted to choose code, or where something is read or written."""
+    settings = {"command": ["sample", "run"], "files": {}, "device": "cpu", "versions": {}, "threads": 1}
+    settings |= {"file": "samples/00000.png", "pinned": {"only": 0, "path": "run"}}
+    save_picture(Image.new("RGB", (3, 3)), tmp_path / "a.png", settings | changes)
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}/a.png: .*{message}"):
+        once_more(monkeypatch, tmp_path / "a.png")
+    save_picture(Image.new("RGB", (3, 3)), tmp_path / "a.png", [1])
+    with pytest.raises(SystemExit, match="does not say how it was made"):
+        once_more(monkeypatch, tmp_path / "a.png")
+
+
+def test_as_many_threads_as_before(call, tmp_path, monkeypatch):
+    """Another number of threads may sum in another order."""
+    call(model("sd1"), "--prompt", CAT, "--steps", 1)
+    path = tmp_path / "out" / "samples" / "00000.png"
+    before, asked = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    save_picture(Image.open(path), path, read_settings(path) | {"threads": 3})
+    once_more(monkeypatch, path)
+    assert asked == [3]
+    assert torch.get_num_threads() == before
+
+
+def test_prompts_with_a_byte_order_mark(call, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{CAT}\n\n", encoding="utf-8-sig")
+    found = call(model("sd1"), "--prompts", tmp_path / "prompts.txt", "--steps", 1)
+    assert (found["samples/00000.png"] == call(model("sd1"), "--prompt", CAT, "--steps", 1)["samples/00000.png"]).all()
+
+
+def test_lcms_sampler_for_a_pipeline(call, tmp_path):
+    """With the teacher's steps that the LoRA was distilled with, or 50; and a LoRA of a style beside it."""
+    other = tmp_path / "style"
+    other.mkdir()
+    lora, style = lora_file(tmp_path), lora_file(other, seed=1)
+    words = [
+        "--prompt",
+        CAT,
+        "--steps",
+        3,
+        "--guidance",
+        1,
+        "--sampler",
+        "lcm",
+        "--lora",
+        lora,
+        "--lora",
+        f"{style}:0.5",
+    ]
+    for steps, number in ((None, 50), (20, 20)):
+        if steps:
+            with safe_open(lora, framework="pt") as file:
+                about = file.metadata() | {"num_ddim_timesteps": str(steps)}
+            save_file(load_file(lora), lora, about)
+        pipeline = pipeline_of(model("sd1"))
+        settings = pipeline.scheduler.config
+        pipeline.scheduler = diffusers.LCMScheduler.from_config(settings, original_inference_steps=number)
+        for name, file in (("a", lora), ("b", style)):
+            pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        pipeline.set_adapters(["a", "b"], [1.0, 0.5])
+        found = call(model("sd1"), *words, to=str(number))["samples/00000.png"]
+        assert close(found, drawn_by(pipeline, [CAT], num_inference_steps=3, guidance_scale=1.0)[0])
+
+
+def test_lcms_sampler_keeps_what_a_file_leaves_out():
+    """diffusers would fill in LCM's own betas, which are others."""
+    sparse = diffusers.DDIMScheduler.from_config({"_class_name": "DDIMScheduler", "clip_sample": True})
+    found = lcm_scheduler(sparse, 20)
+    assert torch.equal(found.alphas_cumprod, sparse.alphas_cumprod)
+    assert not torch.equal(diffusers.LCMScheduler.from_config(sparse.config).alphas_cumprod, sparse.alphas_cumprod)
+    assert (found.config.original_inference_steps, found.config.clip_sample) == (20, False)
+
+
+def test_a_lora_whose_name_has_a_colon(tmp_path):
+    (tmp_path / "style").mkdir()
+    file = tmp_path / "style:2.safetensors"
+    file.touch()
+    assert parse_lora(str(file)) == (file, 1.0)
+    assert parse_lora(f"{file}:0.5") == (file, 0.5)
+
+
+def test_dropout_of_a_file_does_not_act(call, tmp_path):
+    lora = lora_file(tmp_path, lora_dropout=0.9)
+    one, two = (call(model("sd1"), "--prompt", CAT, "--steps", 1, "--lora", lora, to=name) for name in "ab")
+    assert (one["samples/00000.png"] == two["samples/00000.png"]).all()
+    pipeline = pipeline_of(model("sd1"))
+    pipeline.load_lora_weights(lora.parent)
+    pipeline.unet.eval()
+    assert close(one["samples/00000.png"], drawn_by(pipeline, [CAT], num_inference_steps=1)[0])
 
 
 # --- mistakes
@@ -388,6 +538,13 @@ WRONG = [
     (["RUN", "--lora-scales", "1,1"], "--lora-scales 1,1: must be different numbers"),
     (["RUN", "--lora-scales", "0,nan"], "--lora-scales 0,nan: must be different numbers"),
     (["RUN", "--lora-scales", "0,1", "--gif"], "--gif: shows one scale; leave out --lora-scales"),
+    (["BASE", "--prompt", "x", "--lora", "LORA:0", "--lora-scales", "0.5,1"], "weight 0, weight 0: the columns are alike"),
+    (["BASE", "--prompt", "x", "--lora", "LORA", "--lora-scales", "1,1.0000001"], "weight 1, weight 1: the columns are"),
+    (["BASE", "--prompt", "x", "--lora", "LORA:1e30"], "the pictures are not finite; the LoRAs' weights are too large"),
+    (["BASE", "--prompt", "x", "--lora", "RENAMED"], "renamed.lora: the name of a LoRA must end in .safetensors"),
+    (["BASE", "--prompt", "x", "--guidance", "1", "--guidance-rescale", "0.5"], "--guidance-rescale 0.5: has no effect with"),
+    (["BASE", "--prompts", "LATIN"], "latin.txt: is no text in UTF-8"),
+    (["BASE", "--prompt", "x", "--image", "IMAGE", "--mask", "BLACK"], "--mask: nothing in it is white, so nothing would"),
     (["RUN", "--clip-skip", "2"], "--clip-skip 2: the text encoder has 2 layers; give at most 1"),
     (["RUN", "--negative-prompt", "x", "--guidance", "1"], "--negative-prompt: has no effect with guidance 1; give"),
     (["RUN", "--classes", "3"], "--classes 3: task lora has no option valid_classes"),
@@ -410,8 +567,18 @@ def places(trained, tmp_path_factory):
     painted(folder)
     Image.new("L", (3, 5)).save(folder / "other.png")
     (folder / "empty").touch()
+    (folder / "latin.txt").write_bytes("a café".encode("latin-1"))
+    Image.new("L", (40, 32)).save(folder / "black.png")
+    lora = lora_file(folder)
+    shutil.copy(lora, folder / "renamed.lora")
     assert main(["configs/tests/ddpm.json", f"base.output_dir={folder / 'ddpm'}"]) == 0
     found = {"RUN": trained, "BASE": model("sd1"), "DDPM": folder / "ddpm", "EMPTY": folder / "empty"}
+    found |= {
+        "LORA": lora,
+        "RENAMED": folder / "renamed.lora",
+        "LATIN": folder / "latin.txt",
+        "BLACK": folder / "black.png",
+    }
     return found | {"IMAGE": folder / "image.png", "MASK": folder / "mask.png", "OTHER": folder / "other.png"}
 
 
@@ -419,7 +586,7 @@ def places(trained, tmp_path_factory):
 def test_mistakes(arguments, message, places, call, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as caught:
-        call(*[places.get(word, word) for word in arguments])
+        call(*[re.sub("^LORA", str(places["LORA"]), str(places.get(word, word))) for word in arguments])
     assert str(caught.value).startswith("error: ")
     assert message.replace("BASE", str(places["BASE"])) in str(caught.value)
 

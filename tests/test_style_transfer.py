@@ -249,8 +249,66 @@ def test_a_picture_is_drawn_again(call, pictures, tmp_path, monkeypatch, capsys,
     assert (np.asarray(Image.open(again)) == found[file]).all()
 
 
+def test_a_picture_again_where_its_folder_has_grown(call, pictures, tmp_path, monkeypatch):
+    """Numbers and names of the files are others then; the noise is that of the picture's own number."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("m.png", "n.png"):
+        shutil.copy(pictures / "disc.png", folder / name)
+    found = call("sd1", folder)
+    assert (found["m.png"] != found["n.png"]).any()
+    shutil.copy(pictures / "step.jpg", folder / "a.jpg")
+    shutil.copy(pictures / "step.jpg", folder / "n.jpg")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--again", str(tmp_path / "out" / "n.png")])
+    sample.main()
+    assert (np.asarray(Image.open(tmp_path / "out" / "n-again.png")) == found["n.png"]).all()
+
+
+def test_the_settings_say_every_option(call, pictures, tmp_path):
+    call("sd1", pictures / "disc.png", "--strength", 0.5)
+    options = read_settings(tmp_path / "out" / "disc.png")["options"]
+    expected = {"strength": 0.5, "guidance": 7.5, "control_scale": 0.8, "seed": 0, "steps": 3, "prompt": CAT}
+    assert options.items() >= expected.items()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "I;16", "P"])
+def test_any_kind_of_picture(call, tmp_path, mode):
+    grey = Image.fromarray(np.linspace(0, 255, 32 * 48).reshape(32, 48).astype(np.uint8))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    (deep if mode == "I;16" else grey.convert(mode)).save(tmp_path / "a.png")
+    plain = grey.convert("RGB")
+    plain.save(tmp_path / "plain.png")
+    found = call("sd1", tmp_path / "a.png")["a.png"]
+    assert (found == call("sd1", tmp_path / "plain.png", to="plain")["plain.png"]).all()
+
+
+def test_another_sampler(call, controlnets, pictures):
+    found = call("sd1", pictures / "disc.png", "--sampler", "lcm", "--guidance", 1, "--strength", 0.7)
+    pipeline = diffusers.StableDiffusionControlNetImg2ImgPipeline.from_pretrained(
+        model("sd1"), controlnet=diffusers.ControlNetModel.from_pretrained(controlnets("sd1"))
+    )
+    pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    image = Image.open(pictures / "disc.png").convert("RGB")
+    edges = style_transfer.edges_of(image)
+    drawn = pipeline(
+        CAT,
+        image=image,
+        control_image=edges,
+        height=32,
+        width=48,
+        strength=0.7,
+        guidance_scale=1.0,
+        controlnet_conditioning_scale=0.8,
+        num_inference_steps=3,
+        generator=SlotRandom(0, torch.tensor([0]), "sample").generators()[0],
+        output_type="np",
+    ).images[0]
+    assert np.abs(found["disc.png"] - drawn * 255).max() <= 1
+
+
 WRONG = [
-    (["none.png"], "none.png: is no picture, and no folder with any (.bmp, .jpeg, .jpg"),
+    (["none.png"], "none.png: is no picture, and no folder with any (.bmp, .gif, .jpeg, .jpg"),
     (["NOTES"], "notes.txt: cannot be read as a picture (cannot identify image file"),
     (["DISC", "--strength", "0"], "--strength 0: must be above 0 and at most 1"),
     (["DISC", "--strength", "0.3"], "--strength 0.3: leaves none of 3 steps; raise it or --steps"),
@@ -258,13 +316,17 @@ WRONG = [
     (["DISC", "--control-scale", "nan"], "--control-scale nan: must be at least 0"),
     (["DISC", "--guidance", "1", "--negative-prompt", "x"], "--negative-prompt: has no effect with guidance 1"),
     (["DISC", "--max-side", "3"], "--max-side 3: must be at least 4"),
+    (["LINE", "--max-side", "100"], "--max-side 100: leaves too little of a picture of 1000 x 10 pixels; raise it"),
+    (["DISC", "--lora", "OTHER"], "changes unet.down_blocks"),
     (["DISC", "--lora", "none.safetensors"], "no file none.safetensors; give a LoRA as .safetensors"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
-def test_mistakes(arguments, message, call, pictures):
-    places = {"DISC": pictures / "disc.png", "NOTES": pictures / "notes.txt"}
+def test_mistakes(arguments, message, call, pictures, tmp_path):
+    places = {"DISC": pictures / "disc.png", "NOTES": pictures / "notes.txt", "LINE": tmp_path / "line.png"}
+    Image.new("RGB", (1000, 10)).save(places["LINE"])
+    places["OTHER"] = lora_file(tmp_path, "sdxl")
     with pytest.raises(SystemExit) as caught:
         call("sd1", *[places.get(word, word) for word in arguments])
     assert str(caught.value).startswith("error: ")
@@ -278,8 +340,17 @@ def test_controlnets_that_do_not_fit(pictures, controlnets, tmp_path, monkeypatc
         style_transfer.main()
 
     with pytest.raises(
-        SystemExit, match="controlnet: is asked with 64 numbers, BASE with 32; give one for the same family"
+        SystemExit, match="controlnet: has cross_attention_dim = 64, BASE 32; give one for the same family"
     ):
         redraw(controlnets("sdxl"))
     with pytest.raises(SystemExit, match=f"--controlnet {tmp_path}: cannot be read as a ControlNet"):
         redraw(tmp_path)
+    with pytest.raises(SystemExit, match="cannot be read as a ControlNet .it is a UNet2DConditionModel"):
+        redraw(model("sd1") / "unet")
+    shutil.copytree(model("sd1"), tmp_path / "nine")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(model("sd1") / "unet", in_channels=9, low_cpu_mem_usage=False,
+                                                          ignore_mismatched_sizes=True)  # fmt: skip
+    unet.save_pretrained(tmp_path / "nine" / "unet")
+    monkeypatch.setattr(sys.modules[__name__], "model", lambda family: tmp_path / "nine")
+    with pytest.raises(SystemExit, match="nine: is a base for inpainting; give an ordinary one"):
+        redraw(controlnets("sd1"))

@@ -69,14 +69,11 @@ class LCMLoRATrainer(AdapterTrainer):
     )
 
     def build_objective(self) -> Learned:
-        from diffusers import LCMScheduler
-
-        from trainers.common.consistency import ConsistencyObjective
+        from trainers.common.consistency import ConsistencyObjective, lcm_scheduler
 
         config, base_model = self.config, self.base_model
         huber_c = config.huber_c if config.loss_type == "huber" else None
-        steps = {"original_inference_steps": config.num_ddim_timesteps}
-        scheduler = LCMScheduler.from_config(base_model.sampler.config, **steps)
+        scheduler = lcm_scheduler(base_model.sampler, config.num_ddim_timesteps)
         try:
             distances = [ConsistencyObjective(scheduler, config.w_min, config.w_max, c) for c in (huber_c, None)]
         except ValueError as error:
@@ -106,11 +103,9 @@ class LCMLoRATrainer(AdapterTrainer):
     @classmethod
     def load_pipeline(cls, output_dir: str | Path) -> Any:
         """The base model with the adapter and LCM's scheduler."""
-        from diffusers import LCMScheduler
-
+        from trainers.common.consistency import lcm_scheduler
         from trainers.common.lora_files import read_about
 
         pipeline, steps = super().load_pipeline(output_dir), int(read_about(Path(output_dir))["num_ddim_timesteps"])
-        settings = pipeline.scheduler.config
-        pipeline.scheduler = LCMScheduler.from_config(settings, original_inference_steps=steps)
+        pipeline.scheduler = lcm_scheduler(pipeline.scheduler, steps)
         return pipeline

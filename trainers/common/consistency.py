@@ -12,7 +12,7 @@ from trainers.base import RandomSource
 from trainers.common.objective import Part, Predict, Timesteps, masked_mean
 
 if TYPE_CHECKING:
-    from diffusers import LCMScheduler
+    from diffusers import LCMScheduler, SchedulerMixin
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -36,8 +36,9 @@ class ConsistencyObjective:
     def __init__(self, scheduler: LCMScheduler, w_min: float, w_max: float, huber_c: float | None = None) -> None:
         settings = scheduler.config
         steps, total = settings.original_inference_steps, settings.num_train_timesteps
-        if steps > total:
-            raise ValueError(f"num_ddim_timesteps = {steps}: the base model has {total} timesteps; take a part of them")
+        if total % steps:  # the first step of drawing would start below the noise that there is
+            nearest = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
+            raise ValueError(f"num_ddim_timesteps = {steps}: must divide the base's {total} timesteps; take {nearest}")
         if settings.prediction_type not in PREDICTION_TYPES:
             found = f"must be one of {', '.join(PREDICTION_TYPES)}; another base model is needed"
             raise ValueError(f"prediction_type = {settings.prediction_type}: {found}")
@@ -100,6 +101,15 @@ class ConsistencyObjective:
         if self.huber_c is None:
             return error.square()
         return (error.square() + self.huber_c**2).sqrt() - self.huber_c
+
+
+def lcm_scheduler(scheduler: SchedulerMixin, original_inference_steps: int) -> LCMScheduler:
+    """LCM's over the noise of a base's scheduler, whose file may leave betas to its own class's defaults."""
+    from diffusers import LCMScheduler
+
+    settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    settings |= {"clip_sample": False, "thresholding": False, "original_inference_steps": original_inference_steps}
+    return LCMScheduler.from_config(settings)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 Size = tuple[int, int]  # height and width, pixels
@@ -26,7 +26,9 @@ class Fitted(NamedTuple):
 
 def fit(picture: Image.Image, side: int) -> Fitted:
     """Resizes a picture such that its longer side is `side`, with its aspect kept, and pads the other one."""
-    resized = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    scale = side / max(picture.size)
+    sides = [max(1, round(length * scale)) for length in picture.size]
+    resized = picture.resize(sides, Image.Resampling.LANCZOS)
     width, height = resized.size
     top, left = _corner(side, (height, width))
     margins = ((top, side - height - top), (left, side - width - left), (0, 0))

@@ -169,10 +169,15 @@ def _check_pairs(file: Path, name: str, state: dict[str, Tensor]) -> None:
 
 
 def find_lora(path: Path) -> Path:
-    """The file itself, or a folder's pytorch_lora_weights.safetensors; FileNotFoundError without one."""
+    """The file itself, or a folder's pytorch_lora_weights.safetensors; FileNotFoundError without one.
+
+    Raises ValueError for another ending.
+    """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; give a LoRA as .safetensors, or a folder with {FILE_NAME}")
+    if file.suffix != ".safetensors":  # diffusers would take it for a pickle
+        raise ValueError(f"{file}: the name of a LoRA must end in .safetensors; other formats are not read")
     return file
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainers.common.lora_files import LoraFile, find_lora, read_lora
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
     """File and weight of FILE[:WEIGHT]; what follows the last colon belongs to the path unless it is a number."""
+    if Path(text).exists():
+        return Path(text), 1.0
     path, colon, number = text.rpartition(":")
     try:
         weight = float(number) if colon else None
@@ -82,6 +85,12 @@ def weigh_loras(pipeline: Any, weights: dict[str, float]) -> None:
 def check_negative_prompt(text: str | None, guidance: float) -> None:
     if text is not None and guidance <= 1:
         raise ValueError(f"--negative-prompt: has no effect with guidance {guidance:g}; give --guidance above 1")
+
+
+def check_finite(images: Tensor) -> None:
+    """ValueError where a pipeline drew what is no picture; diffusers' postprocessing makes NaN black, if anything."""
+    if not images.isfinite().all():
+        raise ValueError("the pictures are not finite; the LoRAs' weights are too large, or the precision is too low")
 
 
 def check_strength(strength: float, steps: int) -> None:

@@ -20,8 +20,8 @@ from trainers.common.inversion import (
     slerp,
     with_statistics_between,
 )
-from trainers.common.lora_files import adapter_settings
-from trainers.common.lora_pipeline import add_loras
+from trainers.common.lora_files import adapter_settings, read_lora
+from trainers.common.lora_pipeline import add_loras, check_fit
 from trainers.common.prompts import EMBEDS, POOLED, size_conditions
 
 Progress = Callable[[Iterable, str], Iterable]  # steps and what they do
@@ -32,7 +32,7 @@ class Morph:
 
     What is mixed are weights of the *differences*: at w both LoRAs act, and a weight W is W + (1 - w) D_1 + w D_2 with
     D = alpha / r B A. The factors B and A themselves are not mixed, whose product would hold B_1 A_2 and B_2 A_1, too.
-    Raises ValueError for a LoRA that does not fit, or that is none of such differences (DoRA).
+    Raises what check_morph does.
     """
 
     def __init__(
@@ -46,15 +46,7 @@ class Morph:
     ) -> None:
         self.pipeline, self.unet, self.adain = pipeline, pipeline.unet, adain
         self.sampler, self.inverse = ddim_schedulers(pipeline.scheduler, steps)
-        if self.unet.config.in_channels != pipeline.vae.config.latent_channels:
-            raise ValueError(
-                f"the base's UNet reads {self.unet.config.in_channels} channels; inpainting bases do not fit"
-            )
-        for lora in loras:
-            if any(settings["use_dora"] for settings in adapter_settings(lora).values()):
-                raise ValueError(
-                    f"{lora}: is a DoRA, whose weights are no sum that can be mixed; train without use_dora"
-                )
+        check_morph(pipeline, loras, attention)
         self.names = add_loras(pipeline, [(lora, 1.0) for lora in loras])
         self.shared = SharedAttention(self.unet) if attention else None
         self.shared_steps = round(attention * steps)
@@ -126,17 +118,30 @@ class Morph:
         return {EMBEDS: found[0]} | ({POOLED: found[2]} if hasattr(self.pipeline, "text_encoder_2") else {})
 
 
-class SharedAttention:
-    """Self-attention of a UNet's up blocks: keys and values of the ends are kept, those of a frame are mixed from them.
+def check_morph(pipeline: Any, loras: Iterable[Path], attention: float) -> None:
+    """ValueError for a base that cannot be morphed in, and for a LoRA that does not fit or is no difference (DoRA)."""
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise ValueError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
+    if attention and not shared_layers(pipeline.unet):
+        raise ValueError("the base's UNet has no self-attention in its up blocks; give --attention 0")
+    for lora in loras:
+        if any(settings["use_dora"] for settings in adapter_settings(lora).values()):
+            raise ValueError(f"{lora}: is a DoRA, whose weights are no sum that can be mixed; train without use_dora")
+        check_fit(lora, read_lora(lora), pipeline)
 
-    Raises ValueError where there is none.
-    """
+
+def shared_layers(unet: nn.Module) -> list[nn.Module]:
+    """What makes keys and values in the self-attention of its up blocks."""
+    names = [name for name, _ in unet.named_modules() if name.startswith("up_blocks") and name.endswith("attn1")]
+    return [unet.get_submodule(f"{name}.{kind}") for name in names for kind in ("to_k", "to_v")]
+
+
+class SharedAttention:
+    """Self-attention of a UNet's up blocks: keys and values of the ends are kept, those of a frame mixed from them."""
 
     def __init__(self, unet: nn.Module) -> None:
-        names = [name for name, _ in unet.named_modules() if name.startswith("up_blocks") and name.endswith("attn1")]
-        self.layers = [unet.get_submodule(f"{name}.{kind}") for name in names for kind in ("to_k", "to_v")]
-        if not self.layers:
-            raise ValueError("the base's UNet has no self-attention in its up blocks; give --attention 0")
+        self.layers = shared_layers(unet)
         self.ends: dict[float, list[Tensor]] = {}
 
     @contextmanager

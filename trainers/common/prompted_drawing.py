@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,18 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from trainers.base import RandomSource
-from trainers.common.lora_pipeline import check_negative_prompt, check_strength, weigh_loras
+from trainers.common.consistency import lcm_scheduler
+from trainers.common.lora_files import read_about
+from trainers.common.lora_pipeline import check_finite, check_negative_prompt, check_strength, weigh_loras
 from trainers.common.sampling import build_sampler, trained_with
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "euler", "lcm")
+DDIM_TIMESTEPS = 50  # of the teacher, in the published LCM-LoRAs
+WHITE = 128  # of 255: from here on a mask's pixel is drawn anew
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,15 @@ class Inpainting:
         if self.image.size != self.mask.size:
             (width, height), (w, h) = self.image.size, self.mask.size
             raise ValueError(f"--mask: has {w} x {h} pixels, and --image {width} x {height}; give one of the same size")
+        if self.mask.getextrema()[1] < WHITE:
+            raise ValueError("--mask: nothing in it is white, so nothing would be drawn")
 
     def composed(self, drawn: Tensor) -> Tensor:
         """The picture [N, 3, H, W] in its own size, with drawn ones where the mask is white: the rest is as it was."""
         width, height = self.image.size
         if drawn.shape[2:] != (height, width):
             drawn = nn.functional.interpolate(drawn, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-        return torch.where(pil_to_tensor(self.mask) >= 128, drawn, pil_to_tensor(self.image) / 255)
+        return torch.where(pil_to_tensor(self.mask) >= WHITE, drawn, pil_to_tensor(self.image) / 255)
 
 
 @dataclass(kw_only=True)
@@ -82,7 +92,14 @@ class PromptedPipeline:
         settings, pipeline = self.settings, self.pipeline
         if settings.lora_scales is not None and not self.loras:
             raise ValueError("--lora-scales: there is no LoRA; give one with --lora, or a run of task lora")
+        columns = [self.column(scale) for scale in settings.lora_scales or []]
+        if columns and (len(set(columns)) < len(columns) or not any(self.loras.values())):
+            shown = ", ".join(columns)
+            raise ValueError(f"--lora-scales: {shown}: the columns are alike; give weights and scales that differ")
         check_negative_prompt(settings.negative_prompt, settings.guidance_scale)
+        if settings.guidance_rescale and settings.guidance_scale <= 1:
+            found = f"has no effect with guidance {settings.guidance_scale:g}"
+            raise ValueError(f"--guidance-rescale {settings.guidance_rescale:g}: {found}; give --guidance above 1")
         if settings.clip_skip is not None:
             encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
             self._make_skippable([encoder for encoder in encoders if encoder is not None])
@@ -107,7 +124,7 @@ class PromptedPipeline:
     def column(self, scale: float) -> str:
         """What a scale is called: the weight of a single LoRA, the scale of several."""
         weights = list(self.loras.values())
-        return f"weight {weights[0] * scale:g}" if len(weights) == 1 else f"scale {scale:g}"
+        return f"weight {weights[0] * scale + 0.0:g}" if len(weights) == 1 else f"scale {scale:g}"  # + 0.0: never -0
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         """{"samples": pictures [N, 3, H, W] in [0, 1]}, or, where there are scales, those of each by its column."""
@@ -144,6 +161,7 @@ class PromptedPipeline:
 
     def _finished(self, images: Tensor) -> Tensor:
         images = images.float().cpu()
+        check_finite(images)
         return images if self.inpainting is None else self.inpainting.composed(images)
 
     def _keep_frame(self, pipeline: Any, step: int, timestep: Tensor, known: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,9 +171,17 @@ class PromptedPipeline:
         return known
 
 
-def use_sampler(pipeline: Any, name: str) -> None:
-    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++ or euler over the noise that it was trained with."""
-    pipeline.scheduler = for_pipelines(build_sampler(name, trained_with(pipeline.scheduler)))
+def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
+    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm over the noise that it was trained with.
+
+    lcm divides the time as the LoRA among these files was distilled, or else in 50.
+    """
+    noise = trained_with(pipeline.scheduler)
+    if name == "lcm" and noise.config.get("beta_schedule"):
+        said = [read_about(path).get("num_ddim_timesteps") for path in loras]
+        pipeline.scheduler = lcm_scheduler(noise, int(next(filter(None, said), DDIM_TIMESTEPS)))
+    else:
+        pipeline.scheduler = for_pipelines(build_sampler(name, noise))
 
 
 def for_pipelines(sampler: SchedulerMixin) -> SchedulerMixin:
@@ -163,4 +189,5 @@ def for_pipelines(sampler: SchedulerMixin) -> SchedulerMixin:
     if not hasattr(sampler, "init_noise_sigma"):
         sampler.init_noise_sigma = 1.0
         sampler.scale_model_input = lambda sample, timestep: sample
+        sampler.add_noise = lambda sample, noise, timesteps: sampler.scale_noise(sample, timesteps, noise)
     return sampler

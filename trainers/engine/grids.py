@@ -45,6 +45,8 @@ def labelled_grid(columns: dict[str, Tensor], rows: list[str]) -> Tensor:
     cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     channels, height, width = cells.shape[1:]
     grid = make_grid(cells, nrow=len(columns), padding=2, pad_value=1.0)
+    if len(cells) == 1:  # which make_grid does not pad
+        grid = torch.nn.functional.pad(grid, (2, 2, 2, 2), value=1.0)
     heads, names = _strips(list(columns), width), _strips(rows, READABLE_SIZE, height)
     top = torch.ones(channels, heads.shape[2], grid.shape[2])
     left = torch.ones(channels, heads.shape[2] + grid.shape[1], READABLE_SIZE + 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,6 @@ from torchvision.transforms.functional import to_pil_image
 from trainers.engine.manifest import sha256
 
 KEY = "diffloop"  # of the PNG's text chunk
-MARK = "settings.json"  # in a folder of drawn pictures: it may be emptied
 LIBRARIES = ("diffloop", "torch", "diffusers", "transformers", "peft")
 
 
@@ -42,20 +40,6 @@ def as_pil(image: Tensor) -> Image.Image:
     return to_pil_image((image * 255).round().to(torch.uint8))
 
 
-def check_folder(folder: Path) -> None:
-    """ValueError for a folder in which something else is than the pictures of an earlier call."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise ValueError(f"--output-dir {folder}: holds other files; choose a new folder")
-
-
-def prepare_folder(folder: Path) -> None:
-    """Makes the folder, without the pictures of an earlier call; ValueError where something else is in it."""
-    check_folder(folder)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
 def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     """Writes path (a PNG) and path.json; settings must be what JSON can hold."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +61,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: there is no such picture")
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(KEY)
-    except OSError:  # no picture at all
-        text = None
-    if text is None:
+            settings = json.loads(getattr(image, "text", {}).get(KEY) or "null")
+    except (OSError, ValueError):  # no picture at all, or another one's text
+        settings = None
+    if not isinstance(settings, dict):
         raise ValueError(f"{path}: does not say how it was made; give a PNG that diffloop's scripts wrote, unchanged")
-    return json.loads(text)
+    return settings

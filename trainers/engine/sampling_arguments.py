@@ -80,7 +80,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other option of the run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", help="of the sampler")
-    parser.add_argument("--sampler", help="ddpm, ddim or dpmsolver++; euler or dpmsolver++ of a flow")
+    parser.add_argument(
+        "--sampler", help="ddpm, ddim or dpmsolver++; euler or dpmsolver++ of a flow; lcm of a pipeline"
+    )
     parser.add_argument("--guidance", help="guidance scale; 1: none, 0: no class")
     parser.add_argument("--guidance-rescale", help="in [0, 1]")
     parser.add_argument("--guidance-interval", metavar="LOW,HIGH", help="of the noise level sigma")
