@@ -66,7 +66,7 @@ CASES = {
         "base.max_train_samples": 11,
         "ddpm.lr_scheduler": "cosine",
     },
-    "in bf16": {"base.mixed_precision": "bf16"},
+    "in bf16 with channels last": {"base.mixed_precision": "bf16", "base.channels_last": True},
 }
 
 

@@ -488,6 +488,24 @@ def test_compile_changes_no_names_and_few_bits(run_in_process, network_without_d
     DDPMPipeline.from_pretrained(compiled)
 
 
+@pytest.mark.parametrize("task", ["ddpm", "vae"])
+def test_channels_last_changes_no_names_and_few_bits(run_in_process, network_without_dropout, task):
+    options = {"ddpm.model_config": network_without_dropout} if task == "ddpm" else {"vae.decoder_only": False}
+    plain = run_in_process("plain", task, **options)
+    last = run_in_process("last", task, **options, **{"base.channels_last": True})
+    different = 0
+    for step, value in losses(plain).items():
+        assert float.fromhex(losses(last)[step]) == pytest.approx(float.fromhex(value), rel=1e-4)
+        different += losses(last)[step] != value
+    assert different  # the layout was another one
+    assert files_in(plain) == files_in(last)
+    first, second = (find_trainer(task).load_pipeline(folder) for folder in (plain, last))
+    for name in ("unet", "vae"):
+        for a, b in zip(*(getattr(p, name, torch.nn.Module()).parameters() for p in (first, second)), strict=True):
+            assert b.is_contiguous()
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
 def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     """Between two log lines no module of ours reads a tensor's value, which on a GPU would wait for it."""
     readers = {}

@@ -69,7 +69,7 @@ def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bo
     values = {key: full_tensor(tensor, wanted) for key, tensor in own.items() if key not in frozen}
     values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
     # a base model is large: what does not change is not copied where it is on the CPU already
-    return values | {key: full_tensor(p, wanted) if p.is_cuda else p.detach() for key, p in frozen.items()}
+    return values | {key: full_tensor(p, wanted) if p.is_cuda else p.detach().contiguous() for key, p in frozen.items()}
 
 
 def cpu_copy(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -54,6 +54,8 @@ def prepare_networks(
         if name in reserved or NAME.fullmatch(name):
             raise ValueError(f"network {name} would share the run's folder {name}; rename it, or base.logging_dir")
         network.train()  # from_pretrained returns networks in eval mode
+        if accelerator.device.type == "cuda" if base.channels_last is None else base.channels_last:
+            network.to(memory_format=torch.channels_last)  # of weights with four axes; activations follow them
         if base.gradient_checkpointing and hasattr(network, "gradient_checkpointing_enable"):  # transformers'
             network.gradient_checkpointing_enable({"use_reentrant": False})
         elif base.gradient_checkpointing:

@@ -63,6 +63,7 @@ class BaseConfig(Section):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     enable_xformers_memory_efficient_attention: bool = False  # needs the extra xformers and a CUDA device
     allow_tf32: bool = False  # faster float32 products with 10 bits of mantissa on Ampere and later GPUs
+    channels_last: bool | None = None  # channels of a pixel side by side in memory; null: on CUDA
     deterministic: bool = False  # only deterministic kernels: bit-equal runs on a GPU, slower
     compile: bool = False  # torch.compile the networks in place
     max_skipped_steps: Positive = 10  # stop after so many steps in a row whose loss or gradient was not finite

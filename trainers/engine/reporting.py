@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from trainers.base import Trainer
+from trainers.engine.advice import precision_note
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.optimization import warmup_steps
@@ -45,8 +46,9 @@ def start_block(
     rows["precision"] = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     rows["devices"] = _devices(accelerator)
     rows["output"] = str(Path(base.output_dir))
+    notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator)]
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
-    lines += [f"  NOTE: {note}" for note in [*getattr(train_set, "notes", []), *trainer.notes(train_set)]]
+    lines += [f"  NOTE: {note}" for note in notes]
     if clock.bucket_counts:
         lines.append(f"  NOTE: {clock.bucket_note()}")
     if clock.origin_step >= clock.total_steps:

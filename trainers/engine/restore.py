@@ -72,9 +72,15 @@ def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> 
 
 
 def like(saved: Tensor, own: Tensor) -> Tensor:
+    """A saved tensor sharded and laid out in memory as the network's own.
+
+    Fused AdamW walks through memory: state in another layout than its weight would belong to other elements.
+    """
     if isinstance(own, DTensor):
         return distribute_tensor(saved.to(own.device), own.device_mesh, own.placements)
-    return saved
+    if saved.shape != own.shape or saved.stride() == own.stride():
+        return saved
+    return torch.empty_like(own, device=saved.device, dtype=saved.dtype).copy_(saved)
 
 
 def named_optimizer_state(folder: Path, networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[int, dict]:
