@@ -1,0 +1,137 @@
+"""diffloop beside the pip package denoising-diffusion-pytorch and a plain script, all with the package's own network.
+
+Same digits, batch, precision and averaging, in alternation. The package's loop is the one of its documentation around
+its GaussianDiffusion; the plain script is one in the style of diffusers' examples: accelerate, EMAModel, a loss that is
+read in every step. Side b has the best setting here: bfloat16; the package has fp16, on CUDA alone. Needs the package.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets_lib
+from scripts.benchmarks.runs import WARM_UP_STEPS, configured, examples_per_second, fresh_accelerate, quiet
+from trainers.engine.config import RunConfig
+
+CONFIG = {
+    "base": {"trainer_class": "peer_trainer:PeerTrainer", "dataset": "digits", "resolution": 32, "channels": 1},
+    "peer": {"dim": 32, "dim_mults": [1, 2, 4, 4], "ema_max_decay": 0.995, "ddpm_beta_schedule": "squaredcos_cap_v2"},
+}
+BATCH_SIZE = 16
+
+
+def table(pairs: int, steps: int) -> list[dict[str, Any]]:
+    """A row for each side: the median of its rates, and of their ratios to the package's by pairs."""
+    rates: dict[str, list[float]] = {}
+    for pair in range(pairs):
+        with tempfile.TemporaryDirectory() as folder:
+            sides: dict[str, Callable[[], float]] = {
+                "a: diffloop": lambda folder=folder: examples_per_second(run_of(f"{folder}/a", steps)),
+                "a: denoising-diffusion-pytorch": lambda folder=folder: package(run_of(f"{folder}/b", steps), steps),
+                "a: plain script": lambda folder=folder: plain(run_of(f"{folder}/c", steps), steps),
+                "b: diffloop in bf16": lambda folder=folder: examples_per_second(run_of(f"{folder}/d", steps, BF16)),
+            }
+            for name in sides if pair % 2 == 0 else reversed(sides):
+                rates.setdefault(name, []).append(sides[name]())
+    medians = {
+        name: statistics.median(a / b for a, b in zip(found, rates["a: denoising-diffusion-pytorch"], strict=True))
+        for name, found in rates.items()
+    }
+    return [
+        {
+            "side": name,
+            "examples_per_second": statistics.median(found),
+            "over_the_package": medians[name],
+            "runs": found,
+        }
+        for name, found in rates.items()
+    ]
+
+
+BF16 = ["base.mixed_precision=bf16"]
+
+
+def run_of(folder: str, steps: int, overrides: list[str] = ()) -> RunConfig:
+    Path(folder).mkdir()
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
+    return configured(str(config), folder, steps, [f"base.train_batch_size={BATCH_SIZE}", *overrides])
+
+
+def package(run: RunConfig, steps: int) -> float:
+    from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion
+    from ema_pytorch import EMA
+
+    diffusion = GaussianDiffusion(network(run), image_size=run.base.resolution)
+    averaged = EMA(diffusion, beta=0.995, update_every=1)
+    optimizer = torch.optim.AdamW(diffusion.parameters(), lr=run.config.learning_rate)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        diffusion(images / 2 + 0.5, classes=labels).backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update()
+
+    return timed(step, run, steps)
+
+
+def plain(run: RunConfig, steps: int) -> float:
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    with quiet(), fresh_accelerate():
+        accelerator, unet = Accelerator(), network(run)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=run.config.learning_rate)
+        averaged = EMAModel(unet.parameters(), decay=0.995)
+        unet, optimizer = accelerator.prepare(unet, optimizer)
+        scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+        def step(images: Tensor, labels: Tensor) -> None:
+            noise = torch.randn_like(images)
+            timesteps = torch.randint(0, 1000, (len(images),))
+            with accelerator.accumulate(unet):
+                predicted = unet(scheduler.add_noise(images, noise, timesteps), timesteps, labels)
+                loss = torch.nn.functional.mse_loss(predicted, noise)
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            averaged.step(unet.parameters())
+            loss.detach().item()  # which these scripts show on their bars
+
+        return timed(step, run, steps)
+
+
+def network(run: RunConfig) -> torch.nn.Module:
+    from peer_trainer import build_peer_unet
+
+    torch.manual_seed(0)
+    config = run.config
+    return build_peer_unet(config.dim, config.dim_mults, 10, run.base.channels, config.label_dropout).train()
+
+
+def timed(step: Callable[[Tensor, Tensor], None], run: RunConfig, steps: int) -> float:
+    """Examples per second over shuffled batches of the same digits, held in memory."""
+    examples = [datasets_lib.build(run.base, "train").get(n, None) for n in range(1000)]
+    images = torch.stack([example["image"] for example in examples])
+    labels = torch.tensor([example["label"] for example in examples])
+    for number in range(WARM_UP_STEPS + steps):
+        if number == WARM_UP_STEPS:
+            began = time.perf_counter()
+        chosen = torch.randint(0, len(images), (BATCH_SIZE,))
+        step(images[chosen], labels[chosen])
+    return steps * BATCH_SIZE / (time.perf_counter() - began)

@@ -1,0 +1,70 @@
+"""Tables of scripts/bench.py: what they count, and where they are written. Nothing here asserts a speed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scripts.benchmarks import loop, report, runs
+
+ROWS = [
+    {"task": "ddpm", "median_ratio": 0.98765, "rates": [1.0, 2.0], "ms_per_step": {"data": 0.5, "all": 123.4}},
+    {"task": "vae", "median_ratio": 1.0, "rates": [3.0], "ms_per_step": {"data": 1.0, "all": 1234.5}},
+]
+
+
+def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    document = tmp_path / "performance.md"
+    document.write_text("before\n<!-- loop -->\nold\n<!-- end of loop -->\nafter\n")
+    path = report.write("loop", ROWS, "scripts/bench.py loop", document)
+    result = json.loads(path.read_text())
+    assert result["rows"] == ROWS
+    assert result["versions"]["torch"] == torch.__version__
+    lines = document.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "old" not in lines
+    assert lines[2].startswith("`scripts/bench.py loop`: ")
+    assert lines[4:8] == [
+        "| task | median ratio | ms per step |",
+        "| --- | --- | --- |",
+        "| ddpm | 0.988 | data 0.5, all 123 |",
+        "| vae | 1 | data 1, all 1,234 |",
+    ]
+    with pytest.raises(
+        ValueError, match="has no place for the table; write <!-- data --> and <!-- end of data --> where"
+    ):
+        report.write("data", ROWS, "scripts/bench.py data", document)
+
+
+@pytest.mark.parametrize("task", ["conditional_ddpm", "vae", "lora"])
+def test_both_sides_train_and_the_parts_are_a_step(tmp_path, monkeypatch, task):
+    monkeypatch.setattr(runs, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(loop, "WARM_UP_STEPS", 1)
+    found = loop.compared(task, "smallest", str(tmp_path), 1, 2)
+    assert len(found["ratios"]) == len(found["diffloop"]) == len(found["bare"]) == 1
+    assert found["median_ratio"] == found["diffloop"][0] / found["bare"][0] > 0
+    parts = found["ms_per_step"]
+    assert {
+        "data",
+        "forward",
+        "backward",
+        "optimizer",
+        "averaging",
+        "randomness",
+        "metering",
+        "other",
+        "all",
+    } <= parts.keys()
+    assert sum(ms for name, ms in parts.items() if name != "all") == pytest.approx(parts["all"], abs=0.02)
+
+
+@pytest.mark.parametrize("task", loop.TASKS)
+@pytest.mark.parametrize("size", ["smallest", "realistic"])
+def test_the_runs_that_are_measured(task, size, tmp_path):
+    run = loop.run_of(task, size, str(tmp_path), 10)
+    assert run.task == task
+    assert run.base.max_train_steps == runs.WARM_UP_STEPS + 10
+    assert run.base.logging_steps == 5
