@@ -1,18 +1,18 @@
-"""Fixtures: the tiny configs of configs/tests, runs in this process, runs in processes of their own."""
+"""Fixtures: the tiny configs of configs/tests, runs in this process; what runs have logged."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import tiny_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from processes import launch, start  # noqa: F401  what tests import from here
 
 from train import train
 from trainers.engine.config import load_config
@@ -24,11 +24,19 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long matrices too")
 
 
+def pytest_configure(config):
+    processes.launch_all = config.getoption("--slow")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    """What a group holds runs on one worker: the tests of a file that share what its fixtures made."""
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        shared = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values() if found[-1].scope == "module"]
+        if shared and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -90,31 +98,7 @@ def network_without_dropout(tmp_path):
     return str(tmp_path / "network.json")
 
 
-def launch(*arguments, processes=1, env=None, timeout=300):
-    """The CompletedProcess of train.py, under torchrun where processes > 1."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["train.py", *map(str, arguments)]
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        command, env={**os.environ, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def start(*arguments, processes=1, launcher=None, faults=None, log=None):
-    """The Popen of train.py with faults (tests/faulty.py), its output in `log`; `launcher` goes in front of the script."""
-    launchers = {1: [sys.executable]}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*(launcher or launchers.get(processes, torchrun)), "tests/faulty.py", json.dumps(faults or {})]
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with open(log or os.devnull, "w") as output:
-        return subprocess.Popen(
-            [*command, *map(str, arguments)], env={**os.environ, **settings}, cwd=ROOT, stdout=output, stderr=output
-        )
-
-
-def wait_for(condition, process=None, seconds=90):
+def wait_for(condition, process=None, seconds=300):
     """What `condition()` returns when it is true; fails where the process ends before, or after some time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -12,8 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-RANK = int(os.environ.get("RANK", 0))
 WRITERS = ("checkpoint.py", "manifest.py", "run_folder.py", "tracking.py", "export.py", "resume.py", "lock.py")
+
+
+def own_rank():
+    return int(os.environ.get("RANK", 0))
 
 
 def die():
@@ -53,7 +56,7 @@ def kill_in_save(step_and_rank):
     original = checkpoint.save
 
     def killing(*arguments):
-        if arguments[-1] == step and rank == RANK:
+        if arguments[-1] == step and rank == own_rank():
             threading.Timer(1.0, die).start()
         original(*arguments)
 
@@ -87,7 +90,7 @@ def kill_workers_at(step):
 
     def killing(*arguments):
         done[0] += 1
-        if done[0] == step and RANK == 0:
+        if done[0] == step and own_rank() == 0:
             for worker in multiprocessing.active_children():
                 worker.kill()
         return original(*arguments)
@@ -103,7 +106,7 @@ def hang_at(step_and_rank):
 
     def hanging(*arguments):
         done[0] += 1
-        if done[0] == step and rank == RANK:
+        if done[0] == step and rank == own_rank():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun needs no half minute to kill it
             time.sleep(3600)
         return original(*arguments)

@@ -10,6 +10,7 @@ from test_resume import final_state, forget_after
 
 from trainers import TRAINERS
 
+pytestmark = pytest.mark.xdist_group("launched")
 COMMON = [
     "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.1",
     "base.checkpointing_steps=10", "base.valid_steps=10", "base.logger=tensorboard", "base.max_train_steps=20",
@@ -17,10 +18,10 @@ COMMON = [
 TWO, ONE = ["base.train_batch_size=4"], ["base.train_batch_size=4", "base.gradient_accumulation_steps=2"]
 
 
-def run(folder, *options, processes, task="ddpm"):
+def run(folder, *options, processes, task="ddpm", forked=True):
     schedule = [f"{task}.lr_scheduler=cosine", f"{task}.lr_warmup_steps=2"]
     arguments = [tiny(task), f"base.output_dir={folder}", *COMMON, *schedule, *options]
-    done = launch(*arguments, processes=processes)
+    done = launch(*arguments, processes=processes, forked=forked)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -32,7 +33,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two") / "run", *TWO, processes=2)
+    return run(tmp_path_factory.mktemp("two") / "run", *TWO, processes=2, forked=False)
 
 
 def test_two_micro_batches_on_one_process_are_one_on_each_of_two(one, two):
@@ -88,7 +89,7 @@ def test_another_split_of_the_global_batch(run_in_process, network_without_dropo
 
 
 def test_a_mistake_in_the_configuration_is_printed_once():
-    done = launch("configs/tests/ddpm.json", "base.seed=-1", "ddpm.rank=4", processes=2)
+    done = launch("configs/tests/ddpm.json", "base.seed=-1", "ddpm.rank=4", processes=2, forked=False)
     assert done.returncode != 0
     assert done.stderr.count("problems in the configuration") == 1
     assert done.stderr.count("ddpm.rank = 4: unknown option") == 1

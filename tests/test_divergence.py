@@ -18,6 +18,7 @@ from test_resume import final_state
 
 from datasets_lib.dataset import ImageDataset
 from scripts.replay import find_slots
+from scripts.replay import main as replay_main
 from scripts.replay import replay as replay_step
 from train import main
 from trainers.engine import optimization
@@ -209,8 +210,10 @@ def test_replay_names_what_is_broken(run_in_process, monkeypatch, capsys):
     assert Image.open(folder / f"replay-step-{step}.png").size[0] > 16
 
 
-def test_replay_says_what_it_cannot_do(tmp_path, run_in_process):
-    assert "config.yaml does not exist" in replay(tmp_path, 3).stderr
+def test_replay_says_what_it_cannot_do(tmp_path, run_in_process, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["replay.py", str(tmp_path), "3"])
+    with pytest.raises(SystemExit, match="error: .*config.yaml does not exist"):
+        replay_main()
     folder = run_in_process()
     with pytest.raises(ValueError, match="step 7 is not one of its steps, 1 to 6"):
         find_slots(folder, 7, 4)

@@ -15,22 +15,17 @@ import sys
 import time
 from pathlib import Path
 
-import faulty
 import pytest
 from accelerate import Accelerator
 from conftest import ROOT, logged_steps, losses, read_metrics, start, wait_for
+from processes import Forked
 from test_resume import final_state
 
 from train import main, train
-from trainers.engine import checkpoint, loading, restore, resume
+from trainers.engine import checkpoint, loading, restore, resume, run_folder
 from trainers.engine.config import load_config
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 
-SERVER = multiprocessing.get_context("forkserver")  # forks each run from a process that has imported everything
-SERVER.set_forkserver_preload(
-    ["faulty", "train", "trainers.ddpm", "trainers.engine.checkpoint", "trainers.engine.tracking", "sklearn.datasets",
-     "torchvision.utils", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.optimization", "huggingface_hub"]
-)  # fmt: skip
 KILLED = [
     "configs/tests/ddpm.json", "base.max_train_steps=12", "base.checkpointing_steps=2", "base.valid_steps=3",
     "base.checkpoints_total_limit=2", "base.save_model_steps=4", "base.random_flip=true", "base.resolution=24",
@@ -38,25 +33,16 @@ KILLED = [
 ]  # fmt: skip
 
 
-def child(folder, faults, log):
-    """Runs in a process of its own."""
-    os.chdir(ROOT)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os._exit(faulty.run(faults, [*KILLED, f"base.output_dir={folder}"]))
-
-
 def run_child(folder, faults=None, kill_after=None):
     """(exit code, seconds, output) of a run that is killed after some seconds, or by its faults, or not at all."""
     log = folder.with_suffix(".log")
-    process = SERVER.Process(target=child, args=(folder, faults or {}, log))
     began = time.monotonic()
-    process.start()
-    process.join(kill_after)
-    process.kill() if kill_after is not None else None
-    process.join()
-    return process.exitcode, time.monotonic() - began, log.read_text()
+    run = Forked([*KILLED, f"base.output_dir={folder}"], faults=faults, out=log)
+    try:
+        run.wait(kill_after)
+    except subprocess.TimeoutExpired:
+        run.kill()
+    return run.wait(), time.monotonic() - began, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +99,7 @@ def test_one_rank_of_two_is_killed_in_a_save(tmp_path, rank):
     faults = {"slow_write": 2, "kill_in_save": [4, rank]}
     options = [f"base.output_dir={folder}", "base.checkpointing_steps=2"]
     process = start("configs/tests/ddpm.json", *options, processes=2, faults=faults)
-    assert process.wait(120) != 0
+    assert process.wait(300) != 0
     sealed = [step for step, _ in list_checkpoints(folder)]
     assert sealed == [2] if rank == 0 else sealed in ([2], [4, 2])  # the writer may finish when the other one is gone
     assert bool(list(folder.glob(".tmp-checkpoint-4-*"))) == (4 not in sealed)
@@ -392,8 +378,8 @@ def test_data_workers_that_are_killed(tmp_path):
     """The step is finished without them, the run saved, and what a resume makes of it is exact."""
     folder, options = tmp_path / "run", ["base.random_flip=true", "base.resolution=24"]
     arguments = ["configs/tests/ddpm.json", *options, f"base.output_dir={folder}"]
-    process = start(*arguments, "base.dataloader_num_workers=2", faults={"kill_workers_at": 2}, log=tmp_path / "log")
-    assert process.wait(120) == 1
+    process = start(*arguments, "base.dataloader_num_workers=2", faults={"kill_workers_at": 2}, out=tmp_path / "log")
+    assert process.wait(300) == 1
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
     assert "a data worker of process 0 died (pid " in text
@@ -410,8 +396,8 @@ def test_a_rank_that_hangs(tmp_path):
     """The other one dumps its stack and ends after `collective_timeout`."""
     options = [f"base.output_dir={tmp_path}/run", "base.collective_timeout=8"]
     faults = {"hang_at": [3, 1]}
-    process = start("configs/tests/ddpm.json", *options, processes=2, faults=faults, log=tmp_path / "log")
-    assert process.wait(120) != 0
+    process = start("configs/tests/ddpm.json", *options, processes=2, faults=faults, out=tmp_path / "log")
+    assert process.wait(300) != 0
     text = (tmp_path / "log").read_text()
     assert text.count("Timeout (0:00:07") == 2  # the dump of each rank, before the collective gives up
     assert 'faulty.py", line' in text.partition("in hanging")[0].splitlines()[-1]  # where the one hangs
@@ -419,6 +405,7 @@ def test_a_rank_that_hangs(tmp_path):
     assert "Timed out waiting 8000ms" in text
 
 
+@pytest.mark.xdist_group("launched")
 def test_workers_that_hang_do_not_keep_the_run_alive(tmp_path):
     """A worker that ignores TERM would be waited for when Python ends."""
     code = (
@@ -439,7 +426,7 @@ def test_workers_that_hang_do_not_keep_the_run_alive(tmp_path):
             "base.max_train_samples=null", "base.dataloader_num_workers=1", "base.dataloader_timeout=3",
             f"base.output_dir={tmp_path}/run",
         ],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=90, check=False,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "no batch came from the 1 data workers in base.dataloader_timeout = 3 seconds" in done.stderr
@@ -453,6 +440,12 @@ def test_a_log_that_cannot_be_written(tiny_config, capsys):
     error = capsys.readouterr().err
     assert "metrics.jsonl" in error
     assert "Traceback" not in error
+
+
+def test_a_probe_that_another_rank_sweeps_is_no_error(tmp_path, monkeypatch):
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path: (touch(path), path.unlink()))
+    assert run_folder._probe(tmp_path / "run") is None
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, capsys):

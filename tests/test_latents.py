@@ -209,6 +209,7 @@ def runs(vae, encoded, tmp_path_factory):
     """A latent diffusion model trained on encoded files, and one that encodes on the fly."""
     folder = tmp_path_factory.mktemp("latent-diffusion")
     shared = [f"{TASK}.vae={vae}", f"{TASK}.model_config=null", "base.max_train_samples=null", "base.max_train_steps=3"]
+    shared.append("base.train_batch_size=20")  # 180 held-out pictures in few batches
     files = ["base.dataset=latents", f"base.dataset_args.path={encoded}", "base.validation_split=validation"]
     for name, data in (("cached", files), ("live", ["base.validation_split=0.1"])):
         assert main(["configs/tests/conditional_ddpm.json", f"base.output_dir={folder / name}", *shared, *data]) == 0

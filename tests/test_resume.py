@@ -77,7 +77,7 @@ def test_resume_is_exact(case, tiny_config):
 
 def test_resume_is_exact_with_other_cadences_and_workers(tiny_config):
     changed = {"base.valid_steps": 1, "base.dataloader_num_workers": 1, "base.save_model_steps": 5}
-    check_resume(tiny_config, {**RANDOM, "base.validation_split": 0.1}, changed)
+    check_resume(tiny_config, {**RANDOM, "base.validation_split": 0.02}, changed)
 
 
 @pytest.mark.parametrize("task", TRAINERS)

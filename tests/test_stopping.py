@@ -21,6 +21,7 @@ from trainers.engine.messages import Interrupted
 from trainers.engine.options import BaseConfig
 from trainers.engine.stopping import DIVERGED, FAULT, Abandoned, Stopping, launcher_pid
 
+pytestmark = pytest.mark.xdist_group("launched")  # several processes and clocks: nothing like it beside them
 STEPS = 40
 RUN = [
     "configs/tests/ddpm.json", f"base.max_train_steps={STEPS}", "base.validation_split=0.1", "base.random_flip=true",
@@ -58,7 +59,7 @@ def launch(kind, moment, folder, log):
     options = [*RUN, *MOMENTS[moment], f"base.output_dir={folder}"]
     options += [f"base.gradient_accumulation_steps={2 // processes}"]
     launcher = ACCELERATE if kind == "accelerate" else None
-    process = start(*options, processes=processes, launcher=launcher, faults=faults, log=log)
+    process = start(*options, processes=processes, launcher=launcher, faults=faults, out=log, forked=False)
     step = 3 if moment == "validation" else 2
     wait_for(lambda: step in logged_steps(folder), process)
     if moment == "save":
@@ -110,7 +111,7 @@ def test_one_rank_gets_a_signal(kind, number, moment, whole, tmp_path):
     for worker in children_of(target):  # a job's signal reaches its data workers, too, and before
         os.kill(worker, number)
     os.kill(target, number)
-    code = process.wait(60)
+    code = process.wait(300)
     seconds = time.monotonic() - signalled
     text = (tmp_path / "log").read_text()
     if kind == "python":
@@ -138,8 +139,8 @@ def test_a_run_whose_launcher_dies_ends(number, whole, tmp_path):
     folder = tmp_path / "run"
     process, [rank] = launch("accelerate", "training", folder, tmp_path / "log")
     os.kill(process.pid, number)
-    process.wait(30)
-    wait_for(lambda: not Path(f"/proc/{rank}").exists(), seconds=30)
+    process.wait(300)
+    wait_for(lambda: not Path(f"/proc/{rank}").exists())
     [(step, _)] = list_checkpoints(folder)
     assert f"ended by SIGTERM after step {step}" in (tmp_path / "log").read_text()
     check_resume(folder, whole, "training")
@@ -150,13 +151,13 @@ def test_torchrun_is_ended(whole, tmp_path):
     """It forwards TERM to its processes and waits for them."""
     process, _ = launch("torchrun", "training", tmp_path / "run", tmp_path / "log")
     process.terminate()
-    process.wait(60)
+    process.wait(300)
     check_resume(tmp_path / "run", whole, "training")
 
 
 def test_a_validation_that_was_interrupted_is_made_up(tiny_config, monkeypatch):
     """Interrupted right after the checkpoint of a step that validates, the run validates before it goes on."""
-    options = {"base.valid_steps": 2, "base.checkpointing_steps": 2, "base.validation_split": 0.1}
+    options = {"base.valid_steps": 2, "base.checkpointing_steps": 2, "base.validation_split": 0.02}
     folder = train(load_config(tiny_config(name="whole", **options)))
 
     def interrupt(*arguments):

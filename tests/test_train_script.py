@@ -192,7 +192,7 @@ def test_gradient_checkpointing_changes_no_gradient(run_in_process):
 
 
 def test_validation_is_the_same_every_time_and_leaves_the_training_alone(run_in_process):
-    held_out = {"base.validation_split": 0.1}
+    held_out = {"base.validation_split": 0.02}
     often = run_in_process(
         "often", **held_out, **{"base.valid_steps": 1, "base.checkpointing_steps": 1, "base.save_model_steps": 2}
     )

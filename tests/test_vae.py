@@ -85,7 +85,11 @@ def test_latent_statistics_are_those_of_draws():
 
 @pytest.mark.parametrize(("start", "at"), [(3, 2), (3, 4), (4, 4)])
 def test_resume_is_exact_before_and_after_the_discriminator_starts(start, at, tiny_config):
-    options = {"vae.adversarial_start_step": start, "base.gradient_accumulation_steps": 2, "base.validation_split": 0.1}
+    options = {
+        "vae.adversarial_start_step": start,
+        "base.gradient_accumulation_steps": 2,
+        "base.validation_split": 0.02,
+    }
     whole, _ = check_resume(tiny_config, options, {"base.valid_steps": 1}, at=at, task="vae")
     lines = read_metrics(whole, prefix="loss")
     assert [("discriminator" in line) for line in lines] == [line["step"] > start for line in lines]
@@ -117,7 +121,7 @@ def two_and_one(tmp_path, *options):
 
 def test_gradients_are_averaged_over_two_processes(tmp_path):
     """Both networks' weights and moments, and the buffers of the moving averages, bit for bit."""
-    two, one = two_and_one(tmp_path, "base.validation_split=0.1")
+    two, one = two_and_one(tmp_path, "base.validation_split=0.02")
     assert losses(two) == losses(one)
     assert final_state(two) == final_state(one)
     found = [read_metrics(folder, prefix="valid")[-1] for folder in (two, one)]

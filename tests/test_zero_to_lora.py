@@ -20,7 +20,7 @@ from train import main
 from trainers.engine.config import load_config
 
 STYLES = ("plain", "paper", "colors")
-FEW = ["base.logger=none", "base.train_batch_size=4"]
+FEW = ["base.logger=none", "base.train_batch_size=20"]
 FEW += [f"base.{name}=2" for name in ("max_train_steps", "valid_steps", "checkpointing_steps", "logging_steps")]
 
 

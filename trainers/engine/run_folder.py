@@ -57,7 +57,7 @@ def _probe(output_dir: Path) -> OSError | None:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / f".probe-{secrets.token_hex(4)}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have taken it for a left-over
         for left_over in output_dir.glob(".probe-*"):
             left_over.unlink(missing_ok=True)
     except OSError as error:
