@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from datasets_lib.buckets import Size
 from datasets_lib.captions import Captions
 from datasets_lib.pictures import Pictures
+from datasets_lib.rows import select_rows
 from datasets_lib.source import Source, digest
-from datasets_lib.transforms import View, draw, draw_view, normalize
+from datasets_lib.transforms import View, draw, draw_view, mirror, normalize, scale
 
 
 class ImageDataset:
@@ -83,9 +84,33 @@ class ImageDataset:
         """
         position, pixels, size = self.pictures.read(index)
         view, example = self._draw(position, size, generator)
-        if self.source.masks is not None:
-            pixels, example["mask"] = pixels[:-1], self._mask(pixels[-1:], view)
-        return {"image": normalize(view.cut(pixels)), **example}
+        return {**self._scaled(view.cut(pixels)), **_with_tensors(example)}
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether `get_batch` can be used: after `prepare`, where everything fitted, and `get` is this one."""
+        return self.pictures.decoded is not None and type(self).get is ImageDataset.get
+
+    def get_batch(self, indices: Sequence[int], generators: Sequence[torch.Generator | None]) -> dict[str, Any]:
+        """Return what `get` does for each index and its generator, collated, for `finish`.
+
+        Instead of "image" and "mask" there are "pixels", uint8 [B, C, H, W], and "flipped", bool [B].
+        """
+        places = [self.pictures.find(index) for index in indices]
+        pairs = zip(places, generators, strict=True)
+        views, examples = zip(*[self._draw(place, self.pictures.size(place), own) for place, own in pairs], strict=True)
+        batch = {name: _column([example[name] for example in examples]) for name in examples[0]}
+        if self._flips:
+            batch["flipped"] = torch.tensor([view.flipped for view in views])
+        return {"pixels": self.pictures.decoded.crops(places, views), **batch}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the examples of `get_batch`, which may have been moved to another device; computed there."""
+        rest = {**batch}
+        pixels = rest.pop("pixels")
+        if "flipped" in rest:
+            pixels = mirror(pixels, rest.pop("flipped"))
+        return {**self._scaled(pixels), **rest}
 
     def without_image(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Return the example that `get` would, with "flipped" (bool) instead of "image", which is not decoded.
@@ -95,8 +120,8 @@ class ImageDataset:
         position = self.pictures.find(index)
         view, example = self._draw(position, self.pictures.size(position), generator)
         if self.source.masks is not None:
-            example["mask"] = self._mask(self.pictures.mask(position), view)
-        return {**example, "flipped": view.flipped}
+            example["mask"] = scale(view.cut(self.pictures.mask(position)), 255)
+        return {**_with_tensors(example), "flipped": view.flipped}
 
     def image(self, index: int, flipped: bool, column: str = "image") -> torch.Tensor:
         """Return the centre of a picture, plain or mirrored: float32 [C, H, W] in [-1, 1]."""
@@ -132,10 +157,13 @@ class ImageDataset:
         example = {"caption": self.texts.draw(row, generator)}
         if self.source.labels is not None:
             example["label"] = self.source.labels[row]
-        return view, {**example, "original_size": torch.tensor(size), "crop_top_left": view.top_left()}
+        return view, {**example, "original_size": size, "crop_top_left": view.top_left()}
 
-    def _mask(self, pixels: torch.Tensor, view: View) -> torch.Tensor:
-        return view.cut(pixels).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    def _scaled(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The image and, where there is one, the mask of [..., C, H, W]."""
+        if self.source.masks is None:
+            return {"image": normalize(pixels)}
+        return {"image": normalize(pixels[..., :-1, :, :]), "mask": scale(pixels[..., -1:, :, :], 255)}
 
     def _is_random(self) -> bool:
         if not self.training:
@@ -149,20 +177,11 @@ class ImageDataset:
         return bool(found) and all(found)
 
 
-def select_rows(count: int, args: Any, split: str) -> list[int]:
-    """Return the rows of a split in order: a held-out fraction and `max_train_samples` follow from `args.seed`."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed)).tolist()
-    held_out = 0
-    fraction = args.validation_split
-    if fraction is not None and not isinstance(fraction, str):
-        held_out = max(1, round(fraction * count))
-        if not 0 < fraction < 1 or held_out >= count:
-            raise ValueError(
-                f"base.validation_split is {fraction} of {count} images; give a sub-folder or split, or a fraction "
-                "between 0 and 1 that leaves images to train on"
-            )
-    if split == "validation":
-        return sorted(order[:held_out] if held_out else order)
-    if args.max_train_samples is not None and args.max_train_samples < 1:
-        raise ValueError(f"base.max_train_samples is {args.max_train_samples}; give at least 1, or null for all")
-    return sorted(order[held_out:][: args.max_train_samples])
+def _with_tensors(example: dict[str, Any]) -> dict[str, Any]:
+    """The example with its pairs of numbers as int64 [2]."""
+    return {key: torch.tensor(value) if isinstance(value, tuple) else value for key, value in example.items()}
+
+
+def _column(values: Sequence[str | int | Size]) -> list[str] | torch.Tensor:
+    """What collating gives: texts stay a list."""
+    return list(values) if isinstance(values[0], str) else torch.tensor(values)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
 
 from datasets_lib.buckets import Size
+from datasets_lib.transforms import View
 
 Picture = tuple[torch.Tensor, Size]  # resized pixels, and the size before
 
@@ -47,6 +48,13 @@ class DecodedImages:
             return self.block[position], self.sizes[position]
         flat = self.block[self.offsets[position] : self.offsets[position + 1]]
         return flat.view(self.shapes[position]), self.sizes[position]
+
+    def crops(self, positions: Sequence[int], views: Sequence[View]) -> torch.Tensor:
+        """Return the parts of these images that the views show, not mirrored: uint8 [B, C, H, W]."""
+        if self.same_shape and self.block.shape[2:] == views[0].size:
+            return self.block.index_select(0, torch.tensor(positions))
+        # here, not on the device, to which pixels would have to be moved that nobody sees
+        return torch.stack([view.crop(self[place][0]) for place, view in zip(positions, views, strict=True)])
 
 
 def decode_all(

@@ -54,7 +54,7 @@ class ImageReader:
 
     def target(self, size: Size) -> Size:
         """Return the size of what an example shows of an image of this size."""
-        return best(size, self.sizes)
+        return self.sizes[0] if len(self.sizes) == 1 else best(size, self.sizes)
 
     def read(self, source: Path | bytes | np.ndarray) -> torch.Tensor:
         """Return uint8 [C, H, W]; raise ImageError, which does not know the image's name, for whatever is wrong."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from datasets_lib.dataset import select_rows
+from datasets_lib.rows import select_rows
 from datasets_lib.source import digest
 
 INDEX = "index.json"

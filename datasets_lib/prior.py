@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,24 @@ class PriorDataset:
         """Return the example and, prefixed, one of the class; without a generator the one at the same place."""
         example = self.instances.get(index, generator)
         return {**example, **_prefixed(self.prior.get(self._choose(index, generator), generator))}
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether `get_batch` can be used: where both data sets have it."""
+        both = self.instances, self.prior
+        return all(hasattr(type(each), "get_batch") and each.in_memory for each in both)
+
+    def get_batch(self, indices: Sequence[int], generators: Sequence[torch.Generator | None]) -> dict[str, Any]:
+        """Return what `get` does for each index and its generator, collated, for `finish`."""
+        batch = self.instances.get_batch(indices, generators)
+        chosen = [self._choose(index, own) for index, own in zip(indices, generators, strict=True)]
+        return {**batch, **_prefixed(self.prior.get_batch(chosen, generators))}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the examples of `get_batch`; computed on their device."""
+        instances = {key: value for key, value in batch.items() if not key.startswith(PREFIX)}
+        prior = {key.removeprefix(PREFIX): value for key, value in batch.items() if key.startswith(PREFIX)}
+        return {**self.instances.finish(instances), **_prefixed(self.prior.finish(prior))}
 
     def without_image(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Return what `get` does without both pictures; "class_index" says which one of the class it is."""

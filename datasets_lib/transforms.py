@@ -45,15 +45,18 @@ class View(NamedTuple):
     size: Size
     flipped: bool = False
 
-    def top_left(self) -> torch.Tensor:
-        """Return int64 [2]: where the part begins in the resized picture; in the mirrored one if it is flipped."""
-        return torch.tensor([self.top, self.right if self.flipped else self.left])
+    def top_left(self) -> Size:
+        """Return where the part begins in the resized picture; in the mirrored one if it is flipped."""
+        return self.top, self.right if self.flipped else self.left
+
+    def crop(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the part of [C, H, W], not mirrored."""
+        height, width = self.size
+        return pixels[:, self.top : self.top + height, self.left : self.left + width]
 
     def cut(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the part of [C, H, W]."""
-        height, width = self.size
-        pixels = pixels[:, self.top : self.top + height, self.left : self.left + width]
-        return pixels.flip(-1) if self.flipped else pixels
+        return self.crop(pixels).flip(-1) if self.flipped else self.crop(pixels)
 
 
 def draw_view(size: Size, target: Size, generator: torch.Generator | None) -> View:
@@ -75,6 +78,19 @@ def draw(count: int, generator: torch.Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
+def mirror(pixels: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    """Mirror those of [B, C, H, W] that are `flipped`, bool [B]."""
+    # whole pictures are picked, as a choice by pixel takes four times as long
+    both, count = torch.cat([pixels, pixels.flip(-1)]), len(pixels)
+    return both.index_select(0, torch.arange(count, device=pixels.device) + count * flipped)
+
+
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """Map uint8 to float32 in [-1, 1]."""
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    """Map uint8 to float32 in [-1, 1]; the same bits on every device."""
+    return scale(pixels, 127.5).sub_(1)
+
+
+def scale(pixels: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Divide uint8 to contiguous float32; the same bits on every device."""
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.div_(values.new_full((), divisor))  # by a number CUDA would multiply with its reciprocal

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
 from safetensors.torch import load_file
 
-import datasets_lib
+from scripts.benchmarks import data
 from train import train
 from trainers.engine import checkpoint, optimization
-from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig, load_config
-from trainers.engine.feeding import training_batches
 from trainers.engine.manifest import list_checkpoints
-from trainers.engine.options import BaseConfig
-from trainers.engine.stopping import Stopping
 
 WARM_UP_STEPS = 20  # the first window of a run pays for allocations
 
@@ -89,31 +85,6 @@ def bare_speed(run: RunConfig, steps: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
     return steps * size / (time.perf_counter() - began)
-
-
-def data(images: int, side: int, resolution: int) -> dict:
-    """Images per second from files to batches, from a folder of JPEGs and from the decoded cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        for number in range(images):
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            coarse.resize((side, side), Image.Resampling.BICUBIC).save(f"{folder}/{number:05}.jpg", quality=90)
-        return {
-            name: data_speed(BaseConfig(train_data_dir=folder, resolution=resolution, image_cache_mb=budget))
-            for name, budget in (("folder", 0), ("decoded cache", 512))
-        } | {"images": images, "side": side, "resolution": resolution}
-
-
-def data_speed(base: BaseConfig) -> float:
-    examples = datasets_lib.build(base, "train")
-    datasets_lib.prepare(examples, show_progress=False)
-    clock = Clock(len(examples), base.train_batch_size, 1, 1, max_train_steps=10**9)
-    batches = training_batches(examples, clock, base, 0, torch.device("cpu"), Stopping(Accelerator(cpu=True), base))
-    next(batches)
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < 5:
-        done += len(next(batches)["slot"])
-    return done / (time.perf_counter() - began)
 
 
 def checkpoints(config: str, repetitions: int) -> dict:
@@ -181,19 +152,27 @@ def main() -> None:
     parser.add_argument("--config", default="configs/ddpm_digits.yaml")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a repetition of the table `data`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tables = {
         "loop": lambda: loop(options.config, options.pairs, options.steps),
-        "data": lambda: data(500, 512, 64),
+        "data": lambda: data.measure(options.pairs, options.seconds),
         "checkpoint": lambda: checkpoints(options.config, options.pairs),
     }
-    result = tables[options.table]()
+    load_before = os.getloadavg()[0]
+    with contextlib.redirect_stdout(sys.stderr):  # what a run says is no JSON
+        result = tables[options.table]()
     machine = {
+        "command": f"scripts/bench.py {' '.join(sys.argv[1:])}",
         "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "pillow", "datasets", "accelerate")},
         "threads": options.threads,
+        "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],  # of a minute: before, and after
     }
     print(json.dumps(result | machine, indent=1))
 

@@ -401,7 +401,7 @@ def test_an_epoch_ends_after_whole_steps_and_batches_have_one_shape(run_in_proce
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_is_the_same(run_in_process, options, workers):
-    options["base.center_crop"] = False
+    options |= {"base.center_crop": False, "base.image_cache_mb": 0}
     whole = run_in_process("whole", "text_to_image", **options)
     options |= {"base.dataloader_num_workers": workers, "base.resume_from_checkpoint": str(whole / "checkpoint-3")}
     again = run_in_process("again", "text_to_image", **options)

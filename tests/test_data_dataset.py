@@ -14,8 +14,9 @@ import torch
 from PIL import ExifTags, Image
 
 import datasets_lib
-from datasets_lib.dataset import ImageDataset, select_rows
+from datasets_lib.dataset import ImageDataset
 from datasets_lib.images import ImageReader
+from datasets_lib.rows import select_rows
 from datasets_lib.source import Source
 
 DEFAULTS = {

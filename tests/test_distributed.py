@@ -102,10 +102,11 @@ def test_a_mistake_in_the_configuration_is_printed_once():
 def test_every_task_resumes_exactly_in_new_processes(task, processes, tmp_path):
     """In the middle of an epoch, with accumulation, data workers, crops, flips and dropout."""
     options = ["base.train_batch_size=2", "base.gradient_accumulation_steps=2", "base.dataloader_num_workers=2"]
+    options += ["base.image_cache_mb=0"]
     whole, _ = run(tmp_path / "whole", *options, processes=processes, task=task)
     shutil.copytree(whole, tmp_path / "cut")
     forget_after(tmp_path / "cut", 10)
-    changed = ["base.resume_from_checkpoint=latest", "base.dataloader_num_workers=0", "base.valid_steps=7"]
+    changed = ["base.resume_from_checkpoint=latest", "base.image_cache_mb=512", "base.valid_steps=7"]
     run(tmp_path / "cut", *options, *changed, processes=processes, task=task)
     assert losses(tmp_path / "cut") == losses(whole)
     assert final_state(tmp_path / "cut", 20) == final_state(whole, 20)

@@ -259,6 +259,7 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, caps
     """The first run has data workers, which outlive it for seconds."""
     folder = tmp_path / "run"
     arguments = ["configs/tests/ddpm.json", f"base.output_dir={folder}", "base.dataloader_num_workers=2"]
+    arguments += ["base.image_cache_mb=0"]  # what is in memory needs no workers
     process = start(*arguments, "base.checkpointing_steps=1", faults={"slow_steps": 1})
     wait_for(lambda: list_checkpoints(folder), process)
     assert main([*arguments, "base.resume_from_checkpoint=latest"]) == 1
@@ -376,7 +377,7 @@ def test_a_data_worker_that_dies_while_it_hands_a_tensor_over(error):
 
 def test_data_workers_that_are_killed(tmp_path):
     """The step is finished without them, the run saved, and what a resume makes of it is exact."""
-    folder, options = tmp_path / "run", ["base.random_flip=true", "base.resolution=24"]
+    folder, options = tmp_path / "run", ["base.random_flip=true", "base.resolution=24", "base.image_cache_mb=0"]
     arguments = ["configs/tests/ddpm.json", *options, f"base.output_dir={folder}"]
     process = start(*arguments, "base.dataloader_num_workers=2", faults={"kill_workers_at": 2}, out=tmp_path / "log")
     assert process.wait(300) == 1

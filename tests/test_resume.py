@@ -57,7 +57,7 @@ CASES = {
     "in the middle of an epoch": {},
     "at the end of an epoch": {"base.max_train_samples": 8},
     "with accumulation": {"base.gradient_accumulation_steps": 2},
-    "with workers": {"base.dataloader_num_workers": 2, **RANDOM},
+    "with workers": {"base.dataloader_num_workers": 2, "base.image_cache_mb": 0, **RANDOM},
     "with random crop and flip": RANDOM,
     "with a log window that is open": {"base.logging_steps": 3},
     "with an epoch schedule": {
@@ -77,6 +77,7 @@ def test_resume_is_exact(case, tiny_config):
 
 def test_resume_is_exact_with_other_cadences_and_workers(tiny_config):
     changed = {"base.valid_steps": 1, "base.dataloader_num_workers": 1, "base.save_model_steps": 5}
+    changed["base.image_cache_mb"] = 0
     check_resume(tiny_config, {**RANDOM, "base.validation_split": 0.02}, changed)
 
 

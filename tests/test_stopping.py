@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("launched")  # several processes and clocks
 STEPS = 40
 RUN = [
     "configs/tests/ddpm.json", f"base.max_train_steps={STEPS}", "base.validation_split=0.1", "base.random_flip=true",
-    "base.dataloader_num_workers=1", "base.checkpointing_steps=50", "ddpm.ddpm_num_steps=1000",
+    "base.dataloader_num_workers=1", "base.image_cache_mb=0", "base.checkpointing_steps=50", "ddpm.ddpm_num_steps=1000",
 ]  # fmt: skip
 ACCELERATE = [
     str(Path(sys.executable).with_name("accelerate")),

@@ -140,7 +140,13 @@ def test_checkpoints_have_diffusers_ema_format(run_in_process):
             "base.logger": "tensorboard",
         },
         {"base.mixed_precision": "bf16", "base.gradient_accumulation_steps": 2, "ddpm.learning_rate": {"unet": 1e-3}},
-        {"base.dataloader_num_workers": 2, "base.random_flip": True, "base.resolution": 24, "base.save_model_steps": 2},
+        {
+            "base.dataloader_num_workers": 2,
+            "base.image_cache_mb": 0,
+            "base.random_flip": True,
+            "base.resolution": 24,
+            "base.save_model_steps": 2,
+        },
     ],
     ids=lambda options: " ".join(key.split(".")[1] for key in options),
 )

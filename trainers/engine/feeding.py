@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 import torch
 
 from trainers.engine.clock import Clock
-from trainers.engine.loading import Batch, Keys, SlotExamples, collate, load_ahead
+from trainers.engine.loading import Batch, Keys, SlotExamples, load_ahead
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import key_of
 from trainers.engine.stopping import Stopping
+from trainers.engine.transfer import to_device
 
 
 class EpochOrder:
@@ -105,7 +106,7 @@ def training_batches(
     """
     batches = SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step)
     examples = SlotExamples(train_set, base.seed, augment=True)
-    return _on_device(load_ahead(examples, batches, base, device, stopping), device)
+    return to_device(load_ahead(examples, batches, base, device, stopping), examples.finish, device)
 
 
 def examples_once(
@@ -131,21 +132,13 @@ def examples_once(
     weights = [float(number < len(batches)) for number in mine]
     keys = [[(i, i) for i in batches[number if number < len(batches) else 0]] for number in mine]
     examples = SlotExamples(dataset, base.seed, augment=False)
-    return zip(_on_device(load_ahead(examples, keys, base, device, stopping), device), weights, strict=True)
-
-
-def _on_device(batches: Iterator[Batch | Exception], device: torch.device) -> Iterator[Batch]:
-    with closing(batches):
-        for batch in batches:
-            if isinstance(batch, Exception):
-                raise batch
-            yield {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    batches = load_ahead(examples, keys, base, device, stopping)
+    return zip(to_device(batches, examples.finish, device), weights, strict=True)
 
 
 def first_batch(train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device) -> Batch:
     """The micro-batch with which training_batches begins, read in this process."""
-    dataset = SlotExamples(train_set, base.seed, augment=True)
-    keys = next(
-        iter(SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step))
-    )
-    return next(_on_device(iter([collate([dataset[key] for key in keys])]), device))
+    examples = SlotExamples(train_set, base.seed, augment=True)
+    order = order_of(train_set, clock.global_batch_size, base)
+    keys = itertools.islice(SlotBatches(order, clock, process_index, clock.origin_step), 1)
+    return next(to_device((examples.batch(each) for each in keys), examples.finish, device))

@@ -28,19 +28,36 @@ END, DEAD = object(), object()  # instead of a batch
 class SlotExamples(Dataset):
     """Examples by (slot, index), each augmented from a generator of its own; none where `augment` is false.
 
-    Our own messages about the data are returned: torch would wrap a worker's exception in its traceback.
+    Our own messages about the data are returned: torch would wrap a worker's exception in its traceback. A data set
+    whose examples are `in_memory` makes whole batches: `get_batch` on the host, `finish` on the device.
     """
 
     def __init__(self, examples: Any, seed: int, augment: bool) -> None:
         self.examples = examples
         self.seed = seed
         self.augment = augment and getattr(examples, "random", True)
+        # of the type: what wraps a data set may pass on attributes that do not know its own `get`
+        self.in_memory = hasattr(type(examples), "get_batch") and examples.in_memory
+
+    def batch(self, keys: Keys) -> Batch | Exception:
+        """The batch of these keys, on the host and for `finish`."""
+        if not self.in_memory:
+            return collate([self[key] for key in keys])
+        generators = [self._generator(slot) for slot, _ in keys]
+        batch = self.examples.get_batch([index for _, index in keys], generators)
+        return {**batch, "slot": torch.tensor([slot for slot, _ in keys])}
+
+    def finish(self, batch: Batch) -> Batch:
+        """The examples of a batch that is on its device."""
+        return self.examples.finish(batch) if self.in_memory else batch
+
+    def _generator(self, slot: int) -> torch.Generator | None:
+        return example_generator(self.seed, slot) if self.augment else None
 
     def __getitem__(self, key: tuple[int, int]) -> Batch | Exception:
         slot, index = key
-        generator = example_generator(self.seed, slot) if self.augment else None
         try:
-            return {**self.examples.get(index, generator), "slot": slot}
+            return {**self.examples.get(index, self._generator(slot)), "slot": slot}
         except (ValueError, OSError) as error:
             if is_message(error):
                 return error
@@ -57,10 +74,11 @@ def load_ahead(
 ) -> Iterator[Batch | Exception]:
     """Yields the batches of these keys, read in `dataloader_num_workers` processes, which end with the generator.
 
-    Where a worker dies, this process reads the batch itself and asks all ranks to stop after the step.
+    Where a worker dies, this process reads the batch itself and asks all ranks to stop after the step. What is in
+    memory needs no workers.
     """
-    if base.dataloader_num_workers == 0:
-        yield from _read_here(dataset, batches)
+    if base.dataloader_num_workers == 0 or dataset.in_memory:
+        yield from map(dataset.batch, batches)
         return
     others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
@@ -85,18 +103,13 @@ def load_ahead(
                 return
             if batch is DEAD:
                 stopping.ask(FAULT, _death_of(workers))
-                yield from _read_here(dataset, itertools.islice(batches, number, None))
+                yield from map(dataset.batch, itertools.islice(batches, number, None))
                 return
             yield batch
     finally:
         del loaded  # ends the workers that listen
         for worker in workers:  # one that hangs ignores TERM, and Python would wait for it at exit
             worker.kill()
-
-
-def _read_here(dataset: SlotExamples, batches: Iterable[Keys]) -> Iterator[Batch | Exception]:
-    for keys in batches:
-        yield collate([dataset[key] for key in keys])
 
 
 def _next_of(loaded: Iterator, workers: set, timeout_seconds: float) -> Batch | Exception | object:

@@ -1,0 +1,128 @@
+"""Pictures per second from files, or from memory, to batches on the device."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import datasets_lib
+from trainers.base import Encoder
+from trainers.engine.cache_filling import fill_caches
+from trainers.engine.clock import Clock
+from trainers.engine.encoding import FrozenStages
+from trainers.engine.feeding import training_batches
+from trainers.engine.options import BaseConfig
+from trainers.engine.stopping import Stopping
+
+IMAGES, SIDE, RESOLUTION, BATCH = 500, 512, 32, 64
+READ_AHEAD = 2  # batches, of each worker
+SOURCES = {
+    "jpeg folder": ("train_data_dir", "jpg"),
+    "png folder": ("train_data_dir", "png"),
+    "arrow": ("dataset_name", "arrow"),
+    "decoded cache": ("train_data_dir", "jpg"),
+    "latents cache": ("train_data_dir", "jpg"),
+}
+WORKERS = {"decoded cache": (0,)}  # it never starts any; else 0, 1, 2
+# no real autoencoder, as none runs once its latents are cached: one number for 8 x 8 pixels
+LATENTS = Encoder(
+    reads="image",
+    writes=("mean", "logvar"),
+    build=lambda: torch.nn.AvgPool2d(8),
+    encode=lambda pool, images: {"mean": pool(images), "logvar": -pool(images.abs())},
+    cache="memory",
+)
+
+
+def measure(repetitions: int, seconds: float) -> dict[str, Any]:
+    """Medians of interleaved repetitions for each source and number of workers, and ratios of the decoded cache."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        write_pictures(Path(folder))
+        sides = {
+            (source, workers): stack.enter_context(closing(batches_of(source, workers, Path(folder))))
+            for source in SOURCES
+            for workers in WORKERS.get(source, (0, 1, 2))
+        }
+        found: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
+        for repetition in range(repetitions):
+            for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
+                found[side].append(speed(sides[side], seconds, warm_up=1 + READ_AHEAD * side[1]))
+    rows = {source: {str(n): summary(found[name, n]) for name, n in sides if name == source} for source in SOURCES}
+    ratios = {
+        f"decoded cache / {source}, {n} workers": summary(divided(found["decoded cache", 0], found[source, n]))
+        for source, n in sides
+        if source.endswith("folder") or source == "arrow"
+    }
+    sizes = {"images": IMAGES, "side": SIDE, "resolution": RESOLUTION, "batch": BATCH}
+    return {"images_per_second_by_workers": rows, "ratios": ratios, **sizes, "seconds": seconds}
+
+
+def write_pictures(folder: Path) -> None:
+    """The same smooth pictures as JPEG and PNG files, and the JPEG ones as arrow."""
+    import datasets  # slow to import, and the other tables need none of it
+
+    rng = np.random.default_rng(0)
+    for kind in ("jpg", "png"):
+        (folder / kind).mkdir()
+    for number in range(IMAGES):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        picture = coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        picture.save(folder / "jpg" / f"{number:05}.jpg", quality=90)
+        picture.save(folder / "png" / f"{number:05}.png")
+    files = [{"bytes": path.read_bytes(), "path": None} for path in sorted((folder / "jpg").iterdir())]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": files}, features).save_to_disk(folder / "arrow")
+
+
+def batches_of(source: str, workers: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Flipped training batches of a source without an end, on the device, with latents where these are cached."""
+    option, name = SOURCES[source]
+    budget = 512 if source == "decoded cache" else 0  # MiB
+    base = BaseConfig(
+        resolution=RESOLUTION, train_batch_size=BATCH, center_crop=True, random_flip=True, image_cache_mb=budget,
+        dataloader_num_workers=workers, **{option: f"{folder}/{name}"},
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    stages = FrozenStages({"latents": LATENTS} if source == "latents cache" else {}, accelerator.device)
+    [examples] = fill_caches(accelerator, stages, base, datasets_lib.build(base, "train"))
+    datasets_lib.prepare(examples, show_progress=False)
+    clock = Clock(len(examples), BATCH, 1, 1, max_train_steps=10**9)
+    batches = training_batches(examples, clock, base, 0, accelerator.device, Stopping(accelerator, base))
+    with closing(batches):
+        yield from map(stages.encode, batches)
+
+
+def speed(batches: Iterator[dict[str, Any]], seconds: float, warm_up: int) -> float:
+    """Pictures per second, after the batches that were read ahead while another side was timed."""
+    for _ in range(warm_up):
+        next(batches)
+    synchronize()
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        done += len(next(batches)["slot"])
+    synchronize()
+    return done / (time.perf_counter() - began)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def summary(values: list[float]) -> dict[str, float | list[float]]:
+    return {"median": round(statistics.median(values), 1), "all": [round(value, 1) for value in values]}
+
+
+def divided(left: list[float], right: list[float]) -> list[float]:
+    """The ratios of each repetition."""
+    return [a / b for a, b in zip(left, right, strict=True)]
