@@ -19,7 +19,7 @@ from trainers.engine.messages import Interrupted, is_message
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine import card, checkpoint, export, feeding, launch, optimization, reporting, resume
+    from trainers.engine import card, export, feeding, launch, optimization, reporting, resume
     from trainers.engine.cache_filling import fill_caches
     from trainers.engine.clock import Clock
     from trainers.engine.divergence import Divergence
@@ -29,6 +29,7 @@ def train(run: RunConfig) -> Path:
     from trainers.engine.networks import build_trainer, prepare_networks, warm_up
     from trainers.engine.randomness import SlotRandom, seed_network
     from trainers.engine.run_folder import open_run_folder
+    from trainers.engine.saving import Saving
     from trainers.engine.stopping import Stopping
     from trainers.engine.tracking import Tracking
     from trainers.engine.validation import Validation
@@ -70,12 +71,12 @@ def train(run: RunConfig) -> Path:
         # steps
         tracking = Tracking(accelerator, run, output_dir, clock.origin_step)
         batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
-        save = partial(checkpoint.save, accelerator, run, clock, networks, ema, optimizer, train_set, meter, divergence)
+        saving = Saving(accelerator, run, clock, networks, ema, optimizer, train_set, meter, divergence, stopping)
         sets = train_set, validation_set
-        validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, tracking)
+        validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
         export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
         accelerator.print(reporting.start_block(accelerator, run, trainer, networks, clock, train_set))
-        with tracking, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
+        with tracking, saving, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
             done = clock.origin_step
             validation.make_up(done)
             for step in stopping.steps(clock.origin_step, clock.total_steps):
@@ -101,15 +102,15 @@ def train(run: RunConfig) -> Path:
                     tracking.log(metrics | {"examples_per_second": speed.examples_per_second()}, done)
                     reporting.show_metrics(bar, tracking.latest)
                 with speed.paused():
-                    if clock.due(done, base.checkpointing_steps):
-                        save(done)
+                    saving.after_step(done)
                     if stopping.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
                         export_pipeline(done)
                     validation.after_step(done)
             bar.close()
-            stopping.finish(done, save, tracking.close)
+            saving.wait()
+            stopping.finish(done, saving.save, tracking.close)
 
             # finish
             pipeline_files = export_pipeline(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-WRITERS = ("checkpoint.py", "manifest.py", "run_folder.py", "tracking.py", "export.py", "resume.py", "lock.py")
+WRITERS = (
+    "saving.py", "checkpoint.py", "manifest.py", "run_folder.py", "tracking.py", "export.py", "resume.py", "lock.py",
+)  # fmt: skip
 
 
 def own_rank():
@@ -48,35 +51,63 @@ def slow_write(seconds):
     checkpoint.write = slow
 
 
-def kill_in_save(step_and_rank):
-    """The rank is killed a while after all ranks entered the save of this step."""
+def fail_write(step):
+    """The files of this step's checkpoint cannot be written; only the main process would."""
     from trainers.engine import checkpoint
 
+    original = checkpoint.write
+
+    def failing(taken, folder):
+        original(taken, folder)
+        if taken.step == step:
+            raise OSError(28, "No space left on device")
+
+    checkpoint.write = failing
+
+
+def note_errors(path):
+    """Each rank writes the error that ends it to a file: the launcher ends all when the first one has."""
+    import train
+
+    original = train._fail
+
+    def noting(error, code):
+        Path(f"{path}-{own_rank()}").write_text(str(error))
+        return original(error, code)
+
+    train._fail = noting
+
+
+def kill_in_save(step_and_rank):
+    """The rank is killed a while after all ranks began the checkpoint of this step."""
+    from trainers.engine.saving import Saving
+
     step, rank = step_and_rank
-    original = checkpoint.save
+    original = Saving.begin
 
-    def killing(*arguments):
-        if arguments[-1] == step and rank == own_rank():
+    def killing(self, steps_done):
+        original(self, steps_done)
+        if steps_done == step and rank == own_rank():
             threading.Timer(1.0, die).start()
-        original(*arguments)
 
-    checkpoint.save = killing
+    Saving.begin = killing
 
 
 def kill_at_line(number):
     """Killed before the n-th line that runs in the modules which write files; 0 prints how many there are."""
-    seen = [0]
+    seen, counter = [0], itertools.count(1)  # of all threads
 
     def trace(frame, event, argument):
         if event == "call" and not frame.f_code.co_filename.endswith(WRITERS):
             return None
         if event == "line":
-            seen[0] += 1
-            if seen[0] == number:
+            seen[0] = here = next(counter)
+            if here == number:
                 die()
         return trace
 
     sys.settrace(trace)
+    threading.settrace(trace)
     return lambda: print(f"{seen[0]} lines")
 
 

@@ -143,6 +143,8 @@ def test_a_mask_of_infinities_is_no_divergence():
     network(torch.ones(2)).sum().backward()
     optimizer.step()
     assert find_not_finite({"net": network}, None, optimizer) is None
+    optimizer.state[network.bias]["exp_avg"][:] = 3e38  # finite, unlike their sum
+    assert find_not_finite({"net": network}, None, optimizer) is None
     optimizer.state[network.bias]["exp_avg"][0] = math.nan
     assert find_not_finite({"net": network}, None, optimizer) == "exp_avg of net.bias"
 

@@ -63,7 +63,7 @@ def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
     for number in range(points):
         folder = tmp_path / str(number)
         if number % 2:
-            point = {"line": rng.randrange(1, lines)}
+            point = {"line": rng.randrange(1, lines - 50)}  # it is some lines shorter where a write is done sooner
             code, _, _ = run_child(folder, {"kill_at_line": point["line"]})
             assert code == -signal.SIGKILL
         else:
@@ -90,7 +90,7 @@ def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
         print(f"\n{points} kills: 0 unloadable, steps lost {sum(lost) / points:.2f} on average, {max(lost)} at most")
         if points > 10:
             print("\n".join(map(str, table)))
-    assert max(lost) <= 2  # checkpoints are two steps apart
+    assert max(lost) <= 4  # checkpoints are two steps apart, and one may be in flight
 
 
 @pytest.mark.parametrize("rank", [0, 1])

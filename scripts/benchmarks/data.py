@@ -44,8 +44,8 @@ LATENTS = Encoder(
 )
 
 
-def measure(repetitions: int, seconds: float) -> dict[str, Any]:
-    """Medians of interleaved repetitions for each source and number of workers, and ratios of the decoded cache."""
+def table(repetitions: int, seconds: float) -> list[dict[str, Any]]:
+    """Medians of repetitions in turns for each source and number of workers, and the decoded cache over each."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_pictures(Path(folder))
         sides = {
@@ -57,14 +57,17 @@ def measure(repetitions: int, seconds: float) -> dict[str, Any]:
         for repetition in range(repetitions):
             for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
                 found[side].append(speed(sides[side], seconds, warm_up=1 + READ_AHEAD * side[1]))
-    rows = {source: {str(n): summary(found[name, n]) for name, n in sides if name == source} for source in SOURCES}
-    ratios = {
-        f"decoded cache / {source}, {n} workers": summary(divided(found["decoded cache", 0], found[source, n]))
-        for source, n in sides
-        if source.endswith("folder") or source == "arrow"
-    }
-    sizes = {"images": IMAGES, "side": SIDE, "resolution": RESOLUTION, "batch": BATCH}
-    return {"images_per_second_by_workers": rows, "ratios": ratios, **sizes, "seconds": seconds}
+    cached = found["decoded cache", 0]
+    return [
+        {
+            "source": source,
+            "workers": workers,
+            "images_per_second": statistics.median(rates),
+            "decoded_cache_over_it": statistics.median(a / b for a, b in zip(cached, rates, strict=True)),
+            "runs": rates,
+        }
+        for (source, workers), rates in found.items()
+    ]
 
 
 def write_pictures(folder: Path) -> None:
@@ -117,12 +120,3 @@ def speed(batches: Iterator[dict[str, Any]], seconds: float, warm_up: int) -> fl
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def summary(values: list[float]) -> dict[str, float | list[float]]:
-    return {"median": round(statistics.median(values), 1), "all": [round(value, 1) for value in values]}
-
-
-def divided(left: list[float], right: list[float]) -> list[float]:
-    """The ratios of each repetition."""
-    return [a / b for a, b in zip(left, right, strict=True)]

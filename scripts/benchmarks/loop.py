@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -43,10 +43,10 @@ REALISTIC = {
 }
 
 
-def table(pairs: int, steps: int) -> list[dict[str, Any]]:
+def table(pairs: int, steps: int, tasks: Sequence[str] = TASKS) -> list[dict[str, Any]]:
     """A row for each task and size: the ratio of the sides by pairs, its median, and the parts of a step."""
     rows = []
-    for task in TASKS:
+    for task in tasks:
         for size in ("smallest", "realistic"):
             with tempfile.TemporaryDirectory() as folder:
                 rows.append({"task": task, "network": size} | compared(task, size, folder, pairs, steps))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -86,9 +85,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str])
 
 def make_readable(path: Path) -> None:
     """Gives a file the mode of other files: safetensors writes such that only their owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    other = path.with_name(f".{path.name}-mode")  # asking os.umask() would change it for all threads
+    other.touch()
+    path.chmod(other.stat().st_mode & 0o777)
+    other.unlink()
 
 
 def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 def write_tensors(values: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file with the mode of other files: by itself only its owner could read it."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # asking os.umask() would change it for all threads
     save_file(values, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(mode)
 
 
 def flush(path: Path) -> None:

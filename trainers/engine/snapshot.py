@@ -68,10 +68,11 @@ def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: 
     by_device: dict[torch.device, list[str]] = {}
     for name, tensor in tensors.items():
         by_device.setdefault(tensor.device, []).append(name)
-    for listed in by_device.values():  # one wait per device
-        finite = torch.stack([tensors[name].detach().isfinite().all() for name in listed]).tolist()
-        if not all(finite):
-            return listed[finite.index(False)]
+    for listed in by_device.values():  # one wait per device, for sums: ten times as fast as a look at each element
+        finite = torch.stack([tensors[name].detach().sum().isfinite() for name in listed]).tolist()
+        for name in [name for name, is_finite in zip(listed, finite, strict=True) if not is_finite]:
+            if not tensors[name].isfinite().all():  # a sum of large numbers may overflow
+                return name
     return None
 
 

@@ -31,7 +31,7 @@ class Abandoned(BaseException):
 
 
 class Stopping:
-    """Signals and faults as requests to stop, which the loop asks about once a step.
+    """Signals and faults as requests to stop, which the loop asks about once a step; with them goes what was written.
 
     Before the steps and after them a signal ends the run at once. On several processes a request is agreed over a
     group of its own on the CPU, so no step waits for a device; the answer is one call old.
@@ -49,6 +49,7 @@ class Stopping:
         self.armed = -math.inf  # when the stack dump was last put off
         self.asked, self.text = 0, ""  # what this rank wants
         self.reason = 0  # what all ranks agreed on
+        self.wrote, self.written = 0, 0  # the newest checkpoint whose files this rank, and any rank, is done with
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
         self.launcher = launcher_pid()
@@ -87,13 +88,13 @@ class Stopping:
         if self.launcher and os.getppid() != self.launcher:  # it died, and nobody else would tell
             self.ask(signal.SIGTERM)
         if self.group is None:
-            self.reason = self.asked
+            self.reason, self.written = self.asked, self.wrote
             return self.reason > 0
         if time.monotonic() - self.armed > 1:  # each time costs a thread
             faulthandler.dump_traceback_later(self.dump_after, file=sys.__stderr__)  # where a rank hangs
             self.armed = time.monotonic()
         self._await()
-        self.flag = torch.tensor(self.asked)
+        self.flag = torch.tensor([self.asked, self.wrote])
         self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
         if wait:
             self._await()
@@ -102,7 +103,8 @@ class Stopping:
     def _await(self) -> None:
         if self.work is not None:
             self.work.wait()
-            self.reason = max(self.reason, int(self.flag))
+            reason, self.written = self.flag.tolist()
+            self.reason = max(self.reason, reason)
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """The steps from first to last - 1, during which signals wait; none after a stop was agreed on."""

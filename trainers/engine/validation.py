@@ -23,6 +23,7 @@ from trainers.engine.feeding import examples_once
 from trainers.engine.grids import grid_of
 from trainers.engine.picture_metrics import spread
 from trainers.engine.reporting import passing_bar
+from trainers.engine.saving import Saving
 from trainers.engine.stopping import Abandoned, Stopping
 from trainers.engine.tracking import EVALUATION_TIME, VALIDATION_TIME, Tracking
 
@@ -42,11 +43,12 @@ class Validation:
         sets: tuple[Any, Any | None],
         clock: Clock,
         stopping: Stopping,
+        saving: Saving,
         tracking: Tracking,
     ) -> None:
         self.accelerator, self.trainer, self.ema, self.stages = accelerator, trainer, ema, stages
         self.train_set, self.validation_set = sets
-        self.clock, self.stopping, self.tracking = clock, stopping, tracking
+        self.clock, self.stopping, self.saving, self.tracking = clock, stopping, saving, tracking
         self.base = trainer.base
         if self.base.eval_steps is not None:
             self.evaluation = Evaluation(accelerator, trainer, *map(uncached, sets), self._watched)
@@ -76,8 +78,8 @@ class Validation:
             self.accelerator.print(f"The {what} at step {steps_done} is abandoned; a resumed run makes it up")
 
     def _watched(self, what: str) -> Callable[[Iterable], Iterable]:
-        """A bar around steps that are as many on every rank, and that a signal ends."""
-        return lambda steps: self.stopping.watch(passing_bar(self.accelerator, what)(steps))
+        """A bar around steps that are as many on every rank, and that a signal ends; a checkpoint may be sealed."""
+        return lambda steps: self.saving.watch(self.stopping.watch(passing_bar(self.accelerator, what)(steps)))
 
     def validate(self, steps_done: int) -> None:
         """Logs metrics ("valid/loss", with averaged weights "valid_ema/loss") and grids of pictures.

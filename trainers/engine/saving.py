@@ -1,0 +1,144 @@
+"""Saving beside the training: a copy at the step, a thread that writes it, a name given by the main thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from trainers.engine import checkpoint
+from trainers.engine.agreement import on_main
+from trainers.engine.clock import Clock
+from trainers.engine.config import RunConfig
+from trainers.engine.divergence import Divergence
+from trainers.engine.ema import EMA
+from trainers.engine.manifest import list_checkpoints
+from trainers.engine.metering import Meter
+from trainers.engine.snapshot import Snapshot, find_not_finite, snapshot
+from trainers.engine.stopping import Stopping
+
+
+class Saving:
+    """The checkpoints of a run, one at a time: begun at a step, written by a thread of the main process, then sealed.
+
+    Every call is collective. All ranks seal, or raise, after the same step, agreed on with the reduce of `stopping`.
+    The copy stays in host memory until its files are written.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run: RunConfig,
+        clock: Clock,
+        networks: dict[str, nn.Module],
+        ema: EMA | None,
+        optimizer: Optimizer,
+        train_set: Any,
+        meter: Meter,
+        divergence: Divergence,
+        stopping: Stopping,
+    ) -> None:
+        self.accelerator, self.run, self.clock, self.train_set = accelerator, run, clock, train_set
+        self.networks, self.ema, self.optimizer = networks, ema, optimizer
+        self.meter, self.divergence, self.stopping = meter, divergence, stopping
+        self.output_dir = Path(run.base.output_dir)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.step = 0  # of the checkpoint in flight; 0 where there is none
+        self.staged: Future[Path] | None = None  # its folder, on the main process
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """After an error the main process seals alone what is in flight: the other ranks may be gone."""
+        if self.step and self.accelerator.is_main_process:
+            try:
+                self._seal()
+            except Exception as failure:  # the first error is the one to show
+                print(f"WARNING: {failure}", flush=True)
+        self.thread.shutdown()
+
+    def after_step(self, steps_done: int) -> None:
+        """Seals what is written, and begins a checkpoint where one is due."""
+        self._seal_written()
+        if self.clock.due(steps_done, self.run.base.checkpointing_steps):
+            self.begin(steps_done)
+
+    def watch(self, items: Iterable) -> Iterator:
+        """The items of a long loop within a step, which asks `stopping`; what is written meanwhile is sealed."""
+        for item in items:
+            yield item
+            self._seal_written()
+
+    def save(self, steps_done: int) -> None:
+        """Writes output_dir/checkpoint-N, and returns when it is sealed."""
+        self.begin(steps_done)
+        self.wait()
+
+    def begin(self, steps_done: int) -> None:
+        """Copies what is trained, once the checkpoint before is sealed, and leaves the writing to the thread.
+
+        Does nothing where checkpoint-N is there. Raises ValueError where something that was trained is not finite, and
+        what `wait` raises.
+        """
+        self.wait()
+        counts = self.divergence.state()
+        final = self.output_dir / f"checkpoint-{steps_done}"
+        if self.divergence.hopeless or on_main(self.accelerator, final.exists):
+            return
+        broken = find_not_finite(self.networks, self.ema, self.optimizer)
+        if broken is not None:
+            raise ValueError(
+                f"{final.name} is not written: {broken} is not finite; continue from the checkpoint before with "
+                "a lower learning rate"
+            )
+        state, main = self._state(steps_done, counts), self.accelerator.is_main_process
+        taken = snapshot(self.networks, self.ema, self.optimizer, state, main)
+        if main:
+            self.staged = self.thread.submit(self._write, taken)
+        self.step = steps_done
+
+    def wait(self) -> None:
+        """Seals the checkpoint in flight as soon as it is written; raises OSError where it could not be."""
+        if self.step:
+            self.step = 0
+            on_main(self.accelerator, self._seal)
+
+    def _seal_written(self) -> None:
+        if self.step and self.step == self.stopping.written:
+            self.wait()
+
+    def _seal(self) -> None:
+        checkpoint.seal(self.staged.result())
+        limit = self.run.base.checkpoints_total_limit
+        for _, folder in list_checkpoints(self.output_dir)[limit:] if limit is not None else []:
+            checkpoint.remove(folder, self.thread)
+
+    def _write(self, taken: Snapshot) -> Path:
+        """The thread's part; the main process tells the other ranks that it is over, well or not."""
+        try:
+            return checkpoint.stage(taken, self.output_dir)
+        finally:
+            self.stopping.wrote = taken.step
+
+    def _state(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
+        scaler, train_set = self.accelerator.scaler, self.train_set
+        return {
+            "format": checkpoint.FORMAT,
+            "step": steps_done,
+            "slot": self.clock.slot_at(steps_done),
+            "global_batch_size": self.clock.global_batch_size,
+            "total_steps": self.clock.total_steps,
+            "num_examples": len(train_set),
+            "fingerprint": train_set.fingerprint,
+            "label_names": getattr(train_set, "label_names", None),
+            "meter": self.meter.state(),
+            "divergence": counts,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "config": self.run.as_dict(),
+        }
