@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from trainers.engine.messages import Interrupted, is_message
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine import card, export, feeding, launch, optimization, reporting, resume
+    from trainers.engine import card, export, feeding, launch, optimization, rehearsal, reporting, resume
     from trainers.engine.cache_filling import fill_caches
     from trainers.engine.clock import Clock
     from trainers.engine.divergence import Divergence
@@ -46,6 +47,7 @@ def train(run: RunConfig) -> Path:
         with accelerator.main_process_first():  # it downloads, the others find the files
             train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
         clock = Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None))
+        clock, train_set, validation_set = rehearsal.shortened(run, stopping, clock, train_set, validation_set)
         datasets_lib.check_example(train_set.get(0, None), base)
         saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
 
@@ -58,7 +60,7 @@ def train(run: RunConfig) -> Path:
         ema = EMA(networks, config) if config.use_ema else None
         stages = FrozenStages(trainer.encoders(), device)
         trainer.encoded = stages.encoded
-        train_set, validation_set = fill_caches(accelerator, stages, base, train_set, validation_set)
+        train_set, validation_set = sets = fill_caches(accelerator, stages, base, train_set, validation_set)
         meter, speed = Meter(accelerator), Speed()
         divergence = Divergence(accelerator, output_dir, base, clock, stopping)
 
@@ -69,10 +71,9 @@ def train(run: RunConfig) -> Path:
         datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
 
         # steps
-        tracking = Tracking(accelerator, run, output_dir, clock.origin_step)
+        tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds)
         batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
-        saving = Saving(accelerator, run, clock, networks, ema, optimizer, train_set, meter, divergence, stopping)
-        sets = train_set, validation_set
+        saving = Saving(accelerator, tracking, clock, networks, ema, optimizer, train_set, meter, divergence, stopping)
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
         export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
         accelerator.print(reporting.start_block(accelerator, run, trainer, networks, clock, train_set))
@@ -99,7 +100,7 @@ def train(run: RunConfig) -> Path:
                 watches.after_step(done, batch["slot"])
                 if clock.due(done, base.logging_steps):
                     metrics = {"epoch": clock.epochs_done(done)} | learning_rates | meter.means()
-                    tracking.log(metrics | {"examples_per_second": speed.examples_per_second()}, done)
+                    tracking.log_steps(metrics | {"examples_per_second": speed.examples_per_second()}, done)
                     reporting.show_metrics(bar, tracking.latest)
                 with speed.paused():
                     saving.after_step(done)
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", help="JSON or YAML file with the sections `base` and the task's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would take, from a few steps of it")
     parser.add_argument("--describe", nargs="?", const="", metavar="TYPE", help="list the tasks, or a task's options")
     options = parser.parse_intermixed_args(arguments)
     if options.describe is None and options.config is None:
@@ -143,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(run.as_yaml(), end="")
         return 0
     try:
+        if options.dry_run:
+            return _dry_run(run)
         train(run)
     except (ValueError, OSError) as error:
         if not is_message(error):
@@ -150,11 +154,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except Interrupted as interruption:
         if interruption.text:
-            print(f"\n{interruption}", file=sys.stderr, flush=True)
+            text = "the dry run was interrupted" if options.dry_run else interruption
+            print(f"\n{text}", file=sys.stderr, flush=True)
         return interruption.code
     except KeyboardInterrupt:
         return _fail("interrupted before the first step", 130)
     return 0
+
+
+def _dry_run(run: RunConfig) -> int:
+    """Trains the last steps in a folder of their own and prints what the whole run takes: 0 where it fits, else 1."""
+    from trainers.engine import dry_run, preflight, savings
+
+    if dry_run.is_main():
+        print(f"dry run: {dry_run.PROMISE}", file=sys.stderr, flush=True)
+    with dry_run.rehearsal_of(run) as short:
+        shortage = None
+        try:
+            with redirect_stdout(io.StringIO()):  # what a run says of itself is not true of this one
+                train(short)
+        except (MemoryError, RuntimeError, OSError) as error:
+            shortage = savings.shortage_of(error)
+            if shortage is None:
+                raise
+        if not dry_run.is_main():
+            if shortage is not None:
+                raise OSError(shortage.text)
+            return 0
+        lines, fits = preflight.report(run, short, shortage)
+    print("\n".join(lines), flush=True)
+    return 0 if fits else 1
 
 
 def _fail(error: object, code: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ class ImageDataset:
     otherwise each is `args.caption`, which `caption_note` says.
     """
 
+    prepare_seconds = 0.0  # that decoding ahead took
     picture_columns = ("image",)  # what `image` and `image_keys` know, for caches of encoded pictures
 
     def __init__(self, source: Source, args: Any, split: str):
@@ -71,8 +74,17 @@ class ImageDataset:
 
         The memory is per process. A broken image raises here, or is replaced, as it would be in `get`.
         """
+        began = time.perf_counter()
         self.pictures.prepare(show_progress)
+        self.prepare_seconds = time.perf_counter() - began
         self.random = self._is_random()
+
+    def only(self, indices: Sequence[int]) -> ImageDataset:
+        """Return the data set with these examples alone, decoded ahead only where the whole would be."""
+        few = copy.copy(self)
+        few.rows = [self.rows[index] for index in indices]
+        few.pictures = self.pictures.only(few.rows)
+        return few
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Return an example; every random decision draws from `generator`.

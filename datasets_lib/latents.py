@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ class LatentDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"opened": {}}  # a worker opens its own
+
+    def only(self, indices: Sequence[int]) -> LatentDataset:
+        """Return the data set with these examples alone."""
+        few = copy.copy(self)
+        few.rows, few.opened = [self.rows[index] for index in indices], {}
+        return few
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         row = self.rows[index]

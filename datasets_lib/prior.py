@@ -53,6 +53,13 @@ class PriorDataset:
             if hasattr(dataset, "prepare"):
                 dataset.prepare(show_progress)
 
+    def only(self, indices: Sequence[int]) -> PriorDataset:
+        """Return the data set with these examples alone, and as many pictures of the class."""
+        few = copy.copy(self)
+        few.instances = self.instances.only(indices)
+        few.prior = self.prior.only(range(min(len(indices), len(self.prior))))
+        return few
+
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Return the example and, prefixed, one of the class; without a generator the one at the same place."""
         example = self.instances.get(index, generator)

@@ -50,17 +50,23 @@ def trained(tmp_path_factory):
 
 
 def evaluations(folder):
-    return [{k: v for k, v in line.items() if k != "eval/seconds"} for line in read_metrics(folder, prefix="eval/")]
+    measured = ("eval/seconds", "eval/peak_memory_gib")
+    return [{k: v for k, v in line.items() if k not in measured} for line in read_metrics(folder, prefix="eval/")]
 
 
 def test_metrics_in_the_loop(run_in_process, features):
     folder = run_in_process(task=TASK, **EVALUATION, **{"base.eval_features": features})
     lines = read_metrics(folder, prefix="eval/")
     assert [line["step"] for line in lines] == [3, 6]
-    assert set(lines[0]) == {"step", "eval/seconds", *(f"eval/{name}" for name in METRICS | FEATURE_METRICS)}
+    assert set(lines[0]) == {
+        "step",
+        "eval/seconds",
+        "eval/peak_memory_gib",
+        *(f"eval/{name}" for name in METRICS | FEATURE_METRICS),
+    }
     assert lines[0]["eval/fid"] > 0
     plain = run_in_process("plain", task="ddpm", **EVALUATION, **{"base.eval_features": "none"})
-    names = {"diversity", "seconds", *MEMORISATION}  # without classes
+    names = {"diversity", "seconds", "peak_memory_gib", *MEMORISATION}  # without classes
     assert set(read_metrics(plain, prefix="eval/")[0]) == {"step", *(f"eval/{name}" for name in names)}
 
 

@@ -252,9 +252,14 @@ def test_a_file_that_is_no_lora(tmp_path, tensors, message):
 def test_no_file_and_a_pickle(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no file .*{FILE_NAME}; give a LoRA as .safetensors, or a folder"):
         lora_files.read_lora(tmp_path)
-    torch.save(PAIR, tmp_path / "lora.bin")
-    with pytest.raises(ValueError, match="lora.bin: cannot be read as safetensors .*; other formats are not read"):
-        lora_files.read_lora(tmp_path / "lora.bin")
+    texts = {
+        "lora.bin": "the name of a LoRA must end in .safetensors",
+        "lora.safetensors": "cannot be read as safetensors",
+    }
+    for name, text in texts.items():
+        torch.save(PAIR, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: {text}.*; other formats are not read"):
+            lora_files.read_lora(tmp_path / name)
 
 
 # two formats ---------------------------------------------------------------------------------------------------------

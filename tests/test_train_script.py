@@ -54,10 +54,23 @@ def test_exact_files_and_log_lines(run_in_process):
     assert files_in(folder) == expected
     lines = read_metrics(folder, prefix="loss")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert set(lines[0]) == {"step", "epoch", "lr", "loss", "skipped", "grad_norm/unet", "examples_per_second"}
+    assert set(lines[0]) == {
+        "step",
+        "epoch",
+        "lr",
+        "loss",
+        "skipped",
+        "grad_norm/unet",
+        "examples_per_second",
+        "peak_memory_gib",
+    }
     assert all(math.isfinite(line["loss"]) and line["grad_norm/unet"] > 0 for line in lines)
     validations = read_metrics(folder, prefix="valid")
-    assert [sorted(line) for line in validations] == [["step", "valid/loss", "valid/seconds", "valid_ema/loss"]] * 2
+    expected = ["step", "valid/loss", "valid/peak_memory_gib", "valid/seconds", "valid_ema/loss"]
+    assert [sorted(line) for line in validations] == [expected] * 2
+    assert [line["step"] for line in read_metrics(folder, prefix="save/seconds")] == [2, 4, 6]
+    assert [line["step"] for line in read_metrics(folder, prefix="export/seconds")] == [6]
+    assert [line["step"] for line in read_metrics(folder, prefix="start/peak_memory_gib")] == [0]
     manifest = json.loads((folder / "checkpoint-6" / "manifest.json").read_text())
     assert set(manifest) == CHECKPOINT - {"manifest.json"}
     assert oct((folder / "checkpoint-6/unet/diffusion_pytorch_model.safetensors").stat().st_mode & 0o777) == oct(
@@ -171,7 +184,8 @@ def test_weights_stay_float32_in_mixed_precision(run_in_process):
         assert {p.dtype for p in weights.parameters()} == {torch.float32}
     exact = run_in_process("exact")
     assert losses(folder) != losses(exact)  # bf16 really ran
-    assert read_metrics(folder)[0]["loss"] == pytest.approx(read_metrics(exact)[0]["loss"], rel=0.02)
+    first, of_exact = (read_metrics(run, prefix="loss")[0]["loss"] for run in (folder, exact))
+    assert first == pytest.approx(of_exact, rel=0.02)
 
 
 def test_initial_weights_from_a_folder(run_in_process, tmp_path):
@@ -205,7 +219,7 @@ def test_validation_is_the_same_every_time_and_leaves_the_training_alone(run_in_
     rarely = run_in_process("rarely", **held_out)
     assert losses(often) == losses(rarely)
     last = [read_metrics(folder, prefix="valid")[-1] for folder in (often, rarely)]
-    assert all(line.pop("valid/seconds") > 0 for line in last)
+    assert all(line.pop("valid/seconds") > 0 and line.pop("valid/peak_memory_gib") > 0 for line in last)
     assert last[0] == last[1]
     frozen = run_in_process("frozen", **held_out, **{"base.valid_steps": 3, "ddpm.learning_rate": 1e-30})
     first, second = (line["valid/loss"] for line in read_metrics(frozen, prefix="valid"))

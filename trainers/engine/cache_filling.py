@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,7 @@ def fill_caches(accelerator: Accelerator, stages: FrozenStages, base: BaseConfig
     for name, encoder in stages.encoders.items():
         if encoder.cache is None:
             continue
+        began = time.perf_counter()
         wanted: dict[str, Any] = {text_key(value): value for value in encoder.constants}
         for dataset, columns in zip(datasets, keys, strict=True):
             if dataset is None:
@@ -60,6 +62,8 @@ def fill_caches(accelerator: Accelerator, stages: FrozenStages, base: BaseConfig
                 }
         stages.caches[name] = _filled(accelerator, stages, base, name, wanted)
         stages.release(name)
+        seconds = time.perf_counter() - began - stages.build_seconds.get(name, 0.0)
+        stages.fill_seconds[encoder.reads] = stages.fill_seconds.get(encoder.reads, 0.0) + seconds
     return [KeyedExamples(dataset, found) if found else dataset for dataset, found in zip(datasets, keys, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class FrozenStages:
         self.encoders = encoders
         self.device = device
         self.caches: dict[str, Cache] = {}
+        self.fill_seconds: dict[str, float] = {}  # that filling caches took by column, without building
+        self.build_seconds: dict[str, float] = {}
         self._built: dict[str, nn.Module] = {}
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
 
@@ -74,7 +77,9 @@ class FrozenStages:
         """What an encoder says of a batch of values."""
         encoder = self.encoders[name]
         if name not in self._built:
+            began = time.perf_counter()
             self._built[name] = encoder.build().to(self.device).eval().requires_grad_(False)
+            self.build_seconds[name] = time.perf_counter() - began
         columns = encoder.encode(self._built[name], values)
         if set(columns) != set(encoder.writes):
             raise ValueError(f"encoder {name} wrote {sorted(columns)}; its `writes` says {sorted(encoder.writes)}")

@@ -35,10 +35,17 @@ def export_pipeline(
     Raises OSError on every rank where the main process could not write.
     """
     try:
-        trainer.statistics = validation.training_statistics()
+        with tracking.phase("export", steps_done):
+            trainer.statistics = validation.training_statistics()
+            return _export(accelerator, trainer, ema, tracking, clock, steps_done)
     except Abandoned:
         accelerator.print(f"The pipeline of step {steps_done} is not written: the run is asked to stop")
         return []
+
+
+def _export(
+    accelerator: Accelerator, trainer: Trainer, ema: EMA | None, tracking: Tracking, clock: Clock, steps_done: int
+) -> list[str]:
     live, output_dir = trainer.unwrapped, tracking.output_dir
     wanted = accelerator.is_main_process
     weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}

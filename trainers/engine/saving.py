@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from trainers.engine import checkpoint
 from trainers.engine.agreement import on_main
 from trainers.engine.clock import Clock
-from trainers.engine.config import RunConfig
 from trainers.engine.divergence import Divergence
 from trainers.engine.ema import EMA
 from trainers.engine.manifest import list_checkpoints
 from trainers.engine.metering import Meter
 from trainers.engine.snapshot import Snapshot, find_not_finite, snapshot
 from trainers.engine.stopping import Stopping
+from trainers.engine.tracking import Tracking
 
 
 class Saving:
@@ -33,7 +33,7 @@ class Saving:
     def __init__(
         self,
         accelerator: Accelerator,
-        run: RunConfig,
+        tracking: Tracking,
         clock: Clock,
         networks: dict[str, nn.Module],
         ema: EMA | None,
@@ -43,10 +43,10 @@ class Saving:
         divergence: Divergence,
         stopping: Stopping,
     ) -> None:
-        self.accelerator, self.run, self.clock, self.train_set = accelerator, run, clock, train_set
+        self.accelerator, self.run, self.clock, self.train_set = accelerator, tracking.run, clock, train_set
         self.networks, self.ema, self.optimizer = networks, ema, optimizer
-        self.meter, self.divergence, self.stopping = meter, divergence, stopping
-        self.output_dir = Path(run.base.output_dir)
+        self.meter, self.divergence, self.stopping, self.tracking = meter, divergence, stopping, tracking
+        self.output_dir = Path(self.run.base.output_dir)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.step = 0  # of the checkpoint in flight; 0 where there is none
         self.staged: Future[Path] | None = None  # its folder, on the main process
@@ -67,7 +67,8 @@ class Saving:
         """Seals what is written, and begins a checkpoint where one is due."""
         self._seal_written()
         if self.clock.due(steps_done, self.run.base.checkpointing_steps):
-            self.begin(steps_done)
+            with self.tracking.phase("save", steps_done):  # what the training waits for
+                self.begin(steps_done)
 
     def watch(self, items: Iterable) -> Iterator:
         """The items of a long loop within a step, which asks `stopping`; what is written meanwhile is sealed."""

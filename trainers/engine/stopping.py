@@ -30,6 +30,10 @@ class Abandoned(BaseException):
     """A validation is left unfinished, by all ranks at the same place."""
 
 
+def all_of(items: Iterable, what: str) -> Iterable:
+    return items
+
+
 class Stopping:
     """Signals and faults as requests to stop, which the loop asks about once a step; with them goes what was written.
 
@@ -53,6 +57,7 @@ class Stopping:
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
         self.launcher = launcher_pid()
+        self.some_of = all_of  # a rehearsal puts its own here
 
     def __enter__(self) -> Stopping:
         self.handlers: dict[int, Any] = {}
@@ -114,9 +119,12 @@ class Stopping:
             if self.reason:
                 break
 
-    def watch(self, items: Iterable) -> Iterator:
-        """The items of a long loop within a step, as many on every rank; raises Abandoned once a stop is agreed on."""
-        for item in items:
+    def watch(self, items: Iterable, what: str) -> Iterator:
+        """The items of a long loop within a step, as many on every rank; raises Abandoned once a stop is agreed on.
+
+        A rehearsal sees the first ones; `what` they are says for how many they stand.
+        """
+        for item in self.some_of(items, what):
             yield item
             if self.agreed():
                 raise Abandoned

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from trainers.engine import weights_and_biases
 from trainers.engine.agreement import on_main
 from trainers.engine.config import RunConfig
+from trainers.engine.memory import PeakMemory
 from trainers.engine.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
@@ -25,9 +29,19 @@ EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
 class Tracking:
     """Writes on the main process; other ranks only remember the newest values."""
 
-    def __init__(self, accelerator: Accelerator, run: RunConfig, output_dir: Path, start_step: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run: RunConfig,
+        output_dir: Path,
+        start_step: int,
+        fill_seconds: dict[str, float],
+    ) -> None:
         self.accelerator = accelerator
-        self.output_dir = output_dir
+        self.output_dir, self.start_step = output_dir, start_step
+        self.run, self.rehearsal = run, run.rehearsal
+        self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
+        self.filled = {f"cache_{column}/seconds": seconds for column, seconds in fill_seconds.items()}
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
         self.logged_at = on_main(accelerator, lambda: self._take_up(start_step, run.base.logging_dir))
@@ -74,6 +88,7 @@ class Tracking:
                 tracker.tracker.add_text("config", f"```yaml\n{run.as_yaml()}```", 0)
 
     def __enter__(self) -> Tracking:
+        self.log(self.filled | {"start/peak_memory_gib": self.memory.take()}, self.start_step)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,6 +102,26 @@ class Tracking:
     @property
     def metrics_file(self) -> Path:
         return self.output_dir / METRICS
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[dict[str, float]]:
+        """Logs how long what is done inside took, and its peak of memory, with what is put into the yielded values.
+
+        Nothing is logged where it is left by an exception.
+        """
+        self.peak_of_steps = max(self.peak_of_steps, self.memory.take())
+        values, began = {}, time.perf_counter()
+        yield values
+        values |= {f"{name}/seconds": time.perf_counter() - began, f"{name}/peak_memory_gib": self.memory.take()}
+        if self.rehearsal is not None:
+            values[f"{name}/left_out_seconds"] = self.rehearsal.take_left_out()
+        self.log(values, step)
+
+    def log_steps(self, values: dict[str, float], step: int) -> None:
+        """Logs numbers of the steps since the last such line, with the peak of memory outside of other phases."""
+        peak = max(self.peak_of_steps, self.memory.take())
+        self.peak_of_steps = 0.0
+        self.log(values | {"peak_memory_gib": peak}, step)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.latest |= values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -64,30 +63,32 @@ class Validation:
     def _run_due(self, steps_done: int, wanted: Callable[[str], bool]) -> None:
         due, base = self.clock.due, self.base
         if wanted(VALIDATION_TIME) and due(steps_done, base.valid_steps, base.valid_epochs):
-            self._unless_stopped("validation", steps_done, self.validate)
+            self._unless_stopped("valid", steps_done, self.validate)
         if wanted(EVALUATION_TIME) and base.eval_steps is not None and due(steps_done, base.eval_steps):
-            self._unless_stopped("evaluation", steps_done, self.evaluate)
+            self._unless_stopped("eval", steps_done, self.evaluate)
 
-    def _unless_stopped(self, what: str, steps_done: int, action: Callable[[int], None]) -> None:
+    def _unless_stopped(self, what: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
         try:
             if self.stopping.agreed(wait=True):
                 raise Abandoned
-            with evaluation_mode(self.trainer, self._watched("sampling")):
-                action(steps_done)
+            watched = self._watched("sampling")
+            with evaluation_mode(self.trainer, watched), self.tracking.phase(what, steps_done) as found:
+                found.update(action(steps_done))
         except Abandoned:
-            self.accelerator.print(f"The {what} at step {steps_done} is abandoned; a resumed run makes it up")
+            name = {"valid": "validation", "eval": "evaluation"}[what]
+            self.accelerator.print(f"The {name} at step {steps_done} is abandoned; a resumed run makes it up")
 
     def _watched(self, what: str) -> Callable[[Iterable], Iterable]:
         """A bar around steps that are as many on every rank, and that a signal ends; a checkpoint may be sealed."""
-        return lambda steps: self.saving.watch(self.stopping.watch(passing_bar(self.accelerator, what)(steps)))
+        return lambda steps: self.saving.watch(self.stopping.watch(passing_bar(self.accelerator, what)(steps), what))
 
-    def validate(self, steps_done: int) -> None:
-        """Logs metrics ("valid/loss", with averaged weights "valid_ema/loss") and grids of pictures.
+    def validate(self, steps_done: int) -> dict[str, float]:
+        """Metrics ("valid/loss", with averaged weights "valid_ema/loss"); logs grids of pictures.
 
         The raw weights' pictures come first, left or above, the averaged ones' second.
         """
         weights = {"valid": nullcontext()} | ({"valid_ema": self._averaged_weights()} if self.ema is not None else {})
-        metrics, pictures, began = {}, [], time.perf_counter()
+        metrics, pictures = {}, []
         requests = self.trainer.sample_requests(self.validation_set)
         for prefix, applied in weights.items():
             with applied:
@@ -106,7 +107,7 @@ class Validation:
         self.tracking.log_grids(grids, steps_done)
         if requests:
             self.tracking.log_table([self._readable(request) for request in requests], pictures, steps_done)
-        self.tracking.log(metrics | {VALIDATION_TIME: time.perf_counter() - began}, steps_done)
+        return metrics
 
     def _draw(self, requests: list[dict[str, Any]]) -> dict[str, Tensor]:
         return draw_samples(self.accelerator, self.trainer, requests, self.base.seed, self.validation_set)
@@ -129,8 +130,9 @@ class Validation:
             return {}
         share = self._share(self.train_set, spread(len(self.train_set), wanted))
         bar = self._watched if self.stopping.waits else partial(passing_bar, self.accelerator)  # at the end it is done
+        examples = self.stopping.some_of(bar("measuring")(share), "measuring")
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return self._mean_over(bar("measuring")(share), self.trainer.data_statistics)
+            return self._mean_over(examples, self.trainer.data_statistics)
 
     def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
         add_up = partial(self.accelerator.reduce, reduction="sum")
@@ -143,10 +145,7 @@ class Validation:
     def _averaged_weights(self) -> AbstractContextManager:
         return self.ema.applied() if self.ema is not None else nullcontext()
 
-    def evaluate(self, steps_done: int) -> None:
-        """Logs metrics of `eval_num_samples` pictures ("eval/fid") with the weights that the pipeline will hold."""
-        began = time.perf_counter()
+    def evaluate(self, steps_done: int) -> dict[str, float]:
+        """Metrics of `eval_num_samples` pictures ("eval/fid") with the weights that the pipeline will hold."""
         with self._averaged_weights():
-            found = self.evaluation.metrics()
-        metrics = {f"eval/{name}": value for name, value in found.items()}
-        self.tracking.log(metrics | {EVALUATION_TIME: time.perf_counter() - began}, steps_done)
+            return {f"eval/{name}": value for name, value in self.evaluation.metrics().items()}
