@@ -18,6 +18,7 @@ from train import train
 from trainers.engine.config import load_config
 
 ROOT = Path(__file__).parents[1]
+LAUNCH = ("test_distributed", "test_documents", "test_stopping")  # several processes at once, as users launch them
 
 
 def pytest_addoption(parser):
@@ -28,15 +29,28 @@ def pytest_configure(config):
     processes.launch_all = config.getoption("--slow")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """What a group holds runs on one worker: the tests of a file that share what its fixtures made."""
-    for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-        shared = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values() if found[-1].scope == "module"]
-        if shared and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays on one worker, for its fixtures; files that launch are as one, so that none runs beside another.
+
+    Marks of groups would do, but xdist 3.8 does not see them under pytest 9.2.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "launched" if Path(nodeid.partition("::")[0]).stem in LAUNCH else super()._split_scope(nodeid)
+
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)

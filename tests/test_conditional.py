@@ -145,7 +145,8 @@ def test_a_grid_has_a_column_per_class_and_the_averaged_weights_below(run_in_pro
     side = 64 + 2  # pictures of 16 pixels are enlarged 4 times
     size = Image.open(folder / "samples" / "samples-step-000006.png").size
     assert size == (3 * side + 2, 2 * (2 * side + 2) + 8)
-    assert set(read_metrics(folder, prefix="valid")[0]) == {"step", "valid/loss", "valid_ema/loss", "valid/seconds"}
+    logged = {"step", "valid/loss", "valid_ema/loss", "valid/seconds", "valid/peak_memory_gib"}
+    assert set(read_metrics(folder, prefix="valid")[0]) == logged
 
 
 def test_the_pipeline_draws_the_validations_pictures(run_in_process, monkeypatch):

@@ -123,7 +123,6 @@ def test_a_hub_name_that_cannot_be_had(tmp_path, capsys, monkeypatch):
     assert "Traceback" not in text
 
 
-@pytest.mark.xdist_group("launched")
 def test_accelerate_launch_runs_the_command(tmp_path):
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command = [
@@ -142,7 +141,6 @@ def test_accelerate_launch_runs_the_command(tmp_path):
     assert "8 = 4 x 2 micro-batches x 1 processes" in done.stdout
 
 
-@pytest.mark.xdist_group("launched")
 def test_quickstart_command(tmp_path, capsys):
     options = [
         f"base.output_dir={tmp_path / 'run'}",

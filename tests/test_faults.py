@@ -406,7 +406,6 @@ def test_a_rank_that_hangs(tmp_path):
     assert "Timed out waiting 8000ms" in text
 
 
-@pytest.mark.xdist_group("launched")
 def test_workers_that_hang_do_not_keep_the_run_alive(tmp_path):
     """A worker that ignores TERM would be waited for when Python ends."""
     code = (

@@ -32,7 +32,8 @@ def trained(tmp_path_factory):
 def test_metrics_and_files(trained):
     last = read_metrics(trained, prefix="valid")[-1]
     names = {"loss", "accuracy", "accuracy_without_noise"}
-    assert set(last) == {"step", "valid/seconds", *(f"{kind}/{n}" for kind in ("valid", "valid_ema") for n in names)}
+    logged = {f"{kind}/{name}" for kind in ("valid", "valid_ema") for name in names}
+    assert set(last) == {"step", "valid/seconds", "valid/peak_memory_gib"} | logged
     assert read_metrics(trained, prefix="accuracy")
     assert not (trained / "samples").exists()  # it draws no pictures
     assert NoisyClassifierTrainer.load_pipeline(trained).config.out_channels == 10

@@ -111,7 +111,10 @@ def test_a_finished_run_says_so(tiny_config, capsys):
     before, card = (folder / "metrics.jsonl").read_text(), (folder / "README.md").read_text()
     assert main([str(tiny_config(**{"base.resume_from_checkpoint": "latest"}))]) == 0
     assert "the run is finished already" in capsys.readouterr().out
-    assert (folder / "metrics.jsonl").read_text() == before
+    after = (folder / "metrics.jsonl").read_text()
+    added = [json.loads(line).keys() - {"step"} for line in after.removeprefix(before).splitlines()]
+    assert after.startswith(before)
+    assert added == [{"start/peak_memory_gib"}, {"export/seconds", "export/peak_memory_gib"}]
     assert (folder / "README.md").read_text() == card.replace(
         "resume_from_checkpoint: null", "resume_from_checkpoint: latest"
     )

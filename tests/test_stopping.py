@@ -21,7 +21,6 @@ from trainers.engine.messages import Interrupted
 from trainers.engine.options import BaseConfig
 from trainers.engine.stopping import DIVERGED, FAULT, Abandoned, Stopping, launcher_pid
 
-pytestmark = pytest.mark.xdist_group("launched")  # several processes and clocks: nothing like it beside them
 STEPS = 40
 MEASURED = ("seconds", "per_second", "memory_gib")  # ends of the names of what differs between runs
 RUN = [

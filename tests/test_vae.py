@@ -126,7 +126,9 @@ def test_gradients_are_averaged_over_two_processes(tmp_path):
     assert final_state(two) == final_state(one)
     found = [read_metrics(folder, prefix="valid")[-1] for folder in (two, one)]
     for name, value in found[0].items():
-        assert name == "valid/seconds" or found[1][name] == pytest.approx(value, rel=1e-5), name
+        assert name in ("valid/seconds", "valid/peak_memory_gib") or found[1][name] == pytest.approx(value, rel=1e-5), (
+            name
+        )
     scales = [json.loads((folder / "config.json").read_text())["scaling_factor"] for folder in (two, one)]
     assert scales[0] == pytest.approx(scales[1], rel=1e-6)
     pictures = [(folder / "samples" / "reconstructions-step-000006.png").read_bytes() for folder in (two, one)]
@@ -299,7 +301,8 @@ def test_validation_metrics_and_pictures(trained):
     last = read_metrics(trained, prefix="valid")[-1]
     latents = {f"latent_{kind}/{channel}" for kind in ("mean", "std") for channel in range(2)}
     names = {"loss", "reconstruction", "perceptual", "kl", "psnr", "ssim", "latent_mean", "latent_std", *latents}
-    assert set(last) == {"step", "valid/seconds", *(f"{kind}/{n}" for kind in ("valid", "valid_ema") for n in names)}
+    logged = {f"{kind}/{name}" for kind in ("valid", "valid_ema") for name in names}
+    assert set(last) == {"step", "valid/seconds", "valid/peak_memory_gib"} | logged
     assert last["valid/loss"] == pytest.approx(
         last["valid/reconstruction"] + last["valid/perceptual"] + 1e-4 * last["valid/kl"], rel=1e-5
     )
@@ -353,7 +356,7 @@ def test_rfid_in_the_loop_is_that_of_the_script(tmp_path, run_in_process, monkey
     options |= {"base.eval_features": str(tmp_path / "features.pt")}
     folder = run_in_process("run", "vae", **options)
     [line] = read_metrics(folder, prefix="eval/")
-    assert set(line) == {"step", "eval/seconds", "eval/rfid", "eval/rkid"}
+    assert set(line) == {"step", "eval/seconds", "eval/peak_memory_gib", "eval/rfid", "eval/rkid"}
     capsys.readouterr()
     perceptual = "vae.perceptual_loss=ms_ssim"
     run_script(monkeypatch, evaluate, folder, perceptual, "--number", "50", "--features", tmp_path / "features.pt")

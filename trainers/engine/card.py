@@ -10,6 +10,8 @@ from trainers.base import Trainer
 from trainers.engine.config import RunConfig
 from trainers.engine.tracking import Tracking
 
+OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that say nothing of the result
+
 
 def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking: Tracking) -> None:
     """Writes README.md: task, data, options, final metrics, a grid, and how to load the result from `location`."""
@@ -25,7 +27,8 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking:
         pictures.append(
             f"{places[0]}: the weights of the last step. {places[1]}: their moving average, which this pipeline holds."
         )
-    rows = [f"| {name} | {value:.6g} |" for name, value in sorted(tracking.latest.items())]
+    found = [(name, value) for name, value in sorted(tracking.latest.items()) if not name.endswith(OF_THE_MACHINE)]
+    rows = [f"| {name} | {value:.6g} |" for name, value in found]
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {output_dir.resolve().name}",
