@@ -26,7 +26,13 @@ from scripts.benchmarks.runs import WARM_UP_STEPS, configured, examples_per_seco
 from trainers.engine.config import RunConfig
 
 CONFIG = {
-    "base": {"trainer_class": "peer_trainer:PeerTrainer", "dataset": "digits", "resolution": 32, "channels": 1},
+    "base": {
+        "trainer_class": "peer_trainer:PeerTrainer",
+        "dataset": "digits",
+        "resolution": 32,
+        "channels": 1,
+        "max_train_steps": 1,
+    },
     "peer": {"dim": 32, "dim_mults": [1, 2, 4, 4], "ema_max_decay": 0.995, "ddpm_beta_schedule": "squaredcos_cap_v2"},
 }
 BATCH_SIZE = 16
