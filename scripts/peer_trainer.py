@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainers.base import Positive
 from trainers.common.classes import count_classes
-from trainers.common.guidance import noise_levels
+from trainers.common.guidance import Condition, noise_levels
 from trainers.common.objective import DDPMObjective
 from trainers.common.pixel_diffusion import build_schedule
 from trainers.conditional_ddpm import ConditionalDDPMConfig, ConditionalDDPMTrainer
@@ -48,7 +48,8 @@ class PeerTrainer(ConditionalDDPMTrainer):
         unet = build_peer_unet(config.dim, config.dim_mults, self.num_classes, self.base.channels, 0.0)
         return {"unet": unet}
 
-    def _network(self, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        labels = condition["class_labels"]
         told = labels < self.num_classes
         timesteps = torch.as_tensor(timesteps, device=noisy.device).expand(len(noisy))
         return self.modules["unet"](noisy, timesteps, labels.clamp(max=self.num_classes - 1), cond_keep_mask=told)
