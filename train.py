@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dry_run(run: RunConfig) -> int:
     """Trains the last steps in a folder of their own and prints what the whole run takes: 0 where it fits, else 1."""
-    from trainers.engine import dry_run, preflight, savings
+    from trainers.engine import dry_run, preflight, remedies
 
     if dry_run.is_main():
         print(f"dry run: {dry_run.PROMISE}", file=sys.stderr, flush=True)
@@ -174,7 +174,7 @@ def _dry_run(run: RunConfig) -> int:
             with redirect_stdout(io.StringIO()):  # what a run says of itself is not true of this one
                 train(short)
         except (MemoryError, RuntimeError, OSError) as error:
-            shortage = savings.shortage_of(error)
+            shortage = remedies.shortage_of(error)
             if shortage is None:
                 raise
         if not dry_run.is_main():

@@ -20,6 +20,9 @@ SCRIPTS = {
     "style_transfer": {"pictures", "names", "only"},
     "morph": {"lora_a", "lora_b", "weights", "seed", "config", "overrides"},
 }
+KINDS = {
+    "command": list, "file": str, "files": dict, "pinned": dict, "threads": int, "device": str, "versions": dict,
+}  # fmt: skip
 IMPORTS = ("base.trainer_class=", "base.dataset=")  # which name code: a picture from elsewhere must not choose any
 
 
@@ -46,20 +49,23 @@ def again(picture: Path) -> Path:
 
 def _checked(picture: Path, settings: dict[str, Any]) -> tuple[str, list[str], Path]:
     """Script, words and file; ValueError for settings that none of the scripts wrote."""
-    try:
-        script, *words = map(str, settings["command"])
-        file, pinned = Path(settings["file"]), settings["pinned"]
-        named = [str(word) for word in [*words, *pinned.get("overrides", [])]]
-        known = pinned.keys() == SCRIPTS[script] and {*settings["files"], settings["device"], *settings["versions"]}
-        fits = known and settings["threads"] > 0 and not file.is_absolute() and ".." not in file.parts
-    except (KeyError, TypeError, ValueError, AttributeError):
-        fits = False
-    if not fits:
+    if not _fits(settings):
         scripts = ", ".join(SCRIPTS)
         raise ValueError(f"{picture}: has other settings than those of this version's {scripts}; it cannot be repeated")
+    script, *words = map(str, settings["command"])
+    named = [*words, *map(str, settings["pinned"].get("overrides", []))]
     if any(word.startswith(IMPORTS) for word in named):
         raise ValueError(f"{picture}: its settings name code ({', '.join(IMPORTS)}); draw it by its own command")
-    return script, words, file
+    return script, words, Path(settings["file"])
+
+
+def _fits(settings: dict[str, Any]) -> bool:
+    """Whether each has the kind of value that the script wrote, and the file lies in the script's folder."""
+    if not all(isinstance(settings.get(name), kind) for name, kind in KINDS.items()) or not settings["command"]:
+        return False
+    script, file, pinned = str(settings["command"][0]), Path(settings["file"]), settings["pinned"]
+    known = script in SCRIPTS and pinned.keys() == SCRIPTS[script] and isinstance(pinned.get("overrides", []), list)
+    return known and settings["threads"] > 0 and not file.is_absolute() and ".." not in file.parts
 
 
 def _compare(picture: Path, path: Path, before: np.ndarray, now: np.ndarray, settings: dict[str, Any]) -> None:

@@ -74,7 +74,8 @@ def check(arguments: argparse.Namespace) -> BaseModel:
     ddim_schedulers(base.sampler, arguments.steps)
     for lora in given:
         read_lora(lora)
-    check_morph(load_pipeline(str(base.folder), dtypes_of(arguments)), given, arguments.attention)
+    if len(given) < 2:  # else nothing is trained before the morph looks itself
+        check_morph(load_pipeline(str(base.folder), dtypes_of(arguments)), given, arguments.attention)
     return base
 
 

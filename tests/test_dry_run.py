@@ -26,7 +26,7 @@ from trainers.engine.memory import PeakMemory
 from trainers.engine.options import BaseConfig
 from trainers.engine.preflight import duration
 from trainers.engine.rehearsal import Plan, Rehearsal
-from trainers.engine.savings import disk_savings, memory_savings, shortage_of
+from trainers.engine.remedies import disk_remedies, memory_remedies, shortage_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CADENCES = {
@@ -192,7 +192,7 @@ def out_of_memory(phase):
 
 def test_out_of_memory_in_a_step(dry_run, monkeypatch):
     monkeypatch.setattr(find_trainer("ddpm"), "compute_loss", out_of_memory("a step"))
-    monkeypatch.setattr("trainers.engine.savings.bf16_speedup", lambda device: 2.0)
+    monkeypatch.setattr("trainers.engine.remedies.bf16_speedup", lambda device: 2.0)
     code, printed, errors = dry_run()
     assert code == 1
     assert "Traceback" not in errors
@@ -220,16 +220,16 @@ def test_without_an_option_that_helps(tiny_config):
     run = load_config(
         tiny_config(**{"base.train_batch_size": 1, "base.gradient_checkpointing": True, "base.mixed_precision": "bf16"})
     )
-    assert memory_savings(run, "steps", CPU) == []
+    assert memory_remedies(run, "steps", CPU) == []
 
 
-def test_all_savings_in_the_order_of_their_cost(tiny_config, monkeypatch):
-    monkeypatch.setattr("trainers.engine.savings.bf16_speedup", lambda device: 2.0)
+def test_all_remedies_in_the_order_of_their_cost(tiny_config, monkeypatch):
+    monkeypatch.setattr("trainers.engine.remedies.bf16_speedup", lambda device: 2.0)
     options = {"lora.train_text_encoder": False, "lora.learning_rate": 1e-3, "base.center_crop": True}
 
     def changes(**more):
         run = load_config(tiny_config("lora", **options | more))
-        return [" ".join(f"{k}={v}" for k, v in each.changes.items()) for each in memory_savings(run, "steps", CUDA)]
+        return [" ".join(f"{k}={v}" for k, v in each.changes.items()) for each in memory_remedies(run, "steps", CUDA)]
 
     everything = [
         "lora.cache_latents=disk",
@@ -251,8 +251,8 @@ def test_all_savings_in_the_order_of_their_cost(tiny_config, monkeypatch):
 
 def test_each_advice_is_one_that_the_configuration_takes(tiny_config):
     path = tiny_config(**{"base.train_batch_size": 6})
-    for saving in memory_savings(load_config(path), "validation", CUDA):
-        changed = load_config(path, [f"{key}={value}" for key, value in saving.changes.items()])
+    for remedy in memory_remedies(load_config(path), "validation", CUDA):
+        changed = load_config(path, [f"{key}={value}" for key, value in remedy.changes.items()])
         assert changed.as_dict() != load_config(path).as_dict()
 
 
@@ -291,7 +291,7 @@ def test_other_errors_stay_what_they_are(dry_run, monkeypatch):
         (1.2, 1, "  base.output_dir=FOLDER  one on another disk"),
     ],
 )
-def test_disk_savings(tiny_config, checkpoints, limit, advice):
+def test_disk_remedies(tiny_config, checkpoints, limit, advice):
     """Five saves of 1,000 bytes, beside 500 for all else."""
     run = load_config(tiny_config(**{"base.checkpoints_total_limit": limit}))
     kept = limit or 5
@@ -301,7 +301,9 @@ def test_disk_savings(tiny_config, checkpoints, limit, advice):
     if advice is None:
         assert disk["needed"] <= disk["free"]
     else:
-        assert "\n".join(f"  {saving}" for saving in disk_savings(run, disk)).startswith(advice.replace("2,0", "2,000"))
+        assert "\n".join(f"  {remedy}" for remedy in disk_remedies(run, disk)).startswith(
+            advice.replace("2,0", "2,000")
+        )
 
 
 def with_free_bytes(monkeypatch, free):

@@ -418,6 +418,14 @@ def test_pictures_that_cannot_be_drawn_again(call, loras, tmp_path, monkeypatch)
     [
         ({"threads": 0}, "other settings than those"),
         ({"command": []}, "other settings than those"),
+        ({"command": 5}, "other settings than those"),
+        (
+            {
+                "command": ["morph"],
+                "pinned": {"lora_a": 0, "lora_b": 0, "weights": 0, "seed": 0, "config": 0, "overrides": 5},
+            },
+            "other settings than those",
+        ),
         ({"files": None}, "other settings than those"),
         ({"file": "/etc/x.png"}, "other settings than those"),
         ({"file": "../x.png"}, "other settings than those"),

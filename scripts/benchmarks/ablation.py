@@ -6,7 +6,6 @@ process's, or the device's where there is a GPU.
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import resource
 import statistics
@@ -72,7 +71,7 @@ def table(repetitions: int, steps: int) -> list[dict[str, Any]]:
 
 def measure(fused: bool, overrides: list[str], steps: int, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
-    plain = functools.partial(torch.optim.AdamW)
+    plain = torch.optim.AdamW
     with tempfile.TemporaryDirectory() as folder:
         run = configured(CONFIG, folder, steps, overrides)
         if fused:

@@ -9,7 +9,7 @@ import torch
 
 from trainers.engine.config import RunConfig
 from trainers.engine.estimate import Measured, Part
-from trainers.engine.savings import Saving, Shortage, disk_savings, memory_savings
+from trainers.engine.remedies import Remedy, Shortage, disk_remedies, memory_remedies
 
 GIB = 2**30
 
@@ -27,19 +27,19 @@ def report(run: RunConfig, short: RunConfig, shortage: Shortage | None) -> tuple
     if shortage is None:
         return [*lines, "", "It fits."], True
     gc.collect()  # what the run held must not be in the way
-    savings = memory_savings(run, measured.unfinished_phase(), device)
+    remedies = memory_remedies(run, measured.unfinished_phase(), device)
     if shortage.of == "disk":
-        savings = disk_savings(run, disk)
-    return [*lines, "", *_verdict(measured, shortage, savings)], False
+        remedies = disk_remedies(run, disk)
+    return [*lines, "", *_verdict(measured, shortage, remedies)], False
 
 
-def _verdict(measured: Measured, shortage: Shortage, savings: list[Saving]) -> list[str]:
+def _verdict(measured: Measured, shortage: Shortage, remedies: list[Remedy]) -> list[str]:
     where = "" if measured.finished or shortage.of == "disk" else f" in phase {measured.unfinished_phase()}"
     what = {"device": "memory of the device", "host": "main memory"}.get(shortage.of, "room on the disk")
     lines = [f"It does not fit: too little {what}{where}: {shortage.text}"]
-    if not savings:
+    if not remedies:
         return [*lines, "No option is left that would help; take a smaller network, or a larger machine."]
-    return [*lines, "To change, what costs least first:", *(f"  {saving}" for saving in savings)]
+    return [*lines, "To change, what costs least first:", *(f"  {remedy}" for remedy in remedies)]
 
 
 def _memory(measured: Measured, device: torch.device) -> list[str]:

@@ -40,7 +40,7 @@ def shortage_of(error: Exception) -> Shortage | None:
     return None
 
 
-class Saving(NamedTuple):
+class Remedy(NamedTuple):
     """Options to change, by dotted key, and what that does."""
 
     changes: dict[str, Any]
@@ -50,30 +50,30 @@ class Saving(NamedTuple):
         return " ".join(f"{key}={value}" for key, value in self.changes.items()) + f"  {self.effect}"
 
 
-def memory_savings(run: RunConfig, phase: str, device: torch.device) -> list[Saving]:
+def memory_remedies(run: RunConfig, phase: str, device: torch.device) -> list[Remedy]:
     """For a run whose memory did not last through a phase of it."""
     base, task, found = run.base, run.task, []
     if phase in ("validation", "evaluation") and run.config.valid_batch_size > 1:
         fewer = run.config.valid_batch_size // 2
-        found.append(Saving({f"{task}.valid_batch_size": fewer}, "half the pictures at once"))
+        found.append(Remedy({f"{task}.valid_batch_size": fewer}, "half the pictures at once"))
     found += [
-        Saving({f"{task}.cache_latents": "disk"}, "pictures are encoded once, and the encoder leaves the device"),
-        Saving({f"{task}.cache_text": "disk"}, "captions are encoded once, and the encoder leaves the device"),
+        Remedy({f"{task}.cache_latents": "disk"}, "pictures are encoded once, and the encoder leaves the device"),
+        Remedy({f"{task}.cache_text": "disk"}, "captions are encoded once, and the encoder leaves the device"),
     ]
     speedup = bf16_speedup(device) if base.mixed_precision == "no" else 0.0
     if speedup >= 1:
         effect = f"activations of 2 bytes instead of 4; a convolution was {speedup:.1f} times faster here"
-        found.append(Saving({"base.mixed_precision": "bf16"}, effect))
+        found.append(Remedy({"base.mixed_precision": "bf16"}, effect))
     found.append(
-        Saving({"base.gradient_checkpointing": "true"}, "activations are computed twice instead of kept; slower steps")
+        Remedy({"base.gradient_checkpointing": "true"}, "activations are computed twice instead of kept; slower steps")
     )
     found += _smaller_batches(base)
     if device.type == "cuda":
-        found.append(Saving({f"{task}.offload_ema": "true"}, "averages in main memory; a copy in every step"))
-    return [saving for saving in found if _possible(run, saving)]
+        found.append(Remedy({f"{task}.offload_ema": "true"}, "averages in main memory; a copy in every step"))
+    return [remedy for remedy in found if _possible(run, remedy)]
 
 
-def disk_savings(run: RunConfig, disk: dict[str, int] | None) -> list[Saving]:
+def disk_remedies(run: RunConfig, disk: dict[str, int] | None) -> list[Remedy]:
     """For a run whose files do not fit; with the sizes of a rehearsal that got to its end, the number that fits."""
     if disk is None:
         return _without_numbers(run)
@@ -82,18 +82,18 @@ def disk_savings(run: RunConfig, disk: dict[str, int] | None) -> list[Saving]:
     fitting = (disk["free"] - others) // checkpoint - 1  # an old one goes after the new one is there
     if 1 <= fitting < disk["kept"]:
         saved = (disk["kept"] - fitting) * checkpoint
-        return [Saving({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
+        return [Remedy({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
     return _without_numbers(run)
 
 
-def _without_numbers(run: RunConfig) -> list[Saving]:
+def _without_numbers(run: RunConfig) -> list[Remedy]:
     found = []
     if run.base.checkpoints_total_limit is None:
-        found.append(Saving({"base.checkpoints_total_limit": 1}, "only the newest checkpoint is kept"))
-    return [*found, Saving({"base.output_dir": "FOLDER"}, "one on another disk")]
+        found.append(Remedy({"base.checkpoints_total_limit": 1}, "only the newest checkpoint is kept"))
+    return [*found, Remedy({"base.output_dir": "FOLDER"}, "one on another disk")]
 
 
-def _smaller_batches(base: BaseConfig) -> list[Saving]:
+def _smaller_batches(base: BaseConfig) -> list[Remedy]:
     """The batch cut by its smallest divisor; the global batch, and so what is learned, stays."""
     size = base.train_batch_size
     divisor = next((number for number in range(2, size + 1) if size % number == 0), None)
@@ -102,13 +102,13 @@ def _smaller_batches(base: BaseConfig) -> list[Saving]:
     changes = {"base.train_batch_size": size // divisor}
     if base.global_batch_size is None:
         changes["base.gradient_accumulation_steps"] = base.gradient_accumulation_steps * divisor
-    return [Saving(changes, f"1/{divisor} of the examples at once, the same global batch; slower steps")]
+    return [Remedy(changes, f"1/{divisor} of the examples at once, the same global batch; slower steps")]
 
 
-def _possible(run: RunConfig, saving: Saving) -> bool:
+def _possible(run: RunConfig, remedy: Remedy) -> bool:
     """Whether each option exists, has another value now, and the configuration stays without a problem."""
     changed: dict[str, Section] = {"base": run.base, run.task: run.config}
-    for key, value in saving.changes.items():
+    for key, value in remedy.changes.items():
         section, _, option = key.partition(".")
         value = {"true": True}.get(value, value)
         now = getattr(changed[section], option, value)
