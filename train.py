@@ -84,7 +84,7 @@ def train(run: RunConfig) -> Path:
                 learning_rates = optimization.set_learning_rates(optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
                     batch = stages.encode(next(batches))
-                    seed_network(base.seed, step, clock.micro_batch(micro_step, rank))
+                    seed_network(base.seed, step, clock.micro_batch(micro_step, rank), device)
                     with accelerator.accumulate(*trainer.modules.values()):
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(divergence.checked(loss))

@@ -80,7 +80,7 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
             raise batch
         pictures += [batch["image"]] if "image" in batch else []
         batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        seed_network(base.seed, step - 1, number)
+        seed_network(base.seed, step - 1, number, accelerator.device)
         loss, _ = trainer.compute_loss(stages.encode(batch), SlotRandom(base.seed, batch["slot"]), step - 1)
         loss.backward()
         norm = torch.nn.utils.get_total_norm(

@@ -100,7 +100,7 @@ def test_augmentation_and_dropout_seeds_are_keyed():
     assert not torch.equal(first[0], first[1])
     values = []
     for key in ((0, 5, 0), (0, 5, 1), (0, 5, 0)):
-        seed_network(*key)
+        seed_network(*key, torch.device("cpu"))
         values.append(torch.rand(3))
     assert torch.equal(values[0], values[2])
     assert not torch.equal(values[0], values[1])

@@ -508,6 +508,22 @@ def test_compile_changes_no_names_and_few_bits(run_in_process, network_without_d
     DDPMPipeline.from_pretrained(compiled)
 
 
+def test_validation_compiles_nothing(run_in_process, monkeypatch):
+    """Other batch sizes, without gradients and in eval mode: each would be another compilation."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append([tuple(each.shape) for each in example_inputs if each.ndim == 4 and each.shape[1] == 1])
+        return graph.forward
+
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, backend=count))
+    options = {"base.compile": True, "base.valid_steps": 2, "base.max_train_steps": 4, "base.validation_split": 0.2}
+    folder = run_in_process(**options, **{"ddpm.valid_batch_size": 3})
+    assert "valid_ema/loss" in read_metrics(folder, prefix="valid")[-1]
+    assert len(graphs) == 1, f"graphs for inputs {graphs}"
+
+
 @pytest.mark.parametrize("task", ["ddpm", "vae"])
 def test_channels_last_changes_no_names_and_few_bits(run_in_process, network_without_dropout, task):
     options = {"ddpm.model_config": network_without_dropout} if task == "ddpm" else {"vae.decoder_only": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,13 +17,17 @@ from trainers.engine.randomness import SlotRandom
 
 @contextmanager
 def evaluation_mode(trainer: Trainer, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[None]:
-    """Networks in eval mode without gradients and `trainer.training` False inside; as they were after it."""
+    """Networks in eval mode without gradients and `trainer.training` False inside; as they were after it.
+
+    What is compiled runs uncompiled inside: other modes and batch sizes would each be compiled anew.
+    """
     modes = [(module, module.training) for network in trainer.modules.values() for module in network.modules()]
     trainer.training, trainer.progress = False, progress
     try:
         for network in trainer.modules.values():
             network.eval()
-        with torch.no_grad():
+        compiled = any(module._compiled_call_impl is not None for module, _ in modes)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         trainer.training, trainer.progress = True, iter

@@ -21,10 +21,10 @@ class Meter:
 
     @torch.no_grad()
     def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            finite = value.isfinite()
-            pair = torch.stack([torch.where(finite, value, 0.0), finite.float()])
+        found = torch.stack([value.detach().float() for value in values.values()])
+        finite = found.isfinite()
+        pairs = torch.stack([torch.where(finite, found, 0.0), finite.float()], dim=1)
+        for name, pair in zip(values, pairs.unbind(), strict=True):
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def means(self) -> dict[str, float]:

@@ -132,10 +132,10 @@ def optimizer_step(
         optimizer.step()  # the scaler skips on its own finding
     elif inner.defaults.get("fused"):
         inner.found_inf = 1 - applied  # a fused kernel leaves weights and state alone where this is 1
-        optimizer.step()
+        inner.step()  # accelerate's own looks for packages in every call
     elif applied.item():
-        optimizer.step()
-    optimizer.zero_grad()
+        inner.step()
+    inner.zero_grad()
     return applied, norms
 
 

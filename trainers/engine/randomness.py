@@ -20,14 +20,14 @@ def _signed(value: int) -> int:
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift; torch's shift of int64 keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finalizer on int64 tensors, whose products wrap around."""
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
+    x = (x ^ _shift_right(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def key_of(seed: int, *names: str | int) -> int:
@@ -92,6 +92,13 @@ def example_generator(seed: int, slot: int) -> torch.Generator:
     return torch.Generator().manual_seed(key_of(seed, "augment", slot))
 
 
-def seed_network(seed: int, step: int, micro_batch: int) -> None:
-    """Reseeds torch's own generators, from which dropout draws; micro_batch counts over all processes."""
-    torch.manual_seed(key_of(seed, "network", step, micro_batch))
+def seed_network(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
+    """Reseeds the generators of the CPU and of the device, from which dropout draws.
+
+    `micro_batch` counts over all processes. torch.manual_seed asks every kind of device, which takes as long as the
+    rest of our part of a small step.
+    """
+    key = key_of(seed, "network", step, micro_batch)
+    torch.default_generator.manual_seed(key)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(key)
