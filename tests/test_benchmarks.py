@@ -42,10 +42,11 @@ def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", ["conditional_ddpm", "vae", "lora"])
 def test_both_sides_train_and_the_parts_are_a_step(tmp_path, monkeypatch, task):
     monkeypatch.setattr(runs, "WARM_UP_STEPS", 1)
-    monkeypatch.setattr(loop, "WARM_UP_STEPS", 1)
-    found = loop.compared(task, "smallest", str(tmp_path), 1, 2)
-    assert len(found["ratios"]) == len(found["diffloop"]) == len(found["bare"]) == 1
-    assert found["median_ratio"] == found["diffloop"][0] / found["bare"][0] > 0
+    found = loop.compared(task, "smallest", str(tmp_path), 3, 2)
+    assert len(found["diffloop"]) == len(found["bare"]) == 3
+    ratios = [a / b for a, b in zip(found["diffloop"], found["bare"], strict=True)]
+    assert found["ratios"] == ratios
+    assert found["median_ratio"] == sorted(ratios)[1] > 0
     parts = found["ms_per_step"]
     assert {
         "data",
@@ -64,7 +65,6 @@ def test_both_sides_train_and_the_parts_are_a_step(tmp_path, monkeypatch, task):
 @pytest.mark.parametrize("task", loop.TASKS)
 @pytest.mark.parametrize("size", ["smallest", "realistic"])
 def test_the_runs_that_are_measured(task, size, tmp_path):
-    run = loop.run_of(task, size, str(tmp_path), 10)
+    run = loop.run_of(task, size, str(tmp_path), 15, 3)
     assert run.task == task
-    assert run.base.max_train_steps == runs.WARM_UP_STEPS + 10
-    assert run.base.logging_steps == 5
+    assert (run.base.max_train_steps, run.base.logging_steps) == (30 + 3 * 15, 15)  # 20 steps are two windows of 15

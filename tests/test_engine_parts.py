@@ -80,10 +80,20 @@ def test_the_meter_leaves_out_what_is_not_finite():
     assert meter.means() == {}
 
 
+def test_the_meter_reads_now_and_then_and_copies_what_it_takes(monkeypatch):
+    monkeypatch.setattr("trainers.engine.metering.UNREAD_CALLS", 3)
+    meter, value = Meter(Accelerator(cpu=True)), torch.tensor(0.0)
+    for number in range(8):
+        value.fill_(number)
+        meter.add({"loss": value, "norm": 2 * value})
+        assert len(meter.unread) == (number + 1) % 3
+    assert meter.means() == {"loss": 3.5, "norm": 7.0}
+
+
 def test_an_open_window_is_saved_and_taken_up():
     accelerator = Accelerator(cpu=True)
     whole, first, second = Meter(accelerator), Meter(accelerator), Meter(accelerator)
-    values = [torch.rand(()) for _ in range(5)]
+    values = list(torch.rand(5))
     for value in values:
         whole.add({"loss": value})
     for value in values[:3]:

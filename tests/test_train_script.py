@@ -563,7 +563,7 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         watch(method)
     expected = {
-        "trainers.engine.metering tolist": 2,
+        "trainers.engine.metering tolist": 4,  # two in a log line: what this process has, and what all have
         "trainers.engine.randomness tolist": 2,
         "trainers.engine.drawing cpu": 4,  # pictures, raw and averaged: this process's, and all processes'
     }

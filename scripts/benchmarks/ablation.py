@@ -75,12 +75,12 @@ def measure(fused: bool, overrides: list[str], steps: int, threads: int) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         run = configured(CONFIG, folder, steps, overrides)
         if fused:
-            rate = examples_per_second(run)
+            [rate] = examples_per_second(run)
         else:
             with patch.object(
                 torch.optim, "AdamW", lambda groups, **options: plain(groups, **options | {"fused": False})
             ):
-                rate = examples_per_second(run)
+                [rate] = examples_per_second(run)
     if torch.cuda.is_available():
         return rate, torch.cuda.max_memory_allocated() / 2**30
     return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

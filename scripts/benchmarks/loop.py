@@ -1,4 +1,4 @@
-"""train() against a bare PyTorch loop over the same networks, in alternation, and where the rest of a step's time goes.
+"""train() against a bare PyTorch loop over the same networks, in turns, and where the rest of a step's time goes.
 
 Both sides do the same for the weights: loss, backward, clipping, fused AdamW and, where the config has it, averaging.
 The bare one has a single batch that is on the device, torch's random numbers, and neither data nor log.
@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
-from scripts.benchmarks.runs import WARM_UP_STEPS, configured, examples_per_second, quiet
+from scripts.benchmarks.runs import configured, examples_per_second, quiet
 from trainers.engine import ema, feeding, metering, optimization, randomness
 from trainers.engine.config import RunConfig
+from trainers.engine.saving import Saving
 
 TASKS = ("ddpm", "conditional_ddpm", "vae", "lora", "text_to_image")
 # the smallest have no dropout on their weights, no second network and cached frozen stages: as the bare side
@@ -53,30 +54,32 @@ def table(pairs: int, steps: int, tasks: Sequence[str] = TASKS) -> list[dict[str
     return rows
 
 
-def run_of(task: str, size: str, folder: str, steps: int) -> RunConfig:
+def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1) -> RunConfig:
     config, overrides = (REALISTIC if size == "realistic" else SMALLEST)[task]
     options = [option.format(task=task) for option in OPTIONS.get(task, [])]
     if task in ("lora", "text_to_image"):
         options.append(f"{task}.pretrained_model_name_or_path={stable_diffusion(size)}")
-    return configured(config, folder, steps, [*overrides, *options])
+    return configured(config, folder, steps, [*overrides, *options], windows)
 
 
 def compared(task: str, size: str, folder: str, pairs: int, steps: int) -> dict[str, Any]:
-    ours, bare = [], []
-    for pair in range(pairs):
-        run = run_of(task, size, f"{folder}/{pair}", steps)
-        sides = [
-            lambda run=run: ours.append(examples_per_second(run)),
-            lambda run=run: bare.append(bare_examples_per_second(run, steps)),
-        ]
-        for side in sides if pair % 2 == 0 else reversed(sides):
-            side()
-    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
-    found = {"median_ratio": statistics.median(ratios), "ratios": ratios, "diffloop": ours, "bare": bare}
+    """Whenever train() has logged so many steps, the bare loop does as many: both meet the same machine."""
+    run, bare = run_of(task, size, folder, steps, pairs), []
+    bare_steps = bare_loop(run)
+
+    def in_turn(saving: Saving, steps_done: int) -> None:  # which train() leaves out of its speed
+        if steps_done % steps == 0:
+            bare.append(bare_steps(steps))
+
+    with patch.object(Saving, "after_step", in_turn):
+        ours = examples_per_second(run)
+    ratios = [a / b for a, b in zip(ours, bare[-pairs:], strict=True)]
+    found = {"median_ratio": statistics.median(ratios), "ratios": ratios, "diffloop": ours, "bare": bare[-pairs:]}
     return found | {"ms_per_step": parts_of_a_step(run_of(task, size, f"{folder}/parts", steps))}
 
 
-def bare_examples_per_second(run: RunConfig, steps: int) -> float:
+def bare_loop(run: RunConfig) -> Callable[[int], float]:
+    """Trains so many steps more and returns the examples per second."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts the other side
     torch.manual_seed(0)
     with quiet():
@@ -88,18 +91,22 @@ def bare_examples_per_second(run: RunConfig, steps: int) -> float:
     weights = [p for p in network.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in weights]
     optimizer, loss = torch.optim.AdamW(weights, lr=1e-4, fused=True), LOSSES[run.task](trainer, network, run, device)
-    for step in range(WARM_UP_STEPS + steps):
-        if step == WARM_UP_STEPS:
-            began = time.perf_counter()
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if run.config.use_ema:
-            torch._foreach_lerp_(averages, weights, 0.01)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return steps * run.base.train_batch_size / (time.perf_counter() - began)
+
+    def train_steps(steps: int) -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            loss().backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if run.config.use_ema:
+                with torch.no_grad():
+                    torch._foreach_lerp_(averages, weights, 0.01)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return steps * run.base.train_batch_size / (time.perf_counter() - began)
+
+    return train_steps
 
 
 def ddpm_loss(trainer: Any, network: nn.Module, run: RunConfig, device: torch.device) -> Callable[[], Tensor]:
@@ -173,7 +180,7 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
         ):
             patches.enter_context(patch.object(owner, method, timed(getattr(owner, method), name, seconds)))
         patches.enter_context(patch.object(feeding, "training_batches", _timed_batches(seconds)))
-        rate = examples_per_second(run)
+        [rate] = examples_per_second(run)
     found = {name: 1000 * sum(times) / len(seconds["optimizer"]) for name, times in seconds.items()}
     found["forward"] -= found.get("randomness", 0.0)  # which is a part of it
     total = 1000 * run.base.train_batch_size / rate

@@ -44,10 +44,10 @@ def table(pairs: int, steps: int) -> list[dict[str, Any]]:
     for pair in range(pairs):
         with tempfile.TemporaryDirectory() as folder:
             sides: dict[str, Callable[[], float]] = {
-                "a: diffloop": lambda folder=folder: examples_per_second(run_of(f"{folder}/a", steps)),
+                "a: diffloop": lambda folder=folder: examples_per_second(run_of(f"{folder}/a", steps))[0],
                 "a: denoising-diffusion-pytorch": lambda folder=folder: package(run_of(f"{folder}/b", steps), steps),
                 "a: plain script": lambda folder=folder: plain(run_of(f"{folder}/c", steps), steps),
-                "b: diffloop in bf16": lambda folder=folder: examples_per_second(run_of(f"{folder}/d", steps, BF16)),
+                "b: diffloop in bf16": lambda folder=folder: examples_per_second(run_of(f"{folder}/d", steps, BF16))[0],
             }
             for name in sides if pair % 2 == 0 else reversed(sides):
                 rates.setdefault(name, []).append(sides[name]())

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import platform
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,32 @@ from train import train
 from trainers.engine.config import RunConfig, load_config
 from trainers.engine.validation import Validation
 
-WARM_UP_STEPS = 20  # the first window of a run pays for allocations
+WARM_UP_STEPS = 20  # which pay for allocations; at least, as windows are whole
 
 
-def configured(config: str, folder: str, steps: int, overrides: list[str] = ()) -> RunConfig:
-    """A run of so many steps after the warm-up, which logs after each half of them."""
-    first, second = WARM_UP_STEPS, max(steps // 2, 1)
+def configured(config: str, folder: str, steps: int, overrides: list[str] = (), windows: int = 1) -> RunConfig:
+    """A run that logs every so many steps, so many times after its warm-up."""
+    last = (_warm_up_windows(steps) + windows) * steps
     task = load_config(config, []).task
     quiet = [
-        f"base.output_dir={folder}/run", f"base.max_train_steps={first + 2 * second}", f"base.logging_steps={second}",
+        f"base.output_dir={folder}/run", f"base.max_train_steps={last}", f"base.logging_steps={steps}",
         "base.logger=none", "base.resume_from_checkpoint=null", "base.valid_steps=null", "base.validation_split=null",
-        f"base.checkpointing_steps={first + 2 * second}", f"{task}.lr_scheduler=constant",
-        f"{task}.lr_warmup_steps=null",
+        f"base.checkpointing_steps={last}", f"{task}.lr_scheduler=constant", f"{task}.lr_warmup_steps=null",
     ]  # fmt: skip
     return load_config(config, [*quiet, *overrides])
 
 
-def examples_per_second(run: RunConfig) -> float:
-    """Of a run of train(), with data, averaging and logging, after its warm-up; without start, validation and saves."""
+def _warm_up_windows(steps: int) -> int:
+    return -(-WARM_UP_STEPS // steps)
+
+
+def examples_per_second(run: RunConfig) -> list[float]:
+    """Of train(), by windows after the warm-up: with data, averaging and logging, without validation and saves."""
     with quiet(), fresh_accelerate(), patch.object(Validation, "after_step"):  # a sampler's 1,000 steps
         folder = train(run)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rates = [x["examples_per_second"] for x in lines if "loss" in x and x["step"] > WARM_UP_STEPS]
-    return statistics.harmonic_mean(rates)  # windows of equal numbers of examples
+    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
+    return rates[_warm_up_windows(run.base.logging_steps) :]
 
 
 @contextlib.contextmanager

@@ -39,8 +39,10 @@ class EMA:
     def update(self, step: int, applied: Tensor) -> None:
         """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
         rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
-        averages, weights = list(self.averages.values()), list(map(self._placed, self.parameters.values()))
-        torch._foreach_lerp_(averages, weights, [self._placed(rate)] * len(averages))
+        averages, weights = list(self.averages.values()), list(self.parameters.values())
+        if self.config.offload_ema:
+            rate, *weights = map(self._placed, [rate, *weights])
+        torch._foreach_lerp_(averages, weights, [rate] * len(averages))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

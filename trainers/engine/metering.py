@@ -1,4 +1,4 @@
-"""Means over the steps since the last log line, kept on the device so that a step needs no synchronisation."""
+"""Means over the steps since the last log line; numbers wait on the device, as a step needs no synchronisation."""
 
 from __future__ import annotations
 
@@ -9,43 +9,62 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+
+UNREAD_CALLS = 1000  # of add() that wait on the device at most, should nobody ask for the means
 
 
 class Meter:
-    """Sums and counts by name; what is not finite is left out, so that one skipped step does not hide a window."""
+    """Sums and counts by name; what is not finite is left out, so that one skipped step does not hide a window.
+
+    Numbers are added up on the host, in double precision and one after the other: a resumed run gets the same bits.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.sums: dict[str, Tensor] = {}  # [2]: sum, count
+        self.unread: list[tuple[list[str], Tensor]] = []  # on the device
+        self.sums: dict[str, list[float]] = {}  # [sum, count]
 
     @torch.no_grad()
     def add(self, values: dict[str, Tensor]) -> None:
-        found = torch.stack([value.detach().float() for value in values.values()])
-        finite = found.isfinite()
-        pairs = torch.stack([torch.where(finite, found, 0.0), finite.float()], dim=1)
-        for name, pair in zip(values, pairs.unbind(), strict=True):
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+        """Takes 0-dim tensors; what becomes of them later does not matter."""
+        self.unread.append((list(values), torch.stack([value.float() for value in values.values()])))
+        if len(self.unread) == UNREAD_CALLS:
+            self._read()
+
+    def _read(self) -> None:
+        if not self.unread:
+            return
+        names = [name for names, _ in self.unread for name in names]
+        numbers = torch.cat([values for _, values in self.unread]).tolist()
+        self.unread = []
+        for name, number in zip(names, numbers, strict=True):
+            window = self.sums.setdefault(name, [0.0, 0.0])
+            if math.isfinite(number):
+                window[0] += number
+                window[1] += 1
 
     def means(self) -> dict[str, float]:
-        """The means over all processes, and a new window. Collective; the one synchronisation of a log line."""
+        """The means over all processes, and a new window. Collective; waits for the device."""
+        self._read()
         if not self.sums:
             return {}
-        sums = self.accelerator.reduce(torch.stack(list(self.sums.values())), "sum").tolist()
-        names = list(self.sums)
+        windows = torch.tensor(list(self.sums.values()), device=self.accelerator.device)
+        names, sums = list(self.sums), self.accelerator.reduce(windows, "sum").tolist()
         self.sums = {}
         return {name: total / count if count else math.nan for name, (total, count) in zip(names, sums, strict=True)}
 
     def state(self) -> dict[str, list]:
         """The open window of every process, [process, name, 2]: a resumed run logs the same bits. Collective."""
+        self._read()
         if not self.sums:
             return {}
-        windows = self.accelerator.gather(torch.stack(list(self.sums.values()))[None])
-        return {"names": list(self.sums), "windows": windows.tolist()}
+        return {"names": list(self.sums), "windows": gather_object([list(self.sums.values())])}
 
     def load(self, state: dict[str, list]) -> None:
         """Takes up a saved window; with another number of processes the first one gets the sum."""
-        windows = torch.tensor(state.get("windows", []), device=self.accelerator.device)
+        windows = torch.tensor(state.get("windows", []), dtype=torch.float64)
         if not len(windows):
             return
         rank = self.accelerator.process_index
@@ -53,7 +72,7 @@ class Meter:
             mine = windows[rank]
         else:
             mine = windows.sum(0) if rank == 0 else torch.zeros_like(windows[0])
-        self.sums = dict(zip(state["names"], mine, strict=True))
+        self.sums = dict(zip(state["names"], mine.tolist(), strict=True))
 
 
 class Speed:
