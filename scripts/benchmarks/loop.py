@@ -19,10 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
-from scripts.benchmarks.runs import configured, examples_per_second, quiet
+from scripts.benchmarks.runs import configured, examples_per_second, in_turns, quiet
 from trainers.engine import ema, feeding, metering, optimization, randomness
 from trainers.engine.config import RunConfig
-from trainers.engine.saving import Saving
 
 TASKS = ("ddpm", "conditional_ddpm", "vae", "lora", "text_to_image")
 # the smallest have no dropout on their weights, no second network and cached frozen stages: as the bare side
@@ -63,18 +62,10 @@ def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1) -> R
 
 
 def compared(task: str, size: str, folder: str, pairs: int, steps: int) -> dict[str, Any]:
-    """Whenever train() has logged so many steps, the bare loop does as many: both meet the same machine."""
-    run, bare = run_of(task, size, folder, steps, pairs), []
-    bare_steps = bare_loop(run)
-
-    def in_turn(saving: Saving, steps_done: int) -> None:  # which train() leaves out of its speed
-        if steps_done % steps == 0:
-            bare.append(bare_steps(steps))
-
-    with patch.object(Saving, "after_step", in_turn):
-        ours = examples_per_second(run)
-    ratios = [a / b for a, b in zip(ours, bare[-pairs:], strict=True)]
-    found = {"median_ratio": statistics.median(ratios), "ratios": ratios, "diffloop": ours, "bare": bare[-pairs:]}
+    run = run_of(task, size, folder, steps, pairs)
+    rates = in_turns(run, {"bare": bare_loop(run)})
+    ratios = [a / b for a, b in zip(rates["diffloop"], rates["bare"], strict=True)]
+    found = {"median_ratio": statistics.median(ratios), "ratios": ratios} | rates
     return found | {"ms_per_step": parts_of_a_step(run_of(task, size, f"{folder}/parts", steps))}
 
 

@@ -1,6 +1,6 @@
 """diffloop beside the pip package denoising-diffusion-pytorch and a plain script, all with the package's own network.
 
-Same digits, batch, precision and averaging, in alternation. The package's loop is the one of its documentation around
+Same digits, batch, precision and averaging, in turns. The package's loop is the one of its documentation around
 its GaussianDiffusion; the plain script is one in the style of diffusers' examples: accelerate, EMAModel, a loss that is
 read in every step. Side b has the best setting here: bfloat16; the package has fp16, on CUDA alone. Needs the package.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from scripts.benchmarks.runs import WARM_UP_STEPS, configured, examples_per_second, fresh_accelerate, quiet
+from scripts.benchmarks.runs import configured, in_turns
 from trainers.engine.config import RunConfig
 
 CONFIG = {
@@ -36,47 +36,44 @@ CONFIG = {
     "peer": {"dim": 32, "dim_mults": [1, 2, 4, 4], "ema_max_decay": 0.995, "ddpm_beta_schedule": "squaredcos_cap_v2"},
 }
 BATCH_SIZE = 16
+BEST = ["base.mixed_precision=bf16"]
 
 
 def table(pairs: int, steps: int) -> list[dict[str, Any]]:
-    """A row for each side: the median of its rates, and of their ratios to the package's by pairs."""
-    rates: dict[str, list[float]] = {}
-    for pair in range(pairs):
-        with tempfile.TemporaryDirectory() as folder:
-            sides: dict[str, Callable[[], float]] = {
-                "a: diffloop": lambda folder=folder: examples_per_second(run_of(f"{folder}/a", steps))[0],
-                "a: denoising-diffusion-pytorch": lambda folder=folder: package(run_of(f"{folder}/b", steps), steps),
-                "a: plain script": lambda folder=folder: plain(run_of(f"{folder}/c", steps), steps),
-                "b: diffloop in bf16": lambda folder=folder: examples_per_second(run_of(f"{folder}/d", steps, BF16))[0],
-            }
-            for name in sides if pair % 2 == 0 else reversed(sides):
-                rates.setdefault(name, []).append(sides[name]())
-    medians = {
-        name: statistics.median(a / b for a, b in zip(found, rates["a: denoising-diffusion-pytorch"], strict=True))
+    """A row for each side: the median of its rates, and of their ratios to the package's, window by window."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_of(f"{folder}/a", steps, pairs)
+        same = in_turns(run, {"denoising-diffusion-pytorch": package(run), "plain script": plain(run)})
+        run = run_of(f"{folder}/b", steps, pairs, BEST)
+        best = in_turns(run, {"denoising-diffusion-pytorch": package(run)})
+    return [*_rows("a", same), *_rows("b", best)]
+
+
+def _rows(setting: str, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
+    ratios = {
+        name: [a / b for a, b in zip(found, rates["denoising-diffusion-pytorch"], strict=True)]
         for name, found in rates.items()
     }
     return [
         {
+            "setting": setting,
             "side": name,
             "examples_per_second": statistics.median(found),
-            "over_the_package": medians[name],
-            "runs": found,
+            "over_the_package": statistics.median(ratios[name]),
+            "ratios": ratios[name],
         }
         for name, found in rates.items()
     ]
 
 
-BF16 = ["base.mixed_precision=bf16"]
-
-
-def run_of(folder: str, steps: int, overrides: list[str] = ()) -> RunConfig:
+def run_of(folder: str, steps: int, windows: int, overrides: list[str] = ()) -> RunConfig:
     Path(folder).mkdir()
     config = Path(folder, "config.json")
     config.write_text(json.dumps(CONFIG), encoding="utf-8")
-    return configured(str(config), folder, steps, [f"base.train_batch_size={BATCH_SIZE}", *overrides])
+    return configured(str(config), folder, steps, [f"base.train_batch_size={BATCH_SIZE}", *overrides], windows)
 
 
-def package(run: RunConfig, steps: int) -> float:
+def package(run: RunConfig) -> Callable[[int], float]:
     from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion
     from ema_pytorch import EMA
 
@@ -91,35 +88,34 @@ def package(run: RunConfig, steps: int) -> float:
         optimizer.zero_grad()
         averaged.update()
 
-    return timed(step, run, steps)
+    return timed(step, run)
 
 
-def plain(run: RunConfig, steps: int) -> float:
+def plain(run: RunConfig) -> Callable[[int], float]:
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
-    with quiet(), fresh_accelerate():
-        accelerator, unet = Accelerator(), network(run)
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=run.config.learning_rate)
-        averaged = EMAModel(unet.parameters(), decay=0.995)
-        unet, optimizer = accelerator.prepare(unet, optimizer)
-        scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    accelerator, unet = Accelerator(), network(run)  # its state is the one that train() will find
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=run.config.learning_rate)
+    averaged = EMAModel(unet.parameters(), decay=0.995)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 
-        def step(images: Tensor, labels: Tensor) -> None:
-            noise = torch.randn_like(images)
-            timesteps = torch.randint(0, 1000, (len(images),))
-            with accelerator.accumulate(unet):
-                predicted = unet(scheduler.add_noise(images, noise, timesteps), timesteps, labels)
-                loss = torch.nn.functional.mse_loss(predicted, noise)
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            averaged.step(unet.parameters())
-            loss.detach().item()  # which these scripts show on their bars
+    def step(images: Tensor, labels: Tensor) -> None:
+        noise = torch.randn_like(images)
+        timesteps = torch.randint(0, 1000, (len(images),))
+        with accelerator.accumulate(unet):
+            predicted = unet(scheduler.add_noise(images, noise, timesteps), timesteps, labels)
+            loss = torch.nn.functional.mse_loss(predicted, noise)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        averaged.step(unet.parameters())
+        loss.detach().item()  # which these scripts show on their bars
 
-        return timed(step, run, steps)
+    return timed(step, run)
 
 
 def network(run: RunConfig) -> torch.nn.Module:
@@ -130,14 +126,17 @@ def network(run: RunConfig) -> torch.nn.Module:
     return build_peer_unet(config.dim, config.dim_mults, 10, run.base.channels, config.label_dropout).train()
 
 
-def timed(step: Callable[[Tensor, Tensor], None], run: RunConfig, steps: int) -> float:
-    """Examples per second over shuffled batches of the same digits, held in memory."""
+def timed(step: Callable[[Tensor, Tensor], None], run: RunConfig) -> Callable[[int], float]:
+    """Examples per second of so many steps more over shuffled batches of the same digits, held in memory."""
     examples = [datasets_lib.build(run.base, "train").get(n, None) for n in range(1000)]
     images = torch.stack([example["image"] for example in examples])
     labels = torch.tensor([example["label"] for example in examples])
-    for number in range(WARM_UP_STEPS + steps):
-        if number == WARM_UP_STEPS:
-            began = time.perf_counter()
-        chosen = torch.randint(0, len(images), (BATCH_SIZE,))
-        step(images[chosen], labels[chosen])
-    return steps * BATCH_SIZE / (time.perf_counter() - began)
+
+    def train_steps(steps: int) -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            chosen = torch.randint(0, len(images), (BATCH_SIZE,))
+            step(images[chosen], labels[chosen])
+        return steps * BATCH_SIZE / (time.perf_counter() - began)
+
+    return train_steps

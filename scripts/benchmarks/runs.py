@@ -7,7 +7,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from train import train
 from trainers.engine.config import RunConfig, load_config
+from trainers.engine.saving import Saving
 from trainers.engine.validation import Validation
 
 WARM_UP_STEPS = 20  # which pay for allocations; at least, as windows are whole
@@ -45,6 +46,23 @@ def examples_per_second(run: RunConfig) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
     return rates[_warm_up_windows(run.base.logging_steps) :]
+
+
+def in_turns(run: RunConfig, others: dict[str, Callable[[int], float]]) -> dict[str, list[float]]:
+    """Examples per second by windows, of "diffloop" and of the others, which all meet the same machine.
+
+    Whenever train() has logged, each of the others does as many steps, within a pause that train() does not count.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in others}
+
+    def take_turns(saving: Saving, steps_done: int) -> None:
+        if steps_done % run.base.logging_steps == 0:
+            for name, train_steps in others.items():
+                rates[name].append(train_steps(run.base.logging_steps))
+
+    with patch.object(Saving, "after_step", take_turns):
+        ours = examples_per_second(run)
+    return {"diffloop": ours} | {name: found[-len(ours) :] for name, found in rates.items()}
 
 
 @contextlib.contextmanager

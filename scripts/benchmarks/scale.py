@@ -62,6 +62,7 @@ def launched(task: str, processes: int, steps: int, threads: int) -> dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-m", "scripts.benchmarks.scale", task, folder, str(steps)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
         run = subprocess.run([sys.executable, *command, *arguments], env=environment, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr)
