@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from scripts.benchmarks import loop, report, runs
+from scripts.benchmarks import loop, report, runs, scale
 
 ROWS = [
     {"task": "ddpm", "median_ratio": 0.98765, "rates": [1.0, 2.0], "ms_per_step": {"data": 0.5, "all": 123.4}},
@@ -68,3 +68,23 @@ def test_the_runs_that_are_measured(task, size, tmp_path):
     run = loop.run_of(task, size, str(tmp_path), 15, 3)
     assert run.task == task
     assert (run.base.max_train_steps, run.base.logging_steps) == (30 + 3 * 15, 15)  # 20 steps are two windows of 15
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_processes_send_each_other_is_the_gradient_and_a_few_numbers(processes):
+    found = scale.launched("ddpm", processes, 2, 1, size="smallest")
+    assert found["examples_per_second"] > 0
+    assert found["gradient_bytes"] == (found["trained_bytes"] if processes > 1 else 0)
+    assert 0 < found["other_bytes"] < 200 if processes > 1 else found["other_bytes"] == 0
+    assert found["trained_bytes"] > 100_000
+
+
+def test_efficiency_is_by_process_and_pair():
+    runs = [
+        {"examples_per_second": rate, "trained_bytes": 2**21, "gradient_bytes": 2**20, "other_bytes": 9}
+        for rate in (10.0, 14.0, 12.0)
+    ]
+    alone = [{"examples_per_second": rate} for rate in (5.0, 10.0, 8.0)]
+    row = scale._row("ddpm", 2, 1, runs, alone)
+    assert (row["examples_per_second_each"], row["efficiency"], row["ratios"]) == (6.0, 0.75, [1.0, 0.7, 0.75])
+    assert (row["trained_mib"], row["reduced_gradients_mib_per_step"], row["other_bytes_per_step"]) == (2.0, 1.0, 9)

@@ -56,27 +56,32 @@ def _row(task: str, processes: int, threads: int, runs: list[dict], alone: list[
     }
 
 
-def launched(task: str, processes: int, steps: int, threads: int) -> dict[str, float]:
+def launched(task: str, processes: int, steps: int, threads: int, size: str = "realistic") -> dict[str, float]:
     """What `measure` found on the first of so many processes."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["-m", "scripts.benchmarks.scale", task, folder, str(steps)]
+        arguments = ["-m", "scripts.benchmarks.scale", task, size, folder, str(steps)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-        run = subprocess.run([sys.executable, *command, *arguments], env=environment, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, *(torchrun if processes > 1 else []), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         if run.returncode:
             raise RuntimeError(run.stderr)
         return json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
 
 
-def measure(task: str, folder: str, steps: int) -> None:
+def measure(task: str, size: str, folder: str, steps: int) -> None:
     from scripts.benchmarks.loop import run_of
     from scripts.benchmarks.runs import examples_per_second
 
     with counted() as count:
-        run = run_of(task, "realistic", folder, steps)
+        run = run_of(task, size, folder, steps)
         [rate] = examples_per_second(run)
-    if int(os.environ["RANK"]) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:
         by_step = {name: value / run.base.max_train_steps for name, value in count.items() if name != "trained_bytes"}
         found = {"examples_per_second": rate, "trained_bytes": count["trained_bytes"]} | by_step
         Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
@@ -90,7 +95,7 @@ def counted() -> Iterator[dict[str, int]]:
     count = {"gradient_bytes": 0, "other_bytes": 0, "trained_bytes": 0}
     prepare, all_reduce = networks.prepare_networks, dist.all_reduce
 
-    def counting_hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def counting_hook(state, bucket):  # torch compares annotations, and does not read ones that are texts
         count["gradient_bytes"] += bucket.buffer().nbytes
         count["other_bytes"] -= bucket.buffer().nbytes  # the hook calls all_reduce itself
         return allreduce_hook(None, bucket)
@@ -115,4 +120,4 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    measure(*sys.argv[1:4], int(sys.argv[4]))
