@@ -20,12 +20,10 @@ from trainers.engine.config import RunConfig, load_config
 from trainers.engine.saving import Saving
 from trainers.engine.validation import Validation
 
-WARM_UP_STEPS = 20  # which pay for allocations; at least, as windows are whole
-
 
 def configured(config: str, folder: str, steps: int, overrides: list[str] = (), windows: int = 1) -> RunConfig:
-    """A run that logs every so many steps, so many times after its warm-up."""
-    last = (_warm_up_windows(steps) + windows) * steps
+    """A run that logs every so many steps, so many times after the first one, which warms up."""
+    last = (1 + windows) * steps
     task = load_config(config, []).task
     quiet = [
         f"base.output_dir={folder}/run", f"base.max_train_steps={last}", f"base.logging_steps={steps}",
@@ -35,17 +33,13 @@ def configured(config: str, folder: str, steps: int, overrides: list[str] = (), 
     return load_config(config, [*quiet, *overrides])
 
 
-def _warm_up_windows(steps: int) -> int:
-    return -(-WARM_UP_STEPS // steps)
-
-
 def examples_per_second(run: RunConfig) -> list[float]:
-    """Of train(), by windows after the warm-up: with data, averaging and logging, without validation and saves."""
+    """Of train(), by windows after the first: with data, averaging and logging, without validation and saves."""
     with quiet(), fresh_accelerate(), patch.object(Validation, "after_step"):  # a sampler's 1,000 steps
         folder = train(run)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
-    return rates[_warm_up_windows(run.base.logging_steps) :]
+    return rates[1:]
 
 
 def in_turns(run: RunConfig, others: dict[str, Callable[[int], float]]) -> dict[str, list[float]]:
@@ -62,7 +56,7 @@ def in_turns(run: RunConfig, others: dict[str, Callable[[int], float]]) -> dict[
 
     with patch.object(Saving, "after_step", take_turns):
         ours = examples_per_second(run)
-    return {"diffloop": ours} | {name: found[-len(ours) :] for name, found in rates.items()}
+    return {"diffloop": ours} | {name: found[1:] for name, found in rates.items()}
 
 
 @contextlib.contextmanager
