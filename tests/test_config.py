@@ -110,6 +110,7 @@ RULES = [
     ({"hub_model_id": "a/b/c", "push_to_hub": True}, {}, "base.hub_model_id = \"a/b/c\": must read name or owner/name"),
     ({"hub_model_id": "me/digits"}, {}, "has an effect with push_to_hub: true only"),
     ({"cache_dir": "x", "dataset": "digits", "dataset_name": None}, {}, "base.cache_dir = \"x\": has an effect with dataset_name only"),
+    ({"compile_repeated_blocks": True}, {}, "base.compile_repeated_blocks = true: has an effect with compile: true only"),
     ({"dataset_args": {"a": 1}}, {}, 'base.dataset_args = {"a": 1}: has an effect with dataset only'),
     ({"run_name": "a"}, {}, 'base.run_name = "a": has an effect with logger: wandb or both only'),
     ({"enable_xformers_memory_efficient_attention": True}, {}, "needs xformers: pip install diffloop[xformers]"),

@@ -524,6 +524,17 @@ def test_validation_compiles_nothing(run_in_process, monkeypatch):
     assert len(graphs) == 1, f"graphs for inputs {graphs}"
 
 
+@pytest.mark.parametrize(
+    ("task", "compiled"), [("text_to_image", {"BasicTransformerBlock"}), ("ddpm", {"UNet2DModel"})]
+)
+def test_only_the_blocks_that_a_network_names_are_compiled(run_in_process, monkeypatch, task, compiled):
+    """A network that names none is compiled whole."""
+    found = set()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: found.add(type(self).__name__))
+    run_in_process(task=task, **{"base.compile": True, "base.compile_repeated_blocks": True, "base.max_train_steps": 1})
+    assert found == compiled
+
+
 @pytest.mark.parametrize("task", ["ddpm", "vae"])
 def test_channels_last_changes_no_names_and_few_bits(run_in_process, network_without_dropout, task):
     options = {"ddpm.model_config": network_without_dropout} if task == "ddpm" else {"vae.decoder_only": False}

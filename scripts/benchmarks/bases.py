@@ -8,26 +8,31 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-QUARTER = {"block_out_channels": (80, 160, 320, 320), "layers_per_block": 2, "norm_num_groups": 16}
+PARTS = {  # of the widths of Stable Diffusion 1.5's UNet
+    "quarter": {"block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16},
+    "eighth": {"block_out_channels": (40, 80, 160, 160), "norm_num_groups": 8},
+}
 
 
 def stable_diffusion(size: str) -> Path:
-    """The tests' smallest one, or ("realistic") one with a quarter of the widths of Stable Diffusion 1.5's UNet."""
+    """The tests' smallest one, or one with a "quarter" or an "eighth" of the widths of Stable Diffusion 1.5's UNet."""
     sys.path.append(str(ROOT / "tests"))
     from tiny_models import TEXT_WIDTH, model
 
     tiny = model("sd1")
     if size == "smallest":
         return tiny
-    folder = tiny.with_name("sd1-quarter")
+    folder = tiny.with_name(f"sd1-{size}")
     if not folder.is_dir():
         from diffusers import UNet2DConditionModel
 
         blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)}
         blocks["up_block_types"] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-        staging = tiny.with_name(f".tmp-quarter-{secrets.token_hex(4)}")
+        staging = tiny.with_name(f".tmp-{size}-{secrets.token_hex(4)}")
         shutil.copytree(tiny, staging)
-        unet = UNet2DConditionModel(sample_size=16, cross_attention_dim=TEXT_WIDTH, **QUARTER, **blocks)
+        unet = UNet2DConditionModel(
+            sample_size=16, cross_attention_dim=TEXT_WIDTH, layers_per_block=2, **PARTS[size], **blocks
+        )
         unet.save_pretrained(staging / "unet")
         staging.rename(folder)
     return folder

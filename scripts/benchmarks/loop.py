@@ -57,7 +57,9 @@ def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1) -> R
     config, overrides = (REALISTIC if size == "realistic" else SMALLEST)[task]
     options = [option.format(task=task) for option in OPTIONS.get(task, [])]
     if task in ("lora", "text_to_image"):
-        options.append(f"{task}.pretrained_model_name_or_path={stable_diffusion(size)}")
+        options.append(
+            f"{task}.pretrained_model_name_or_path={stable_diffusion('smallest' if size == 'smallest' else 'quarter')}"
+        )
     return configured(config, folder, steps, [*overrides, *options], windows)
 
 

@@ -67,8 +67,11 @@ def prepare_networks(
     trainer.modules = dict(zip(networks, prepared, strict=True))
     trainer.unwrapped = networks
     if base.compile:
-        for network in networks.values():
-            network.compile()  # in place: a wrapper would change the names in checkpoints
+        for network in networks.values():  # in place: a wrapper would change the names in checkpoints
+            if base.compile_repeated_blocks and getattr(network, "_repeated_blocks", None):
+                network.compile_repeated_blocks()
+            else:
+                network.compile()
     return optimizer
 
 

@@ -65,7 +65,8 @@ class BaseConfig(Section):
     allow_tf32: bool = False  # faster float32 products with 10 bits of mantissa on Ampere and later GPUs
     channels_last: bool | None = None  # channels of a pixel side by side in memory; null: on CUDA
     deterministic: bool = False  # only deterministic kernels: bit-equal runs on a GPU, slower
-    compile: bool = False  # torch.compile the networks in place
+    compile: bool = False  # torch.compile the networks in place; validations run them uncompiled
+    compile_repeated_blocks: bool = False  # only the blocks that a network names (a UNet's transformers): sooner ready
     max_skipped_steps: Positive = 10  # stop after so many steps in a row whose loss or gradient was not finite
     collective_timeout: PositiveFloat = 1800.0  # seconds that a process waits for the others before the run fails
 
@@ -175,6 +176,7 @@ class BaseConfig(Section):
             yield "hub_model_id", "has an effect with push_to_hub: true only"
         yield from self._captions_without_effect()
         yield from self.without_effect(("bucket_max_pixels", "bucket_step"), "buckets: true", self.buckets)
+        yield from self.without_effect(("compile_repeated_blocks",), "compile: true", self.compile)
         for option in ("dataset_config_name", "cache_dir", "image_column"):
             if getattr(self, option) is not None and self.dataset_name is None:
                 yield option, "has an effect with dataset_name only"
