@@ -59,8 +59,8 @@ def test_a_checkpoint_holds_its_own_step_although_the_training_goes_on(run_in_pr
 
 
 def test_saves_closer_than_a_write_takes_wait_for_each_other(run_in_process, monkeypatch):
-    """One at a time, and the copy is let go before the next one is made."""
-    events, copies = [], []
+    """One at a time; the next copy is made in the memory of the one before."""
+    events, copies, places = [], [], []
     write, snapshot = checkpoint.write, saving.snapshot
 
     def slow(taken, folder):
@@ -73,12 +73,15 @@ def test_saves_closer_than_a_write_takes_wait_for_each_other(run_in_process, mon
         assert not [reference for reference in copies if reference() is not None]
         taken = snapshot(*arguments)
         copies.append(weakref.ref(taken))
+        places.append({tensor.data_ptr() for values in taken.tensors.values() for tensor in values.values()})
         return taken
 
     monkeypatch.setattr(checkpoint, "write", slow)
     monkeypatch.setattr(saving, "snapshot", copy)
     folder = run_in_process(**{"base.checkpointing_steps": 1, "base.checkpoints_total_limit": 2})
     assert events == [f"{what} {step}" for step in range(1, 7) for what in ("write", "written")]
+    assert all(place == places[0] for place in places)
+    assert len(places) == 6
     assert steps_of(folder) == [6, 5]
     assert hidden(folder) == [".lock"]
 

@@ -387,7 +387,7 @@ def test_a_checkpoint_of_stable_diffusions_shape():
     for p in trained:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    taken = snapshot({"unet": unet}, None, optimizer, {"step": 1}, True)
+    taken = snapshot({"unet": unet}, None, optimizer, {"step": 1}, True, {})
     assert 3 * adapter < taken.num_bytes < 3.01 * adapter
 
 

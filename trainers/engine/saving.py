@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.engine import checkpoint
@@ -27,7 +27,7 @@ class Saving:
     """The checkpoints of a run, one at a time: begun at a step, written by a thread of the main process, then sealed.
 
     Every call is collective. All ranks seal, or raise, after the same step, agreed on with the reduce of `stopping`.
-    The copy stays in host memory until its files are written.
+    The memory of the copy is kept on the main process, and written over by the next one once its files are written.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Saving:
         self.output_dir = Path(self.run.base.output_dir)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.step = 0  # of the checkpoint in flight; 0 where there is none
+        self.kept: dict[str, Tensor] = {}  # the memory of the last copy, for the next one
         self.staged: Future[Path] | None = None  # its folder, on the main process
 
     def __enter__(self) -> Saving:
@@ -99,7 +100,7 @@ class Saving:
                 "a lower learning rate"
             )
         state, main = self._state(steps_done, counts), self.accelerator.is_main_process
-        taken = snapshot(self.networks, self.ema, self.optimizer, state, main)
+        taken = snapshot(self.networks, self.ema, self.optimizer, state, main, self.kept)
         if main:
             self.staged = self.thread.submit(self._write, taken)
         self.step = steps_done
