@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PARTS = {  # of the widths of Stable Diffusion 1.5's UNet
-    "quarter": {"block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16},
-    "eighth": {"block_out_channels": (40, 80, 160, 160), "norm_num_groups": 8},
+PARTS = {  # of the widths of Stable Diffusion 1.5's UNet; attention_head_dim is the number of heads: as wide as there
+    "quarter": {"block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16, "attention_head_dim": 2},
+    "eighth": {"block_out_channels": (40, 80, 160, 160), "norm_num_groups": 8, "attention_head_dim": 1},
 }
 
 
