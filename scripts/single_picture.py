@@ -16,11 +16,8 @@ from trainers.engine.document import read_document
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lora_single_image.yaml"
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # of training
-
-
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # of a base
-# that the script says itself
-OWN = (
+OWN = (  # options that the script sets itself
     "base.caption", "base.resolution", "base.mixed_precision", "base.seed", "base.output_dir", "base.train_data_dir",
     "base.resume_from_checkpoint", "lora.pretrained_model_name_or_path",
 )  # fmt: skip
