@@ -61,7 +61,7 @@ def train(run: RunConfig) -> Path:
         stages = FrozenStages(trainer.encoders(), device)
         trainer.encoded = stages.encoded
         train_set, validation_set = sets = fill_caches(accelerator, stages, base, train_set, validation_set)
-        meter, speed = Meter(accelerator), Speed()
+        meter = Meter(accelerator)
         divergence = Divergence(accelerator, output_dir, base, clock, stopping)
 
         if resume_from:
@@ -78,8 +78,8 @@ def train(run: RunConfig) -> Path:
         export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
         accelerator.print(reporting.start_block(accelerator, run, trainer, networks, clock, train_set))
         with tracking, saving, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
-            done = clock.origin_step
-            validation.make_up(done)
+            validation.make_up(clock.origin_step)
+            done, speed = clock.origin_step, Speed()
             for step in stopping.steps(clock.origin_step, clock.total_steps):
                 learning_rates = optimization.set_learning_rates(optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):

@@ -53,8 +53,15 @@ class PriorDataset:
             if hasattr(dataset, "prepare"):
                 dataset.prepare(show_progress)
 
+    @property
+    def prepare_seconds(self) -> float:
+        """The seconds that decoding ahead took."""
+        return sum(getattr(dataset, "prepare_seconds", 0.0) for dataset in (self.instances, self.prior))
+
     def only(self, indices: Sequence[int]) -> PriorDataset:
-        """Return the data set with these examples alone, and as many pictures of the class."""
+        """Return the data set with these examples alone, and as many pictures of the class; whole where it must be."""
+        if not hasattr(self.instances, "only"):
+            return self
         few = copy.copy(self)
         few.instances = self.instances.only(indices)
         few.prior = self.prior.only(range(min(len(indices), len(self.prior))))
@@ -102,8 +109,9 @@ class PriorDataset:
         return len(self._of(column))
 
     def captions(self, column: str = "caption") -> Iterator[str]:
-        """Yield every text of "caption" or of "class_caption"."""
-        return self._of(column).captions()
+        """Yield every text of "caption" or of "class_caption"; none where the data set does not know them."""
+        dataset = self._of(column)
+        return dataset.captions() if hasattr(dataset, "captions") else iter(())
 
     def _of(self, column: str) -> Any:
         return self.prior if column.startswith(PREFIX) else self.instances

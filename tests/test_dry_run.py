@@ -71,7 +71,7 @@ def bytes_in(folder):
 def test_the_report_against_a_real_run(dry_run, run_in_process):
     folder = run_in_process(**CADENCES)
     before = {name: (folder / name).stat().st_mtime_ns for name in bytes_in(folder)}
-    code, printed, errors = dry_run(**CADENCES)
+    code, printed, errors = dry_run(**CADENCES, **{"base.resume_from_checkpoint": "latest"})
     assert code == 0
     assert printed.endswith("\nIt fits.\n")
     assert "dry run: the run's last 7 steps, one validation, one save; nothing of it stays\n" in errors
@@ -178,7 +178,7 @@ def test_caches_count_for_what_the_run_will_have_to_encode(dry_run, run_in_proce
     folder = run_in_process(task="lora", **options)
     real = sum(bytes_in(folder.parent / "encoder-cache").values())
     assert cache == pytest.approx(real, rel=0.2)  # headers
-    _, printed, _ = dry_run(task="lora", **options)
+    _, printed, _ = dry_run(task="lora", **options, **{"base.resume_from_checkpoint": "latest"})
     assert "cache of image" not in printed  # all is there now
     assert "cache of caption" in printed  # in memory: again in each run
 
@@ -265,6 +265,7 @@ def test_a_host_without_memory(dry_run, monkeypatch):
     assert code == 1
     assert "It does not fit: too little main memory in phase steps: [enforce fail at" in printed
     assert shortage_of(MemoryError()).text == "MemoryError"
+    assert shortage_of(OSError(12, "Cannot allocate memory")).of == "host"
     assert shortage_of(RuntimeError("another")) is None
     assert shortage_of(OSError("another")) is None
 
@@ -369,6 +370,34 @@ def test_the_folder_of_a_killed_dry_run_goes_and_that_of_a_living_one_stays(dry_
     with pytest.raises(ValueError, match="in use"):
         dry_run()
     left.rmdir()  # fails where it is not there
+
+
+def test_what_the_run_would_refuse_is_refused(dry_run, tmp_path, run_in_process, monkeypatch):
+    folder = run_in_process()
+    before = sorted(path.name for path in folder.iterdir())
+    code, printed, errors = dry_run(**{"base.resume_from_checkpoint": None})
+    assert (code, printed) == (1, "")
+    assert "holds a run or other folders already" in errors
+    assert sorted(path.name for path in folder.iterdir()) == before
+    for name in ("a file", "a file/run"):
+        (tmp_path / "a file").touch()
+        code, printed, errors = dry_run("other", **{"base.output_dir": str(tmp_path / name)})
+        assert (code, printed) == (1, "")
+        assert f"{name}: cannot be written ({tmp_path / 'a file'} is no folder); choose another folder" in errors
+    with monkeypatch.context() as patch:
+        patch.setattr("trainers.engine.run_folder.os.access", lambda *_: False)  # tests may be run by root
+        code, printed, errors = dry_run("third")
+        assert f"cannot be written ({tmp_path} may not be written); choose another folder" in errors
+
+
+def test_what_an_error_names_is_gone(dry_run, tmp_path):
+    code, _, errors = dry_run(**{"ddpm.learning_rate": 1e30, "base.max_skipped_steps": 1, "base.max_train_steps": 20})
+    assert code == 1
+    assert f"That was in the dry run: {tmp_path / '.run-dry-run'} is gone with it" in errors
+
+
+def test_a_long_name(dry_run):
+    assert dry_run("n" * 240)[0] == 0
 
 
 def test_it_makes_no_folder_above(dry_run, tmp_path):

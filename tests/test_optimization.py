@@ -13,7 +13,7 @@ from torch import nn
 
 from trainers.base import TrainerConfig
 from trainers.engine.clock import Clock
-from trainers.engine.ema import EMA, ema_decay
+from trainers.engine.ema import EMA, ema_decay, move, pieces
 from trainers.engine.optimization import build_optimizer, optimizer_step, schedule, set_learning_rates, warmup_steps
 
 TOTAL, WARMUP = 200, 20
@@ -220,6 +220,17 @@ def test_ema_is_diffusers(settings):
         assert ema_decay(step, config) == theirs.cur_decay_value
     for average, expected in zip(ours.averages.values(), theirs.shadow_params, strict=True):
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("piece", "lengths"), [(1, [1, 1, 1, 1]), (13, [2, 1, 1]), (14, [2, 2]), (10**6, [4])])
+def test_the_average_of_a_gpu_moves_in_pieces(monkeypatch, piece, lengths):
+    monkeypatch.setattr("trainers.engine.ema.PIECE", piece)
+    shapes = [(3, 4), (1,), (13,), ()]
+    averages, weights = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    assert [len(some) for some, _ in pieces(averages, weights)] == lengths
+    expected = [torch.lerp(average, weight, 0.25) for average, weight in zip(averages, weights, strict=True)]
+    move(averages, weights, torch.tensor(0.25))
+    torch.testing.assert_close(averages, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_ema_is_put_in_place_and_taken_back_even_after_an_error():

@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 from conftest import losses, read_metrics, wait_for
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from train import main, train
 from trainers import TRAINERS
+from trainers.engine import networks
 from trainers.engine.config import find_trainer, load_config
 from trainers.engine.randomness import SlotRandom
 
@@ -508,8 +509,8 @@ def test_compile_changes_no_names_and_few_bits(run_in_process, network_without_d
     DDPMPipeline.from_pretrained(compiled)
 
 
-def test_validation_compiles_nothing(run_in_process, monkeypatch):
-    """Other batch sizes, without gradients and in eval mode: each would be another compilation."""
+def test_validation_and_saves_compile_nothing(run_in_process, monkeypatch):
+    """Other batch sizes, no gradients, eval mode, a config that is written: each would be another compilation."""
     graphs = []
 
     def count(graph, example_inputs):
@@ -519,20 +520,30 @@ def test_validation_compiles_nothing(run_in_process, monkeypatch):
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, backend=count))
     options = {"base.compile": True, "base.valid_steps": 2, "base.max_train_steps": 4, "base.validation_split": 0.2}
-    folder = run_in_process(**options, **{"ddpm.valid_batch_size": 3})
+    folder = run_in_process(**options, **{"ddpm.valid_batch_size": 3, "base.checkpointing_steps": 1})
     assert "valid_ema/loss" in read_metrics(folder, prefix="valid")[-1]
     assert len(graphs) == 1, f"graphs for inputs {graphs}"
 
 
-@pytest.mark.parametrize(
-    ("task", "compiled"), [("text_to_image", {"BasicTransformerBlock"}), ("ddpm", {"UNet2DModel"})]
-)
-def test_only_the_blocks_that_a_network_names_are_compiled(run_in_process, monkeypatch, task, compiled):
-    """A network that names none is compiled whole."""
+def test_only_the_blocks_that_a_network_names_are_compiled(run_in_process, monkeypatch):
+    """Beside one that names some, a network that names none is compiled whole."""
     found = set()
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: found.add(type(self).__name__))
-    run_in_process(task=task, **{"base.compile": True, "base.compile_repeated_blocks": True, "base.max_train_steps": 1})
-    assert found == compiled
+    options = {"base.compile": True, "base.compile_repeated_blocks": True, "base.max_train_steps": 1}
+    run_in_process(task="text_to_image", **options)
+    assert found == {"BasicTransformerBlock"}
+    networks._compile(
+        {
+            "a": UNet2DConditionModel(sample_size=8, cross_attention_dim=8, block_out_channels=(32,) * 4),
+            "b": torch.nn.Linear(1, 1),
+        },
+        True,
+    )
+    assert found == {"BasicTransformerBlock", "Linear"}
+    with pytest.raises(
+        ValueError, match=r"compile_repeated_blocks = true: the networks \(unet\) name no repeated blocks"
+    ):
+        run_in_process("other", **options)
 
 
 @pytest.mark.parametrize("task", ["ddpm", "vae"])

@@ -1,22 +1,22 @@
 """What each knob is worth: one change at a time from plain float32, then all of them; each run in its own process.
 
 Task text_to_image with an eighth of the widths of Stable Diffusion 1.5's UNet, random weights, latents of 16 x 16. Peak
-memory is the process's, or the device's where there is a GPU.
+memory is that of the steps: of the process, or of the device where there is a GPU.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import tempfile
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from scripts.benchmarks.bases import stable_diffusion
-from scripts.benchmarks.runs import configured, examples_per_second
+from scripts.benchmarks.runs import configured, examples_per_second, logged
 
 CONFIG = "configs/tests/text_to_image.json"
 CACHES = ["base.center_crop=true", "text_to_image.cache_latents=memory", "text_to_image.cache_text=memory"]
@@ -82,6 +82,4 @@ def measure(fused: bool, overrides: list[str], steps: int, threads: int) -> tupl
                 torch.optim, "AdamW", lambda groups, **options: plain(groups, **options | {"fused": False})
             ):
                 [rate] = examples_per_second(run)
-    if torch.cuda.is_available():
-        return rate, torch.cuda.max_memory_allocated() / 2**30
-    return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return rate, max(logged(Path(run.base.output_dir), "peak_memory_gib"))

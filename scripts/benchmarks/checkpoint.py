@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from scripts.benchmarks.runs import fresh_accelerate
+from scripts.benchmarks.runs import fresh_accelerate, synchronize
 from train import train
 from trainers.engine import optimization
 from trainers.engine.config import load_config
@@ -42,11 +42,12 @@ def table(config: str, repetitions: int) -> list[dict[str, Any]]:
 
 
 def checkpoint_times(config: str, folder: str, overrides: list[str], repetitions: int, period: int) -> dict:
-    """One save every `period` steps; the first period pays for allocations and does not count."""
+    """One save every `period` steps; the first save pays for its memory and does not count."""
     starts = []  # of the steps
     original = optimization.set_learning_rates
 
     def timed(*arguments) -> dict:
+        synchronize()
         starts.append(time.perf_counter())
         return original(*arguments)
 
@@ -56,7 +57,7 @@ def checkpoint_times(config: str, folder: str, overrides: list[str], repetitions
         f"base.checkpointing_steps={period}", "base.checkpoints_total_limit=1", "base.resume_from_checkpoint=latest",
         "ddpm.valid_batch_size=1", "ddpm.ddpm_num_inference_steps=1", "base.validation_split=null", *overrides,
     ]  # fmt: skip
-    last = period * (repetitions + 1)
+    last = period * (repetitions + 2)
     try:
         with fresh_accelerate():
             train(load_config(config, [*options, f"base.max_train_steps={last}"]))
@@ -67,7 +68,7 @@ def checkpoint_times(config: str, folder: str, overrides: list[str], repetitions
             train(load_config(config, [*options, f"base.max_train_steps={last + 1}"]))
     finally:
         optimization.set_learning_rates = original
-    periods = [seconds[first - 1 : first - 1 + period] for first in range(period, last, period)]
+    periods = [seconds[first - 1 : first - 1 + period] for first in range(2 * period, last, period)]
     half = period // 2
     normal = [statistics.median(each[half:]) for each in periods]
     sealed = list_checkpoints(Path(folder))[0][1]

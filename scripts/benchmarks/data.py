@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
 import datasets_lib
+from scripts.benchmarks.runs import synchronize
 from trainers.base import Encoder
 from trainers.engine.cache_filling import fill_caches
 from trainers.engine.clock import Clock
@@ -57,6 +60,7 @@ def table(repetitions: int, seconds: float) -> list[dict[str, Any]]:
         for repetition in range(repetitions):
             for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
                 found[side].append(speed(sides[side], seconds, warm_up=1 + READ_AHEAD * side[1]))
+                wait_for_workers()
     cached = found["decoded cache", 0]
     return [
         {
@@ -105,6 +109,14 @@ def batches_of(source: str, workers: int, folder: Path) -> Iterator[dict[str, An
         yield from map(stages.encode, batches)
 
 
+def wait_for_workers() -> None:
+    """Until they have read ahead what they may: the next side is not to share the processor with them."""
+    workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+    before = None
+    while before != (before := [worker.cpu_times()[:2] for worker in workers]):
+        time.sleep(0.3)
+
+
 def speed(batches: Iterator[dict[str, Any]], seconds: float, warm_up: int) -> float:
     """Pictures per second, after the batches that were read ahead while another side was timed."""
     for _ in range(warm_up):
@@ -115,8 +127,3 @@ def speed(batches: Iterator[dict[str, Any]], seconds: float, warm_up: int) -> fl
         done += len(next(batches)["slot"])
     synchronize()
     return done / (time.perf_counter() - began)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
-from scripts.benchmarks.runs import configured, examples_per_second, in_turns, quiet
-from trainers.engine import ema, feeding, metering, optimization, randomness
+from scripts.benchmarks.runs import configured, examples_per_second, in_turns, quiet, synchronize
+from trainers.engine import ema, feeding, loading, metering, optimization, randomness, tracking, transfer
 from trainers.engine.config import RunConfig
+from trainers.engine.saving import Saving
 
 TASKS = ("ddpm", "conditional_ddpm", "vae", "lora", "text_to_image")
 # the smallest have no dropout on their weights, no second network and cached frozen stages: as the bare side
@@ -81,6 +82,8 @@ def bare_loop(run: RunConfig) -> Callable[[int], float]:
         trainer.label_names, trainer.total_steps, trainer.start_step = list("0123456789"), 1, 0
         [network] = trainer.init_modules().values()
     network.train().to(device)
+    if device.type == "cuda":  # as train() does there
+        network.to(memory_format=torch.channels_last)
     weights = [p for p in network.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in weights]
     optimizer, loss = torch.optim.AdamW(weights, lr=1e-4, fused=True), LOSSES[run.task](trainer, network, run, device)
@@ -95,8 +98,7 @@ def bare_loop(run: RunConfig) -> Callable[[int], float]:
             if run.config.use_ema:
                 with torch.no_grad():
                     torch._foreach_lerp_(averages, weights, 0.01)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         return steps * run.base.train_batch_size / (time.perf_counter() - began)
 
     return train_steps
@@ -160,6 +162,11 @@ LOSSES = {
 def parts_of_a_step(run: RunConfig) -> dict[str, float]:
     """Milliseconds of each part in a run of its own, means without the warm-up; `other` is what no part covers."""
     seconds: dict[str, list[float]] = {}
+
+    def forget_warm_up(saving: Saving, steps_done: int) -> None:
+        if steps_done == run.base.logging_steps:
+            seconds.clear()
+
     with ExitStack() as patches:
         for name, owner, method in (
             ("forward", run.trainer_class, "compute_loss"),
@@ -170,22 +177,30 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
             ("randomness", randomness.SlotRandom, "integers"),
             ("reseeding", randomness, "seed_network"),
             ("metering", metering.Meter, "add"),
+            ("logging", tracking.Tracking, "log_steps"),
+            ("logging", metering.Meter, "means"),
+            ("transfer", transfer, "_moved"),
+            ("transfer", loading.SlotExamples, "finish"),
         ):
             patches.enter_context(patch.object(owner, method, timed(getattr(owner, method), name, seconds)))
         patches.enter_context(patch.object(feeding, "training_batches", _timed_batches(seconds)))
+        patches.enter_context(patch.object(Saving, "after_step", forget_warm_up))
         [rate] = examples_per_second(run)
     found = {name: 1000 * sum(times) / len(seconds["optimizer"]) for name, times in seconds.items()}
     found["forward"] -= found.get("randomness", 0.0)  # which is a part of it
+    found["data"] -= found["transfer"]
     total = 1000 * run.base.train_batch_size / rate
     return {name: round(ms, 3) for name, ms in (found | {"other": total - sum(found.values()), "all": total}).items()}
 
 
 def timed(function: Callable, name: str, seconds: dict[str, list[float]]) -> Callable:
     def call(*arguments: Any, **options: Any) -> Any:
+        synchronize()  # parts of a step are then one after the other on a GPU too
         began = time.perf_counter()
         try:
             return function(*arguments, **options)
         finally:
+            synchronize()
             seconds.setdefault(name, []).append(time.perf_counter() - began)
 
     return call

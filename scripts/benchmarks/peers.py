@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from scripts.benchmarks.runs import configured, in_turns
+from scripts.benchmarks.runs import configured, in_turns, synchronize
 from trainers.engine.config import RunConfig
 
 CONFIG = {
@@ -36,6 +36,8 @@ CONFIG = {
     "peer": {"dim": 32, "dim_mults": [1, 2, 4, 4], "ema_max_decay": 0.995, "ddpm_beta_schedule": "squaredcos_cap_v2"},
 }
 BATCH_SIZE = 16
+PACKAGE = "denoising-diffusion-pytorch"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts the other side
 BEST = {  # one more at a time; the package has fp16, on CUDA alone
     "b: bf16": ["base.mixed_precision=bf16"],
     "b: and channels_last": ["base.channels_last=true"],
@@ -47,20 +49,17 @@ def table(pairs: int, steps: int) -> list[dict[str, Any]]:
     """A row for each side: the median of its rates, and of their ratios to the package's, window by window."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(f"{folder}/a", steps, pairs)
-        same = in_turns(run, {"denoising-diffusion-pytorch": package(run), "plain script": plain(run)})
+        same = in_turns(run, {PACKAGE: package(run), "plain script": plain(run)})
         rows, options = _rows("a", same), []
         for number, (setting, added) in enumerate(BEST.items()):
             options += added
             run = run_of(f"{folder}/b{number}", steps, pairs, options)
-            rows += _rows(setting, in_turns(run, {"denoising-diffusion-pytorch": package(run)}))
+            rows += _rows(setting, in_turns(run, {PACKAGE: package(run, fp16=DEVICE.type == "cuda")}))
     return rows
 
 
 def _rows(setting: str, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    ratios = {
-        name: [a / b for a, b in zip(found, rates["denoising-diffusion-pytorch"], strict=True)]
-        for name, found in rates.items()
-    }
+    ratios = {name: [a / b for a, b in zip(found, rates[PACKAGE], strict=True)] for name, found in rates.items()}
     return [
         {
             "setting": setting,
@@ -80,18 +79,23 @@ def run_of(folder: str, steps: int, windows: int, overrides: list[str] = ()) -> 
     return configured(str(config), folder, steps, [f"base.train_batch_size={BATCH_SIZE}", *overrides], windows)
 
 
-def package(run: RunConfig) -> Callable[[int], float]:
+def package(run: RunConfig, fp16: bool = False) -> Callable[[int], float]:
     from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion
     from ema_pytorch import EMA
 
-    diffusion = GaussianDiffusion(network(run), image_size=run.base.resolution)
+    diffusion = GaussianDiffusion(network(run), image_size=run.base.resolution).to(DEVICE)
+    scaler = torch.amp.GradScaler("cuda", enabled=fp16)
     averaged = EMA(diffusion, beta=0.995, update_every=1)
     optimizer = torch.optim.AdamW(diffusion.parameters(), lr=run.config.learning_rate)
 
     def step(images: Tensor, labels: Tensor) -> None:
-        diffusion(images / 2 + 0.5, classes=labels).backward()
+        with torch.autocast("cuda", torch.float16, enabled=fp16):
+            loss = diffusion(images / 2 + 0.5, classes=labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         averaged.update()
 
@@ -111,7 +115,7 @@ def plain(run: RunConfig) -> Callable[[int], float]:
 
     def step(images: Tensor, labels: Tensor) -> None:
         noise = torch.randn_like(images)
-        timesteps = torch.randint(0, 1000, (len(images),))
+        timesteps = torch.randint(0, 1000, (len(images),), device=DEVICE)
         with accelerator.accumulate(unet):
             predicted = unet(scheduler.add_noise(images, noise, timesteps), timesteps, labels)
             loss = torch.nn.functional.mse_loss(predicted, noise)
@@ -136,14 +140,15 @@ def network(run: RunConfig) -> torch.nn.Module:
 def timed(step: Callable[[Tensor, Tensor], None], run: RunConfig) -> Callable[[int], float]:
     """Examples per second of so many steps more over shuffled batches of the same digits, held in memory."""
     examples = [datasets_lib.build(run.base, "train").get(n, None) for n in range(1000)]
-    images = torch.stack([example["image"] for example in examples])
-    labels = torch.tensor([example["label"] for example in examples])
+    images = torch.stack([example["image"] for example in examples]).to(DEVICE)
+    labels = torch.tensor([example["label"] for example in examples], device=DEVICE)
 
     def train_steps(steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
-            chosen = torch.randint(0, len(images), (BATCH_SIZE,))
+            chosen = torch.randint(0, len(images), (BATCH_SIZE,), device=DEVICE)
             step(images[chosen], labels[chosen])
+        synchronize()
         return steps * BATCH_SIZE / (time.perf_counter() - began)
 
     return train_steps

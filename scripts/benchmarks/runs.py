@@ -37,9 +37,18 @@ def examples_per_second(run: RunConfig) -> list[float]:
     """Of train(), by windows after the first: with data, averaging and logging, without validation and saves."""
     with quiet(), fresh_accelerate(), patch.object(Validation, "after_step"):  # a sampler's 1,000 steps
         folder = train(run)
+    return logged(folder, "examples_per_second")[1:]
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    """A metric of a run at its log lines."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rates = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
-    return rates[1:]
+    return [line[name] for line in lines if name in line]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def in_turns(run: RunConfig, others: dict[str, Callable[[int], float]]) -> dict[str, list[float]]:

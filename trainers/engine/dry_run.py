@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from trainers.engine.config import RunConfig
+from trainers.engine.lock import NAME as LOCK
 from trainers.engine.lock import take
 from trainers.engine.picture_metrics import LEAST_PICTURES
 from trainers.engine.rehearsal import TIMED_STEPS, WARM_STEPS, Rehearsal
+from trainers.engine.run_folder import check_run_folder
 
 PROMISE = f"the run's last {WARM_STEPS + TIMED_STEPS} steps, one validation, one save; nothing of it stays"
 SECONDS_OF_MAIN = 5.0  # to read its numbers where all processes fail
@@ -26,24 +29,37 @@ def rehearsal_of(run: RunConfig) -> Iterator[RunConfig]:
 
     Raises ValueError while another dry run for the same folder goes on.
     """
+    check_run_folder(run.base)
     folder, main = _folder_beside(Path(run.base.output_dir).absolute()), is_main()
-    if main and folder.exists():  # of one that was killed; its lock says that it is dead
-        lock = take(folder)
-        shutil.rmtree(folder)
-        if lock is not None:
-            lock.close()
+    lock = _claim(folder) if main else None
     try:
         yield _short(run, folder)
-    except Exception:
+    except Exception as error:
         if not main:  # where this one fails alone, the first one waits for it and will be killed
             time.sleep(SECONDS_OF_MAIN)
             shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise ValueError(f"{error}. That was in the dry run: {folder} is gone with it") from None
         raise
     finally:
         if main:
             shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.close()
         with suppress(OSError):
             folder.rmdir()  # another machine's, which is empty
+
+
+def _claim(folder: Path) -> TextIO | None:
+    """Locks the folder, and empties it of what a dry run left that was killed."""
+    folder.mkdir(exist_ok=True)
+    lock = take(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    return lock
 
 
 def is_main() -> bool:
@@ -53,7 +69,7 @@ def is_main() -> bool:
 
 def _folder_beside(output_dir: Path) -> Path:
     parent = next(parent for parent in output_dir.parents if parent.is_dir())
-    return parent / f".{output_dir.name}-dry-run"
+    return parent / f".{output_dir.name[:200]}-dry-run"  # a file system's names have 255 bytes
 
 
 def _short(run: RunConfig, folder: Path) -> RunConfig:

@@ -19,6 +19,28 @@ def ema_decay(step: int, config: TrainerConfig) -> float:
     return min(1 - (1 + step / config.ema_inv_gamma) ** -config.ema_power, config.ema_max_decay)
 
 
+PIECE = 1 << 24  # numbers whose differences are held at once
+
+
+def move(averages: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
+    """averages += rate * (weights - averages) in a few kernels; CUDA's lerp has one by tensor with such a rate."""
+    for some, towards in pieces(averages, weights):
+        differences = torch._foreach_sub(towards, some)
+        torch._foreach_mul_(differences, rate)
+        torch._foreach_add_(some, differences)
+
+
+def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Both lists in parts of at most PIECE numbers, or of one tensor."""
+    first, numbers = 0, 0
+    for end, average in enumerate(averages):
+        if end > first and numbers + average.numel() > PIECE:
+            yield averages[first:end], weights[first:end]
+            first, numbers = end, 0
+        numbers += average.numel()
+    yield averages[first:], weights[first:]
+
+
 class EMA:
     """Averages of the trained parameters of several networks, by "network.parameter" name."""
 
@@ -42,7 +64,10 @@ class EMA:
         averages, weights = list(self.averages.values()), list(self.parameters.values())
         if self.config.offload_ema:
             rate, *weights = map(self._placed, [rate, *weights])
-        torch._foreach_lerp_(averages, weights, [rate] * len(averages))
+        if rate.is_cuda:
+            move(averages, weights, rate)
+        else:
+            torch._foreach_lerp_(averages, weights, [rate] * len(averages))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -67,12 +67,25 @@ def prepare_networks(
     trainer.modules = dict(zip(networks, prepared, strict=True))
     trainer.unwrapped = networks
     if base.compile:
-        for network in networks.values():  # in place: a wrapper would change the names in checkpoints
-            if base.compile_repeated_blocks and getattr(network, "_repeated_blocks", None):
-                network.compile_repeated_blocks()
-            else:
-                network.compile()
+        _compile(networks, base.compile_repeated_blocks)
     return optimizer
+
+
+def _compile(networks: dict[str, nn.Module], only_blocks: bool) -> None:
+    """In place, as a wrapper would change the names in checkpoints; a network that names no blocks is compiled whole.
+
+    Raises ValueError where the blocks alone are asked for and no network names any.
+    """
+    with_blocks = {name for name, network in networks.items() if getattr(network, "_repeated_blocks", None)}
+    if only_blocks and not with_blocks:
+        raise ValueError(
+            f"base.compile_repeated_blocks = true: the networks ({', '.join(networks)}) name no repeated blocks; set "
+            "it to false"
+        )
+    for name, network in networks.items():
+        if hasattr(network, "to_json_string"):
+            network.to_json_string()  # the first call adds to its config, whose length compiled code is guarded by
+        (network.compile_repeated_blocks if only_blocks and name in with_blocks else network.compile)()
 
 
 def _method(network: nn.Module, name: str, method: str, option: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +32,10 @@ def shortage_of(error: Exception) -> Shortage | None:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return Shortage("device", text)
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(each in text for each in ALLOCATION_TEXTS)
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(each in text for each in ALLOCATION_TEXTS))
     ):
         return Shortage("host", text)
     if isinstance(error, OSError) and any(each in text for each in DISK_TEXTS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -50,6 +51,17 @@ def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[None
     finally:
         if lock is not None:
             lock.close()
+
+
+def check_run_folder(base: BaseConfig) -> None:
+    """Raises what open_run_folder would say of the folder as it is now, and writes nothing."""
+    output_dir = Path(base.output_dir).absolute()
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        what = "is no folder" if not nearest.is_dir() else "may not be written"
+        raise OSError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
+    if nearest == output_dir:
+        _refuse_another_run(output_dir, base)
 
 
 def _probe(output_dir: Path) -> OSError | None:

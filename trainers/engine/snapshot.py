@@ -62,6 +62,8 @@ def snapshot(
             else:
                 tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
     tensors["optimizer.safetensors"] = copied(_optimizer_tensors(networks, optimizer), "optimizer's")
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # the copies are under way
     return Snapshot(step, tensors, texts)
 
 
@@ -100,18 +102,24 @@ def _in_diffusers_format(network: nn.Module) -> bool:
 
 def full_tensor(tensor: Tensor, wanted: bool) -> Tensor:
     """A CPU copy that shares no memory, or an empty tensor where it is not wanted; every rank gathers shards."""
-    return _copied(tensor, wanted, {}, "")
+    whole = _gathered(tensor)
+    return whole.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _copied(tensor: Tensor, wanted: bool, kept: dict[str, Tensor], name: str) -> Tensor:
-    whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    """The copy in the place of that name, as soon as the device is done."""
+    whole = _gathered(tensor)
     if not wanted:
         return torch.empty(0)
     place = kept.get(name)
-    if place is not None and (place.shape, place.dtype) == (whole.shape, whole.dtype):
-        return place.copy_(whole)
-    kept[name] = whole.to("cpu", copy=True).contiguous()
-    return kept[name]
+    if place is None or (place.shape, place.dtype) != (whole.shape, whole.dtype):
+        place = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
+        kept[name] = place
+    return place.copy_(whole, non_blocking=True)
 
 
 def parameter_names(networks: dict[str, nn.Module]) -> dict[int, str]:
