@@ -162,10 +162,13 @@ LOSSES = {
 def parts_of_a_step(run: RunConfig) -> dict[str, float]:
     """Milliseconds of each part in a run of its own, means without the warm-up; `other` is what no part covers."""
     seconds: dict[str, list[float]] = {}
+    found: dict[str, float] = {}
 
-    def forget_warm_up(saving: Saving, steps_done: int) -> None:
+    def keep_second_window(saving: Saving, steps_done: int) -> None:
         if steps_done == run.base.logging_steps:
             seconds.clear()
+        if steps_done == 2 * run.base.logging_steps:  # after the steps a task may look at its data once more
+            found.update({name: 1000 * sum(times) / run.base.logging_steps for name, times in seconds.items()})
 
     with ExitStack() as patches:
         for name, owner, method in (
@@ -184,9 +187,8 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
         ):
             patches.enter_context(patch.object(owner, method, timed(getattr(owner, method), name, seconds)))
         patches.enter_context(patch.object(feeding, "training_batches", _timed_batches(seconds)))
-        patches.enter_context(patch.object(Saving, "after_step", forget_warm_up))
+        patches.enter_context(patch.object(Saving, "after_step", keep_second_window))
         [rate] = examples_per_second(run)
-    found = {name: 1000 * sum(times) / len(seconds["optimizer"]) for name, times in seconds.items()}
     found["forward"] -= found.get("randomness", 0.0)  # which is a part of it
     found["data"] -= found["transfer"]
     total = 1000 * run.base.train_batch_size / rate
