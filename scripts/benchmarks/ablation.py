@@ -75,11 +75,6 @@ def measure(fused: bool, overrides: list[str], steps: int, threads: int) -> tupl
     plain = torch.optim.AdamW
     with tempfile.TemporaryDirectory() as folder:
         run = configured(CONFIG, folder, steps, overrides)
-        if fused:
+        with patch.object(torch.optim, "AdamW", lambda groups, **options: plain(groups, **options | {"fused": fused})):
             [rate] = examples_per_second(run)
-        else:
-            with patch.object(
-                torch.optim, "AdamW", lambda groups, **options: plain(groups, **options | {"fused": False})
-            ):
-                [rate] = examples_per_second(run)
         return rate, max(logged(Path(run.base.output_dir), "peak_memory_gib"))

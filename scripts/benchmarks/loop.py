@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
-from scripts.benchmarks.runs import configured, examples_per_second, in_turns, quiet, synchronize
+from scripts.benchmarks.runs import DEVICE, configured, examples_per_second, in_turns, quiet, synchronize
 from trainers.engine import ema, feeding, loading, metering, optimization, randomness, tracking, transfer
 from trainers.engine.config import RunConfig
 from trainers.engine.saving import Saving
@@ -58,9 +58,8 @@ def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1) -> R
     config, overrides = (REALISTIC if size == "realistic" else SMALLEST)[task]
     options = [option.format(task=task) for option in OPTIONS.get(task, [])]
     if task in ("lora", "text_to_image"):
-        options.append(
-            f"{task}.pretrained_model_name_or_path={stable_diffusion('smallest' if size == 'smallest' else 'quarter')}"
-        )
+        base = stable_diffusion({"smallest": "smallest", "realistic": "quarter"}[size])
+        options.append(f"{task}.pretrained_model_name_or_path={base}")
     return configured(config, folder, steps, [*overrides, *options], windows)
 
 
@@ -74,19 +73,18 @@ def compared(task: str, size: str, folder: str, pairs: int, steps: int) -> dict[
 
 def bare_loop(run: RunConfig) -> Callable[[int], float]:
     """Trains so many steps more and returns the examples per second."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts the other side
     torch.manual_seed(0)
     with quiet():
         trainer = run.trainer_class(run.config, run.base)
-        trainer.device, trainer.weight_dtype = device, torch.float32
+        trainer.device, trainer.weight_dtype = DEVICE, torch.float32
         trainer.label_names, trainer.total_steps, trainer.start_step = list("0123456789"), 1, 0
         [network] = trainer.init_modules().values()
-    network.train().to(device)
-    if device.type == "cuda":  # as train() does there
+    network.train().to(DEVICE)
+    if DEVICE.type == "cuda":  # as train() does there
         network.to(memory_format=torch.channels_last)
     weights = [p for p in network.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in weights]
-    optimizer, loss = torch.optim.AdamW(weights, lr=1e-4, fused=True), LOSSES[run.task](trainer, network, run, device)
+    optimizer, loss = torch.optim.AdamW(weights, lr=1e-4, fused=True), LOSSES[run.task](trainer, network, run, DEVICE)
 
     def train_steps(steps: int) -> float:
         began = time.perf_counter()

@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from scripts.benchmarks.runs import configured, in_turns, synchronize
+from scripts.benchmarks.runs import DEVICE, configured, in_turns, synchronize
 from trainers.engine.config import RunConfig
 
 CONFIG = {
@@ -37,7 +37,6 @@ CONFIG = {
 }
 BATCH_SIZE = 16
 PACKAGE = "denoising-diffusion-pytorch"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts the other side
 BEST = {  # one more at a time; the package has fp16, on CUDA alone
     "b: bf16": ["base.mixed_precision=bf16"],
     "b: and channels_last": ["base.channels_last=true"],

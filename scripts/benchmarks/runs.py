@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -17,8 +16,11 @@ from accelerate.state import AcceleratorState, GradientState
 
 from train import train
 from trainers.engine.config import RunConfig, load_config
+from trainers.engine.run_folder import METRICS, read_lines
 from trainers.engine.saving import Saving
 from trainers.engine.validation import Validation
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts train()
 
 
 def configured(config: str, folder: str, steps: int, overrides: list[str] = (), windows: int = 1) -> RunConfig:
@@ -42,12 +44,11 @@ def examples_per_second(run: RunConfig) -> list[float]:
 
 def logged(folder: Path, name: str) -> list[float]:
     """A metric of a run at its log lines."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in read_lines(folder / METRICS) if name in line]
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 

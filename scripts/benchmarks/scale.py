@@ -77,11 +77,12 @@ def launched(task: str, processes: int, steps: int, threads: int, size: str = "r
 def measure(task: str, size: str, folder: str, steps: int) -> None:
     from scripts.benchmarks.loop import run_of
     from scripts.benchmarks.runs import examples_per_second
+    from trainers.engine.dry_run import is_main
 
     with counted() as count:
         run = run_of(task, size, folder, steps)
         [rate] = examples_per_second(run)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main():
         by_step = {name: value / run.base.max_train_steps for name, value in count.items() if name != "trained_bytes"}
         found = {"examples_per_second": rate, "trained_bytes": count["trained_bytes"]} | by_step
         Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
