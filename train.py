@@ -89,7 +89,7 @@ def train(run: RunConfig) -> Path:
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(divergence.checked(loss))
                     meter.add({"loss": loss} | values)
-                applied, norms = optimization.optimizer_step(accelerator, optimizer, config.max_grad_norm)
+                applied, norms = optimization.optimizer_step(accelerator, optimizer, config.max_grad_norm, ema)
                 if ema is not None:
                     ema.update(step, applied)
                 meter.add(divergence.after_step(step, applied, norms) | norms)

@@ -123,6 +123,13 @@ def test_the_parts_add_up_and_only_parts_of_loops_are_run(dry_run, monkeypatch):
     assert "(1,797 pictures)" in printed
 
 
+def test_validations_without_pictures(dry_run):
+    code, printed, _ = dry_run(task="noisy_classifier", **{"base.validation_split": 0.5})
+    assert code == 0
+    assert "898 held-out examples at the pace of the few" in printed
+    assert "sampler" not in printed
+
+
 def test_a_run_that_is_shorter_than_a_dry_run(dry_run):
     code, printed, _ = dry_run(**{"base.max_train_steps": 3})
     assert code == 0

@@ -180,12 +180,12 @@ def test_an_error_in_the_loop_does_not_lose_what_is_in_flight(tiny_config, monke
         if fails:
             raise OSError(28, "No space left on device")
 
-    def broken_step(accelerator, optimizer, norm, original=optimization.optimizer_step, done=[]):  # noqa: B006
+    def broken_step(*arguments, original=optimization.optimizer_step, done=[]):  # noqa: B006
         done.append(1)
         if len(done) == 5:
             failed.set()
             raise RuntimeError("a bug")
-        return original(accelerator, optimizer, norm)
+        return original(*arguments)
 
     monkeypatch.setattr(checkpoint, "write", late)
     monkeypatch.setattr(optimization, "optimizer_step", broken_step)

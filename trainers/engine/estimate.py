@@ -88,8 +88,9 @@ class Measured:
         parts += [Part("decoding ahead", 1, decoding, f"{plan.examples + plan.held_out:,} pictures")]
         parts += [Part("steps", plan.steps, plan.global_batch_size / self.examples_per_second)]
         parts += [Part("saves", plan.saves, self._seconds("save"))]
-        held_out = f"{plan.held_out:,} held-out examples and " if plan.held_out else ""
-        how = f"{held_out}a sampler's steps at the pace of the few that were run"
+        items = [f"{plan.held_out:,} held-out examples"] if plan.held_out else []
+        items += ["a sampler's steps"] if self.rehearsal.samples else []
+        how = f"{' and '.join(items)} at the pace of the few that were run" if items else ""
         parts += [Part("validations", plan.validations, self._seconds("valid"), how)]
         if plan.evaluations:
             ratio = self.run.base.eval_num_samples / self.short.base.eval_num_samples

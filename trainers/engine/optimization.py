@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from trainers.base import TrainerConfig
 from trainers.engine.clock import Clock
+from trainers.engine.ema import EMA
 
 LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -116,9 +117,9 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
 
 
 def optimizer_step(
-    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None
+    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None, ema: EMA | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clips each group, steps unless a gradient is not finite, clears the gradients.
+    """Clips each group, steps unless a gradient is not finite, clears the gradients; first `ema` must have moved.
 
     Returns `applied`, a 0-dim float tensor that is 0 where the step was skipped, and the norms before clipping as
     {"grad_norm/<group>": norm}; neither is known to the host. Averaged gradients are
@@ -128,9 +129,11 @@ def optimizer_step(
     norms = {f"grad_norm/{group['name']}": _clip(group["params"], max_grad_norm) for group in optimizer.param_groups}
     applied = torch.stack(list(norms.values())).isfinite().all().float()
     inner = optimizer.optimizer
+    if ema is not None:
+        ema.wait()
     if accelerator.scaler is not None:
         optimizer.step()  # the scaler skips on its own finding
-    elif inner.defaults.get("fused"):
+    elif applied.is_cuda and inner.defaults.get("fused"):
         inner.found_inf = 1 - applied  # a fused kernel leaves weights and state alone where this is 1
         inner.step()  # accelerate's own looks for packages in every call
     elif applied.item():

@@ -62,6 +62,7 @@ class Rehearsal:
         self.sets: list[tuple[Any, Any]] = []  # (whole, few) of training and of validation
         self.stands_for: dict[str, float] = {}  # how many times longer a loop or a column of the whole is, by name
         self.left_out = 0.0  # seconds, of the phase that runs
+        self.samples = False  # whether a sampler ran
 
     def shorten(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
         """Takes the few examples that the last steps need; returns the clock of these steps."""
@@ -99,6 +100,7 @@ class Rehearsal:
             if number == shown:
                 break
         if count:
+            self.samples = True
             self.left_out += (_now() - began) / max(shown - first, 1) * (count - shown)
         else:
             self.left_out += (_now() - began) * (self.stands_for.get(what, 1.0) - 1.0)
