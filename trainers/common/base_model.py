@@ -71,7 +71,7 @@ class BaseModel:
             f"{self.option} = {self.source}: no {what} in safetensors format could be read; {advice} ({reason})"
         )
 
-    @property
+    @cached_property  # every step asks
     def is_xl(self) -> bool:
         """Whether it has the two text encoders and the size conditioning of Stable Diffusion XL."""
         return (self.folder / "text_encoder_2" / "config.json").is_file()

@@ -45,7 +45,7 @@ class SlotRandom:
 
     def __init__(self, seed: int, slots: Tensor, stream: str = "train") -> None:
         self.seed = seed
-        self.slots = slots  # [B] int64 on the device of the draws
+        self.spread = slots * _signed(GOLDEN)  # [B] int64 on the device of the draws
         self.stream = stream
         self.asked: set[str] = set()
 
@@ -82,8 +82,8 @@ class SlotRandom:
         if name in self.asked:
             raise ValueError(f"the draw {name!r} was asked for twice in one step; give every draw its own name")
         self.asked.add(name)
-        example = mix(self.slots * _signed(GOLDEN) + _signed(key_of(self.seed, self.stream, name)))
-        element = torch.arange(1, count + 1, device=self.slots.device) * _signed(GOLDEN)
+        example = mix(self.spread + _signed(key_of(self.seed, self.stream, name)))
+        element = torch.arange(1, count + 1, device=example.device) * _signed(GOLDEN)
         return mix(mix(example)[:, None] + element[None, :])
 
 
