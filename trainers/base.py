@@ -176,6 +176,7 @@ class Trainer(ABC):
     # set by the loop before compute_loss, sample or encode are called
     modules: dict[str, nn.Module]  # prepared networks: call only their forward, DDP and FSDP hook there
     unwrapped: dict[str, nn.Module]  # what raw() returns
+    blueprints: dict[str, nn.Module]  # the networks without numbers, as they were before wrappers and shards
     device: torch.device
     weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
     training: bool = True  # False in validation: no label or caption dropout

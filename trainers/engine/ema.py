@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.base import TrainerConfig
+from trainers.engine.sharding import like, local, shard_of
 
 
 def ema_decay(step: int, config: TrainerConfig) -> float:
@@ -52,7 +53,7 @@ def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list
 
 
 class EMA:
-    """Averages of the trained parameters of several networks, by "network.parameter" name.
+    """Averages of the trained parameters of several networks, by "network.parameter" name; of shards in their places.
 
     Large ones in main memory move in a thread, beside the next forward and backward pass: `wait` before the weights
     change. For small ones the thread costs more than it brings.
@@ -68,7 +69,7 @@ class EMA:
             for key, parameter in network.named_parameters()
             if parameter.requires_grad
         }
-        self.weights = [p.detach() for p in self.parameters.values()]  # the same memory
+        self.weights = [local(p.detach()) for p in self.parameters.values()]  # the same memory
         self._averages = {name: self._placed(p).clone() for name, p in zip(self.parameters, self.weights, strict=True)}
         self.large = sum(average.numel() for average in self._averages.values()) > PIECE
 
@@ -107,27 +108,30 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The networks hold the averages inside, their own weights again after it."""
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        own = [weight.clone() for weight in self.weights]
         try:
-            self._copy_to_networks(self.averages)
+            self._copy_to_networks(self.averages.values())
             yield
         finally:
             self._copy_to_networks(own)
 
-    @torch.no_grad()
-    def _copy_to_networks(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+    def _copy_to_networks(self, values: Iterable[Tensor]) -> None:
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
 
-    @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:
+        """Takes whole averages by name."""
         for name, average in self.averages.items():
-            average.copy_(values[name])
+            average.copy_(local(like(values[name], self.parameters[name].detach())))
 
     def averages_of(self, network: str) -> dict[str, Tensor]:
-        """The averages of one network, by the names of its parameters."""
+        """The averages of one network, by the names of its parameters, sharded as these are."""
         prefix = f"{network}."
-        return {name.removeprefix(prefix): a for name, a in self.averages.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): shard_of(average, self.parameters[name])
+            for name, average in self.averages.items()
+            if name.startswith(prefix)
+        }
 
     def settings(self, steps_done: int) -> dict[str, Any]:
         """What diffusers' EMAModel.save_pretrained adds to a network's config.json."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 import shutil
 
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from trainers.base import Trainer
 from trainers.engine.clock import Clock
 from trainers.engine.ema import EMA
+from trainers.engine.networks import filled
 from trainers.engine.run_folder import publish_pipeline
+from trainers.engine.sharding import local
 from trainers.engine.snapshot import full_tensor
 from trainers.engine.stopping import Abandoned
 from trainers.engine.tracking import Tracking
@@ -53,7 +54,9 @@ def _export(
     if wanted:
         staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
         try:
-            trainer.unwrapped = {name: cpu_copy(network, weights[name]) for name, network in live.items()}
+            trainer.unwrapped = {
+                name: filled(plain, weights[name]).eval() for name, plain in trainer.blueprints.items()
+            }
             trainer.save_pipeline(staging)
             answer = [publish_pipeline(staging, output_dir), None]
             tracking.log_pipeline(answer[0], {"step": steps_done, "epoch": clock.epochs_done(steps_done)})
@@ -76,23 +79,9 @@ def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bo
     values = {key: full_tensor(tensor, wanted) for key, tensor in own.items() if key not in frozen}
     values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
     # a base model is large: what does not change is not copied where it is on the CPU already
-    return values | {key: full_tensor(p, wanted) if p.is_cuda else p.detach().contiguous() for key, p in frozen.items()}
+    return values | {key: _on_host(p, wanted) for key, p in frozen.items()}
 
 
-def cpu_copy(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A copy of a network that holds `weights`, without a second copy on the device and without wrappers."""
-    memo: dict[int, object] = {}  # what deepcopy finds here it takes instead of copying
-    for key, parameter in network.named_parameters():
-        memo[id(parameter)] = nn.Parameter(weights[key], requires_grad=False)
-    for key, buffer in network.named_buffers():
-        memo[id(buffer)] = weights[key]
-    wrappers = {}
-    for module in network.modules():  # accelerate's autocast and torch.compile live in the instance
-        for key in ("forward", "_original_forward", "_compiled_call_impl"):
-            if module.__dict__.get(key) is not None:
-                wrappers.setdefault(id(module.__dict__[key]), module.__dict__[key])
-    copied = copy.deepcopy(network, memo | dict.fromkeys(wrappers))
-    for module in copied.modules():
-        for key in ("forward", "_original_forward"):
-            module.__dict__.pop(key, None)
-    return copied.eval()
+def _on_host(frozen: Tensor, wanted: bool) -> Tensor:
+    in_place = frozen.device.type == "cpu" and local(frozen) is frozen
+    return frozen.detach().contiguous() if in_place else full_tensor(frozen, wanted)

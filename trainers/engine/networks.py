@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.base import Trainer
@@ -20,6 +22,7 @@ from trainers.engine.launch import weight_dtype
 from trainers.engine.manifest import NAME
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
+from trainers.engine.sharding import shard_by_blocks
 
 SHOWN_CAPTIONS = 64  # that a task may draw at validations
 
@@ -45,7 +48,7 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, *datas
 def prepare_networks(
     accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer, base: BaseConfig
 ) -> Optimizer:
-    """Sets the trainer's `modules` and `unwrapped`; returns the prepared optimizer.
+    """Sets the trainer's `modules`, `unwrapped` and `blueprints`; returns the prepared optimizer.
 
     Raises ValueError for an option that a network does not support, and for a network named like a folder of the run.
     """
@@ -63,12 +66,30 @@ def prepare_networks(
         if base.enable_xformers_memory_efficient_attention:
             option = "enable_xformers_memory_efficient_attention"
             _method(network, name, option, option)()
+    trainer.blueprints = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
+    if accelerator.distributed_type == DistributedType.FSDP:
+        shard_by_blocks(accelerator, networks)
     *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
     trainer.modules = dict(zip(networks, prepared, strict=True))
     trainer.unwrapped = networks
     if base.compile:
         _compile(networks, base.compile_repeated_blocks)
     return optimizer
+
+
+def filled(network: nn.Module, numbers: dict[str, Tensor]) -> nn.Module:
+    """A copy of a network with these parameters and buffers instead of its own, which are not copied."""
+    memo: dict[int, object] = {}  # what deepcopy finds here it takes instead of copying
+    for key, parameter in network.named_parameters():
+        memo[id(parameter)] = nn.Parameter(numbers[key], requires_grad=False)
+    for key, buffer in network.named_buffers():
+        memo[id(buffer)] = numbers[key]
+    return copy.deepcopy(network, memo)
+
+
+def _without_numbers(network: nn.Module) -> dict[str, Tensor]:
+    own = dict(network.named_parameters()) | dict(network.named_buffers())
+    return {key: tensor.detach().to("meta") for key, tensor in own.items()}
 
 
 def _compile(networks: dict[str, nn.Module], only_blocks: bool) -> None:

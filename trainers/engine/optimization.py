@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from trainers.base import TrainerConfig
 from trainers.engine.clock import Clock
 from trainers.engine.ema import EMA
+from trainers.engine.sharding import whole
 
 LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -146,7 +147,7 @@ def _clip(parameters: list[Tensor], max_grad_norm: float | None) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:  # a network whose loss is absent in this step
         return parameters[0].new_zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     return norm

@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from trainers.engine.changes import show
+from trainers.engine.sharding import configuration, like
 from trainers.engine.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, parameter_names, trained_state
 
 
@@ -20,7 +20,7 @@ def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) ->
     """Raises ValueError where the network's own configuration, such as its dropout, is not the checkpoint's."""
     if not ((folder / "config.json").is_file() and hasattr(network, "to_json_string")):
         return
-    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), json.loads(network.to_json_string())
+    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), configuration(network)
     found = [f"{k}: {show(saved.get(k))} -> {show(own.get(k))}" for k in own if saved.get(k) != own[k] and k[0] != "_"]
     if found and "network" not in allow_changes:
         raise ValueError(
@@ -69,18 +69,6 @@ def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> 
         raise ValueError(
             f"{folder} does not fit this run's network: {len(differing)} tensors differ, first {differing[0]}"
         )
-
-
-def like(saved: Tensor, own: Tensor) -> Tensor:
-    """A saved tensor sharded and laid out in memory as the network's own.
-
-    Fused AdamW walks through memory: state in another layout than its weight would belong to other elements.
-    """
-    if isinstance(own, DTensor):
-        return distribute_tensor(saved.to(own.device), own.device_mesh, own.placements)
-    if saved.shape != own.shape or saved.stride() == own.stride():
-        return saved
-    return torch.empty_like(own, device=saved.device, dtype=saved.dtype).copy_(saved)
 
 
 def named_optimizer_state(folder: Path, networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[int, dict]:

@@ -21,7 +21,7 @@ from trainers.engine.ema import EMA
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 from trainers.engine.metering import Meter
 from trainers.engine.options import BaseConfig
-from trainers.engine.restore import compare_shape, like, named_optimizer_state, put_weights, read_tensors, read_weights
+from trainers.engine.restore import compare_shape, named_optimizer_state, put_weights, read_tensors, read_weights
 from trainers.engine.run_folder import set_metrics_aside
 from trainers.engine.weights_and_biases import ID_FILE
 
@@ -156,7 +156,7 @@ def load(
     moments = named_optimizer_state(folder, networks, optimizer)
     put_weights(weights, networks)
     if ema is not None:
-        ema.load({name: like(averages[name], average) for name, average in ema.averages.items()})
+        ema.load(averages)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainers.engine.ema import EMA
+from trainers.engine.sharding import configuration, local, whole
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
@@ -58,7 +59,7 @@ def snapshot(
         for folder, (values, settings) in sets.items():
             if _in_diffusers_format(network):
                 tensors[f"{folder}/{DIFFUSERS_WEIGHTS}"] = values
-                texts[f"{folder}/config.json"] = json.dumps(json.loads(network.to_json_string()) | settings, indent=2)
+                texts[f"{folder}/config.json"] = json.dumps(configuration(network) | settings, indent=2)
             else:
                 tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
     tensors["optimizer.safetensors"] = copied(_optimizer_tensors(networks, optimizer), "optimizer's")
@@ -67,8 +68,10 @@ def snapshot(
     return Snapshot(step, tensors, texts)
 
 
-def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
-    """The first trained weight, average or optimizer state that is not finite, the same on every rank.
+def find_not_finite(
+    accelerator: Accelerator, networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer
+) -> str | None:
+    """The first trained weight, average or optimizer state that is not finite on some rank. Collective.
 
     Buffers are left out: a mask may hold infinities.
     """
@@ -77,14 +80,14 @@ def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: 
     tensors |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
     for parameter, values in optimizer.state.items():
         tensors |= {f"{key} of {names[id(parameter)]}": torch.as_tensor(value) for key, value in values.items()}
-    by_device: dict[torch.device, list[str]] = {}
-    for name, tensor in tensors.items():
-        by_device.setdefault(tensor.device, []).append(name)
-    for listed in by_device.values():  # one wait per device, for sums: ten times as fast as a look at each element
-        finite = torch.stack([tensors[name].detach().sum().isfinite() for name in listed]).tolist()
-        for name in [name for name, is_finite in zip(listed, finite, strict=True) if not is_finite]:
-            if not tensors[name].isfinite().all():  # a sum of large numbers may overflow
-                return name
+    parts = {name: local(tensor.detach()) for name, tensor in tensors.items()}
+    # sums: ten times as fast as a look at each element
+    sums = [part.sum().to(accelerator.device, torch.complex64) for part in parts.values()]
+    strange = accelerator.reduce((~torch.stack(sums).isfinite()).int(), "sum").tolist()
+    for name in [name for name, count in zip(parts, strange, strict=True) if count]:
+        broken = ~parts[name].isfinite().all()  # a sum of large numbers may overflow
+        if accelerator.reduce(broken.int().to(accelerator.device), "sum").item():
+            return name
     return None
 
 
@@ -102,24 +105,20 @@ def _in_diffusers_format(network: nn.Module) -> bool:
 
 def full_tensor(tensor: Tensor, wanted: bool) -> Tensor:
     """A CPU copy that shares no memory, or an empty tensor where it is not wanted; every rank gathers shards."""
-    whole = _gathered(tensor)
-    return whole.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    found = whole(tensor.detach())
+    return found.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
 
 
 def _copied(tensor: Tensor, wanted: bool, kept: dict[str, Tensor], name: str) -> Tensor:
     """The copy in the place of that name, as soon as the device is done."""
-    whole = _gathered(tensor)
+    found = whole(tensor.detach())
     if not wanted:
         return torch.empty(0)
     place = kept.get(name)
-    if place is None or (place.shape, place.dtype) != (whole.shape, whole.dtype):
-        place = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
+    if place is None or (place.shape, place.dtype) != (found.shape, found.dtype):
+        place = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
         kept[name] = place
-    return place.copy_(whole, non_blocking=True)
+    return place.copy_(found, non_blocking=True)
 
 
 def parameter_names(networks: dict[str, nn.Module]) -> dict[int, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainers.engine.clock import Clock
+from trainers.engine.sharding import local
 
 MOVED_AFTER_STEPS = 10
 
@@ -28,7 +29,11 @@ class Watches:
     def _norms(self) -> Tensor:
         """One norm per trained tensor; two equal sets mean that nothing moved."""
         return torch.stack(
-            [norm for group in self.optimizer.param_groups for norm in torch._foreach_norm(group["params"])]
+            [
+                norm
+                for group in self.optimizer.param_groups
+                for norm in torch._foreach_norm([local(p) for p in group["params"]])
+            ]
         )
 
     def after_step(self, steps_done: int, slots: Tensor) -> None:
