@@ -26,6 +26,28 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def fsdp(settings):
+    """FSDP2 on CPU processes, where accelerate would run DDP without a word."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    from trainers.engine import launch
+
+    def sharding(**arguments):
+        accelerator = Accelerator(**arguments)
+        policy = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **policy, **settings)
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        return accelerator
+
+    launch.Accelerator = sharding
+
+
 def slow_steps(seconds):
     from trainers.engine import optimization
 

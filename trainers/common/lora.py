@@ -55,11 +55,10 @@ def lora_scaled(networks: Iterable[nn.Module], scale: float) -> Iterator[None]:
     try:
         for layer in layers:
             layer.set_scale(ADAPTER, scale)
-            if scale == 0.0:
-                layer.enable_adapters(False)
+            # peft's enable_adapters switches requires_grad as well: of two tensors that FSDP2 has for a weight, one
+            layer._disable_adapters = scale == 0.0
         yield
     finally:
         for layer in layers:
             layer.set_scale(ADAPTER, 1.0)
-            if scale == 0.0:
-                layer.enable_adapters(True)
+            layer._disable_adapters = False
