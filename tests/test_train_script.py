@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from conftest import losses, read_metrics, wait_for
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
@@ -21,6 +24,7 @@ from train import main, train
 from trainers import TRAINERS
 from trainers.engine import networks
 from trainers.engine.config import find_trainer, load_config
+from trainers.engine.engines import check_engine
 from trainers.engine.randomness import SlotRandom
 
 PIPELINE = {
@@ -614,9 +618,35 @@ def test_a_step_that_is_skipped_is_told(run_in_process, monkeypatch, capsys):
 
 
 def test_an_engine_that_is_not_supported(run_in_process, monkeypatch):
-    monkeypatch.setattr("trainers.engine.launch.SUPPORTED", ())
+    monkeypatch.setattr("trainers.engine.engines.SUPPORTED", ())
     with pytest.raises(ValueError, match=r"the launcher chose NO: not supported yet; launch with DDP"):
         run_in_process()
+
+
+def test_a_launch_that_does_not_do_what_it_was_asked(run_in_process, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP was asked for, and accelerate runs NO on cpu instead; launch on two"):
+        run_in_process()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE = 4: more processes than the 2 GPUs .* start at most 2"):
+        run_in_process("more")
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version = 1: must be 2"),
+        ({"cpu_ram_efficient_loading": True}, "frozen networks would be empty on all processes but the first"),
+        ({"activation_checkpointing": True}, "it renames weights; set base.gradient_checkpointing instead"),
+        ({"cpu_offload": True}, "fsdp_offload_params = true: not supported; set it to false"),
+    ],
+)
+def test_options_of_fsdp_that_are_refused(option, text):
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False} | option)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        check_engine(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
 
 
 def test_an_error_of_another_process_names_it(tiny_config, capsys, monkeypatch):

@@ -10,15 +10,14 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
 
+from trainers.engine import engines
 from trainers.engine.options import BaseConfig
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "both": ["tensorboard", "wandb"], "none": None}
 
 
@@ -29,6 +28,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
     they do not divide, and where the device cannot run the precision.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    engines.check_devices()
     if base.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
     accelerator = Accelerator(
@@ -41,11 +41,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=base.collective_timeout))],
     )
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ValueError(
-            f"the launcher chose {accelerator.distributed_type.value}: not supported yet; launch with DDP "
-            "(accelerate launch --multi_gpu)"
-        )
+    engines.check_engine(accelerator)
     if launched != accelerator.num_processes:
         raise ValueError(
             f"WORLD_SIZE = {launched}: the launcher started these, {accelerator.num_processes} are connected, "

@@ -16,6 +16,7 @@ from trainers.base import Trainer
 from trainers.engine.advice import precision_note
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
+from trainers.engine.engines import engine_of
 from trainers.engine.optimization import warmup_steps
 
 
@@ -45,6 +46,7 @@ def start_block(
     )
     rows["precision"] = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     rows["devices"] = _devices(accelerator)
+    rows["engine"] = engine_of(accelerator)
     rows["output"] = str(Path(base.output_dir))
     notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator)]
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
@@ -59,9 +61,9 @@ def start_block(
 
 
 def _devices(accelerator: Accelerator) -> str:
-    device, engine = accelerator.device, accelerator.distributed_type.value
+    device = accelerator.device
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{accelerator.num_processes} x {device.type}{name}" + ("" if engine == "NO" else f", {engine}")
+    return f"{accelerator.num_processes} x {device.type}{name}"
 
 
 def end_block(trainer: Trainer, output_dir: Path, train_set: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) ->
     if asked is None:
         blocks = getattr(network, "_no_split_modules", None) or BLOCKS
         plugin.transformer_cls_names_to_wrap = sorted(there.intersection(blocks))
+    if plugin.mixed_precision_policy is not None:  # gradients are summed in float32, as DDP does
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""What trains on several processes: DDP or FSDP2, whether it is what was asked for, and what a run says of it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+
+
+def check_devices() -> None:
+    """Raises ValueError where this machine has fewer GPUs than processes were started on it."""
+    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < count < here and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE = {here}: more processes than the {count} GPUs that are visible on this machine; start "
+            f"at most {count} (--num_processes, --nproc_per_node), or look at CUDA_VISIBLE_DEVICES"
+        )
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raises ValueError for an engine, or an option of it, that is not supported, and for one that was asked in vain.
+
+    accelerate runs DDP where FSDP was asked for and there are no GPUs.
+    """
+    engine, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
+    if engine not in SUPPORTED:
+        raise ValueError(
+            f"the launcher chose {engine.value}: not supported yet; launch with DDP (accelerate launch --multi_gpu) "
+            "or FSDP2 (accelerate launch --config_file configs/accelerate/fsdp2.yaml)"
+        )
+    if engine != DistributedType.FSDP:
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                f"ACCELERATE_USE_FSDP = true: FSDP was asked for, and accelerate runs {engine.value} on "
+                f"{accelerator.device.type} instead; launch on two GPUs or more, or without FSDP"
+            )
+        return
+    for refused, text in (
+        (plugin.fsdp_version != 2, f"fsdp_version = {plugin.fsdp_version}: must be 2"),
+        (
+            plugin.cpu_ram_efficient_loading,
+            "fsdp_cpu_ram_efficient_loading = true: frozen networks would be empty on all processes but the first; "
+            "set it to false",
+        ),
+        (
+            plugin.activation_checkpointing,
+            "fsdp_activation_checkpointing = true: it renames weights; set base.gradient_checkpointing instead",
+        ),
+        (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "fsdp_offload_params = true: not supported; set it to false, and base.gradient_checkpointing or "
+            "use_8bit_adam where memory is short",
+        ),
+    ):
+        if refused:
+            raise ValueError(text)
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """What runs, for the start of a run: the engine, its processes and nodes, what is sharded, and the backend."""
+    engine, count = accelerator.distributed_type, accelerator.num_processes
+    if count == 1:
+        return "one process"
+    nodes = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    name = "DDP"
+    if engine == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        blocks = ", ".join(plugin.transformer_cls_names_to_wrap or ()) or "the network"
+        kept = "" if plugin.reshard_after_forward else ", kept until the backward pass is over"
+        name = f"FSDP2, 1/{count} of the network in each process, gathered by {blocks}{kept}"
+    return f"{name}; {count} processes on {nodes} node{'s' * (nodes > 1)}, {dist.get_backend()}"
