@@ -100,6 +100,36 @@ def note_errors(path):
     train._fail = noting
 
 
+def nan_loss_at(step_and_rank):
+    """The loss of this step is not a number on one rank."""
+    from trainers.engine.divergence import Divergence
+
+    (step, rank), original, done = step_and_rank, Divergence.checked, [0]
+
+    def broken(self, loss):
+        done[0] += 1
+        return original(self, loss * float("nan") if done[0] == step and rank == own_rank() else loss)
+
+    Divergence.checked = broken
+
+
+def break_weight_at(step_and_rank):
+    """After this step the rank's part of the first weight is infinite."""
+    from trainers.engine import optimization
+    from trainers.engine.sharding import local
+
+    (step, rank), original, done = step_and_rank, optimization.optimizer_step, [0]
+
+    def breaking(accelerator, optimizer, *rest):
+        result = original(accelerator, optimizer, *rest)
+        done[0] += 1
+        if done[0] == step and rank == own_rank():
+            local(optimizer.param_groups[0]["params"][0].detach()).fill_(float("inf"))
+        return result
+
+    optimization.optimizer_step = breaking
+
+
 def kill_in_save(step_and_rank):
     """The rank is killed a while after all ranks began the checkpoint of this step."""
     from trainers.engine.saving import Saving

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.base import TrainerConfig
-from trainers.engine.sharding import like, local, shard_of
+from trainers.engine.sharding import forget_gathered, like, local, shard_of
 
 
 def ema_decay(step: int, config: TrainerConfig) -> float:
@@ -60,7 +60,7 @@ class EMA:
     """
 
     def __init__(self, networks: dict[str, nn.Module], config: TrainerConfig) -> None:
-        self.config = config
+        self.config, self.networks = config, networks
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="averages")
         self.moving: Future[None] | None = None
         self.parameters = {
@@ -118,6 +118,7 @@ class EMA:
     def _copy_to_networks(self, values: Iterable[Tensor]) -> None:
         for weight, value in zip(self.weights, values, strict=True):
             weight.copy_(value)
+        forget_gathered(self.networks)
 
     def load(self, values: dict[str, Tensor]) -> None:
         """Takes whole averages by name."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Attention")  # of diffusers' networks that do not name theirs
@@ -49,6 +51,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def forget_gathered(networks: dict[str, nn.Module]) -> None:
+    """After weights were changed: FSDP2 keeps what it gathered in a forward pass until a backward pass."""
+    for network in networks.values():
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def like(saved: Tensor, own: Tensor) -> Tensor:
     """A whole tensor sharded and laid out in memory as the network's own.
 
@@ -71,9 +81,5 @@ def shard_of(part: Tensor, own: Tensor) -> Tensor:
 
 def configuration(network: nn.Module) -> dict[str, Any]:
     """What a diffusers network's config.json says, with the name of the class that FSDP2 derived its own from."""
-    import json
-
-    from torch.distributed.fsdp import FSDPModule
-
     plain = next(each for each in type(network).__mro__ if not issubclass(each, FSDPModule))
     return json.loads(network.to_json_string()) | {"_class_name": plain.__name__}
