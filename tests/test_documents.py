@@ -7,15 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, read_metrics
 from PIL import Image
 
 from train import main
 from trainers.engine.config import load_config
+from trainers.engine.engines import check_engine
 
 README = (ROOT / "README.md").read_text()
 
@@ -182,3 +188,39 @@ def test_the_migration_page_names_options_that_exist():
     assert len(rows) > 70
     for there, here in rows:
         assert "`" in here or here.strip() in ("left out", "always"), there
+
+
+LAUNCHES = {"one_gpu": "NO", "all_gpus": "MULTI_GPU", "two_nodes": "MULTI_GPU", "fsdp2": "FSDP"}
+
+
+def test_every_launch_is_documented():
+    assert {path.stem for path in (ROOT / "configs/accelerate").iterdir()} == set(LAUNCHES)
+    page = (ROOT / "docs/distributed.md").read_text()
+    for name in LAUNCHES:
+        text = (ROOT / f"configs/accelerate/{name}.yaml").read_text()
+        assert f"accelerate launch --config_file configs/accelerate/{name}.yaml" in text
+        assert f"(../configs/accelerate/{name}.yaml)" in page
+
+
+@pytest.mark.parametrize(("name", "engine"), LAUNCHES.items())
+def test_a_launch_is_what_accelerate_and_we_understand(name, engine, monkeypatch):
+    """As `accelerate launch` reads the file, and what it exports as our check of the engine does."""
+    arguments = ["--config_file", str(ROOT / f"configs/accelerate/{name}.yaml"), "train.py", "CONFIG"]
+    found, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert (found.use_fsdp, found.multi_gpu) == (engine == "FSDP", engine == "MULTI_GPU")
+    assert (found.num_machines, found.mixed_precision) == (2 if name == "two_nodes" else 1, "no")
+    state = SimpleNamespace(fsdp_plugin=None)
+    if engine == "FSDP":
+        for variable, value in prepare_multi_gpu_env(found).items():
+            monkeypatch.setenv(variable, value)
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        assert state.fsdp_plugin.transformer_cls_names_to_wrap is None  # ours decide
+    check_engine(SimpleNamespace(distributed_type=DistributedType[engine], state=state))
+
+
+def test_the_tests_that_the_table_of_engines_names_exist():
+    page = (ROOT / "docs/distributed.md").read_text()
+    there = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) >= 8
+    assert [name for name in named if f"def {name}(" not in there] == []
