@@ -4,6 +4,7 @@
 TRAINERS = {
     "ddpm": "trainers.ddpm:DDPMTrainer",
     "conditional_ddpm": "trainers.conditional_ddpm:ConditionalDDPMTrainer",
+    "dit": "trainers.dit:DiTTrainer",
     "vae": "trainers.vae:VAETrainer",
     "lora": "trainers.sd_lora:LoRATrainer",
     "lcm_lora": "trainers.lcm_lora:LCMLoRATrainer",

@@ -1,9 +1,9 @@
-"""The pipeline of a class-conditional UNet2DModel of pixels or latents, which diffusers does not have."""
+"""The pipeline of a class-conditional network of pixels or latents, which diffusers does not have."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from trainers.common.guidance import Condition, Guidance, noise_levels
@@ -14,28 +14,34 @@ from trainers.common.sampling import build_sampler, to_unit_range
 class ClassConditionalPipeline(DiffusionPipeline):
     """Draws pictures of classes by name or number.
 
-    The network has one embedding more than there are classes; the last one means "no class". A `vae` decodes where
-    the network draws latents. `sampler` is a name that build_sampler knows; `id2label` gives names to numbers or is
-    None: a dict, as diffusers takes lists for components.
+    The network is a `unet` or a `transformer`. It has one embedding more than there are classes; the last one means
+    "no class". A `vae` decodes where the network draws latents. `sampler` is a name that build_sampler knows;
+    `id2label` gives names to numbers or is None: a dict, as diffusers takes lists for components.
     """
 
-    _optional_components = ["vae"]  # noqa: RUF012  # as diffusers declares it
+    _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012  # as diffusers declares it
 
     def __init__(
         self,
-        unet: UNet2DModel,
         scheduler: object,
+        unet: UNet2DModel | None = None,
+        transformer: DiTTransformer2DModel | None = None,
         id2label: dict[int, str] | None = None,
         sampler: str = "ddpm",
         vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label, sampler=sampler)
 
     @property
+    def network(self) -> UNet2DModel | DiTTransformer2DModel:
+        return self.transformer if self.unet is None else self.unet
+
+    @property
     def num_classes(self) -> int:
-        return self.unet.config.num_class_embeds - 1
+        config = self.network.config
+        return config.num_embeds_ada_norm if self.unet is None else config.num_class_embeds - 1
 
     @property
     def label_names(self) -> list[str]:
@@ -72,7 +78,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if not numbers:
             raise ValueError("classes = []: name at least one class")
         labels = torch.tensor(numbers, device=self._execution_device)
-        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        size, channels = self.network.config.sample_size, self.network.config.in_channels
         size = (size, size) if isinstance(size, int) else tuple(size)
         sample = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
         scheduler = build_sampler(sampler or self.config.sampler, self.scheduler)
@@ -90,4 +96,5 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _network(self, noisy: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
-        return self.unet(noisy.to(self.unet.dtype), timestep, **condition).sample
+        timesteps = timestep.to(noisy.device).expand(len(noisy))
+        return self.network(noisy.to(self.network.dtype), timesteps, **condition).sample

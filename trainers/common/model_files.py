@@ -1,4 +1,4 @@
-"""Networks' configs: where they are read from, and whether they fit the run's pictures."""
+"""Networks' files: where configs and weights are read from, and whether they fit the run's pictures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainers.base import Section
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 MODELS_DIR = Path(__file__).parents[2] / "configs" / "models"
 
@@ -79,13 +82,52 @@ def settings_problems(
         yield f"is no config of {network}: {error}"
 
 
-def misfits(settings: Mapping[str, Any], grid: Grid, levels: int) -> Iterator[str]:
-    """Yields where a config does not fit what the network sees; `levels` it has where the config is silent."""
+def channel_misfits(settings: Mapping[str, Any], grid: Grid) -> Iterator[str]:
+    """Yields where a config has other channels than what the network sees."""
     for option in ("in_channels", "out_channels"):
         if settings.get(option, 3) != grid.channels:
             found = settings.get(option, 3)
             yield f"has {option} = {found}, {grid.source[0]} is {grid.channels}; make them equal"
+
+
+def misfits(settings: Mapping[str, Any], grid: Grid, levels: int) -> Iterator[str]:
+    """Yields where a config does not fit what the network sees; `levels` it has where the config is silent."""
+    yield from channel_misfits(settings, grid)
     halvings = len(settings.get("block_out_channels", (0,) * levels)) - 1
     if grid.resolution % 2**halvings:
         size = f"{grid.source[1]} = {grid.resolution} must be a multiple of {2**halvings}"
         yield f"halves the picture {halvings} times; {size}"
+
+
+def load_pretrained(
+    kind: type[ModelMixin],
+    pretrained: str,
+    subfolder: str,
+    settings: Mapping[str, Any],
+    misfits: Callable[[Mapping[str, Any]], Iterator[str]],
+) -> Any:
+    """Reads a network of this kind from a folder, its sub-folder or the hub, in float32.
+
+    FileNotFoundError where nothing can be read; ValueError for another kind, for one that does not fit what it is to
+    see, and for one whose config has not what the task decides, the `settings`.
+    """
+    import torch
+
+    option = f"pretrained_model_name_or_path = {pretrained}"
+    place = {"subfolder": None if (Path(pretrained) / "config.json").is_file() else subfolder}
+    try:
+        found = kind.load_config(pretrained, **place).get("_class_name", kind.__name__)
+        if found != kind.__name__:
+            raise ValueError(f"{option}: must be a {kind.__name__}, found a {found}")
+        network = kind.from_pretrained(pretrained, **place, use_safetensors=True, torch_dtype=torch.float32)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{option}: no {kind.__name__} in safetensors format could be read; give a local folder with config.json, "
+            f"or with {subfolder}/config.json, or a hub name that can be reached ({error})"
+        ) from None
+    for misfit in misfits(network.config):
+        raise ValueError(f"{option}: {misfit}")
+    for name, value in settings.items():
+        if network.config.get(name) != value:
+            raise ValueError(f"{option}: has {name} = {network.config.get(name)}, and this run needs {value}")
+    return network

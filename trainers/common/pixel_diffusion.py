@@ -1,4 +1,4 @@
-"""What diffusion models of pixels share: a UNet2DModel, a DDPM schedule, an objective and a sampler."""
+"""What diffusion models of pixels or latents share: a network, a noise schedule, an objective and a sampler."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class NoisyPixelsConfig(TrainerConfig):
         yield from super().problems(base)
         if self.pretrained_model_name_or_path is None:
             grid = self.seen(base)
-            found = unet2d_problems(self.model_config, grid, self.decided) if grid else ()
+            found = self.network_problems(grid) if grid else ()
             yield from (("model_config", problem) for problem in found)
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
@@ -49,6 +49,10 @@ class NoisyPixelsConfig(TrainerConfig):
     def seen(self, base: Section) -> Grid | None:
         """What the network sees; None where that is not known yet."""
         return Grid.of(base)
+
+    def network_problems(self, grid: Grid) -> Iterator[str]:
+        """What keeps the network that model_config says from working on the grid."""
+        return unet2d_problems(self.model_config, grid, self.decided)
 
 
 def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
@@ -107,9 +111,13 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
 
 
 class PixelDiffusionTrainer(Trainer):
-    """Trains a UNet2DModel on pixels, or on an autoencoder's latents; a task says how its network is asked."""
+    """Trains a network, a UNet2DModel unless the task says otherwise, on pixels, or on an autoencoder's latents.
+
+    A task says how its network is asked.
+    """
 
     config: PixelDiffusionConfig
+    network_name: ClassVar[str] = "unet"  # of its folder, as in diffusers' pipelines
     latents: LatentSpace | None = None
 
     def init_modules(self) -> dict[str, nn.Module]:
@@ -118,8 +126,7 @@ class PixelDiffusionTrainer(Trainer):
         grid = Grid.of(self.base) if self.latents is None else self.latents.grid
         self.scheduler, self.objective = self._flow() if config.objective == "rectified_flow" else self._diffusion()
         self.sigma_of = noise_levels(self.scheduler)
-        settings = self.network_settings()
-        return {"unet": build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)}
+        return {self.network_name: self.build_network(grid)}
 
     def _diffusion(self) -> tuple[DDPMScheduler, DDPMObjective]:
         clip_sample = self.latents is None  # latents have no bounds
@@ -147,8 +154,14 @@ class PixelDiffusionTrainer(Trainer):
         """What noise is added to, [B, c, h, w]."""
         return images_of(batch) if self.latents is None else self.latents.draw(batch, rng)
 
+    def build_network(self, grid: Grid) -> nn.Module:
+        """The network that sees such a grid, in float32."""
+        config = self.config
+        settings = self.network_settings()
+        return build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)
+
     def network_settings(self) -> dict[str, Any]:
-        """What the task sets in the network's config, whatever the file says."""
+        """What the task sets in a UNet2DModel's config, whatever the file says."""
         return {}
 
     def draw(self, predict: Any, rng: RandomSource) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainers.common.model_files import Grid, Settings, misfits, read_settings, settings_problems
+from trainers.common.model_files import Grid, Settings, load_pretrained, misfits, read_settings, settings_problems
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -50,27 +49,16 @@ def build_unet2d(
     `settings` are what the task decides, such as `num_class_embeds`. Raises ValueError where pretrained weights do not
     fit them, or what the network is to see.
     """
-    import torch
     from diffusers import UNet2DModel
 
+    decided = dict(settings or {})
     if pretrained is None:
-        return UNet2DModel.from_config(read_settings(model_config, default_unet2d, grid) | dict(settings or {}))
-    subfolder = None if (Path(pretrained) / "config.json").is_file() else "unet"
-    try:
-        unet = UNet2DModel.from_pretrained(
-            pretrained, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32
-        )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"pretrained_model_name_or_path = {pretrained}: no UNet2DModel in safetensors format could be read; give a "
-            f"local folder with config.json, or with unet/config.json, or a hub name that can be reached ({error})"
-        ) from None
-    decided = {"out_channels": grid.channels} if "out_channels" in (settings or {}) else {}
-    for misfit in misfits({**unet.config, **decided}, grid, LEVELS):
-        raise ValueError(f"pretrained_model_name_or_path = {pretrained}: {misfit}")
-    for name, value in (settings or {}).items():
-        if unet.config.get(name) != value:
-            found = f"has {name} = {unet.config.get(name)}, and this run needs {value}"
-            raise ValueError(f"pretrained_model_name_or_path = {pretrained}: {found}")
+        return UNet2DModel.from_config(read_settings(model_config, default_unet2d, grid) | decided)
+    free = {"out_channels": grid.channels} if "out_channels" in decided else {}
+
+    def fits(config: Mapping[str, Any]) -> Iterator[str]:
+        return misfits({**config, **free}, grid, LEVELS)
+
+    unet = load_pretrained(UNet2DModel, pretrained, "unet", decided, fits)
     unet.register_to_config(sample_size=grid.resolution)
     return unet
