@@ -86,9 +86,7 @@ def test_a_timestep_between_two_others_is_told_apart():
 @pytest.mark.parametrize("resolution", [8, 16, 28, 32, 64, 100, 256, 512])
 def test_the_default_fits(resolution):
     assert list(dit_problems(None, Grid(4, resolution))) == []
-    patch_size = default_dit(Grid(4, resolution))["patch_size"]
-    assert PATCHES / 2 < resolution / patch_size + 1e-9 or resolution == PATCHES / 2
-    assert resolution / patch_size <= PATCHES
+    assert PATCHES // 2 <= resolution // default_dit(Grid(4, resolution))["patch_size"] <= PATCHES
 
 
 MISFITS = [
@@ -99,7 +97,7 @@ MISFITS = [
     ({"out_channels": 2}, "has out_channels = 2, half of which are a variance that nothing here trains; have 1"),
     (
         {"attention_head_dim": 7},
-        "num_attention_heads x attention_head_dim = 14, which must be a multiple of 4: sine and cosine",
+        "has num_attention_heads x attention_head_dim = 14, which must be a multiple of 4: sine and cosine",
     ),
     ({"patch_size": "two"}, "is no config of a DiTTransformer2DModel: '<' not supported"),
 ]
@@ -110,15 +108,15 @@ def test_shapes_that_do_not_fit(settings, message, tmp_path, tiny_config):
     (tmp_path / "network.json").write_text(json.dumps(SHAPE | settings))
     with pytest.raises(ConfigError) as caught:
         load_config(tiny_config(TASK, **{"dit.model_config": str(tmp_path / "network.json")}))
-    assert f"dit.model_config = {tmp_path / 'network.json'}: {message}" in str(caught.value)
+    assert f'dit.model_config = "{tmp_path / "network.json"}": {message}' in str(caught.value)
 
 
 def test_what_a_file_may_leave_out(tmp_path):
     (tmp_path / "network.json").write_text(json.dumps(SHAPE | {"out_channels": None}))
     assert list(dit_problems(str(tmp_path / "network.json"), GRID)) == []
-    missing = "is no config of a DiTTransformer2DModel: it does not say patch_size, num_layers, num_attention_heads, a"
+    missing = "is no config of a DiTTransformer2DModel: it does not say patch_size, num_layers, num_attention_heads"
     [problem] = dit_problems("unet_digits", GRID)  # diffusers would have made a DiT-XL of it
-    assert problem.startswith(missing)
+    assert problem == missing
 
 
 def test_pretrained_weights_that_do_not_fit(tmp_path):
@@ -242,7 +240,7 @@ def test_a_finished_run_as_shape_and_as_initial_weights(run_in_process):
 def test_in_latents(run_in_process, tiny_config, tmp_path):
     """And, without guidance, in diffusers' own pipeline, whose "no class" is the number 1000."""
     vae = tmp_path / "vae"
-    assert main(["configs/tests/vae.json", f"base.output_dir={vae}", "base.max_train_steps=2"]) == 0
+    assert main(["configs/tests/vae.json", f"base.output_dir={vae}", "base.max_train_steps=4"]) == 0
     wrong = {"dit.vae": str(vae), "dit.model_config": TINY}
     (tmp_path / "wide.json").write_text(json.dumps(SHAPE | {"patch_size": 16}))
     with pytest.raises(ConfigError, match="has patch_size = 16, which must divide the latents' size = 8"):
