@@ -506,7 +506,7 @@ def test_settings_that_do_not_go_together(base, message):
         check_config(document, [], datasets_lib.problems)
 
 
-@pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm", "vae", "noisy_classifier"])
+@pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm", "dit", "vae", "noisy_classifier"])
 def test_tasks_that_need_one_size(task):
     document = {"base": CONFIG["base"], task: {}}
     with pytest.raises(ConfigError, match=f"base.buckets = true: {task} takes pictures of one size; set it to false"):

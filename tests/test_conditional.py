@@ -199,8 +199,16 @@ def test_the_pipelines_index_has_components_that_a_hub_can_serve(run_in_process)
     index = json.loads((folder / "model_index.json").read_text())
     files = [str(path.relative_to(folder)) for path in folder.rglob("*")]
     custom, folders = _get_custom_components_and_folders("me/digits", dict(index), files, files)
-    assert (custom, sorted(folders)) == ({}, ["scheduler", "unet", "vae"])
-    assert index["vae"] == [None, None]  # as diffusers writes an optional component that is not there
+    assert (custom, sorted(folders)) == ({}, ["scheduler", "transformer", "unet", "vae"])
+    assert index["vae"] == index["transformer"] == [None, None]  # as diffusers writes optional ones that are not there
+
+
+def test_a_pipeline_of_before_there_were_transformers(run_in_process):
+    folder = run_in_process(task=TASK)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["transformer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert ClassConditionalPipeline.from_pretrained(folder).num_classes == 10
 
 
 def test_names_that_look_like_numbers():

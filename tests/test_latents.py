@@ -236,11 +236,11 @@ def test_latents_of_another_network_are_refused(vae, encoded, tmp_path, tiny_con
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["ddpm", "vae", TASK, "noisy_classifier"])
+@pytest.mark.parametrize("task", ["ddpm", "vae", TASK, "dit", "noisy_classifier"])
 def test_tasks_that_need_pictures(task, encoded, tiny_config, capsys):
     data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
     assert main([str(tiny_config(task, **data))]) == 1
-    expected = "the data set holds latents, and this run needs pictures; conditional_ddpm.vae takes latents"
+    expected = "the data set holds latents, and this run needs pictures; conditional_ddpm.vae and dit.vae take latents"
     assert expected in capsys.readouterr().err
 
 

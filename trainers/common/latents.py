@@ -146,7 +146,9 @@ class LatentSpace:
 def images_of(batch: dict[str, Any]) -> Tensor:
     """The pictures [B, C, H, W] of a batch; ValueError for latents."""
     if "image" not in batch:
-        raise ValueError("the data set holds latents, and this run needs pictures; conditional_ddpm.vae takes latents")
+        raise ValueError(
+            "the data set holds latents, and this run needs pictures; conditional_ddpm.vae and dit.vae take latents"
+        )
     return batch["image"]
 
 
