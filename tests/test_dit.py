@@ -94,7 +94,7 @@ MISFITS = [
     ({"patch_size": 0}, "has patch_size = 0, which must divide base.resolution = 16"),
     ({"in_channels": 3}, "has in_channels = 3, base.channels is 1; make them equal"),
     ({"out_channels": 3}, "has out_channels = 3, base.channels is 1; make them equal"),
-    ({"out_channels": 2}, "has out_channels = 2, half of which are a variance that nothing here trains; have 1"),
+    ({"out_channels": 2}, "has out_channels = 2, half of them a variance, which is not trained here; it must be 1"),
     (
         {"attention_head_dim": 7},
         "has num_attention_heads x attention_head_dim = 14, which must be a multiple of 4: sine and cosine",
@@ -128,11 +128,14 @@ def test_pretrained_weights_that_do_not_fit(tmp_path):
         return str(caught.value)
 
     shape = SHAPE | {"in_channels": 1, "num_embeds_ada_norm": 10, "sample_size": 16}
-    of_shape = lambda **changed: DiTTransformer2DModel(**shape | changed)  # noqa: E731
+
+    def of_shape(**changed):
+        return DiTTransformer2DModel(**shape | changed)
+
     found = error(of_shape(), Grid(1, 32))
     assert "has positions for sample_size = 16, base.resolution is 32; make them equal" in found
     assert "has num_embeds_ada_norm = 10, and this run needs 9" in error(of_shape(), num_classes=9)
-    assert "has out_channels = 2, half of which are a variance" in error(of_shape(out_channels=2))
+    assert "has out_channels = 2, half of them a variance" in error(of_shape(out_channels=2))
     unet = UNet2DModel.from_config(json.loads((ROOT / "configs/tests/unet2d.json").read_text()))
     assert "must be a DiTTransformer2DModel, found a UNet2DModel" in error(unet)
     with pytest.raises(FileNotFoundError, match="no DiTTransformer2DModel in safetensors format could be read; give a"):
@@ -185,8 +188,10 @@ def test_guidance_by_hand(scale):
     scheduler.set_timesteps(4)
     sample = torch.stack([torch.randn(1, 16, 16, generator=each) for each in SlotRandom(0, slots).generators()])
     for timestep in scheduler.timesteps:
-        ask = lambda rows: trainer.modules["transformer"](sample, timestep.expand(3), rows).sample  # noqa: B023, E731
-        prediction = {0.0: ask(none), 1.0: ask(labels)}.get(scale, ask(none) + scale * (ask(labels) - ask(none)))
+        told, untold = (
+            trainer.modules["transformer"](sample, timestep.expand(3), rows).sample for rows in (labels, none)
+        )
+        prediction = {0.0: untold, 1.0: told}.get(scale, untold + scale * (told - untold))
         sample = scheduler.step(prediction, timestep, sample).prev_sample
     drawn = trainer.sample([{"label": label} for label in labels.tolist()], SlotRandom(0, slots))["samples"]
     torch.testing.assert_close(drawn, (sample / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)

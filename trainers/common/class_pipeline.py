@@ -36,6 +36,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def network(self) -> UNet2DModel | DiTTransformer2DModel:
+        """The one of the two that there is."""
         return self.transformer if self.unet is None else self.unet
 
     @property

@@ -47,7 +47,7 @@ def dit_misfits(settings: Mapping[str, Any], grid: Grid) -> Iterator[str]:
     inputs = settings["in_channels"]
     outputs = settings.get("out_channels") or inputs
     if outputs == 2 * inputs:
-        yield f"has out_channels = {outputs}, half of which are a variance that nothing here trains; have {inputs}"
+        yield f"has out_channels = {outputs}, half of them a variance, which is not trained here; it must be {inputs}"
         outputs = inputs
     yield from channel_misfits({"in_channels": inputs, "out_channels": outputs}, grid)
     patch_size, width = settings["patch_size"], settings["num_attention_heads"] * settings["attention_head_dim"]
