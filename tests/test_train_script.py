@@ -598,6 +598,8 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     assert readers.pop("trainers.common.guidance tolist") == 1  # the noise levels, before the first step
     assert readers.pop("trainers.engine.divergence tolist") == 6  # of copies on the host, once the device is done
     assert readers.pop("trainers.engine.snapshot tolist") == 1  # one save
+    assert readers.pop("trainers.engine.optimization item") == 6  # where the device is the CPU, which has no queue
+    assert readers.pop("trainers.engine.ema item") == 6  # likewise
     assert readers == expected  # 6 steps, 2 log lines
 
 

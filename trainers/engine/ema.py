@@ -96,14 +96,14 @@ class EMA:
         if rate.is_cuda and self.config.offload_ema:
             ready = torch.cuda.current_stream(rate.device).record_event()
             self.moving = self.thread.submit(move_on_host, averages, weights, rate, ready)
-        elif rate.is_cuda:
-            move(averages, weights, rate)
-        else:
+        elif rate.device.type == "cpu" or self.config.offload_ema:
             arguments = averages, [self._placed(weight) for weight in weights], rate.item()
             if self.large:
                 self.moving = self.thread.submit(torch._foreach_lerp_, *arguments)
             else:
                 torch._foreach_lerp_(*arguments)
+        else:
+            move(averages, weights, rate)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

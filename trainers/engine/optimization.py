@@ -134,7 +134,7 @@ def optimizer_step(
         ema.wait()
     if accelerator.scaler is not None:
         optimizer.step()  # the scaler skips on its own finding
-    elif applied.is_cuda and inner.defaults.get("fused"):
+    elif applied.device.type != "cpu" and inner.defaults.get("fused"):
         inner.found_inf = 1 - applied  # a fused kernel leaves weights and state alone where this is 1
         inner.step()  # accelerate's own looks for packages in every call
     elif applied.item():

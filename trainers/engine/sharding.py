@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Attention")  # of diffusers' networks that do not name theirs
+# of diffusers' networks that do not name theirs
+UNET_BLOCKS = ("ResnetBlock2D", "Attention")
+# the embedding apart from its block: a DiT calls that of its first block once more, outside of it
+TRANSFORMER_BLOCKS = ("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings")
 
 
 def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:
@@ -35,7 +38,8 @@ def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) ->
             "option out, or choose among its modules"
         )
     if asked is None:
-        blocks = getattr(network, "_no_split_modules", None) or BLOCKS
+        own = TRANSFORMER_BLOCKS if there.intersection(TRANSFORMER_BLOCKS) else UNET_BLOCKS
+        blocks = getattr(network, "_no_split_modules", None) or own
         plugin.transformer_cls_names_to_wrap = sorted(there.intersection(blocks))
     if plugin.mixed_precision_policy is not None:  # gradients are summed in float32, as DDP does
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
