@@ -22,7 +22,6 @@ def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
     from trainers.engine import card, export, feeding, launch, optimization, rehearsal, reporting, resume
     from trainers.engine.cache_filling import fill_caches
-    from trainers.engine.clock import Clock
     from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
     from trainers.engine.encoding import FrozenStages
@@ -46,9 +45,9 @@ def train(run: RunConfig) -> Path:
         # data
         with accelerator.main_process_first():  # it downloads, the others find the files
             train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
-        clock = Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None))
+        clock, train_set = feeding.dealt(accelerator, base, train_set)
         clock, train_set, validation_set = rehearsal.shortened(run, stopping, clock, train_set, validation_set)
-        datasets_lib.check_example(train_set.get(0, None), base)
+        datasets_lib.check_example(datasets_lib.first_example(train_set), base)
         saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
 
         # networks and optimizer
@@ -99,7 +98,7 @@ def train(run: RunConfig) -> Path:
                 done = step + 1
                 watches.after_step(done, batch["slot"])
                 if clock.due(done, base.logging_steps):
-                    metrics = {"epoch": clock.epochs_done(done)} | learning_rates | meter.means()
+                    metrics = clock.epochs(done) | learning_rates | meter.means()
                     tracking.log_steps(metrics | {"examples_per_second": speed.examples_per_second()}, done)
                     reporting.show_metrics(bar, tracking.latest)
                 with speed.paused():

@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import ImageColor
 
-from datasets_lib import buckets
+from datasets_lib import buckets, streaming
 from datasets_lib.choices import one_of
 from datasets_lib.example import check_example
 
-__all__ = ["DATASETS", "build", "check_example", "prepare", "problems"]
+__all__ = ["DATASETS", "build", "check_example", "first_example", "prepare", "problems"]
 
 DATASETS = {"digits": "datasets_lib.digits:build", "latents": "datasets_lib.latents:build"}
 
@@ -30,6 +30,7 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     except ValueError:
         yield "background_color", "must be a colour: a name such as white, or #rrggbb"
     yield from buckets.problems(args)
+    yield from streaming.problems(args)
 
 
 def build(args: Any, split: str) -> Any | None:
@@ -41,6 +42,8 @@ def build(args: Any, split: str) -> Any | None:
     one_of("split", split, ("train", "validation"))
     if split == "validation" and args.validation_split is None:
         return None
+    if args.streaming:
+        return _load("datasets_lib.stream:build")(args, split)
     if args.dataset is not None:
         dataset = _call(_named_builder(args.dataset), args, split)
     else:
@@ -49,6 +52,11 @@ def build(args: Any, split: str) -> Any | None:
     if split == "train" and args.class_data_dir is not None:
         return _load("datasets_lib.prior:with_prior")(dataset, args)
     return dataset
+
+
+def first_example(dataset: Any) -> dict[str, Any]:
+    """Return one example of a training set, nothing of it random."""
+    return dataset.first_example() if hasattr(dataset, "first_example") else dataset.get(0, None)
 
 
 def prepare(*datasets: Any, show_progress: bool) -> None:

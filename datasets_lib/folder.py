@@ -119,7 +119,7 @@ def list_files(
     folder: Path, excluded: Path | None, top: Path, option: str = "train_data_dir"
 ) -> tuple[list[Path], list[Path]]:
     """Return the images and the other files below a folder, in order; raise ValueError if there are no images."""
-    files = list(_walk(folder, excluded, top))
+    files = list(walk(folder, excluded, top))
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
     others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
     if not images:
@@ -130,7 +130,8 @@ def list_files(
     return images, others
 
 
-def _walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
+def walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
+    """Yield the files below a folder in order, but hidden ones; ValueError for a link that leads out of `top`."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != excluded)
         files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]

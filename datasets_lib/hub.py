@@ -42,13 +42,29 @@ def load(args: Any) -> dict[str, Any]:
     import datasets
 
     folder = Path(args.dataset_name).expanduser()
-    try:
+    with _explained(args, folder):
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(folder)
         else:
-            name = str(folder) if folder.is_dir() else args.dataset_name
-            with contextlib.nullcontext() if folder.is_dir() else offline_if_unreachable(name):
+            with _reachable(args, folder) as name:
                 loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def data_files(args: Any) -> dict[str, list[str]]:
+    """Return the paths or URLs of the files of each split; nothing is loaded. Errors are those of `load`."""
+    import datasets
+
+    folder = Path(args.dataset_name).expanduser()
+    with _explained(args, folder), _reachable(args, folder) as name:
+        builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+
+
+@contextlib.contextmanager
+def _explained(args: Any, folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(
@@ -57,7 +73,16 @@ def load(args: Any) -> dict[str, Any]:
             "else give a local copy: base.dataset_name=FOLDER (parquet, arrow, images or save_to_disk) or "
             "base.train_data_dir=FOLDER (images)"
         ) from error
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+@contextlib.contextmanager
+def _reachable(args: Any, folder: Path) -> Iterator[str]:
+    """The name under which `datasets` is to look."""
+    if folder.is_dir():
+        yield str(folder)
+        return
+    with offline_if_unreachable(args.dataset_name):
+        yield args.dataset_name
 
 
 @contextlib.contextmanager

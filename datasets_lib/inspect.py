@@ -35,7 +35,9 @@ DEFAULTS = {
     "buckets": False, "bucket_max_pixels": None, "bucket_step": 64,
     "channels": 3, "interpolation": "bilinear", "center_crop": False, "random_flip": False,
     "background_color": "white", "bad_images": "error", "max_image_pixels": 178956970, "image_cache_mb": 512,
+    "streaming": False, "shuffle_buffer_size": None, "shard_retries": 3,
 }  # fmt: skip
+STREAMED = 1000  # of a stream's examples, its first
 SOURCES = ("dataset_name", "train_data_dir", "dataset")
 
 
@@ -81,6 +83,8 @@ def _checked(values: dict[str, Any]) -> SimpleNamespace:
 def parts(args: SimpleNamespace) -> Iterator[tuple[str, Any]]:
     """Yield the data sets of a configuration by name; the pictures of a class are one of their own."""
     train = datasets_lib.build(args, "train")
+    if args.streaming:
+        train = train.held(STREAMED)
     yield "train", train.instances if isinstance(train, PriorDataset) else train
     if isinstance(train, PriorDataset):
         yield "class pictures", train.prior

@@ -29,9 +29,12 @@ class Source:
     captions: list[str | list[str]] | None = None
     notes: list[str] = field(default_factory=list)
     masks: Sequence | None = None
+    names: Sequence[str] | None = None  # of images that are no files
 
     def name(self, row: int) -> str:
         """Return what an error message calls the image of a row."""
+        if self.names is not None:
+            return self.names[row]
         image = self.images[row]
         return str(image) if isinstance(image, Path) else f"row {row} of {self.origin}"
 

@@ -51,6 +51,7 @@ DEFAULTS = {
     "bad_images": "error",
     "max_image_pixels": 178956970,
     "image_cache_mb": 512,
+    "streaming": False,
 }
 
 

@@ -34,12 +34,22 @@ def trajectory_changes(state: dict[str, Any], run: RunConfig, clock: Clock, trai
     if state["global_batch_size"] != clock.global_batch_size:
         text = f"global batch size: {state['global_batch_size']} -> {clock.global_batch_size}"
         found.append(Change(("global_batch_size",), text))
-    before, now = (state["num_examples"], state["fingerprint"]), (len(train_set), train_set.fingerprint)
+    before, now = (state["num_examples"], state["fingerprint"]), (clock.num_examples, train_set.fingerprint)
     if before != now:
-        found.append(
-            Change(("dataset",), f"data set: {before[0]} examples ({before[1]}) -> {now[0]} examples ({now[1]})")
-        )
+        shown = [f"{'a stream' if count is None else f'{count} examples'} ({key})" for count, key in (before, now)]
+        found.append(Change(("dataset",), f"data set: {shown[0]} -> {shown[1]}"))
+    if state.get("stream") and run.base.streaming:
+        found += _reader_change(state["stream"], clock, len(train_set.readers))
     return found + list(_length_change(state, run, clock))
+
+
+def _reader_change(saved: list[dict[str, Any]], clock: Clock, own: int) -> Iterator[Change]:
+    """Readers of a stream have other shards where there are more or fewer of them."""
+    before, now = [len(part["readers"]) for part in saved], [own] * clock.num_processes
+    if before != now:
+        counts = [f"{len(each)} processes with {each[0]}" for each in (before, now)]
+        text = f"readers of the stream: {counts[0]} -> {counts[1]}; they would all begin the next epoch"
+        yield Change(("dataloader_num_workers", "base.dataloader_num_workers"), text)
 
 
 def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:

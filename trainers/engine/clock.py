@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Clock(NamedTuple):
     """The run's fixed quantities. Step s (from 0) consumes the slots [slot_at(s), slot_at(s + 1))."""
 
-    num_examples: int  # N, of the training set
+    num_examples: int | None  # N, of the training set; None: a stream, whose examples nobody counts
     micro_batch_size: int  # examples per process and micro-batch
     accumulation_steps: int  # micro-batches per process and optimizer step
     num_processes: int
@@ -29,7 +29,7 @@ class Clock(NamedTuple):
     def of_run(
         cls,
         base: BaseConfig,
-        num_examples: int,
+        num_examples: int | None,
         accelerator: Accelerator,
         bucket_of: Callable[[int], int] | None = None,
     ) -> Clock:
@@ -77,6 +77,10 @@ class Clock(NamedTuple):
 
     def slot_at(self, step: int) -> int:
         return self.origin_slot + (step - self.origin_step) * self.global_batch_size
+
+    def epochs(self, steps_done: int) -> dict[str, float]:
+        """What is logged of the epochs that are over; of a stream nothing."""
+        return {} if self.num_examples is None else {"epoch": self.epochs_done(steps_done)}
 
     def epochs_done(self, steps_done: int) -> float:
         return self.slot_at(steps_done) / self.epoch_slots

@@ -59,7 +59,7 @@ def _export(
             }
             trainer.save_pipeline(staging)
             answer = [publish_pipeline(staging, output_dir), None]
-            tracking.log_pipeline(answer[0], {"step": steps_done, "epoch": clock.epochs_done(steps_done)})
+            tracking.log_pipeline(answer[0], {"step": steps_done} | clock.epochs(steps_done))
         except (OSError, SafetensorError) as error:
             answer[1] = f"the pipeline could not be written to {output_dir}: {error}"
         finally:

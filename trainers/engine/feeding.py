@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from trainers.engine.clock import Clock
 from trainers.engine.loading import Batch, Keys, SlotExamples, load_ahead
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import key_of
 from trainers.engine.stopping import Stopping
+from trainers.engine.streaming import first_of_stream, stream_batches
 from trainers.engine.transfer import to_device
 
 
@@ -81,6 +83,18 @@ def order_of(train_set: Any, global_batch_size: int, base: BaseConfig) -> EpochO
     return BucketOrder(by_bucket(range(len(train_set)), train_set.bucket_of), global_batch_size, base.seed)
 
 
+def dealt(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[Clock, Any]:
+    """A run's clock, and what this process reads of the training set: its part of a stream, else all of it.
+
+    Raises ValueError as Clock.of_run does, and for a stream with fewer shards than readers.
+    """
+    if not base.streaming:
+        return Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None)), train_set
+    workers = base.dataloader_num_workers
+    part = train_set.dealt(accelerator.process_index, accelerator.num_processes, workers)
+    return Clock.of_run(base, None, accelerator), part
+
+
 class SlotBatches:
     """A batch sampler over the rest of the run: the keys of each micro-batch of this process."""
 
@@ -104,6 +118,8 @@ def training_batches(
 
     Close it: that ends the workers.
     """
+    if base.streaming:
+        return stream_batches(train_set, clock, base, process_index, device, stopping)
     batches = SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step)
     examples = SlotExamples(train_set, base.seed, augment=True)
     return to_device(load_ahead(examples, batches, base, device, stopping), examples.finish, device)
@@ -138,6 +154,8 @@ def examples_once(
 
 def first_batch(train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device) -> Batch:
     """The micro-batch with which training_batches begins, read in this process."""
+    if base.streaming:
+        return first_of_stream(train_set, clock, base, process_index, device)
     examples = SlotExamples(train_set, base.seed, augment=True)
     order = order_of(train_set, clock.global_batch_size, base)
     keys = itertools.islice(SlotBatches(order, clock, process_index, clock.origin_step), 1)

@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,18 +74,33 @@ def load_ahead(
 ) -> Iterator[Batch | Exception]:
     """Yields the batches of these keys, read in `dataloader_num_workers` processes, which end with the generator.
 
-    Where a worker dies, this process reads the batch itself and asks all ranks to stop after the step. What is in
-    memory needs no workers.
+    What is in memory needs no workers.
     """
     if base.dataloader_num_workers == 0 or dataset.in_memory:
         yield from map(dataset.batch, batches)
         return
+    source = {"dataset": dataset, "batch_sampler": batches, "collate_fn": collate}
+    yield from from_workers(
+        source, lambda number: map(dataset.batch, itertools.islice(batches, number, None)), base, device, stopping
+    )
+
+
+def from_workers(
+    source: dict[str, Any],
+    rest: Callable[[int], Iterable[Batch | Exception]],
+    base: BaseConfig,
+    device: torch.device,
+    stopping: Stopping,
+) -> Iterator[Batch | Exception]:
+    """Yields the batches of a DataLoader of `source` in their order.
+
+    Where a worker dies, this process reads `rest(number)`, the batches from a number on, itself and asks all ranks to
+    stop after the step.
+    """
     others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
+        **source,
         num_workers=base.dataloader_num_workers,
         timeout=min(CHECK_SECONDS, base.dataloader_timeout),
         pin_memory=device.type == "cuda",
@@ -103,7 +118,7 @@ def load_ahead(
                 return
             if batch is DEAD:
                 stopping.ask(FAULT, _death_of(workers))
-                yield from map(dataset.batch, itertools.islice(batches, number, None))
+                yield from rest(number)
                 return
             yield batch
     finally:

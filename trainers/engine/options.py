@@ -44,6 +44,7 @@ class BaseConfig(Section):
         "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
         "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
         "validation_split", "class_data_dir",
+        "shard_retries", "shuffle_buffer_resume",
     )  # fmt: skip
 
     # the run
@@ -131,6 +132,10 @@ class BaseConfig(Section):
     bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
     max_image_pixels: Positive = 178956970  # larger images are refused before they are decoded
     image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
+    streaming: bool = False  # read shards one after the other: .parquet or .tar files of train_data_dir or dataset_name
+    shuffle_buffer_size: Positive | None = None  # with streaming: examples per reader to draw the next from; null: none
+    shuffle_buffer_resume: Literal["replay", "reshuffle"] = "replay"  # on resume: read the buffer again, or begin empty
+    shard_retries: NonNegative = 3  # with streaming: tries after the first before a shard is skipped and counted
     dataloader_num_workers: NonNegative = 0  # processes that decode ahead, per training process
     dataloader_timeout: PositiveFloat = 600.0  # seconds without a batch from the workers before the run stops
 
@@ -177,8 +182,11 @@ class BaseConfig(Section):
         yield from self._captions_without_effect()
         yield from self.without_effect(("bucket_max_pixels", "bucket_step"), "buckets: true", self.buckets)
         yield from self.without_effect(("compile_repeated_blocks",), "compile: true", self.compile)
+        yield from self.without_effect(("shuffle_buffer_size", "shard_retries"), "streaming: true", self.streaming)
+        buffered = self.shuffle_buffer_size is not None
+        yield from self.without_effect(("shuffle_buffer_resume",), "shuffle_buffer_size", buffered)
         for option in ("dataset_config_name", "cache_dir", "image_column"):
-            if getattr(self, option) is not None and self.dataset_name is None:
+            if getattr(self, option) is not None and self.dataset_name is None and not self.streaming:
                 yield option, "has an effect with dataset_name only"
         for option in ("eval_num_samples", "eval_features", "eval_classifier"):
             if self.eval_steps is None and getattr(self, option) != type(self).__dataclass_fields__[option].default:

@@ -67,15 +67,20 @@ class Rehearsal:
     def shorten(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
         """Takes the few examples that the last steps need; returns the clock of these steps."""
         base, size, measured = self.run.base, clock.global_batch_size, self.run.trainer_class.statistics_samples
-        candidates, largest = range(len(train_set)), ""
-        if base.buckets:
-            candidates, largest = _largest_bucket(train_set)
-        few = _only(train_set, candidates, (WARM_STEPS + TIMED_STEPS) * size)
+        largest = ""
+        if base.streaming:
+            few, examples, few_examples = train_set, 0, measured
+        else:
+            candidates = range(len(train_set))
+            if base.buckets:
+                candidates, largest = _largest_bucket(train_set)
+            few = _only(train_set, candidates, (WARM_STEPS + TIMED_STEPS) * size)
+            examples, few_examples = len(train_set), len(few)
         held_out = 0 if validation_set is None else len(validation_set)
-        self.plan = Plan.of(clock, base, len(train_set), held_out, largest)
+        self.plan = Plan.of(clock, base, examples, held_out, largest)
         self.sets = [(train_set, few), (validation_set, validation_set)]
         if measured:
-            self.stands_for["measuring"] = min(len(train_set), measured) / min(len(few), measured)
+            self.stands_for["measuring"] = min(examples or measured, measured) / min(few_examples, measured)
         if held_out:
             batches = HELD_OUT_BATCHES * clock.micro_batch_size * clock.num_processes
             count = max(batches, LEAST_PICTURES, self.run.config.valid_batch_size)  # a task may draw what it is shown
@@ -84,9 +89,10 @@ class Rehearsal:
         for column, (whole, few_values) in _columns([each for each in self.sets if each[0] is not None]).items():
             self.stands_for[column] = whole / few_values
         first = max(clock.total_steps - WARM_STEPS - TIMED_STEPS, 0)
-        counts = (len(few),) if base.buckets else ()
+        counts = (few_examples,) if base.buckets else ()
         fixed = {"num_epochs": None, "max_train_steps": clock.total_steps, "bucket_counts": counts}
-        return clock._replace(num_examples=len(few), **fixed).resumed_at(first, first * size)
+        fixed["num_examples"] = None if base.streaming else few_examples
+        return clock._replace(**fixed).resumed_at(first, first * size)
 
     def some_of(self, items: Iterable, what: str) -> Iterator:
         """The first items of a loop whose length is known, all of another; adds up what the rest would have taken."""

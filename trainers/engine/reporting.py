@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -35,10 +36,10 @@ def start_block(
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in network.parameters()) - trained
         rows[f"network {name}"] = f"{trained:,} parameters trained, {frozen:,} frozen"
-    rows["examples"] = f"{clock.num_examples:,}"
-    epochs = clock.epochs_done(clock.total_steps)
+    rows["examples"] = "a stream" if clock.num_examples is None else f"{clock.num_examples:,}"
+    epochs = "".join(f" ({count:.1f} epochs)" for count in clock.epochs(clock.total_steps).values())
     resumed = f", resumed at {clock.origin_step:,}" if clock.origin_step else ""
-    rows["steps"] = f"{clock.total_steps:,} ({epochs:.1f} epochs){resumed}"
+    rows["steps"] = f"{clock.total_steps:,}{epochs}{resumed}"
     parts = f"{clock.micro_batch_size} x {clock.accumulation_steps} micro-batches x {clock.num_processes} processes"
     rows["global batch"] = f"{clock.global_batch_size} = {parts}"
     rows["learning rate"] = (
@@ -67,11 +68,17 @@ def _devices(accelerator: Accelerator) -> str:
 
 
 def end_block(trainer: Trainer, output_dir: Path, train_set: Any) -> str:
-    """The lines that say where the pipeline is and how to load and sample it, and what was wrong with the data."""
+    """The lines that say where the pipeline is, how to load and sample it, and what the data lacked. Collective."""
     usage = trainer.usage_of(output_dir)
     bad = getattr(train_set, "bad_count", 0)
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
+    if hasattr(train_set, "losses"):
+        shards, images = map(sum, zip(*gather_object([train_set.losses()]), strict=True))
+        if shards or images:
+            usage += (
+                f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
+            )
     return f"The pipeline is in {output_dir}. To load and sample it:\n\n{_indented(usage)}\n"
 
 

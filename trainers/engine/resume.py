@@ -125,6 +125,9 @@ def read_state(
         )
     for text in [*harmless_changes(state, run), *(f"{change.text} (allowed)" for change in changes)]:
         accelerator.print(f"Changed since the checkpoint: {text}")
+    if state.get("stream") and run.base.streaming:
+        for text in train_set.go_on(state["stream"], accelerator.process_index):
+            accelerator.print(text)
     return state, clock
 
 

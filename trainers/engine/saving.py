@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.engine import checkpoint
+from trainers.engine import checkpoint, streaming
 from trainers.engine.agreement import on_main
 from trainers.engine.clock import Clock
 from trainers.engine.divergence import Divergence
@@ -136,8 +136,9 @@ class Saving:
             "slot": self.clock.slot_at(steps_done),
             "global_batch_size": self.clock.global_batch_size,
             "total_steps": self.clock.total_steps,
-            "num_examples": len(train_set),
+            "num_examples": self.clock.num_examples,
             "fingerprint": train_set.fingerprint,
+            "stream": streaming.positions(train_set) if self.run.base.streaming else None,
             "label_names": getattr(train_set, "label_names", None),
             "meter": self.meter.state(),
             "divergence": counts,

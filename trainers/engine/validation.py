@@ -128,7 +128,8 @@ class Validation:
         wanted = self.trainer.statistics_samples
         if wanted == 0:
             return {}
-        share = self._share(self.train_set, spread(len(self.train_set), wanted))
+        train_set = self.train_set.held(wanted) if self.base.streaming else self.train_set
+        share = self._share(train_set, spread(len(train_set), wanted))
         bar = self._watched if self.stopping.waits else partial(passing_bar, self.accelerator)  # at the end it is done
         examples = self.stopping.some_of(bar("measuring")(share), "measuring")
         with self._averaged_weights(), evaluation_mode(self.trainer):

@@ -1,0 +1,157 @@
+"""The files that a stream is made of: those of a folder, of a list of URLs and paths, or of a hub data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from datasets_lib.choices import one_of
+from datasets_lib.folder import walk
+from datasets_lib.http_file import open_url
+from datasets_lib.source import open_text
+
+KINDS = (".parquet", ".tar")
+SCHEMES = ("http", "https", "hf", "s3", "gs")
+INDEX, SETTINGS = "index.json", ".settings.json"  # of a folder that scripts/shard.py wrote, and is still writing
+FORMAT = 1
+
+
+class Shard(NamedTuple):
+    """One file; its name is what messages show, and holds neither user, password nor query of a URL."""
+
+    location: str  # a path or URL
+    name: str
+
+    @property
+    def kind(self) -> str:
+        return PurePosixPath(self.name).suffix.lower()
+
+    def open(self) -> IO[bytes]:
+        """Open the file for reading and seeking."""
+        scheme = urlsplit(self.location).scheme if "://" in self.location else ""
+        if scheme in ("http", "https"):
+            return open_url(self.location)
+        if not scheme:
+            return open(self.location, "rb")
+        import fsspec
+
+        return fsspec.open(self.location, "rb").open()
+
+    def without_secrets(self, error: Exception) -> str:
+        """Return what an error says, with the shard's name where it has the URL or a part that may be secret."""
+        text = str(error) or type(error).__name__
+        parts = urlsplit(self.location) if "://" in self.location else None
+        for secret in (self.location, parts.query, parts.netloc.rpartition("@")[0]) if parts else ():
+            text = text.replace(secret, self.name) if secret else text
+        return text
+
+
+class ShardList(NamedTuple):
+    """The shards of a split, in order; `about` is what scripts/shard.py wrote of them, {} for others'."""
+
+    shards: list[Shard]
+    origin: str
+    about: dict[str, Any]
+
+
+def find_shards(args: Any, split: str) -> ShardList:
+    """Return the shards of a split; a named validation split is a sub-folder, or one of the hub data set's.
+
+    Raises FileNotFoundError for a folder or file that is not there, ValueError for one without shards.
+    """
+    if args.dataset_name is not None:
+        return _of_hub(args, split)
+    top = Path(args.train_data_dir).expanduser().resolve()
+    if top.is_file() and top.suffix == ".txt":
+        return _of_list(top, args)
+    if not top.is_dir():
+        raise FileNotFoundError(
+            f"base.train_data_dir: there is no folder {top}; with base.streaming give a folder of "
+            f"{' or '.join(KINDS)} files, or a .txt file with a URL or path in each line"
+        )
+    return _of_folder(top, args, split)
+
+
+def _of_folder(top: Path, args: Any, split: str) -> ShardList:
+    held_out = args.validation_split
+    folder, excluded = top, None
+    if held_out is not None:
+        folders = sorted(path.name for path in top.iterdir() if path.is_dir())
+        excluded = top / one_of(f"base.validation_split (a sub-folder of {top})", held_out, folders)
+    if split == "validation":
+        folder, excluded = excluded, None
+    if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
+        raise ValueError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
+    found = [path for path in walk(folder, excluded, top) if path.suffix.lower() in KINDS]
+    if not found:
+        raise ValueError(
+            f"there are no {' or '.join(KINDS)} files in {folder}, and base.streaming: true reads such shards; check "
+            "base.train_data_dir, or make some with scripts/shard.py"
+        )
+    shards = [Shard(str(path), path.relative_to(folder).as_posix()) for path in found]
+    return ShardList(shards, str(folder), _about(folder))
+
+
+def _of_list(file: Path, args: Any) -> ShardList:
+    if args.validation_split is not None:
+        raise ValueError(
+            f"base.validation_split is {args.validation_split!r}, but base.train_data_dir is the list {file}, which is "
+            "one split; set it to null"
+        )
+    with open_text(file) as lines:
+        shards = [_listed(line.strip(), file) for line in lines if line.strip() and not line.startswith("#")]
+    if not shards:
+        raise ValueError(f"{file} lists no shards; give a URL or a path in each line")
+    return ShardList(shards, str(file), _about(file.parent))
+
+
+def _listed(line: str, file: Path) -> Shard:
+    """The shard of a line. Raises ValueError for what is no shard, or leads out of the list's folder."""
+    parts = urlsplit(line)
+    if "://" in line:
+        one_of(f"the scheme of a URL in {file}", parts.scheme, SCHEMES)
+        shard = Shard(line, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+    else:
+        if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
+            raise ValueError(f"{file} lists {line!r}, which leads out of its folder; give a path below {file.parent}")
+        shard = Shard(str(file.parent / line), line)
+        path = Path(shard.location)
+        if path.is_symlink() and not path.resolve().is_relative_to(file.parent):
+            raise ValueError(f"{path} is a link that leads out of {file.parent}; copy the file into the folder instead")
+    one_of(f"the end of the name {shard.name} in {file}", shard.kind, KINDS)
+    return shard
+
+
+def _of_hub(args: Any, split: str) -> ShardList:
+    from datasets_lib.hub import data_files
+
+    files = data_files(args)
+    wanted = args.validation_split if split == "validation" else "train"
+    option = "base.validation_split" if split == "validation" else "the training split"
+    locations = files[one_of(f"{option} of {args.dataset_name}", wanted, files)]
+    others = [location for location in locations if PurePosixPath(location).suffix.lower() not in KINDS]
+    if others:
+        raise ValueError(
+            f"base.dataset_name={args.dataset_name} has files such as {PurePosixPath(others[0]).name}, and "
+            f"base.streaming: true reads {' and '.join(KINDS)}; set it to false"
+        )
+    shards = [Shard(location, "/".join(PurePosixPath(location).parts[-2:])) for location in locations]
+    return ShardList(shards, args.dataset_name, {})
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    if not (folder / INDEX).is_file():
+        return {}
+    about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{folder / INDEX}: written by another version of diffloop; make the shards again")
+    return about
+
+
+def sizes(shards: list[Shard]) -> Iterator[int]:
+    """Yield the bytes of each that is a local file, 0 for the others: asking for thousands of URLs takes long."""
+    for shard in shards:
+        yield 0 if "://" in shard.location else Path(shard.location).stat().st_size
