@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import ImageColor
 
-from datasets_lib import buckets, streaming
+from datasets_lib import buckets, stream_problems
 from datasets_lib.choices import one_of
 from datasets_lib.example import check_example
 
@@ -30,7 +30,7 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     except ValueError:
         yield "background_color", "must be a colour: a name such as white, or #rrggbb"
     yield from buckets.problems(args)
-    yield from streaming.problems(args)
+    yield from stream_problems.problems(args)
 
 
 def build(args: Any, split: str) -> Any | None:

@@ -35,7 +35,7 @@ DEFAULTS = {
     "buckets": False, "bucket_max_pixels": None, "bucket_step": 64,
     "channels": 3, "interpolation": "bilinear", "center_crop": False, "random_flip": False,
     "background_color": "white", "bad_images": "error", "max_image_pixels": 178956970, "image_cache_mb": 512,
-    "streaming": False, "shuffle_buffer_size": None, "shard_retries": 3,
+    "streaming": False, "shuffle_buffer_size": None, "shuffle_buffer_resume": "replay", "shard_retries": 3,
 }  # fmt: skip
 STREAMED = 1000  # of a stream's examples, its first
 SOURCES = ("dataset_name", "train_data_dir", "dataset")

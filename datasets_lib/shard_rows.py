@@ -71,7 +71,8 @@ def _tar_rows(file: IO[bytes], shard: Shard, place: int) -> Iterator[RawRow]:
     file.seek(place)
     key, columns, begins = None, {}, place
     with tarfile.open(fileobj=file, mode="r|") as archive:  # one after the other: a member is read once or passed
-        for member in archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # else it keeps what it knows of each
             folder, slash, name = member.name.rpartition("/")
             stem, _, end = name.partition(".")
             if not member.isreg() or not stem or not end:
@@ -85,6 +86,9 @@ def _tar_rows(file: IO[bytes], shard: Shard, place: int) -> Iterator[RawRow]:
             if _is_known(end.lower()):
                 columns |= _columns(end.lower(), archive.extractfile(member).read())
         ended = place + archive.offset
+    file.seek(ended)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+        raise tarfile.ReadError("it ends without an end-of-archive mark, or is broken there")
     if columns:
         yield RawRow(columns, f"{key} of {shard.name}", ended)
 

@@ -90,7 +90,7 @@ class StreamReader:
     def _of_shard(self, shard: Shard) -> Iterator[tuple[Place, RawRow]]:
         failures = 0
         while True:
-            rows = read_rows(shard, self.place.offset, self.stream.columns)
+            rows = read_rows(shard, self.place.offset, self.stream.columns.names)
             while True:
                 began = time.perf_counter()
                 try:

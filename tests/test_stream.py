@@ -89,7 +89,7 @@ def test_columns_are_found_or_named(tmp_path):
     write_parquet(tmp_path / "a.parquet", [0, 1], **more)
     stream = stream_of(tmp_path)
     assert stream.label_names == ["cat", "dog"]
-    assert stream.columns == ["image", "mask", "text", "kind"]
+    assert stream.columns.names == ["image", "mask", "text", "kind"]
     example = stream.first_example()
     assert example["label"] == 1
     assert example["mask"].unique().tolist() == [0.0]

@@ -84,7 +84,8 @@ class Measured:
         for column, seconds in self._fill_seconds().items():
             share, what = self._missing(column), f"{stands_for.get(column, 1):.4g} times what was encoded here"
             parts.append(Part(f"cache of {column}", 1, seconds * stands_for.get(column, 1.0) * share, what))
-        decoding = sum(_prepare_seconds(few) * len(whole) / len(few) for whole, few in self.rehearsal.sets if few)
+        decoded = [pair for pair in self.rehearsal.sets if _prepare_seconds(pair[1])]
+        decoding = sum(_prepare_seconds(few) * len(whole) / len(few) for whole, few in decoded)
         parts += [Part("decoding ahead", 1, decoding, f"{plan.examples + plan.held_out:,} pictures")]
         parts += [Part("steps", plan.steps, plan.global_batch_size / self.examples_per_second)]
         parts += [Part("saves", plan.saves, self._seconds("save"))]

@@ -1,0 +1,99 @@
+"""What the columns of shards mean: which is the picture, the caption and the label, and a row as a data set of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from datasets_lib.choices import one_of
+from datasets_lib.hub import image_column, mask_column
+from datasets_lib.shard_rows import LATENTS, RawRow
+from datasets_lib.source import CAPTION_COLUMNS, Source, check_caption
+
+
+class ShardColumns:
+    """The columns of a stream, found as those of a hub data set; ValueError where an option names none of them.
+
+    `label_names` are those of the shards' own table, or None.
+    """
+
+    def __init__(self, features: dict[str, Any], args: Any, origin: str, label_names: list[str] | None) -> None:
+        self.origin = origin
+        self.latents = LATENTS in features
+        self.mask = mask_column(features, args.mask_column)
+        pictures = {name: kind for name, kind in features.items() if name != self.mask}
+        self.image = None if self.latents else image_column(pictures, args.image_column)
+        found = (name for name in CAPTION_COLUMNS if name in features)
+        self.caption = _named("caption_column", args, features) or next(found, None)
+        self.label = _named("label_column", args, features) or _label_column(features)
+        self.label_names = label_names or getattr(features.get(self.label), "names", None)
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read."""
+        found = [name for name in (self.image, self.mask, self.caption, self.label) if name]
+        return [*found, *([LATENTS] if self.latents else [])]
+
+    def source(self, row: RawRow) -> Source:
+        """Return the row as a data set of one; raise a ValueError with its name for what is not there."""
+        captions = labels = masks = None
+        if self.caption is not None:
+            place = f"{row.name}, column {self.caption!r} (base.caption_column),"
+            captions = [check_caption(row.columns.get(self.caption), place)]
+        if self.label is not None:
+            labels = [self.label_of(row)]
+        if self.mask is not None:
+            masks = [_encoded(row.columns.get(self.mask), row)]
+        images = [b"" if self.latents else _encoded(row.columns.get(self.image), row)]
+        return Source(images, self.origin, "", labels, self.label_names, captions, masks=masks, names=[row.name])
+
+    def label_of(self, row: RawRow) -> int:
+        """Return the number of a row's class."""
+        label = row.columns.get(self.label)
+        if isinstance(label, str) and self.label_names:
+            return self.label_names.index(one_of(f"the class of {row.name}", label, self.label_names))
+        if type(label) is not int or label < 0:
+            raise ValueError(
+                f"{row.name} has the label {label!r} in column {self.label!r}; labels are integers of at least 0: name "
+                "another column in base.label_column, or make the shards with scripts/shard.py"
+            )
+        return label
+
+
+def posterior(row: RawRow) -> dict[str, torch.Tensor]:
+    """Return the row's latents, "mean" and "logvar": float32 [c, h, w]."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(row.columns.get(LATENTS) or b"")
+        return {name: tensors[name].float() for name in ("mean", "logvar")}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{row.name}: its latents cannot be read ({error}); make the shards again") from None
+
+
+def _named(option: str, args: Any, features: dict[str, Any]) -> str | None:
+    wanted = getattr(args, option)
+    return None if wanted is None else one_of(f"base.{option}", wanted, features)
+
+
+def _label_column(features: dict[str, Any]) -> str | None:
+    """The only column of classes or, where there is none, `label`."""
+    from datasets import ClassLabel
+
+    found = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+    if found:
+        return found[0] if len(found) == 1 else None
+    return "label" if "label" in features else None
+
+
+def _encoded(value: Any, row: RawRow) -> bytes:
+    """The bytes of a picture's column; a missing one reads as an empty file."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None and isinstance(value, dict) and value.get("path"):
+        path = value["path"]
+        raise ValueError(f"{row.name} names the file {path!r} and does not hold it; make shards that hold their files")
+    if not isinstance(data, bytes | None):
+        raise ValueError(f"{row.name} has no picture but {type(data).__name__}; name its column in base.image_column")
+    return data or b""
