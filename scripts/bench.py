@@ -1,4 +1,4 @@
-"""Speed in tables, as JSON and in docs/performance.md: scripts/bench.py loop|ablation|data|peers|checkpoint|scale
+"""Speed in tables, as JSON and in docs/performance.md: scripts/bench.py TABLE
 
 Sides are measured in turns. Nothing else should run on the machine; the load stands beside the numbers.
 """
@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.benchmarks import ablation, checkpoint, data, loop, peers, report, scale
+from scripts.benchmarks import ablation, checkpoint, data, loop, peers, report, scale, stream
 
 TABLES = {
     "loop": lambda asked: loop.table(asked.pairs, asked.steps, asked.tasks),
@@ -21,6 +21,7 @@ TABLES = {
     "data": lambda asked: data.table(asked.pairs, asked.seconds),
     "peers": lambda asked: peers.table(asked.pairs, asked.steps),
     "checkpoint": lambda asked: checkpoint.table(asked.config, asked.pairs),
+    "stream": lambda asked: stream.table(asked.pairs),
     "scale": lambda asked: scale.table(asked.pairs, asked.steps),
 }
 

@@ -1,0 +1,186 @@
+"""Turns a data set into shards to stream: scripts/shard.py FOLDER_OR_CONFIG --output-dir DIR [base.key=value ...]
+
+FOLDER_OR_CONFIG is what base.train_data_dir can be, or a run's configuration, whose section `base` says what the data
+is. Pictures, masks, labels and captions are copied as they are, in a random order of base.seed; a validation split goes
+to a sub-folder. With --latents VAE (a finished vae run, or another AutoencoderKL) the posteriors of the pictures'
+centres are written instead. To train on them: base.train_data_dir=DIR base.streaming=true base.max_train_steps=N.
+
+`accelerate launch scripts/shard.py ...` or torchrun shares the shards out over processes. What was interrupted goes on
+with the same options: shards that are whole are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets_lib
+from datasets_lib.dataset import ImageDataset
+from datasets_lib.shard_writing import SUFFIXES, Written, example_of, write_shard
+from datasets_lib.shards import FORMAT, INDEX, SETTINGS
+from trainers.common.latents import LatentSpace, encode, latents_problems
+from trainers.engine.agreement import on_all, on_main
+from trainers.engine.config import load_config
+from trainers.engine.durable import flush
+from trainers.engine.options import BaseConfig
+from trainers.engine.sampling_arguments import DTYPES, positive
+
+
+def read_base(source: Path, overrides: list[str]) -> BaseConfig:
+    """The section `base` of a configuration, or of none where the source is data; ValueError for what cannot be."""
+    if source.is_dir() or source.suffix == ".jsonl":
+        if overrides:
+            raise ValueError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
+        return BaseConfig(train_data_dir=str(source))
+    base = load_config(source, overrides, datasets_lib.problems).base
+    for option in ("streaming", "class_data_dir"):
+        if getattr(base, option):
+            raise ValueError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
+    return base
+
+
+def settings_of(dataset: ImageDataset, base: BaseConfig, space: LatentSpace | None, options: Any) -> dict[str, Any]:
+    """What decides the shards of a split: a folder holds those of one."""
+    found = {"format": FORMAT, "kind": options.format, "shard_size": options.shard_size, "seed": base.seed}
+    found["data"] = dataset.fingerprint
+    if space is not None:
+        found |= {"encoded_by": space.digest, "dtype": options.dtype}
+        found |= {"resolution": base.resolution, "channels": base.channels, "interpolation": base.interpolation}
+        found |= {"background_color": base.background_color}
+    return found
+
+
+def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or sees to it that what it holds was begun with the same settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [f"{key}: {before.get(key)} -> {settings.get(key)}" for key in {**before, **settings}
+                   if before.get(key) != settings.get(key)]  # fmt: skip
+        if changed:
+            raise ValueError(f"{folder}: holds shards with other settings ({'; '.join(changed)}); choose a new folder")
+    elif any(path for path in folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
+    else:
+        file.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def write_shards(
+    accelerator: Accelerator, dataset: ImageDataset, space: LatentSpace | None, folder: Path, options: Any, seed: int
+) -> None:
+    """Writes this process's shards; a whole one is kept, and known by its record, which comes last."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = range(0, len(order), options.shard_size)
+    for number in range(accelerator.process_index, len(starts), accelerator.num_processes):
+        path = folder / f"shard-{number:05}{SUFFIXES[options.format]}"
+        record = folder / f".{path.name}.json"
+        if is_whole(path, record):
+            continue
+        indices = order[starts[number] : starts[number] + options.shard_size]
+        staged = folder / f".tmp-{path.name}"
+        write_shard(staged, examples_of(dataset, indices, space, options), options.format, dataset.source)
+        flush(staged)
+        staged.rename(path)
+        flush(folder)
+        labels = [dataset.source.labels[dataset.rows[index]] for index in indices] if dataset.source.labels else []
+        about = {"file": path.name, "bytes": path.stat().st_size, "examples": len(indices)}
+        record.write_text(json.dumps(about | {"highest_label": max(labels, default=None)}), encoding="utf-8")
+        print(f"{path}: {len(indices):,} examples", flush=True)
+
+
+def is_whole(path: Path, record: Path) -> bool:
+    """Whether a shard was finished: its file has the size that its record says."""
+    if not (path.is_file() and record.is_file()):
+        return False
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))["bytes"] == path.stat().st_size
+    except (ValueError, KeyError):  # cut off with the machine
+        return False
+
+
+def examples_of(
+    dataset: ImageDataset, indices: list[int], space: LatentSpace | None, options: Any
+) -> Iterator[Written]:
+    if space is None:
+        yield from (example_of(dataset, index) for index in indices)
+        return
+    for first in range(0, len(indices), options.batch_size):
+        numbers = indices[first : first + options.batch_size]
+        images = torch.stack([dataset.get(number, None)["image"] for number in numbers])
+        rows = {name: each.to("cpu", DTYPES[options.dtype]) for name, each in encode(space.vae, images).items()}
+        for place, number in enumerate(numbers):
+            own = {name: each[place].clone(memory_format=torch.contiguous_format) for name, each in rows.items()}
+            yield example_of(dataset, number, save(own))
+
+
+def write_index(folder: Path, dataset: ImageDataset, settings: dict[str, Any], shape: list[int] | None) -> None:
+    """What the stream is told of the shards; it comes last, so that what was begun and not ended is no data set."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(".shard-*.json"))]
+    highest = [record.pop("highest_label") for record in records]
+    about = {"format": FORMAT, "examples": len(dataset), "label_names": dataset.label_names, "shards": records}
+    about["highest_label"] = max((label for label in highest if label is not None), default=None)
+    if shape is not None:
+        about |= {"shape": shape} | {key: settings[key] for key in ("encoded_by", "resolution", "channels")}
+    staged = folder / ".tmp-index.json"
+    staged.write_text(json.dumps(about), encoding="utf-8")
+    flush(staged)
+    staged.rename(folder / INDEX)
+
+
+def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: Any, options: Any) -> None:
+    dataset = datasets_lib.build(base, split)
+    if dataset is None:
+        return
+    if not isinstance(dataset, ImageDataset):
+        raise ValueError(f"base.dataset = {base.dataset}: holds no picture files to put into shards")
+    name = base.validation_split if isinstance(base.validation_split, str) else "validation"
+    folder = options.output_dir if split == "train" else options.output_dir / name
+    settings = settings_of(dataset, base, space, options)
+    on_main(accelerator, lambda: prepare_folder(folder, settings))
+    on_all(accelerator, lambda: write_shards(accelerator, dataset, space, folder, options, base.seed))
+    shape = None if space is None else list(space.shape)
+    on_main(accelerator, lambda: write_index(folder, dataset, settings, shape))
+    accelerator.print(f"{folder}: {len(dataset):,} examples")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="FOLDER_OR_CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="base.key=value")
+    parser.add_argument("--output-dir", type=Path, required=True, help="a new folder, or one to go on with")
+    parser.add_argument("--format", choices=SUFFIXES, default="parquet", help="of the shards (parquet)")
+    parser.add_argument("--shard-size", type=positive, default=10_000, help="examples per shard (10000)")
+    parser.add_argument("--latents", metavar="VAE", help="a finished vae run, or another folder or hub name")
+    parser.add_argument("--batch-size", type=positive, default=16, help="pictures to encode at once (16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the latents (float32)")
+    options = parser.parse_intermixed_args()
+    try:
+        accelerator = Accelerator()
+        base = read_base(options.source, options.overrides)
+        space = None
+        if options.latents is not None:
+            for problem in latents_problems(options.latents):
+                raise ValueError(f"--latents = {options.latents}: {problem}")
+            if base.buckets or base.random_flip:
+                raise ValueError("base.buckets and base.random_flip: latents are of pictures of one size as they are")
+            space = LatentSpace("--latents", options.latents, base, accelerator.device, torch.float32)
+        for split in ("train", "validation"):
+            shard_split(accelerator, base, split, space, options)
+        accelerator.end_training()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
