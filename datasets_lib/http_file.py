@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import urllib.error
 import urllib.request
 from typing import IO
+from urllib.parse import unquote, urlsplit
 
 PART_BYTES = 4 << 20  # of one request
 TIMEOUT_SECONDS = 60.0
@@ -14,11 +16,14 @@ TIMEOUT_SECONDS = 60.0
 class HttpFile(io.RawIOBase):
     """The bytes of a URL; every read is one request for a range. Raises OSError where the server has no such file.
 
-    A server that does not know ranges is an error too: each part would transfer the whole file.
+    A server that does not know ranges is an error too: each part would transfer the whole file. A user and password in
+    the URL are sent as basic authorization, to that server alone.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        parts = urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        self.url, self.user = parts._replace(netloc=host).geturl(), unquote(user)
         self.place = 0
         with self._request(0, 0) as response:
             _, _, size = response.headers.get("Content-Range", "").partition("/")
@@ -28,6 +33,9 @@ class HttpFile(io.RawIOBase):
 
     def _request(self, first: int, last: int) -> IO[bytes]:
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={first}-{last}"})
+        if self.user:
+            encoded = base64.b64encode(self.user.encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {encoded}")
         try:
             return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
