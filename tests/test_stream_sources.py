@@ -25,10 +25,11 @@ SECRET = "user:hidden"
 class Files(http.server.SimpleHTTPRequestHandler):
     """A folder's files in parts; `faults` is how many of the next requests fail, `log` what was asked for."""
 
-    faults, parts, log = 0, True, []  # one server at a time
+    faults, parts, log, users = 0, True, [], []  # one server at a time
 
     def do_GET(self):
-        type(self).log.append((self.path, self.headers.get("Range")))
+        self.log.append((self.path, self.headers.get("Range")))
+        self.users.append(self.headers.get("Authorization"))
         if type(self).faults > 0:
             type(self).faults -= 1
             self.send_error(503)
@@ -116,6 +117,10 @@ def test_credentials_are_in_no_message(server, tmp_path, capsys, tiny_config):
     url = f"http://{SECRET}@{server}/missing.tar?sig=c2VjcmV0"
     file = listed(tmp_path, f"http://{server}/shard-000.tar", url)
     stream = stream_of(file)
+    with Shard(url.replace("missing", "shard-001"), "a.tar").open() as opened:
+        assert len(opened.read(600)) == 600
+    assert Files.users[-1] == "Basic dXNlcjpoaWRkZW4="
+    assert Files.log[-1][0] == "/shard-001.tar?sig=c2VjcmV0"
     assert stream.shards[1].name == f"http://{server}/missing.tar"
     reader = stream.open_reader(0, None)
     numbers(reader, 12)
