@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 from conftest import losses
+from processes import start
 from shard_files import png, write_shards, write_tar
-from test_resume import forget_after
+from test_resume import final_state, forget_after
 from test_stream import COUNT, KINDS, SIZES, base_of, number_of, numbers, run_options, short_waits, stream_of  # noqa: F401
 
 import datasets_lib
@@ -249,6 +250,22 @@ def test_messages_of_workers_end_the_run_without_a_traceback(tmp_path, error_of)
     write_tar(folder / "z.tar", {"x.png": png(1)})
     text = error_of(**run_options(folder), **{"base.dataloader_num_workers": 2, "base.train_batch_size": 20})
     assert "x of z.tar, column 'text' (base.caption_column), has no caption" in text
+
+
+def test_data_workers_that_are_killed(tmp_path):
+    """As of data that is indexed: the step is finished by this process, from the places where the workers were."""
+    folder, options = write_shards(tmp_path / "shards", "tar", SIZES), ["base.random_flip=true", "base.resolution=24"]
+    options += ["base.streaming=true", f"base.train_data_dir={folder}", "base.max_train_samples=null"]
+    options += ["base.dataloader_num_workers=2"]
+    arguments = ["configs/tests/ddpm.json", *options, f"base.output_dir={tmp_path}/run"]
+    process = start(*arguments, faults={"kill_workers_at": 2}, out=tmp_path / "log")
+    assert process.wait(300) == 1
+    text = (tmp_path / "log").read_text()
+    assert "Traceback" not in text
+    assert "a data worker of process 0 died (pid " in text
+    assert main([*arguments, "base.resume_from_checkpoint=latest"]) == 0
+    assert main(["configs/tests/ddpm.json", *options, f"base.output_dir={tmp_path}/whole"]) == 0
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
 
 
 # --- going on with something else

@@ -43,6 +43,7 @@ def row(kind: str, repetitions: int) -> dict[str, Any]:
         far = {"place": place_of(kind, RESUMED)}
         resumed = [seconds_to_a_batch(base, far) for _ in range(repetitions)]
         before, most = memory(base, kind)
+        rate, after = speed(base)
         return {
             "shards": kind,
             "examples": SHARDS * ROWS,
@@ -51,7 +52,8 @@ def row(kind: str, repetitions: int) -> dict[str, Any]:
             f"seconds_to_batch_at_{RESUMED}": float(np.median(resumed)),
             "resident_mib_after_first_batch": before,
             f"resident_mib_at_most_in_{PLACES}_places": most,
-            "examples_per_second": speed(base),
+            f"resident_mib_after_{SEQUENTIAL}_more": after,
+            "examples_per_second": rate,
             "runs": [*first, *resumed],
         }
 
@@ -121,11 +123,11 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
-def speed(base: BaseConfig) -> float:
-    """Examples per second of one reader."""
+def speed(base: BaseConfig) -> tuple[float, float]:
+    """Examples per second of one reader, and the resident MiB after them."""
     batches = batches_of(base, None)
     next(batches)
     began = time.perf_counter()
     for _ in range(SEQUENTIAL // BATCH):
         next(batches)
-    return SEQUENTIAL // BATCH * BATCH / (time.perf_counter() - began)
+    return SEQUENTIAL // BATCH * BATCH / (time.perf_counter() - began), resident()
