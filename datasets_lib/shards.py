@@ -118,9 +118,7 @@ def _listed(line: str, file: Path) -> Shard:
         if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
             raise ValueError(f"{file} lists {line!r}, which leads out of its folder; give a path below {file.parent}")
         shard = Shard(str(file.parent / line), line)
-        path = Path(shard.location)
-        if path.is_symlink() and not path.resolve().is_relative_to(file.parent):
-            raise ValueError(f"{path} is a link that leads out of {file.parent}; copy the file into the folder instead")
+        _check_inside(Path(shard.location), file.parent)
     one_of(f"the end of the name {shard.name} in {file}", shard.kind, KINDS)
     return shard
 
@@ -138,8 +136,16 @@ def _of_hub(args: Any, split: str) -> ShardList:
             f"base.dataset_name={args.dataset_name} has files such as {PurePosixPath(others[0]).name}, and "
             f"base.streaming: true reads {' and '.join(KINDS)}; set it to false"
         )
+    top = Path(args.dataset_name).expanduser().resolve()
+    for path in map(Path, locations) if top.is_dir() else ():
+        _check_inside(path, top)
     shards = [Shard(location, "/".join(PurePosixPath(location).parts[-2:])) for location in locations]
     return ShardList(shards, args.dataset_name, {})
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    if path.is_symlink() and not path.resolve().is_relative_to(folder):
+        raise ValueError(f"{path} is a link that leads out of {folder}; copy the file into the folder instead")
 
 
 def _about(folder: Path) -> dict[str, Any]:

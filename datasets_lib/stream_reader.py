@@ -89,31 +89,30 @@ class StreamReader:
 
     def _of_shard(self, shard: Shard) -> Iterator[tuple[Place, RawRow]]:
         failures = 0
-        while True:
-            rows = read_rows(shard, self.place.offset, self.stream.columns.names)
-            while True:
-                began = time.perf_counter()
-                try:
-                    row = next(rows, None)
-                except Exception as error:  # every format and file system has its own
-                    self.last_error = f"{shard.name}: {shard.without_secrets(error)}"
-                    break
-                self.seconds += time.perf_counter() - began
-                if row is None:
-                    return
-                failures, place = 0, self.place
-                self.place = place._replace(offset=row.following)
-                self.rows_read += 1
-                yield place, row
-            failures += 1
-            if failures > self.stream.args.shard_retries:
-                self.lost_shards += 1
-                where = f"from {place_text(shard, self.place)} on" if self.place.offset else "as a whole"
-                print(f"WARNING: {self.last_error}: the shard is skipped {where}", flush=True)
+        while failures <= self.stream.args.shard_retries:
+            if failures:
+                time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
+            try:
+                for row in self._timed(read_rows(shard, self.place.offset, self.stream.columns.names)):
+                    failures, place = 0, self.place
+                    self.place = place._replace(offset=row.following)
+                    self.rows_read += 1
+                    yield place, row
                 return
-            time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
+            except Exception as error:  # every format and file system has its own
+                self.last_error = f"{shard.name}: {shard.without_secrets(error)}"
+                failures += 1
+        self.lost_shards += 1
+        unit = "row" if shard.kind == ".parquet" else "byte"
+        where = f"from {unit} {self.place.offset:,} on" if self.place.offset else "as a whole"
+        print(f"WARNING: {self.last_error}: the shard is skipped {where}", flush=True)
 
-
-def place_text(shard: Shard, place: Place) -> str:
-    """Return the place in a shard, for a message."""
-    return f"{'row' if shard.kind == '.parquet' else 'byte'} {place.offset:,}"
+    def _timed(self, rows: Iterator[RawRow]) -> Iterator[RawRow]:
+        """The rows; adds up the seconds that reading them takes."""
+        while True:
+            began = time.perf_counter()
+            row = next(rows, None)
+            self.seconds += time.perf_counter() - began
+            if row is None:
+                return
+            yield row

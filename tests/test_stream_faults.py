@@ -137,6 +137,20 @@ def test_a_task_that_measures_its_training_set_trains_from_a_stream(tmp_path, ru
     assert json.loads((run / "config.json").read_text())["scaling_factor"] != 0.18215
 
 
+@pytest.mark.parametrize("task", ["text_to_image", "conditional_ddpm"])
+def test_tasks_with_texts_or_classes_train_from_a_stream(tmp_path, tiny_config, task, capsys):
+    folder = write_shards(tmp_path / "shards", "tar", SIZES)
+    size = json.loads(tiny_config(task).read_text())["base"]
+    own = {f"base.{name}": size[name] for name in ("resolution", "channels") if name in size}
+    if task == "conditional_ddpm":
+        assert main([str(tiny_config(task, **run_options(folder) | own))]) == 1
+        assert "classes" in capsys.readouterr().err
+        own["conditional_ddpm.num_classes"] = 10
+    own["base.caption"] = ""
+    run = train(load_config(tiny_config(task, **run_options(folder) | own)))
+    assert len(losses(run)) == json.loads(tiny_config(task).read_text())["base"]["max_train_steps"]
+
+
 def test_a_dry_run_of_a_stream(folder, tiny_config, capsys):
     path = tiny_config(**run_options(folder, **{"base.dataloader_num_workers": 2}))
     assert main([str(path), "--dry-run"]) == 0

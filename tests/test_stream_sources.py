@@ -202,6 +202,11 @@ def test_a_hub_data_set_is_read_by_its_files(hub):
 
 
 def test_hub_data_sets_that_cannot_be_streamed(tmp_path, hub):
+    (tmp_path / "outside.parquet").touch()
+    (hub / "data" / "train-00003-of-00004.parquet").symlink_to(tmp_path / "outside.parquet")
+    with pytest.raises(ValueError, match="train-00003-of-00004.parquet is a link that leads out of"):
+        datasets_lib.build(hub_base(hub), "train")
+    (hub / "data" / "train-00003-of-00004.parquet").unlink()
     with pytest.raises(ValueError, match="base.validation_split of .* is 'tset'; it must be one of: .*test"):
         datasets_lib.build(hub_base(hub, validation_split="tset"), "validation")
     (tmp_path / "csv").mkdir()
