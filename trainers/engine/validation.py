@@ -26,6 +26,8 @@ from trainers.engine.saving import Saving
 from trainers.engine.stopping import Abandoned, Stopping
 from trainers.engine.tracking import EVALUATION_TIME, VALIDATION_TIME, Tracking
 
+STREAMED = 2000  # examples of a stream at most, which are held in memory while they are measured
+
 
 class Validation:
     """Validates and evaluates a run when it is due. Every call is collective.
@@ -128,7 +130,7 @@ class Validation:
         wanted = self.trainer.statistics_samples
         if wanted == 0:
             return {}
-        train_set = self.train_set.held(wanted) if self.base.streaming else self.train_set
+        train_set = self.train_set.held(min(wanted, STREAMED)) if self.base.streaming else self.train_set
         share = self._share(train_set, spread(len(train_set), wanted))
         bar = self._watched if self.stopping.waits else partial(passing_bar, self.accelerator)  # at the end it is done
         examples = self.stopping.some_of(bar("measuring")(share), "measuring")
