@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from datasets_lib.inspect import main as inspect
 from datasets_lib.stream import Stream
 from train import main, train
 from trainers.engine.config import load_config
+from trainers.engine.divergence import Divergence
 
 
 @pytest.fixture(params=KINDS)
@@ -155,6 +157,15 @@ def test_a_dry_run_of_a_stream(folder, tiny_config, capsys):
     path = tiny_config(**run_options(folder, **{"base.dataloader_num_workers": 2}))
     assert main([str(path), "--dry-run"]) == 0
     assert "It fits." in capsys.readouterr().out
+
+
+def test_a_diverged_stream_is_not_sent_to_a_script_that_needs_numbers(folder, tiny_config, capsys, monkeypatch):
+    monkeypatch.setattr(Divergence, "checked", lambda self, loss: loss * math.nan)
+    path = tiny_config(**run_options(folder, **{"base.max_skipped_steps": 2}))
+    assert main([str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "not finite in 2 steps in a row, up to step 2" in error
+    assert "replay.py" not in error
 
 
 def test_inspecting_a_stream(folder, tmp_path, capsys):

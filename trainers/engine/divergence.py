@@ -94,11 +94,12 @@ class Divergence:
         else:
             return
         self.hopeless = True
+        replay = f"Look at the batch with `python scripts/replay.py {self.base.output_dir} {step + 1}`; "
         self.stopping.ask(
             DIVERGED,
             f"{what}, up to step {step + 1} (base.max_skipped_steps = {self.base.max_skipped_steps}); the weights did "
-            f"not move in them. Look at the batch with `python scripts/replay.py {self.base.output_dir} {step + 1}`; "
-            f"{self.file} lists them all. Usual causes: a learning rate that is too high, broken data, fp16 (try bf16)",
+            f"not move in them. {'' if self.base.streaming else replay}{self.file} lists them all. Usual causes: a "
+            "learning rate that is too high, broken data, fp16 (try bf16)",
         )
 
     def state(self) -> dict[str, int]:

@@ -56,11 +56,15 @@ class StreamBatches(IterableDataset):
         slots = self.clock.micro_batch_slots(self.clock.origin_step + step, micro_step, self.process_index)
         return collate([{**reader.next(example_generator(self.seed, slot)), "slot": slot} for slot in slots])
 
+    def _rest(self, number: int) -> Iterator[Batch | Exception]:
+        return self.read(range(number, self.count))
+
     def read_ahead(self, base: BaseConfig, device: torch.device, stopping: Stopping) -> Iterator[Batch | Exception]:
         """Yields all batches, read in worker processes where there are any."""
         source = {"dataset": self, "batch_size": None, "collate_fn": as_it_is}
-        rest = lambda number: self.read(range(number, self.count))  # noqa: E731
-        batches = from_workers(source, rest, base, device, stopping) if base.dataloader_num_workers else iter(self)
+        batches = (
+            from_workers(source, self._rest, base, device, stopping) if base.dataloader_num_workers else iter(self)
+        )
         with closing(batches):
             for batch in batches:
                 if not isinstance(batch, Exception):
