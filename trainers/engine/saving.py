@@ -93,7 +93,7 @@ class Saving:
         final = self.output_dir / f"checkpoint-{steps_done}"
         if self.divergence.hopeless or on_main(self.accelerator, final.exists):
             return
-        broken = find_not_finite(self.accelerator, self.networks, self.ema, self.optimizer)
+        broken = find_not_finite(self.networks, self.ema, self.optimizer)
         if broken is not None:
             raise ValueError(
                 f"{final.name} is not written: {broken} is not finite; continue from the checkpoint before with "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -68,26 +68,30 @@ def snapshot(
     return Snapshot(step, tensors, texts)
 
 
-def find_not_finite(
-    accelerator: Accelerator, networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer
-) -> str | None:
+def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
     """The first trained weight, average or optimizer state that is not finite on some rank. Collective.
 
     Buffers are left out: a mask may hold infinities.
     """
+    found = gather_object([_not_finite_here(networks, ema, optimizer)])  # each rank has parts of its own under FSDP2
+    return next((name for name in found if name is not None), None)
+
+
+def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
     names = parameter_names(networks)
     tensors = {f"weight {names[id(p)]}": p for group in optimizer.param_groups for p in group["params"]}
     tensors |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
     for parameter, values in optimizer.state.items():
         tensors |= {f"{key} of {names[id(parameter)]}": torch.as_tensor(value) for key, value in values.items()}
     parts = {name: local(tensor.detach()) for name, tensor in tensors.items()}
-    # sums: ten times as fast as a look at each element
-    sums = [part.sum().to(accelerator.device, torch.complex64) for part in parts.values()]
-    strange = accelerator.reduce((~torch.stack(sums).isfinite()).int(), "sum").tolist()
-    for name in [name for name, count in zip(parts, strange, strict=True) if count]:
-        broken = ~parts[name].isfinite().all()  # a sum of large numbers may overflow
-        if accelerator.reduce(broken.int().to(accelerator.device), "sum").item():
-            return name
+    by_device: dict[torch.device, list[str]] = {}
+    for name, part in parts.items():
+        by_device.setdefault(part.device, []).append(name)
+    for listed in by_device.values():  # one wait per device, for sums: ten times as fast as a look at each element
+        finite = torch.stack([parts[name].sum().isfinite() for name in listed]).tolist()
+        for name in [name for name, is_finite in zip(listed, finite, strict=True) if not is_finite]:
+            if not parts[name].isfinite().all():  # a sum of large numbers may overflow
+                return name
     return None
 
 
