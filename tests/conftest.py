@@ -112,6 +112,19 @@ def network_without_dropout(tmp_path):
     return str(tmp_path / "network.json")
 
 
+def recorded_samples(monkeypatch, trainer_class):
+    """The (pictures, labels, random source) of every call of the class-conditional trainer's sample(), as they come."""
+    drawn, original = [], trainer_class.sample
+
+    def recording(self, requests, rng):
+        found = original(self, requests, rng)
+        drawn.append((found["samples"], [request["label"] for request in requests], rng))
+        return found
+
+    monkeypatch.setattr(trainer_class, "sample", recording)
+    return drawn
+
+
 def wait_for(condition, process=None, seconds=300):
     """What `condition()` returns when it is true; fails where the process ends before, or after some time."""
     end = time.monotonic() + seconds

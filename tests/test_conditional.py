@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, read_metrics
+from conftest import losses, read_metrics, recorded_samples
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 
@@ -151,14 +151,7 @@ def test_a_grid_has_a_column_per_class_and_the_averaged_weights_below(run_in_pro
 
 def test_the_pipeline_draws_the_validations_pictures(run_in_process, monkeypatch):
     """Loaded back with one line, asked by name, with the noise of the last validation."""
-    drawn, original = [], ConditionalDDPMTrainer.sample
-
-    def recording(self, requests, rng):
-        found = original(self, requests, rng)
-        drawn.append((found["samples"], [request["label"] for request in requests], rng))
-        return found
-
-    monkeypatch.setattr(ConditionalDDPMTrainer, "sample", recording)
+    drawn = recorded_samples(monkeypatch, ConditionalDDPMTrainer)
     options = {"guidance_scale": 2.0, "sampler": "ddim", "guidance_rescale": 0.3, "guidance_interval": [0.1, 5.0]}
     folder = run_in_process(task=TASK, **{f"{TASK}.{name}": value for name, value in options.items()})
     pictures, labels, rng = drawn[-1]  # with averaged weights

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, losses
+from conftest import ROOT, losses, recorded_samples
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 
 from train import main
@@ -202,14 +202,7 @@ def test_guidance_by_hand(scale):
 
 @pytest.mark.parametrize("options", [{"sampler": "ddim", "guidance_rescale": 0.3}, FLOW], ids=["ddpm", "flow"])
 def test_the_pipeline_draws_the_validations_pictures(options, run_in_process, monkeypatch):
-    drawn, original = [], DiTTrainer.sample
-
-    def recording(self, requests, rng):
-        found = original(self, requests, rng)
-        drawn.append((found["samples"], [request["label"] for request in requests], rng))
-        return found
-
-    monkeypatch.setattr(DiTTrainer, "sample", recording)
+    drawn = recorded_samples(monkeypatch, DiTTrainer)
     folder = run_in_process(task=TASK, **{f"dit.{name}": value for name, value in options.items()})
     pictures, labels, rng = drawn[-1]  # with averaged weights
     assert labels == list(range(10))
@@ -221,7 +214,7 @@ def test_the_pipeline_draws_the_validations_pictures(options, run_in_process, mo
     torch.testing.assert_close(found, pictures, rtol=0, atol=1e-5)
     saved = load_trainer(open_run(folder), device="cpu")
     rng.asked.clear()
-    again = original(saved, [{"label": label} for label in labels], rng)["samples"]
+    again = saved.sample([{"label": label} for label in labels], rng)["samples"]
     torch.testing.assert_close(again, pictures, rtol=0, atol=1e-5)
 
 
