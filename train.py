@@ -66,7 +66,7 @@ def train(run: RunConfig) -> Path:
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
             resume.load(accelerator, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
-        watches = Watches(accelerator, optimizer, clock, rate_factor)
+        watches = Watches(accelerator, networks, optimizer, clock, rate_factor)
         datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
 
         # steps

@@ -19,6 +19,7 @@ from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.engines import engine_of
 from trainers.engine.optimization import warmup_steps
+from trainers.engine.sharding import shape_of
 
 
 def start_block(
@@ -33,8 +34,8 @@ def start_block(
     base, config = run.base, run.config
     rows = {"task": f"{run.task}, data {base.dataset_name or base.train_data_dir or base.dataset}"}
     for name, network in networks.items():
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in network.parameters()) - trained
+        trained = sum(shape_of(p).numel() for p in network.parameters() if p.requires_grad)
+        frozen = sum(shape_of(p).numel() for p in network.parameters()) - trained
         rows[f"network {name}"] = f"{trained:,} parameters trained, {frozen:,} frozen"
     rows["examples"] = "a stream" if clock.num_examples is None else f"{clock.num_examples:,}"
     epochs = "".join(f" ({count:.1f} epochs)" for count in clock.epochs(clock.total_steps).values())
