@@ -44,13 +44,15 @@ def configure_deepspeed(
     Raises ValueError for what it cannot do, and where the launcher says something else.
     """
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    _refuse(networks, settings["zero_optimization"]["stage"], config, base)
+    _refuse(networks, base)
     clipping, own = settings.get("gradient_clipping", "auto"), config.max_grad_norm or 0.0
     if clipping not in ("auto", own):
         raise ValueError(
             f"the launcher says gradient_clipping = {clipping}, and the run's max_grad_norm is "
             f"{config.max_grad_norm}: leave the launcher's out, or make them equal"
         )
+    # without modules of lower precision weights are gathered and gradients summed in float32; bf16 would sum in bf16
+    autocast = {"dtype": "bfloat16", "lower_precision_safe_modules": []}
     settings |= {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": base.train_batch_size,
@@ -58,23 +60,16 @@ def configure_deepspeed(
         "gradient_clipping": own,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU as well, and needs no compiler
-        "communication_data_type": "fp32",  # gradients are summed in float32, as on the other engines
         "bf16": {"enabled": False},  # would make the weights bf16
-        "torch_autocast": {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": accelerator.mixed_precision == "bf16"} | autocast,
     }
 
 
-def _refuse(networks: dict[str, nn.Module], stage: int, config: TrainerConfig, base: BaseConfig) -> None:
+def _refuse(networks: dict[str, nn.Module], base: BaseConfig) -> None:
     if len(networks) > 1:
         raise ValueError(
             f"DeepSpeed trains one network, and this run has {len(networks)} ({', '.join(networks)}); {DDP}, or train "
             "one of them"
-        )
-    [network] = networks.values()
-    if stage == 3 and any("lora_magnitude_vector" in name for name, _ in network.named_parameters()):
-        raise ValueError(
-            f"use_dora = true: ZeRO-3 divides the weights whose lengths DoRA trains; set it to false, or {DDP} or "
-            "ZeRO-2"
         )
     if base.compile:
         raise ValueError(f"base.compile = true: not supported with DeepSpeed; set it to false, or {DDP}")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from trainers.base import TrainerConfig
 from trainers.engine.deepspeed_settings import check_deepspeed
 
 SUPPORTED = (
@@ -76,6 +77,15 @@ def check_engine(accelerator: Accelerator) -> None:
     ):
         if refused:
             raise ValueError(text)
+
+
+def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
+    """Raises ValueError for 8-bit AdamW where the engine divides its state: it has no tensor for each weight."""
+    if config.use_8bit_adam and accelerator.distributed_type in ASKED_BY.values():
+        raise ValueError(
+            f"use_8bit_adam = true: not supported with {accelerator.distributed_type.value}, which divides the "
+            "optimizer's state over the processes already; set it to false, or launch with DDP"
+        )
 
 
 def engine_of(accelerator: Accelerator) -> str:

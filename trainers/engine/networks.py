@@ -18,6 +18,7 @@ from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.deepspeed_settings import configure_deepspeed
 from trainers.engine.encoding import FrozenStages
+from trainers.engine.engines import check_optimizer
 from trainers.engine.feeding import first_batch
 from trainers.engine.launch import weight_dtype
 from trainers.engine.manifest import NAME
@@ -68,6 +69,7 @@ def prepare_networks(
         if base.enable_xformers_memory_efficient_attention:
             option = "enable_xformers_memory_efficient_attention"
             _method(network, name, option, option)()
+    check_optimizer(accelerator, trainer.config)
     trainer.blueprints = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_by_blocks(accelerator, networks)
