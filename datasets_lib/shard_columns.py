@@ -53,10 +53,15 @@ class ShardColumns:
         label = row.columns.get(self.label)
         if isinstance(label, str) and self.label_names:
             return self.label_names.index(one_of(f"the class of {row.name}", label, self.label_names))
-        if type(label) is not int or label < 0:
+        if type(label) is not int or not 0 <= label < 1 << 63:
             raise ValueError(
                 f"{row.name} has the label {label!r} in column {self.label!r}; labels are integers of at least 0: name "
                 "another column in base.label_column, or make the shards with scripts/shard.py"
+            )
+        if self.label_names and label >= len(self.label_names):
+            raise ValueError(
+                f"{row.name} has the label {label} in column {self.label!r}, and there are {len(self.label_names)} "
+                "classes, numbered from 0; mend the shard"
             )
         return label
 

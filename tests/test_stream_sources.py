@@ -153,7 +153,9 @@ LINES = {
     "a.zip": "the end of the name a.zip in .* is '.zip'; it must be one of: .parquet, .tar",
     "https://user:word@host/a.bin?x=1": "the end of the name https://host/a.bin in .* is '.bin'",
     "link.tar": "link.tar is a link that leads out of",
-    "gone.tar": "none of the first 1 shards of .* can be read; the last: gone.tar: .*No such file",
+    "gone.tar": "lists 'gone.tar', and there is no such file; correct or remove the line",
+    "linked/outside.tar": "linked/outside.tar is a link that leads out of .*, or in one; copy the file",
+    "a.tar\n./a.tar": "lists a.tar 2 times; an epoch has each shard once: keep one line",
 }  # fmt: skip
 
 
@@ -162,7 +164,9 @@ def test_lines_that_are_no_shards(line, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "outside.tar").touch()
     (tmp_path / "in" / "link.tar").symlink_to(tmp_path / "outside.tar")
-    with pytest.raises(ValueError, match=LINES[line]):
+    (tmp_path / "in" / "linked").symlink_to(tmp_path)
+    (tmp_path / "in" / "a.tar").touch()
+    with pytest.raises((ValueError, FileNotFoundError), match=LINES[line]):
         stream_of(listed(tmp_path / "in", line))
 
 
