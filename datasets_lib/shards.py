@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ KINDS = (".parquet", ".tar")
 SCHEMES = ("http", "https", "hf", "s3", "gs")
 INDEX, SETTINGS = "index.json", ".settings.json"  # of a folder that scripts/shard.py wrote, and is still writing
 FORMAT = 1
+QUERY = r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"  # of a URL in a text
 
 
 class Shard(NamedTuple):
@@ -43,8 +45,11 @@ class Shard(NamedTuple):
         return fsspec.filesystem(scheme).open(self.location, "rb")
 
     def without_secrets(self, error: Exception) -> str:
-        """Return what an error says, with the shard's name where it has the URL or a part that may be secret."""
-        text = str(error) or type(error).__name__
+        """Return what an error says, with the shard's name where it has the URL or a part that may be secret.
+
+        Queries go from all URLs: a server may send its client on to a signed one.
+        """
+        text = re.sub(QUERY, r"\1", " ".join(str(error).split())) or type(error).__name__
         parts = urlsplit(self.location) if "://" in self.location else None
         for secret in (self.location, parts.query, parts.netloc.rpartition("@")[0]) if parts else ():
             text = text.replace(secret, self.name) if secret else text
