@@ -69,6 +69,8 @@ def _parquet_rows(file: IO[bytes], shard: Shard, place: int, columns: list[str] 
             for values in batch.slice(skipped).to_pylist():
                 row += 1
                 yield RawRow(values, f"row {row - 1} of {shard.name}", row)
+        if row != first:  # places are counted from it
+            raise ValueError(f"its row group {group} ends at row {row:,} and should at {first:,}")
 
 
 def _tar_rows(file: IO[bytes], shard: Shard, place: int) -> Iterator[RawRow]:

@@ -159,7 +159,7 @@ def _of_hub(args: Any, split: str) -> ShardList:
 def _check_inside(path: Path, folder: Path) -> None:
     if not path.resolve().is_relative_to(folder):
         raise ValueError(
-            f"{path} is a link that leads out of {folder}, or in one; copy the file into the folder instead"
+            f"{path} leads out of {folder}, as a link or through one; copy the file into the folder instead"
         )
 
 
