@@ -95,8 +95,8 @@ def dealt(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[C
     workers = base.dataloader_num_workers
     if len(seen := set(gather_object([train_set.fingerprint]))) > 1:
         raise ValueError(
-            f"the processes see {len(seen)} different lists of shards of {train_set.origin}; give each the same files, such "
-            "as those of a folder that all nodes have"
+            f"the processes see {len(seen)} different lists of shards of {train_set.origin}; give each the same files, "
+            "such as those of a folder that all nodes have"
         )
     part = train_set.dealt(accelerator.process_index, accelerator.num_processes, workers)
     return Clock.of_run(base, None, accelerator), part
