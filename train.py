@@ -67,7 +67,7 @@ def train(run: RunConfig) -> Path:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
             resume.load(accelerator, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
         watches = Watches(accelerator, optimizer, clock, rate_factor)
-        datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
+        datasets_lib.prepare(*sets, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
 
         # steps
         tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds)

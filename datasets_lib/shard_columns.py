@@ -28,6 +28,7 @@ class ShardColumns:
         self.caption = _named("caption_column", args, features) or next(found, None)
         self.label = _named("label_column", args, features) or _label_column(features)
         self.label_names = label_names or getattr(features.get(self.label), "names", None)
+        self.num_classes = len(self.label_names) if self.label_names else None
 
     @property
     def names(self) -> list[str]:
@@ -58,10 +59,10 @@ class ShardColumns:
                 f"{row.name} has the label {label!r} in column {self.label!r}; labels are integers of at least 0: name "
                 "another column in base.label_column, or make the shards with scripts/shard.py"
             )
-        if self.label_names and label >= len(self.label_names):
+        if self.num_classes is not None and label >= self.num_classes:
             raise ValueError(
-                f"{row.name} has the label {label} in column {self.label!r}, and there are {len(self.label_names)} "
-                "classes, numbered from 0; mend the shard"
+                f"{row.name} has the label {label} in column {self.label!r}, and there are {self.num_classes} classes, "
+                "numbered from 0: raise num_classes, or mend the shard"
             )
         return label
 

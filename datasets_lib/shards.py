@@ -41,7 +41,6 @@ class Shard(NamedTuple):
             return open(self.location, "rb")
         import fsspec
 
-        # fsspec.open() would follow a chain such as hf://...::file:///...
         return fsspec.filesystem(scheme).open(self.location, "rb")
 
     def without_secrets(self, error: Exception) -> str:

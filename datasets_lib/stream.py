@@ -163,6 +163,10 @@ class Stream:
         """Say what of the epochs that were begun is not read where the next one is begun."""
         return stream_resume.left_out(self, stream_resume.saved_readers(saved))
 
+    def limit_labels(self, num_classes: int | None) -> None:
+        """Make a label that is none of so many classes an error."""
+        self.columns.num_classes = num_classes or self.columns.num_classes
+
     def losses(self) -> tuple[int, int]:
         """Return how often a shard was skipped, and how many pictures were, by this process's readers."""
         shards, images = stream_resume.skipped([reader for reader in self.readers if reader])

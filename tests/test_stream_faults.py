@@ -149,6 +149,9 @@ def test_tasks_with_texts_or_classes_train_from_a_stream(tmp_path, tiny_config, 
     if task == "conditional_ddpm":
         assert main([str(tiny_config(task, **run_options(folder) | own))]) == 1
         assert "classes" in capsys.readouterr().err
+        own["conditional_ddpm.num_classes"] = 9  # as many as the label that says "no class"
+        assert main([str(tiny_config(task, "few", **run_options(folder) | own))]) == 1
+        assert "has the label 9 in column 'label', and there are 9 classes, numbered" in capsys.readouterr().err
         own["conditional_ddpm.num_classes"] = 10
     own["base.caption"] = ""
     run = train(load_config(tiny_config(task, **run_options(folder) | own)))
