@@ -20,7 +20,7 @@ from trainers.engine.messages import Interrupted, is_message
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine import card, export, feeding, launch, optimization, rehearsal, reporting, resume
+    from trainers.engine import candidates, card, export, feeding, launch, optimization, rehearsal, reporting, resume
     from trainers.engine.cache_filling import fill_caches
     from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
@@ -39,8 +39,8 @@ def train(run: RunConfig) -> Path:
     card.check_hub_login(base.push_to_hub)
     accelerator = launch.start_accelerator(base)
     device, rank = accelerator.device, accelerator.process_index
-    with Stopping(accelerator, base) as stopping, open_run_folder(accelerator, base), launch.numerics(base):
-        resume_from = resume.find_checkpoint(accelerator, output_dir, base.resume_from_checkpoint)
+    with Stopping(accelerator, base) as stopping, open_run_folder(accelerator, run) as folders, launch.numerics(base):
+        resume_from = candidates.find_checkpoint(accelerator, folders, output_dir, base.resume_from_checkpoint)
 
         # data
         with accelerator.main_process_first():  # it downloads, the others find the files
@@ -65,17 +65,18 @@ def train(run: RunConfig) -> Path:
 
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
-            resume.load(accelerator, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
+            resume.load(accelerator, folders, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
         watches = Watches(accelerator, optimizer, clock, rate_factor)
         datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
 
         # steps
         tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds)
         batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
-        saving = Saving(accelerator, tracking, clock, networks, ema, optimizer, train_set, meter, divergence, stopping)
+        trained = networks, ema, optimizer
+        saving = Saving(accelerator, folders, tracking, clock, *trained, train_set, meter, divergence, stopping)
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
         export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
-        accelerator.print(reporting.start_block(accelerator, run, trainer, networks, clock, train_set))
+        accelerator.print(reporting.start_block(accelerator, folders, run, trainer, networks, clock, train_set))
         with tracking, saving, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)
             done, speed = clock.origin_step, Speed()
