@@ -236,9 +236,29 @@ def slots_of(root):
     return {step: sorted(slots) for step, (_, slots) in last.items()}
 
 
-@pytest.mark.parametrize("folders", [pytest.param(1, marks=pytest.mark.slow), 2])
+def check_whole(folder, root, whole):
+    """Eight steps as undisturbed: the same numbers, and each example trained on once in all that counts."""
+    assert losses(folder) == until(8, whole)
+    assert final_state(folder, 8) == final_state(whole, 8)
+    assert slots_of(root) == {step: list(range(8 * step, 8 * step + 8)) for step in range(8)}
+
+
+def test_a_rank_is_lost_in_a_save(whole, tmp_path):
+    """The other one seals its copy alone, and its host goes on from there alone, as an agent would start it."""
+    noted = {"note_slots": f"{tmp_path}/slots"}
+    run(tmp_path, *ELASTIC, code=1, kill_in_save=[4, 1], slow_write=2, slow_steps=0.5, **noted)
+    assert [steps_of(tmp_path / name) for name in NAMES] == [[4, 2], [2]]
+    assert 4 < max(logged_steps(tmp_path / "first")) < 8
+    alone = [*COMMON, *ELASTIC, f"base.output_dir={tmp_path}/first"]
+    assert start(*alone, faults=noted, out=tmp_path / "log").wait(300) == 0
+    assert "resumed at 4" in (tmp_path / "log").read_text()
+    check_whole(tmp_path / "first", tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folders", [1, 2])
 def test_a_node_is_lost(folders, whole, tmp_path):
-    """The agent that is left goes on alone from the newest checkpoint: no example is repeated or lost."""
+    """The agent that is left goes on alone from the newest checkpoint; then one node goes on for more steps."""
     places, port = [tmp_path / name for name in (NAMES if folders == 2 else ("run", "run"))], free_port()
     faults = {"slow_steps": 0.3, "note_slots": f"{tmp_path}/slots"}
     first, second = [
@@ -251,12 +271,47 @@ def test_a_node_is_lost(folders, whole, tmp_path):
     log = (tmp_path / "first.log").read_text()
     assert "engine           DDP; 2 processes on 2 nodes, gloo\n" in log
     assert "global batch     8 = 4 x 2 micro-batches x 1 processes\n" in log
-    assert losses(places[0]) == until(8, whole)
-    assert final_state(places[0], 8) == final_state(whole, 8)
-    assert slots_of(tmp_path) == {step: list(range(8 * step, 8 * step + 8)) for step in range(8)}
+    check_whole(places[0], tmp_path, whole)
     if folders == 2:
         assert steps_of(places[1])[0] in (2, 4)
     more = [f"base.output_dir={places[0]}", "base.max_train_steps=12", *ELASTIC]
     assert launch(*COMMON, *more).returncode == 0
     assert losses(places[0]) == losses(whole)
     assert final_state(places[0], 12) == final_state(whole, 12)
+
+
+@pytest.mark.slow
+def test_a_node_comes_back(whole, tmp_path):
+    """The worker that is left saves at a TERM of its agent, and both go on from there."""
+    options, port = [f"base.output_dir={tmp_path}/run"], free_port()
+    faults, log = {"slow_steps": 2, "note_slots": f"{tmp_path}/slots"}, tmp_path / "first.log"
+    first, second = [agent(tmp_path, name, port, *options, **faults) for name in NAMES]
+    wait_for(lambda: 3 in logged_steps(tmp_path / "run"), first)
+    lose(second)
+    wait_for(lambda: "2 micro-batches x 1 processes" in log.read_text(), first)
+    second = agent(tmp_path, "second", port, *options, **faults)
+    assert [first.wait(300), second.wait(300)] == [0, 0]
+    assert log.read_text().count("1 micro-batches x 2 processes") == 2
+    assert "ended by SIGTERM after step" in log.read_text()
+    check_whole(tmp_path / "run", tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_two_nodes_are_as_two_processes(whole, tmp_path):
+    """With a fixed number of nodes, in one folder."""
+    port, place = free_port(), f"base.output_dir={tmp_path}/run"
+    agents = [agent(tmp_path, name, port, place, nodes="2") for name in NAMES]
+    assert [each.wait(300) for each in agents] == [0, 0]
+    text = (tmp_path / "first.log").read_text()
+    assert "2 processes on 2 nodes, gloo\n" in text
+    assert f"output           {tmp_path}/run\n" in text
+    assert run_of_two(tmp_path) == {path.name for path in (tmp_path / "run").iterdir()}
+    for folder in ("run", "two"):
+        assert losses(tmp_path / folder) == until(8, whole)
+        assert final_state(tmp_path / folder, 8) == final_state(whole, 8)
+
+
+def run_of_two(root):
+    """The files of a run of two processes that one agent started."""
+    assert launch(*COMMON, f"base.output_dir={root}/two", processes=2).returncode == 0
+    return {path.name for path in (root / "two").iterdir()}
