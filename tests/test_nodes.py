@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sys
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -16,9 +19,11 @@ from test_resume import final_state, forget_after
 from test_saving import hidden, steps_of
 
 from train import main
+from trainers.engine import agreement
 from trainers.engine.folders import Folders, find_folders
 from trainers.engine.lock import take
 from trainers.engine.manifest import list_checkpoints, sha256, verify
+from trainers.engine.messages import is_message
 
 COMMON = [
     "configs/tests/ddpm.json", "base.resolution=24", "base.random_flip=true", "base.max_train_steps=8",
@@ -176,10 +181,33 @@ def test_a_dry_run_wants_one_folder(tmp_path):
     assert not list(tmp_path.rglob("*checkpoint*")) + list(tmp_path.rglob(".lock"))
 
 
+def test_several_processes_in_each_folder():
+    found = Folders(1, ("a", "a", "b", "b"), ("/x", "/link", "/x", "/x"), (0, 0, 2, 2))
+    assert (found.several, found.mains, found.places) == (True, [0, 2], ["a:/x", "b:/x"])
+    assert (found.number, found.sharing, found.is_main) == (0, [0, 1], False)
+    last = replace(found, rank=2)
+    assert (last.number, last.sharing, last.is_main) == (1, [2, 3], True)
+    assert not replace(found, owners=(0, 0, 0, 0)).several
+
+
+def test_what_one_process_sends_of_its_errors(monkeypatch):
+    """A bug may hold what cannot be sent; a library's full disk is a message, with the host's name."""
+    sent = []
+    monkeypatch.setattr(agreement, "broadcast_object_list", lambda answer, from_process: sent.append(answer) or answer)
+    process = SimpleNamespace(process_index=0)
+    with pytest.raises(ZeroDivisionError):
+        agreement.on_ranks(process, [0], lambda: 1 / 0)
+    with pytest.raises(OSError, match=r"on a: \[Errno 2\] No such file") as caught:
+        agreement.on_ranks(process, [0], lambda: os.stat("/none"), "on a: ")
+    assert [str(error) for _, error in sent] == [
+        "process 0 failed: ZeroDivisionError('division by zero')",
+        "on a: [Errno 2] No such file or directory: '/none'",
+    ]
+    assert is_message(caught.value)
+
+
 def test_who_sees_what_makes_no_sense(tmp_path, monkeypatch):
     """Not one folder, and not one each: the second host sees what the first one wrote, and not the other way round."""
-    two = Folders(0, NAMES, ("/a", "/a"), (0, 0))
-    assert (two.several, two.mains, two.sharing) == (False, [0], [0, 1])
     for answer, text in (
         (
             [(0,), (0, 1)],
@@ -296,14 +324,29 @@ def test_a_node_comes_back(whole, tmp_path):
     check_whole(tmp_path / "run", tmp_path, whole)
 
 
+def accelerated(root, name, port, *options):
+    """One node's `accelerate launch` with the file for two nodes, as far as a CPU allows."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/two_nodes.yaml",
+    ]
+    launcher += ["--num_processes", "2", "--machine_rank", str(NAMES.index(name))]
+    launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return start(*COMMON, *options, launcher=launcher, out=root / f"{name}.log", forked=False)
+
+
 @pytest.mark.slow
-def test_two_nodes_are_as_two_processes(whole, tmp_path):
+@pytest.mark.parametrize("launched", [partial(agent, nodes="2"), accelerated])
+def test_two_nodes_are_as_two_processes(launched, whole, tmp_path):
     """With a fixed number of nodes, in one folder."""
     port, place = free_port(), f"base.output_dir={tmp_path}/run"
-    agents = [agent(tmp_path, name, port, place, nodes="2") for name in NAMES]
+    agents = [launched(tmp_path, name, port, place) for name in NAMES]
     assert [each.wait(300) for each in agents] == [0, 0]
-    text = (tmp_path / "first.log").read_text()
-    assert "2 processes on 2 nodes, gloo\n" in text
+    text = (tmp_path / "first.log").read_text() + (tmp_path / "second.log").read_text()  # one of them is the main node
+    assert text.count("2 processes on 2 nodes, gloo\n") == 1
     assert f"output           {tmp_path}/run\n" in text
     assert run_of_two(tmp_path) == {path.name for path in (tmp_path / "run").iterdir()}
     for folder in ("run", "two"):
