@@ -90,6 +90,18 @@ def fail_write(step_and_rank):
     checkpoint.write = failing
 
 
+def fail_rename(step_and_rank):
+    """One rank cannot give this step's checkpoint its name."""
+    (step, rank), original = step_and_rank, Path.rename
+
+    def failing(path, target):
+        if (Path(target).name, own_rank()) == (f"checkpoint-{step}", rank):
+            raise OSError(5, "Input/output error")
+        return original(path, target)
+
+    Path.rename = failing
+
+
 def hosts(names):
     """Each rank is on a host of its own, as far as its name goes."""
     socket.gethostname = lambda: names[own_rank()]

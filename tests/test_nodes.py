@@ -99,6 +99,14 @@ def test_each_folder_holds_every_checkpoint(both, whole):
     }
 
 
+@pytest.mark.slow
+def test_shards_are_gathered_for_each_folder(tmp_path):
+    assert "FSDP2, 1/2 of the network in each process" in run(tmp_path, fsdp={})
+    for step in (2, 4, 6, 8):
+        verify(tmp_path / "second" / f"checkpoint-{step}")
+        assert final_state(tmp_path / "first", step) == final_state(tmp_path / "second", step)
+
+
 def test_one_node_goes_on_from_the_second_folder(again, whole):
     forget_after(again / "first", 4)  # so that nothing is read there
     shutil.rmtree(again / "second" / "checkpoint-8")
@@ -122,6 +130,14 @@ def test_a_write_that_fails_in_one_folder(tmp_path, rank):
     for each in NAMES:
         assert steps_of(tmp_path / each) == [2]
         assert hidden(tmp_path / each) == [".lock"]
+
+
+def test_a_name_that_one_folder_cannot_give(tmp_path):
+    """The other one has given it already: that checkpoint does not count, and the ones before are kept for it."""
+    error = error_of_both(tmp_path, "base.checkpoints_total_limit=1", fail_rename=[4, 1])
+    assert f"on second: checkpoint-4 could not be written to {tmp_path}/second: [Errno 5] Input/output error" in error
+    assert [steps_of(tmp_path / name) for name in NAMES] == [[4, 2], [2]]
+    assert [hidden(tmp_path / name) for name in NAMES] == [[".lock"], [".lock"]]
 
 
 def test_only_what_all_folders_have_is_gone_on_from(again, whole):
