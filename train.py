@@ -20,7 +20,7 @@ from trainers.engine.messages import Interrupted, is_message
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine import card, export, feeding, launch, optimization, rehearsal, reporting, resume, streaming
+    from trainers.engine import candidates, card, export, feeding, launch, optimization, rehearsal, reporting, resume
     from trainers.engine.cache_filling import fill_caches
     from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
@@ -31,6 +31,7 @@ def train(run: RunConfig) -> Path:
     from trainers.engine.run_folder import open_run_folder
     from trainers.engine.saving import Saving
     from trainers.engine.stopping import Stopping
+    from trainers.engine.streaming import skipped
     from trainers.engine.tracking import Tracking
     from trainers.engine.validation import Validation
     from trainers.engine.watches import Watches
@@ -39,8 +40,8 @@ def train(run: RunConfig) -> Path:
     card.check_hub_login(base.push_to_hub)
     accelerator = launch.start_accelerator(base)
     device, rank = accelerator.device, accelerator.process_index
-    with Stopping(accelerator, base) as stopping, open_run_folder(accelerator, base), launch.numerics(base):
-        resume_from = resume.find_checkpoint(accelerator, output_dir, base.resume_from_checkpoint)
+    with Stopping(accelerator, base) as stopping, open_run_folder(accelerator, run) as folders, launch.numerics(base):
+        resume_from = candidates.find_checkpoint(accelerator, folders, output_dir, base.resume_from_checkpoint)
 
         # data
         with accelerator.main_process_first():  # it downloads, the others find the files
@@ -62,20 +63,20 @@ def train(run: RunConfig) -> Path:
         train_set, validation_set = sets = fill_caches(accelerator, stages, base, train_set, validation_set)
         meter = Meter(accelerator)
         divergence = Divergence(accelerator, output_dir, base, clock, stopping)
-
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
-            resume.load(accelerator, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
+            resume.load(accelerator, folders, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
         watches = Watches(accelerator, networks, optimizer, clock, rate_factor)
         datasets_lib.prepare(*sets, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
 
         # steps
         tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds)
         batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
-        saving = Saving(accelerator, tracking, clock, networks, ema, optimizer, train_set, meter, divergence, stopping)
+        trained = networks, ema, optimizer
+        saving = Saving(accelerator, folders, tracking, clock, *trained, train_set, meter, divergence, stopping)
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
         export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
-        accelerator.print(reporting.start_block(accelerator, run, trainer, networks, clock, train_set))
+        accelerator.print(reporting.start_block(accelerator, folders, run, trainer, networks, clock, train_set))
         with tracking, saving, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)
             done, speed = clock.origin_step, Speed()
@@ -98,7 +99,7 @@ def train(run: RunConfig) -> Path:
                 done = step + 1
                 watches.after_step(done, batch["slot"])
                 if clock.due(done, base.logging_steps):
-                    metrics = clock.epochs(done) | learning_rates | meter.means() | streaming.skipped(train_set)
+                    metrics = clock.epochs(done) | learning_rates | meter.means() | skipped(train_set)
                     tracking.log_steps(metrics | {"examples_per_second": speed.examples_per_second()}, done)
                     reporting.show_metrics(bar, tracking.latest)
                 with speed.paused():

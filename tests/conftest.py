@@ -18,7 +18,12 @@ from train import train
 from trainers.engine.config import load_config
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = ("test_distributed", "test_documents", "test_stopping")  # several processes at once, as users launch them
+LAUNCH = (
+    "test_distributed",
+    "test_documents",
+    "test_nodes",
+    "test_stopping",
+)  # several processes at once, as users launch them
 
 
 def pytest_addoption(parser):

@@ -6,15 +6,18 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 WRITERS = (
-    "saving.py", "checkpoint.py", "manifest.py", "run_folder.py", "tracking.py", "export.py", "resume.py", "lock.py",
+    "saving.py", "checkpoint.py", "manifest.py", "run_folder.py", "folders.py", "tracking.py", "export.py",
+    "resume.py", "lock.py",
 )  # fmt: skip
 
 
@@ -86,18 +89,53 @@ def slow_write(seconds):
     checkpoint.write = slow
 
 
-def fail_write(step):
-    """The files of this step's checkpoint cannot be written; only the main process would."""
+def fail_write(step_and_rank):
+    """The files of this step's checkpoint cannot be written by one rank."""
     from trainers.engine import checkpoint
 
-    original = checkpoint.write
+    (step, rank), original = step_and_rank, checkpoint.write
 
     def failing(taken, folder):
         original(taken, folder)
-        if taken.step == step:
+        if (taken.step, own_rank()) == (step, rank):
             raise OSError(28, "No space left on device")
 
     checkpoint.write = failing
+
+
+def fail_rename(step_and_rank):
+    """One rank cannot give this step's checkpoint its name."""
+    (step, rank), original = step_and_rank, Path.rename
+
+    def failing(path, target):
+        if (Path(target).name, own_rank()) == (f"checkpoint-{step}", rank):
+            raise OSError(5, "Input/output error")
+        return original(path, target)
+
+    Path.rename = failing
+
+
+def hosts(names):
+    """Each rank is on a host of its own, as far as its name goes."""
+    socket.gethostname = lambda: names[own_rank()]
+
+
+def note_slots(path):
+    """Each rank appends [time, first step and processes of this start, step, slots] of every micro-batch to a file."""
+    from trainers.engine import feeding
+
+    original = feeding.training_batches
+
+    def noting(train_set, clock, *rest):
+        with closing(original(train_set, clock, *rest)) as batches:
+            for number, batch in enumerate(batches):
+                step = clock.origin_step + number // clock.accumulation_steps
+                start = f"{clock.origin_step} x {clock.num_processes}"
+                with open(f"{path}-{own_rank()}", "a") as file:
+                    print(json.dumps([time.time(), start, step, batch["slot"].tolist()]), file=file)
+                yield batch
+
+    feeding.training_batches = noting
 
 
 def note_errors(path):
@@ -212,12 +250,14 @@ def hang_at(step_and_rank):
 
 
 def run(faults, arguments):
-    """The exit code of train.py with these faults, in this process."""
+    """The exit code of train.py with these faults, in this process; `by_rank` are overrides that only one rank gets."""
     import torch
 
     import train
 
     torch.set_num_threads(1)
+    by_rank = faults.pop("by_rank", None)
+    arguments = [*arguments, *(by_rank[own_rank()] if by_rank else [])]
     reports = [globals()[name](argument) for name, argument in faults.items()]
     code = train.main(arguments)
     sys.settrace(None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from conftest import launch, losses, read_metrics
+from conftest import launch, losses, read_metrics, start
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -270,6 +270,21 @@ def test_all_processes_write_their_share(options, tmp_path, tiny_config):
     one = launch(plain, f"base.output_dir={tmp_path / 'one'}", "base.gradient_accumulation_steps=2")
     assert "cache latents: 0 of 21" in one.stdout
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def test_a_cache_on_each_host_holds_all(options, tmp_path, tiny_config):
+    options = {**options, **cached("disk"), "base.train_batch_size": 2, "base.max_train_steps": 3}
+    config, names = tiny_config("text_to_image", "config", **options), ("one", "two")
+    faults = {"hosts": names, "by_rank": [[f"base.output_dir={tmp_path}/{name}/run"] for name in names]}
+    assert start(config, processes=2, faults=faults, out=tmp_path / "log").wait(300) == 0
+    for name in names:
+        rows = [load_file(file) for file in (tmp_path / name / "encoder-cache").glob("image-*/rows-*")]
+        assert [len(file) // 2 for file in rows] == [21]
+        place = f"cache latents: 21 of 21 to encode, in {name}:{tmp_path}/{name}/encoder-cache/image-"
+        assert place in (tmp_path / "log").read_text()
+    again = launch(config, f"base.output_dir={tmp_path}/one/again", "base.gradient_accumulation_steps=2")
+    assert "cache latents: 0 of 21" in again.stdout
+    assert numbers(tmp_path / "one" / "again") == pytest.approx(numbers(tmp_path / "one" / "run"))
 
 
 def test_latents_of_a_file_with_cached_text(run_in_process, options, captioned, tmp_path, monkeypatch, capsys):

@@ -22,8 +22,10 @@ from processes import Forked
 from test_resume import final_state
 
 from train import main, train
-from trainers.engine import checkpoint, loading, restore, resume, run_folder
+from trainers.engine import checkpoint, loading, restore
+from trainers.engine.candidates import find_checkpoint
 from trainers.engine.config import load_config
+from trainers.engine.folders import find_folders
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 
 KILLED = [
@@ -140,7 +142,7 @@ def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monk
     """Each is found before a tensor is loaded, and `latest` takes the checkpoint before with a loud line."""
     monkeypatch.setattr(restore, "load_file", lambda path: pytest.fail(f"{path} was loaded"))
     accelerator, rng, found = Accelerator(), random.Random(0), 0
-    newest = two_checkpoints / "checkpoint-6"
+    newest, folders = two_checkpoints / "checkpoint-6", find_folders(accelerator, two_checkpoints, "base.output_dir")
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
     assert len(files) == 7
     for file in files:
@@ -149,10 +151,10 @@ def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monk
             apply(newest / file, rng)
             with pytest.raises(DamagedCheckpoint):
                 verify(newest)
-            assert resume.find_checkpoint(accelerator, two_checkpoints, "latest").name == "checkpoint-3"
+            assert find_checkpoint(accelerator, folders, two_checkpoints, "latest").name == "checkpoint-3"
             assert "WARNING: skipping a damaged checkpoint" in capsys.readouterr().out
             with pytest.raises(DamagedCheckpoint):
-                resume.find_checkpoint(accelerator, two_checkpoints, "checkpoint-6")
+                find_checkpoint(accelerator, folders, two_checkpoints, "checkpoint-6")
             shutil.rmtree(newest)
             (tmp_path / "intact").rename(newest)
             found += 1
@@ -440,12 +442,6 @@ def test_a_log_that_cannot_be_written(tiny_config, capsys):
     error = capsys.readouterr().err
     assert "metrics.jsonl" in error
     assert "Traceback" not in error
-
-
-def test_a_probe_that_another_rank_sweeps_is_no_error(tmp_path, monkeypatch):
-    touch = Path.touch
-    monkeypatch.setattr(Path, "touch", lambda path: (touch(path), path.unlink()))
-    assert run_folder._probe(tmp_path / "run") is None
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, capsys):

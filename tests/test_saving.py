@@ -126,7 +126,7 @@ def test_a_checkpoint_that_cannot_get_its_name(tiny_config, monkeypatch, capsys)
 def test_only_the_writer_of_two_fails(tmp_path):
     """Both processes raise the same error, in the middle of the run."""
     options = [f"base.output_dir={tmp_path}/run", "base.checkpointing_steps=2", "base.max_train_steps=40"]
-    faults = {"fail_write": 4, "note_errors": str(tmp_path / "error")}
+    faults = {"fail_write": [4, 0], "note_errors": str(tmp_path / "error")}
     process = start("configs/tests/ddpm.json", *options, processes=2, faults=faults, out=tmp_path / "log")
     assert process.wait(300) != 0
     texts = [(tmp_path / f"error-{rank}").read_text() for rank in (0, 1)]

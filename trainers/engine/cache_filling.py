@@ -14,9 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trainers.engine.agreement import on_all, on_main
+from trainers.base import Encoder
+from trainers.engine.agreement import on_all
 from trainers.engine.caching import KEY_DIGITS, Cache, KeyedExamples, folder_of, text_key
 from trainers.engine.encoding import FrozenStages
+from trainers.engine.folders import find_folders
 from trainers.engine.options import BaseConfig
 from trainers.engine.reporting import passing_bar
 
@@ -88,11 +90,8 @@ def _filled(
     accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, name: str, wanted: dict[str, Any]
 ) -> Cache:
     """The encoder's cache with all that is wanted. Raises on every rank what one of them could not read or write."""
-    cache = Cache(_folder(accelerator, stages, base, name))
-    missing = on_main(accelerator, lambda: _missing(cache, wanted))
-    place = "in memory" if cache.folder is None else f"in {cache.folder}"
-    accelerator.print(f"cache {name}: {len(missing):,} of {len(wanted):,} to encode, {place}")
-    own = missing[accelerator.process_index :: accelerator.num_processes]
+    cache, missing, sharing = _opened(accelerator, stages.encoders[name], base, name, wanted)
+    own = missing[sharing.index(accelerator.process_index) :: len(sharing)]
     batches = [own[start : start + base.train_batch_size] for start in range(0, len(own), base.train_batch_size)]
     bar = passing_bar(accelerator, f"encoding {name}")
     encoded = (_encode(stages, name, *read) for read in bar(_read_ahead(batches, wanted), total=len(batches)))
@@ -133,16 +132,28 @@ def _read(value: Any) -> Any:
     return value.read() if isinstance(value, Picture) else value
 
 
-def _folder(accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, name: str) -> Path | None:
-    encoder = stages.encoders[name]
+def _opened(
+    accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: dict[str, Any]
+) -> tuple[Cache, list[str], list[int]]:
+    """The cache as it is, what it lacks, and the processes that share it and what is to be done. Collective.
+
+    Hosts may have folders of their own, each with all that is wanted.
+    """
+    said = f"cache {name}: {{:,}} of {len(wanted):,} to encode, in {{}}".format
     if encoder.cache == "memory":
-        return None
+        accelerator.print(said(len(wanted), "memory"))
+        return Cache(None), list(wanted), list(range(accelerator.num_processes))
     directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
     kind = encoder.reads.rpartition("_")[2]  # pictures of a class are pictures
-    folder, changed = on_main(accelerator, lambda: folder_of(directory, kind, encoder.source()))
-    if changed:
-        accelerator.print(f"cache {name}: what {directory} holds is of another encoder, precision or version")
-    return folder
+    folders = find_folders(accelerator, directory, "base.encoder_cache_dir")
+    opened = folders.on_mains(accelerator, lambda: folder_of(directory, kind, encoder.source()))
+    cache = Cache(directory / opened[folders.number][0].name)
+    missing = folders.on_mains(accelerator, lambda: _missing(cache, wanted))
+    for place, (folder, changed), lacks in zip(folders.places, opened, missing, strict=True):
+        if changed:
+            accelerator.print(f"cache {name}: what {directory} holds is of another encoder, precision or version")
+        accelerator.print(said(len(lacks), f"{place}/{folder.name}" if folders.several else folder))
+    return cache, missing[folders.number], folders.sharing
 
 
 def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:

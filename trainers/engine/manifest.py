@@ -46,6 +46,12 @@ def verify(folder: Path) -> None:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from None
 
 
+def tensor_digests(folder: Path) -> dict[str, str]:
+    """What a verified checkpoint's manifest says of its tensors: the same wherever the same checkpoint was written."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return {name: digest for name, (_, digest) in manifest.items() if name.endswith(".safetensors")}
+
+
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything that is called checkpoint-N, newest first; symbolic links do not count."""
     if not output_dir.is_dir():

@@ -18,12 +18,14 @@ from trainers.engine.advice import precision_note
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.engines import engine_of
+from trainers.engine.folders import Folders
 from trainers.engine.optimization import warmup_steps
 from trainers.engine.sharding import shape_of
 
 
 def start_block(
     accelerator: Accelerator,
+    folders: Folders,
     run: RunConfig,
     trainer: Trainer,
     networks: dict[str, nn.Module],
@@ -50,6 +52,9 @@ def start_block(
     rows["devices"] = _devices(accelerator)
     rows["engine"] = engine_of(accelerator)
     rows["output"] = str(Path(base.output_dir))
+    if folders.several:
+        rows["output"] = f"{folders.places[0]}: checkpoints, logs, pictures, pipeline"
+        rows["output elsewhere"] = f"{', '.join(folders.places[1:])}: checkpoints"
     notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator)]
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
     lines += [f"  NOTE: {note}" for note in notes]

@@ -1,4 +1,4 @@
-"""Resuming: the newest intact checkpoint, verified before anything is loaded, and loaded only if all of it fits."""
+"""Resuming from a checkpoint: compared with the run before anything is loaded, and loaded only if all of it fits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from trainers.engine.agreement import on_main
 from trainers.engine.changes import check_steps, harmless_changes, trajectory_changes
 from trainers.engine.checkpoint import FORMAT
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.divergence import Divergence
 from trainers.engine.ema import EMA
-from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
+from trainers.engine.folders import Folders
+from trainers.engine.manifest import list_checkpoints
 from trainers.engine.metering import Meter
 from trainers.engine.options import BaseConfig
 from trainers.engine.restore import (
@@ -33,13 +33,16 @@ from trainers.engine.run_folder import set_metrics_aside
 from trainers.engine.weights_and_biases import ID_FILE
 
 
-def set_aside_later(accelerator: Accelerator, base: BaseConfig, resumed_from: Path, steps_done: int) -> None:
+def set_aside_later(
+    accelerator: Accelerator, folders: Folders, base: BaseConfig, resumed_from: Path, steps_done: int
+) -> None:
     """Renames what is not of the run that goes on from a checkpoint: `latest` must not return to the branch it left.
 
     That is what is later, or all of it where the checkpoint is another folder's. W&B, which cannot take logged steps
     back, gets a new run for the new branch. Collective.
     """
-    on_main(accelerator, lambda: _set_aside(Path(base.output_dir), base.logging_dir, resumed_from, steps_done))
+    output_dir = Path(base.output_dir)
+    folders.on_mains(accelerator, lambda: _set_aside(output_dir, base.logging_dir, resumed_from, steps_done))
 
 
 def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_done: int) -> None:
@@ -56,47 +59,6 @@ def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_don
     if others or not own:
         set_metrics_aside(output_dir, prefix, keep=own)
         (output_dir / logging_dir / ID_FILE).unlink(missing_ok=True)
-
-
-def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | bool | None) -> Path | None:
-    """The intact checkpoint to resume from, the same on every rank; None where none is asked for or none exists.
-
-    Raises FileNotFoundError for a name or path that is not there, DamagedCheckpoint where nothing intact is left.
-    """
-    if not resume:
-        return None
-    latest = resume in (True, "latest")
-    return on_main(accelerator, lambda: _find_latest(output_dir) if latest else _find_named(output_dir, str(resume)))
-
-
-def _find_latest(output_dir: Path) -> Path | None:
-    candidates = list_checkpoints(output_dir)
-    for _, folder in candidates:
-        try:
-            verify(folder)
-            return folder
-        except DamagedCheckpoint as error:
-            print(f"WARNING: skipping a damaged checkpoint: {error}", flush=True)
-    if candidates:
-        raise DamagedCheckpoint(
-            f"all {len(candidates)} checkpoints in {output_dir} are damaged; remove them to start anew"
-        )
-    print(f"No checkpoint in {output_dir}: starting at step 0", flush=True)
-    return None
-
-
-def _find_named(output_dir: Path, name: str) -> Path:
-    for folder in (output_dir / name, Path(name)):
-        inside = list_checkpoints(folder)
-        if inside and not (folder / "manifest.json").exists():
-            raise FileNotFoundError(
-                f"resume_from_checkpoint = {name}: a folder of checkpoints; name one, such as {inside[0][1]}"
-            )
-        if folder.is_dir():
-            verify(folder)
-            return folder
-    there = ", ".join(folder.name for _, folder in list_checkpoints(output_dir)) or "none"
-    raise FileNotFoundError(f"resume_from_checkpoint = {name}: no such folder; checkpoints in {output_dir}: {there}")
 
 
 def read_state(
@@ -140,6 +102,7 @@ def read_state(
 
 def load(
     accelerator: Accelerator,
+    folders: Folders,
     run: RunConfig,
     folder: Path,
     state: dict[str, Any],
@@ -170,6 +133,6 @@ def load(
     put_optimizer_state(moments, networks, optimizer)
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    set_aside_later(accelerator, run.base, folder, state["step"])
+    set_aside_later(accelerator, folders, run.base, folder, state["step"])
     meter.load(state["meter"])
     divergence.load(state["divergence"])

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
+from trainers.engine.config import RunConfig
+from trainers.engine.folders import PROBE, Folders, find_folders
 from trainers.engine.lock import take
 from trainers.engine.options import BaseConfig
 
@@ -27,30 +27,30 @@ SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 @contextmanager
-def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[None]:
-    """Makes the folder, probes on every rank that it can be written, and holds its lock inside.
+def open_run_folder(accelerator: Accelerator, run: RunConfig) -> Iterator[Folders]:
+    """Makes the folder, finds out which processes share it, and holds the lock of each folder inside.
 
-    Raises OSError where it cannot be written, ValueError where another run uses it, or where it holds a run and none
-    is to be resumed; the same on every rank.
+    Raises OSError where one cannot be written, ValueError where another run uses it, where it holds a run and none is
+    to be resumed, and for a dry run in several folders; the same on every rank.
     """
-    output_dir, lock = Path(base.output_dir), None
-    errors = [_probe(output_dir)]
-    if accelerator.is_main_process and errors == [None]:
-        try:
-            lock = take(output_dir)
-            if lock is not None:  # else what looks left behind may be a living run's
-                _sweep(output_dir)
-            _refuse_another_run(output_dir, base)
-        except (OSError, ValueError) as error:
-            errors = [error]
-    try:
-        for error in gather_object(errors):
-            if error is not None:
-                raise error
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
+    folders = find_folders(accelerator, Path(run.base.output_dir), "base.output_dir")
+    if folders.several and run.rehearsal is not None:
+        raise ValueError(
+            f"--dry-run: the processes have {len(folders.mains)} output folders ({', '.join(folders.places)}); give "
+            "all of them one for it, or run it on one host"
+        )
+    with ExitStack() as locks:
+        folders.on_mains(accelerator, lambda: _take(run.base, locks))
+        yield folders
+
+
+def _take(base: BaseConfig, locks: ExitStack) -> None:
+    output_dir = Path(base.output_dir)
+    lock = take(output_dir)
+    if lock is not None:  # else what looks left behind may be a living run's
+        locks.enter_context(lock)
+        _sweep(output_dir)
+    _refuse_another_run(output_dir, base)
 
 
 def check_run_folder(base: BaseConfig) -> None:
@@ -64,25 +64,14 @@ def check_run_folder(base: BaseConfig) -> None:
         _refuse_another_run(output_dir, base)
 
 
-def _probe(output_dir: Path) -> OSError | None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / f".probe-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another rank may have taken it for a left-over
-        for left_over in output_dir.glob(".probe-*"):
-            left_over.unlink(missing_ok=True)
-    except OSError as error:
-        return OSError(f"base.output_dir = {output_dir}: cannot be written ({error}); choose another folder")
-    return None
-
-
 def _sweep(output_dir: Path) -> None:
     """Removes what a run left behind that died while it wrote; the lock says that it is dead."""
     for path in sorted(output_dir.iterdir()):
         if LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             print(f"Removing {path.name}, which a run left behind that did not end well", flush=True)
             shutil.rmtree(path)
+        elif path.name.startswith(PROBE):
+            path.unlink(missing_ok=True)
 
 
 def _refuse_another_run(output_dir: Path, base: BaseConfig) -> None:

@@ -53,7 +53,8 @@ class Stopping:
         self.armed = -math.inf  # when the stack dump was last put off
         self.asked, self.text = 0, ""  # what this rank wants
         self.reason = 0  # what all ranks agreed on
-        self.wrote, self.written = 0, 0  # the newest checkpoint whose files this rank, and any rank, is done with
+        self.wrote = math.inf  # the newest checkpoint whose files this rank is done with: all, where it writes none
+        self.written = math.inf  # the newest one that all ranks are done with
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
         self.launcher = launcher_pid()
@@ -99,7 +100,7 @@ class Stopping:
             faulthandler.dump_traceback_later(self.dump_after, file=sys.__stderr__)  # where a rank hangs
             self.armed = time.monotonic()
         self._await()
-        self.flag = torch.tensor([self.asked, self.wrote])
+        self.flag = torch.tensor([self.asked, -self.wrote], dtype=torch.float64)
         self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
         if wait:
             self._await()
@@ -108,8 +109,8 @@ class Stopping:
     def _await(self) -> None:
         if self.work is not None:
             self.work.wait()
-            reason, self.written = self.flag.tolist()
-            self.reason = max(self.reason, reason)
+            reason, unwritten = self.flag.tolist()
+            self.reason, self.written = max(self.reason, int(reason)), -unwritten
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """The steps from first to last - 1, during which signals wait; none after a stop was agreed on."""
