@@ -93,6 +93,8 @@ def test_each_folder_holds_every_checkpoint(both, whole):
     assert {path.name for path in (root / "second").iterdir()} == {".lock", *(f"checkpoint-{n}" for n in (2, 4, 6, 8))}
     assert f"output           first:{root}/first: checkpoints, logs, pictures, pipeline\n" in text
     assert f"output elsewhere second:{root}/second: checkpoints\n" in text
+    assert f"The pipeline is in first:{root}/first. To load and sample it:" in text
+    assert f'from_pretrained("{root}/first")' in text
     assert {path.name for path in whole.iterdir()} - {path.name for path in (root / "first").iterdir()} == {
         "checkpoint-10",
         "checkpoint-12",
@@ -361,9 +363,9 @@ def test_two_nodes_are_as_two_processes(launched, whole, tmp_path):
     port, place = free_port(), f"base.output_dir={tmp_path}/run"
     agents = [launched(tmp_path, name, port, place) for name in NAMES]
     assert [each.wait(300) for each in agents] == [0, 0]
-    text = (tmp_path / "first.log").read_text() + (tmp_path / "second.log").read_text()  # one of them is the main node
-    assert text.count("2 processes on 2 nodes, gloo\n") == 1
-    assert f"output           {tmp_path}/run\n" in text
+    for text in ((tmp_path / f"{name}.log").read_text() for name in NAMES):  # each node says it
+        assert "2 processes on 2 nodes, gloo\n" in text
+        assert f"output           {tmp_path}/run\n" in text
     assert run_of_two(tmp_path) == {path.name for path in (tmp_path / "run").iterdir()}
     for folder in ("run", "two"):
         assert losses(tmp_path / folder) == until(8, whole)
