@@ -116,7 +116,7 @@ def train(run: RunConfig) -> Path:
             # finish
             pipeline_files = export_pipeline(done)
             card.publish(accelerator, run, trainer, tracking, pipeline_files)
-            accelerator.print(reporting.end_block(trainer, output_dir, train_set))
+            accelerator.print(reporting.end_block(trainer, folders, output_dir, train_set))
     return output_dir
 
 

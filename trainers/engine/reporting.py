@@ -73,16 +73,17 @@ def _devices(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {device.type}{name}"
 
 
-def end_block(trainer: Trainer, output_dir: Path, train_set: Any) -> str:
+def end_block(trainer: Trainer, folders: Folders, output_dir: Path, train_set: Any) -> str:
     """The lines that say where the pipeline is, how to load and sample it, and what the data lacked. Collective."""
-    usage = trainer.usage_of(output_dir)
+    usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
     bad = getattr(train_set, "bad_count", 0)
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
     if any(counts := streaming.skipped(train_set).values()):
         shards, images = counts
         usage += f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
-    return f"The pipeline is in {output_dir}. To load and sample it:\n\n{_indented(usage)}\n"
+    place = folders.places[0] if folders.several else output_dir
+    return f"The pipeline is in {place}. To load and sample it:\n\n{_indented(usage)}\n"
 
 
 def _indented(text: str) -> str:
