@@ -92,10 +92,11 @@ class EMA:
         """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
         averages, weights = list(self.averages.values()), self.weights
         rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
-        if rate.is_cuda and self.config.offload_ema:
+        on_host = averages[0].device.type == "cpu"  # by offload_ema, or as ZeRO-3 keeps the weights there
+        if rate.is_cuda and on_host:
             ready = torch.cuda.current_stream(rate.device).record_event()
             self.moving = self.thread.submit(move_on_host, averages, weights, rate, ready)
-        elif rate.device.type == "cpu" or self.config.offload_ema:
+        elif on_host:
             arguments = averages, [self._placed(weight) for weight in weights], rate.item()
             if self.large:
                 self.moving = self.thread.submit(torch._foreach_lerp_, *arguments)
