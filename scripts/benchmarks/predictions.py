@@ -1,0 +1,112 @@
+"""What the model of scaling.py says of large networks on 8, 64 and 512 GPUs. Nothing runs, all is calculated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scripts.benchmarks.counting import Inputs, Network, count
+from scripts.benchmarks.scaling import Hardware, activations, exchanged, flops_of, held, step
+from trainers.common.dit_transformer import build_dit
+from trainers.common.model_files import Grid
+from trainers.common.unet2d_condition import build_unet
+
+ENGINES = {"DDP": "autocast", "FSDP2": "bf16", "ZeRO-2": "bf16", "ZeRO-3": "bf16"}  # and the precision of the passes
+WIDTH = 2  # bytes of a number in bf16
+GPUS = (8, 64, 512)
+TEXTS = {"encoder_hidden_states": 77}  # tokens of a caption
+
+
+class Case(NamedTuple):
+    """A network, what it sees, and how it is trained; latents and texts come from caches, so it is alone on the GPU."""
+
+    build: Callable[[], torch.nn.Module]
+    inputs: Inputs
+    batch: int  # of a GPU
+    checkpointing: bool
+
+
+def unet_inputs(side: int, text_width: int, **more: int) -> Inputs:
+    def inputs(size: int) -> dict[str, Tensor]:
+        told = {name: torch.zeros(size, width) for name, width in more.items()}
+        text = torch.zeros(size, TEXTS["encoder_hidden_states"], text_width)
+        return {"sample": torch.zeros(size, 4, side, side), "encoder_hidden_states": text} | told | _timestep(size)
+
+    return inputs
+
+
+def dit_inputs(side: int, channels: int = 4) -> Inputs:
+    def inputs(size: int) -> dict[str, Tensor]:
+        labels = torch.zeros(size, dtype=torch.long)
+        return {"hidden_states": torch.zeros(size, channels, side, side), "class_labels": labels} | _timestep(size)
+
+    return inputs
+
+
+def _timestep(size: int) -> dict[str, Tensor]:
+    return {"timestep": torch.zeros(size, dtype=torch.long)}
+
+
+CASES = {
+    "SD 1.5, 512 px": Case(lambda: build_unet("unet_sd15", Grid(4, 64), 768), unet_inputs(64, 768), 16, False),
+    "SDXL, 1024 px": Case(
+        lambda: build_unet("unet_sdxl", Grid(4, 128), 2048, 1280),
+        unet_inputs(128, 2048, text_embeds=1280, time_ids=6),
+        8,
+        True,
+    ),
+    "DiT 2B, 512 px": Case(lambda: build_dit("dit_2b", None, Grid(4, 64), 1000), dit_inputs(64), 32, True),
+}
+
+
+def tables(hardware: Hardware) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the tables `predictions`, and of `memory` with what the bytes are on 64 GPUs."""
+    found, parts = [], []
+    for name, case in CASES.items():
+        network = count(case.build, case.inputs, ("autocast", "bf16"), cuda=True)
+        for gpus in GPUS:
+            rows = [{"network": name, "gpus": gpus} | predicted(e, case, network, gpus, hardware) for e in ENGINES]
+            fastest = max((row for row in rows if row["fits"] == "yes"), key=_rate, default=None)
+            found += [row | {"take": "x" if row is fastest else ""} for row in rows]
+        parts += [{"network": name, "engine": e} | gigabytes(e, case, network, 64) for e in ENGINES]
+    return {"predictions": found, "memory": parts}
+
+
+def _rate(row: dict[str, Any]) -> float:
+    return row["images_per_second"]
+
+
+def gigabytes(engine: str, case: Case, network: Network, gpus: int) -> dict[str, float]:
+    """What a GPU holds, in 10^9 bytes."""
+    passes = network.passes[ENGINES[engine]]
+    kept = held(engine, network, gpus, WIDTH)
+    kept["activations"] = activations(passes, case.batch, case.checkpointing)
+    return {name: value / 1e9 for name, value in kept.items()}
+
+
+def predicted(engine: str, case: Case, network: Network, gpus: int, hardware: Hardware) -> dict[str, Any]:
+    """A row; the efficiency is over a GPU that has all the memory it needs and nobody to talk to."""
+    memory = sum(gigabytes(engine, case, network, gpus).values())
+    flops = flops_of(network.passes[ENGINES[engine]], case.batch, case.checkpointing)
+    messages = exchanged(engine, network, gpus, WIDTH)
+    own = held(engine, network, gpus, WIDTH)["averages"] / 4
+    found = step(flops, own, messages, lambda each: hardware.seconds(each, gpus), hardware)
+    alone = step(flops, network.parameters, [], lambda each: 0.0, hardware)
+    return {
+        "engine": engine,
+        "memory_gb": memory,
+        "fits": "yes" if memory * 1e9 <= hardware.usable * hardware.memory else "no",
+        "sent_gb_per_step": sum(each.sent(gpus) for each in messages) / 1e9,
+        "ms_per_step": 1000 * found.seconds,
+        "of_it": {
+            "passes": 1000 * found.compute,
+            "update": 1000 * found.update,
+            "waiting": 1000 * found.exposed,
+        },
+        "hidden_ms": 1000 * (found.communication - found.exposed),
+        "efficiency": alone.seconds / found.seconds,
+        "images_per_second": gpus * case.batch / found.seconds,
+    }

@@ -1,0 +1,170 @@
+"""A model of a step on many processes: bytes that each holds and sends, and the time that follows.
+
+Bytes are those that this project's engines keep and exchange; time and GPUs are assumptions, `Hardware`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from torch import Size
+
+from scripts.benchmarks.counting import Network, Passes
+
+FLOAT = 4  # bytes of weights that are trained, of their gradients where they are summed, of moments and averages
+BUCKET_BYTES = 25 * 2**20  # of DDP
+ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000  # numbers: DeepSpeed's reduce_bucket_size and max_live_parameters
+UPDATE_BYTES = 72  # moved for a trained number by the norm, clipping, fused AdamW and averaging: 18 reads and writes
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Phase = Literal["forward", "backward", "update"]
+# what a process sends of a tensor that all processes together have or make; torch's gloo reduces all and keeps a part
+RING = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+GLOO = RING | {"reduce_scatter": 2}
+
+
+class Collective(NamedTuple):
+    """What is exchanged in a phase of a step: so many messages, and the bytes of their whole tensors together."""
+
+    kind: Kind
+    phase: Phase
+    count: int
+    num_bytes: int
+
+    def sent(self, processes: int, factors: dict[Kind, int] = RING) -> float:
+        """Bytes that each process sends, and receives."""
+        return factors[self.kind] * (processes - 1) / processes * self.num_bytes
+
+
+def part(units: Iterable[Iterable[Size]], processes: int) -> int:
+    """Numbers of the largest shard: FSDP2 cuts each weight along its first axis, and fills up what does not divide."""
+    return sum(math.ceil(shape[0] / processes) * shape[1:].numel() for unit in units for shape in unit)
+
+
+def held(engine: str, network: Network, processes: int, width: int, micro_batches: int = 1) -> dict[str, float]:
+    """Bytes in each process by what they are; `width` are the bytes of a number in the passes, 2 with bf16."""
+    whole, blocks = network.parameters, [sum(shape.numel() for shape in unit) for unit in network.units]
+    if processes == 1:
+        return _kept(whole, FLOAT * whole, 0, 0)
+    if engine == "DDP":
+        return _kept(whole, FLOAT * whole, FLOAT * whole, 0)
+    if engine == "FSDP2":
+        own, [rest, *others] = part(network.units, processes), blocks
+        largest = max(others, default=rest)
+        gathered = width * (rest + 2 * largest)  # of a block and of the next one
+        in_flight = (width + FLOAT) * largest  # its gradient, and a copy in float32 to send
+        # before the last micro-batch nothing is sent, and whole gradients wait
+        return _kept(own, FLOAT * (own if micro_batches == 1 else whole), in_flight, gathered)
+    own = math.ceil(whole / processes)
+    bucket = FLOAT * min(ZERO_BUCKET, whole)
+    if engine == "ZeRO-2":
+        return _kept(own, FLOAT * own, bucket, width * whole)
+    if engine == "ZeRO-3":
+        return _kept(own, FLOAT * own, bucket, width * (own + min(ZERO_LIVE, whole)))
+    raise ValueError(f"engine {engine}: must be DDP, FSDP2, ZeRO-2 or ZeRO-3")
+
+
+def _kept(own: int, gradients: int, in_flight: int, gathered: int) -> dict[str, float]:
+    kept = {"weights": FLOAT * own, "gradients": gradients, "moments": 2 * FLOAT * own, "averages": FLOAT * own}
+    return kept | {"gradients in flight": in_flight, "gathered weights": gathered}
+
+
+def exchanged(engine: str, network: Network, processes: int, width: int, micro_batches: int = 1) -> list[Collective]:
+    """What is exchanged in a step; DDP and FSDP2 reduce gradients once, whatever the number of micro-batches."""
+    if processes == 1:
+        return []
+    whole, units = network.parameters, len(network.units)
+    if engine == "DDP":
+        return [Collective("all_reduce", "backward", math.ceil(FLOAT * whole / BUCKET_BYTES), FLOAT * whole)]
+    if engine == "ZeRO-2":
+        buckets = math.ceil(whole / ZERO_BUCKET)
+        return [
+            Collective("reduce_scatter", "backward", micro_batches * buckets, micro_batches * FLOAT * whole),
+            Collective("all_gather", "update", buckets, width * whole),
+        ]
+    reduced = micro_batches if engine == "ZeRO-3" else 1
+    filled = whole if engine == "ZeRO-3" else processes * part(network.units, processes)
+    blocks = whole if engine == "ZeRO-3" else processes * part(network.units[1:], processes)  # the rest stays gathered
+    return [
+        Collective("all_gather", "forward", micro_batches * units, micro_batches * width * filled),
+        Collective("all_gather", "backward", micro_batches * (units - 1), micro_batches * width * blocks),
+        Collective("reduce_scatter", "backward", reduced * units, reduced * FLOAT * filled),
+    ]
+
+
+class Hardware(NamedTuple):
+    """Assumptions: an H100 SXM, NVLink between 8, a network card of 400 Gbit/s for each GPU between nodes."""
+
+    flops: float = 989e12  # per second, dense bf16
+    utilisation: float = 0.35  # of that, in the passes
+    memory: float = 80e9  # bytes
+    usable: float = 0.9  # of that; the rest is for CUDA, its libraries' workspaces, fragments and passing tensors
+    memory_bandwidth: float = 2.7e12  # bytes per second, 80 % of 3.35
+    gpus_per_node: int = 8
+    nvlink: float = 450e9  # bytes per second and GPU, each way
+    network: float = 50e9
+    bandwidth: float = 0.75  # of these that collectives reach
+    node_latency: float = 2e-6  # seconds from GPU to GPU in a node
+    network_latency: float = 8e-6  # and between nodes
+    overlap: float = 0.8  # of a pass, behind which communication can hide
+
+    def seconds(self, collective: Collective, processes: int) -> float:
+        """A ring through all GPUs enters and leaves a node over all of its cards, so these carry a part each.
+
+        The latency is that of a ring's hops; reductions of all go up and down a tree.
+        """
+        nodes, within = math.ceil(processes / self.gpus_per_node), min(processes, self.gpus_per_node)
+        rate = self.nvlink if nodes == 1 else min(self.nvlink, self.gpus_per_node * self.network)
+        if collective.kind == "all_reduce":
+            latency = 2 * (math.log2(within) * self.node_latency + math.log2(nodes) * self.network_latency)
+        else:
+            latency = (processes - nodes) * self.node_latency + (nodes - 1) * self.network_latency
+        return collective.count * latency + collective.sent(processes) / (rate * self.bandwidth)
+
+
+class Step(NamedTuple):
+    """Seconds."""
+
+    compute: float
+    update: float
+    communication: float
+    exposed: float  # the part of it that nothing hides
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.update + self.exposed
+
+
+def step(
+    flops: dict[Phase, float],
+    trained: float,
+    messages: list[Collective],
+    seconds_of: Callable[[Collective], float],
+    hardware: Hardware,
+) -> Step:
+    """A step of these FLOPs and messages that updates so many numbers in each process.
+
+    In each pass the communication hides behind a part of the computation, all but one message: nothing is computed
+    before the first block is there, and nothing after the last gradient.
+    """
+    passes = {phase: count / (hardware.flops * hardware.utilisation) for phase, count in flops.items()}
+    total, exposed = 0.0, 0.0
+    for phase in ("forward", "backward", "update"):
+        own = [each for each in messages if each.phase == phase]
+        seconds = sum(map(seconds_of, own))
+        one = seconds / max(sum(each.count for each in own), 1)
+        total += seconds
+        exposed += max(seconds - hardware.overlap * passes.get(phase, 0.0), one)
+    return Step(sum(passes.values()), UPDATE_BYTES * trained / hardware.memory_bandwidth, total, exposed)
+
+
+def flops_of(passes: Passes, examples: int, checkpointing: bool) -> dict[Phase, float]:
+    """Of the passes of a step."""
+    again = passes.again_flops if checkpointing else 0
+    return {"forward": examples * passes.forward_flops, "backward": examples * (passes.backward_flops + again)}
+
+
+def activations(passes: Passes, examples: int, checkpointing: bool) -> int:
+    """Bytes between the passes of a micro-batch."""
+    return examples * (passes.kept_checkpointed if checkpointing else passes.kept) + passes.copies
