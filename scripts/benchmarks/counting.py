@@ -29,7 +29,8 @@ class Passes(NamedTuple):
     backward_flops: int
     again_flops: int  # of the forward passes that gradient checkpointing does once more
     kept: int  # between the passes
-    kept_checkpointed: int  # with gradient checkpointing: its inputs and outputs, and the block that needs the most
+    outside: int  # of it with gradient checkpointing: what is not in a block, and the blocks' inputs
+    block: int  # in the backward pass with it: what the block that needs the most keeps
     copies: int
 
 
@@ -87,10 +88,10 @@ def units_of(network: nn.Module) -> list[list[Size]]:
 
 
 def passes_of(network: nn.Module, inputs: Inputs, precision: Precision, cuda: bool = False) -> Passes:
-    """Counted on batches of one and two: what the second example adds, and what is there without any."""
-    one, two = (_pass(network, inputs(size), precision, cuda) for size in (1, 2))
-    example = [b - a for a, b in zip(one, two, strict=True)]
-    return Passes(*example, copies=one[3] - example[3])
+    """What a third example adds to two, and what any batch needs; one alone is transposed without a copy."""
+    two, three = (_pass(network, inputs(size), precision, cuda) for size in (2, 3))
+    example = [b - a for a, b in zip(two, three, strict=True)]
+    return Passes(*example, copies=two[3] - 2 * example[3])
 
 
 def _pass(network: nn.Module, batch: dict[str, Tensor], precision: Precision, cuda: bool) -> tuple[int, ...]:
@@ -99,7 +100,7 @@ def _pass(network: nn.Module, batch: dict[str, Tensor], precision: Precision, cu
 
     def block(module: nn.Module, *arguments: Any) -> Any:
         nonlocal again
-        inputs.update(_storages([each for each in arguments if isinstance(each, Tensor)]))
+        inputs.update(storages([each for each in arguments if isinstance(each, Tensor)]))
         before = flops.get_total_flops()
         with saving(network, {}) as own:
             result = module(*arguments)
@@ -122,8 +123,8 @@ def _pass(network: nn.Module, batch: dict[str, Tensor], precision: Precision, cu
     network.zero_grad()
     kept = rest | {key: value for own in blocks for key, value in own.items()}
     outside = rest | inputs
-    most = max((_bytes({key: own[key] for key in own.keys() - outside.keys()}) for own in blocks), default=0)
-    return forward, flops.get_total_flops() - forward, again, _bytes(kept), _bytes(outside) + most
+    most = max((bytes_of({key: own[key] for key in own.keys() - outside.keys()}) for own in blocks), default=0)
+    return forward, flops.get_total_flops() - forward, again, bytes_of(kept), bytes_of(outside), most
 
 
 def _called(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -135,10 +136,10 @@ def _called(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 @contextmanager
 def saving(network: nn.Module, found: Storages) -> Iterator[Storages]:
     """Collects what autograd keeps inside, without the network's weights."""
-    weights = _storages(list(network.parameters()))
+    weights = storages(list(network.parameters()))
 
     def keep(tensor: Tensor) -> Tensor:
-        found.update(_storages([tensor]))
+        found.update(storages([tensor]))
         return tensor.detach()  # the tensor itself would keep the node that it comes from
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -147,9 +148,9 @@ def saving(network: nn.Module, found: Storages) -> Iterator[Storages]:
         del found[key]
 
 
-def _storages(tensors: list[Tensor]) -> Storages:
+def storages(tensors: list[Tensor]) -> Storages:
     return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
-def _bytes(storages: Storages) -> int:
+def bytes_of(storages: Storages) -> int:
     return sum(storage.nbytes() for storage in storages.values())

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from scripts.benchmarks.counting import Inputs, Network, count
-from scripts.benchmarks.scaling import Hardware, activations, exchanged, flops_of, held, step
+from scripts.benchmarks.scaling import FLOAT, Hardware, activations, exchanged, flops_of, held, step
 from trainers.common.dit_transformer import build_dit
 from trainers.common.model_files import Grid
 from trainers.common.unet2d_condition import build_unet
 
 ENGINES = {"DDP": "autocast", "FSDP2": "bf16", "ZeRO-2": "bf16", "ZeRO-3": "bf16"}  # and the precision of the passes
 WIDTH = 2  # bytes of a number in bf16
-GPUS = (8, 64, 512)
-TEXTS = {"encoder_hidden_states": 77}  # tokens of a caption
+GPUS, PARTS_GPUS = (8, 64, 512), 64
+SAME = 0.9  # of the fastest engine's rate: the model is no better, so the simplest one of these is taken
+TOKENS = 77  # of a caption
 
 
 class Case(NamedTuple):
@@ -32,8 +33,8 @@ class Case(NamedTuple):
 def unet_inputs(side: int, text_width: int, **more: int) -> Inputs:
     def inputs(size: int) -> dict[str, Tensor]:
         told = {name: torch.zeros(size, width) for name, width in more.items()}
-        text = torch.zeros(size, TEXTS["encoder_hidden_states"], text_width)
-        return {"sample": torch.zeros(size, 4, side, side), "encoder_hidden_states": text} | told | _timestep(size)
+        text = {"encoder_hidden_states": torch.zeros(size, TOKENS, text_width)}
+        return {"sample": torch.zeros(size, 4, side, side)} | text | told | timesteps(size)
 
     return inputs
 
@@ -41,12 +42,12 @@ def unet_inputs(side: int, text_width: int, **more: int) -> Inputs:
 def dit_inputs(side: int, channels: int = 4) -> Inputs:
     def inputs(size: int) -> dict[str, Tensor]:
         labels = torch.zeros(size, dtype=torch.long)
-        return {"hidden_states": torch.zeros(size, channels, side, side), "class_labels": labels} | _timestep(size)
+        return {"hidden_states": torch.zeros(size, channels, side, side), "class_labels": labels} | timesteps(size)
 
     return inputs
 
 
-def _timestep(size: int) -> dict[str, Tensor]:
+def timesteps(size: int) -> dict[str, Tensor]:
     return {"timestep": torch.zeros(size, dtype=torch.long)}
 
 
@@ -63,27 +64,34 @@ CASES = {
 
 
 def tables(hardware: Hardware) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the tables `predictions`, and of `memory` with what the bytes are on 64 GPUs."""
+    """Rows of the tables `predictions`, and of `memory` with what the bytes are on PARTS_GPUS."""
     found, parts = [], []
     for name, case in CASES.items():
         network = count(case.build, case.inputs, ("autocast", "bf16"), cuda=True)
         for gpus in GPUS:
             rows = [{"network": name, "gpus": gpus} | predicted(e, case, network, gpus, hardware) for e in ENGINES]
-            fastest = max((row for row in rows if row["fits"] == "yes"), key=_rate, default=None)
-            found += [row | {"take": "x" if row is fastest else ""} for row in rows]
-        parts += [{"network": name, "engine": e} | gigabytes(e, case, network, 64) for e in ENGINES]
+            best = taken(rows)
+            found += [row | {"take": "x" if row is best else ""} for row in rows]
+        parts += [{"network": name, "engine": e} | gigabytes(e, case, network, PARTS_GPUS) for e in ENGINES]
     return {"predictions": found, "memory": parts}
 
 
-def _rate(row: dict[str, Any]) -> float:
-    return row["images_per_second"]
+def described(hardware: Hardware) -> str:
+    """The assumptions in a line."""
+    return "assumed " + ", ".join(f"{name} {value:g}" for name, value in hardware._asdict().items()).replace("_", " ")
+
+
+def taken(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the engines that fit, which stand in the order of their simplicity, the first that is about the fastest."""
+    fitting = [row for row in rows if row["fits"] == "yes"]
+    fastest = max((row["images_per_second"] for row in fitting), default=0.0)
+    return next((row for row in fitting if row["images_per_second"] >= SAME * fastest), None)
 
 
 def gigabytes(engine: str, case: Case, network: Network, gpus: int) -> dict[str, float]:
     """What a GPU holds, in 10^9 bytes."""
-    passes = network.passes[ENGINES[engine]]
     kept = held(engine, network, gpus, WIDTH)
-    kept["activations"] = activations(passes, case.batch, case.checkpointing)
+    kept["activations"] = activations(network.passes[ENGINES[engine]], case.batch, case.checkpointing)
     return {name: value / 1e9 for name, value in kept.items()}
 
 
@@ -92,21 +100,20 @@ def predicted(engine: str, case: Case, network: Network, gpus: int, hardware: Ha
     memory = sum(gigabytes(engine, case, network, gpus).values())
     flops = flops_of(network.passes[ENGINES[engine]], case.batch, case.checkpointing)
     messages = exchanged(engine, network, gpus, WIDTH)
-    own = held(engine, network, gpus, WIDTH)["averages"] / 4
+    own = held(engine, network, gpus, WIDTH)["averages"] / FLOAT
     found = step(flops, own, messages, lambda each: hardware.seconds(each, gpus), hardware)
     alone = step(flops, network.parameters, [], lambda each: 0.0, hardware)
     return {
+        "global_batch": gpus * case.batch,
         "engine": engine,
         "memory_gb": memory,
-        "fits": "yes" if memory * 1e9 <= hardware.usable * hardware.memory else "no",
+        "fits": "yes" if memory <= hardware.usable_memory * hardware.memory_gb else "no",
         "sent_gb_per_step": sum(each.sent(gpus) for each in messages) / 1e9,
+        "messages": sum(each.count for each in messages),
+        "ms_in_passes": 1000 * found.compute,
+        "in_the_update": 1000 * found.update,
+        "waiting": 1000 * found.exposed,
         "ms_per_step": 1000 * found.seconds,
-        "of_it": {
-            "passes": 1000 * found.compute,
-            "update": 1000 * found.update,
-            "waiting": 1000 * found.exposed,
-        },
-        "hidden_ms": 1000 * (found.communication - found.exposed),
         "efficiency": alone.seconds / found.seconds,
         "images_per_second": gpus * case.batch / found.seconds,
     }

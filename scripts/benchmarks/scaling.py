@@ -14,14 +14,14 @@ from torch import Size
 from scripts.benchmarks.counting import Network, Passes
 
 FLOAT = 4  # bytes of weights that are trained, of their gradients where they are summed, of moments and averages
-BUCKET_BYTES = 25 * 2**20  # of DDP
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # of DDP
 ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000  # numbers: DeepSpeed's reduce_bucket_size and max_live_parameters
 UPDATE_BYTES = 72  # moved for a trained number by the norm, clipping, fused AdamW and averaging: 18 reads and writes
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast"]
 Phase = Literal["forward", "backward", "update"]
-# what a process sends of a tensor that all processes together have or make; torch's gloo reduces all and keeps a part
-RING = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-GLOO = RING | {"reduce_scatter": 2}
+# how often a process sends the whole tensor, on the average of them and but for its own part of it
+RING = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1, "broadcast": 1}
+GLOO = RING | {"reduce_scatter": 2, "reduce": 2}  # as measured: it reduces all, and keeps what was asked for
 
 
 class Collective(NamedTuple):
@@ -76,7 +76,8 @@ def exchanged(engine: str, network: Network, processes: int, width: int, micro_b
         return []
     whole, units = network.parameters, len(network.units)
     if engine == "DDP":
-        return [Collective("all_reduce", "backward", math.ceil(FLOAT * whole / BUCKET_BYTES), FLOAT * whole)]
+        buckets = 1 + math.ceil((FLOAT * whole - FIRST_BUCKET_BYTES) / BUCKET_BYTES)
+        return [Collective("all_reduce", "backward", buckets, FLOAT * whole)]
     if engine == "ZeRO-2":
         buckets = math.ceil(whole / ZERO_BUCKET)
         return [
@@ -96,17 +97,17 @@ def exchanged(engine: str, network: Network, processes: int, width: int, micro_b
 class Hardware(NamedTuple):
     """Assumptions: an H100 SXM, NVLink between 8, a network card of 400 Gbit/s for each GPU between nodes."""
 
-    flops: float = 989e12  # per second, dense bf16
+    flops_per_second: float = 989e12  # dense bf16
     utilisation: float = 0.35  # of that, in the passes
-    memory: float = 80e9  # bytes
-    usable: float = 0.9  # of that; the rest is for CUDA, its libraries' workspaces, fragments and passing tensors
-    memory_bandwidth: float = 2.7e12  # bytes per second, 80 % of 3.35
+    memory_gb: float = 80.0
+    usable_memory: float = 0.9  # the rest is for CUDA, workspaces of its libraries, fragments and passing tensors
+    memory_gb_per_second: float = 2700.0  # 80 % of 3,350
     gpus_per_node: int = 8
-    nvlink: float = 450e9  # bytes per second and GPU, each way
-    network: float = 50e9
-    bandwidth: float = 0.75  # of these that collectives reach
-    node_latency: float = 2e-6  # seconds from GPU to GPU in a node
-    network_latency: float = 8e-6  # and between nodes
+    nvlink_gb_per_second: float = 450.0  # of a GPU, each way
+    network_gb_per_second: float = 50.0
+    bandwidth_reached: float = 0.75  # of these two
+    node_latency_us: float = 2.0  # from GPU to GPU
+    network_latency_us: float = 8.0  # from node to node
     overlap: float = 0.8  # of a pass, behind which communication can hide
 
     def seconds(self, collective: Collective, processes: int) -> float:
@@ -115,12 +116,30 @@ class Hardware(NamedTuple):
         The latency is that of a ring's hops; reductions of all go up and down a tree.
         """
         nodes, within = math.ceil(processes / self.gpus_per_node), min(processes, self.gpus_per_node)
-        rate = self.nvlink if nodes == 1 else min(self.nvlink, self.gpus_per_node * self.network)
+        cards = self.gpus_per_node * self.network_gb_per_second
+        rate = 1e9 * (self.nvlink_gb_per_second if nodes == 1 else min(self.nvlink_gb_per_second, cards))
         if collective.kind == "all_reduce":
-            latency = 2 * (math.log2(within) * self.node_latency + math.log2(nodes) * self.network_latency)
+            latency = 2 * (math.log2(within) * self.node_latency_us + math.log2(nodes) * self.network_latency_us)
         else:
-            latency = (processes - nodes) * self.node_latency + (nodes - 1) * self.network_latency
-        return collective.count * latency + collective.sent(processes) / (rate * self.bandwidth)
+            latency = (processes - nodes) * self.node_latency_us + (nodes - 1) * self.network_latency_us
+        return 1e-6 * collective.count * latency + collective.sent(processes) / (rate * self.bandwidth_reached)
+
+
+def assumptions(given: Iterable[str]) -> Hardware:
+    """The hardware with other values, given as NAME=VALUE; ValueError for an unknown name or what is not positive."""
+    hardware = Hardware()
+    for each in given:
+        name, _, value = each.partition("=")
+        if name not in hardware._fields:
+            raise ValueError(f"--assume {each}: {name} is unknown; must be one of {', '.join(hardware._fields)}")
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not number > 0:
+            raise ValueError(f"--assume {each}: must be NAME=VALUE with a number above 0")
+        hardware = hardware._replace(**{name: number})
+    return hardware
 
 
 class Step(NamedTuple):
@@ -148,7 +167,7 @@ def step(
     In each pass the communication hides behind a part of the computation, all but one message: nothing is computed
     before the first block is there, and nothing after the last gradient.
     """
-    passes = {phase: count / (hardware.flops * hardware.utilisation) for phase, count in flops.items()}
+    passes = {phase: count / (hardware.flops_per_second * hardware.utilisation) for phase, count in flops.items()}
     total, exposed = 0.0, 0.0
     for phase in ("forward", "backward", "update"):
         own = [each for each in messages if each.phase == phase]
@@ -156,7 +175,7 @@ def step(
         one = seconds / max(sum(each.count for each in own), 1)
         total += seconds
         exposed += max(seconds - hardware.overlap * passes.get(phase, 0.0), one)
-    return Step(sum(passes.values()), UPDATE_BYTES * trained / hardware.memory_bandwidth, total, exposed)
+    return Step(sum(passes.values()), UPDATE_BYTES * trained / (1e9 * hardware.memory_gb_per_second), total, exposed)
 
 
 def flops_of(passes: Passes, examples: int, checkpointing: bool) -> dict[Phase, float]:
@@ -166,5 +185,5 @@ def flops_of(passes: Passes, examples: int, checkpointing: bool) -> dict[Phase, 
 
 
 def activations(passes: Passes, examples: int, checkpointing: bool) -> int:
-    """Bytes between the passes of a micro-batch."""
-    return examples * (passes.kept_checkpointed if checkpointing else passes.kept) + passes.copies
+    """Bytes that the passes of a micro-batch keep at most."""
+    return examples * (passes.outside + passes.block if checkpointing else passes.kept) + passes.copies
