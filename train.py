@@ -20,7 +20,7 @@ from trainers.engine.messages import Interrupted, is_message
 
 def train(run: RunConfig) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine import card, export, feeding, launch, optimization, rehearsal, reporting, resume
+    from trainers.engine import card, export, feeding, launch, optimization, rehearsal, reporting, resume, streaming
     from trainers.engine.cache_filling import fill_caches
     from trainers.engine.divergence import Divergence
     from trainers.engine.ema import EMA
@@ -66,8 +66,8 @@ def train(run: RunConfig) -> Path:
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
             resume.load(accelerator, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
-        watches = Watches(accelerator, optimizer, clock, rate_factor)
-        datasets_lib.prepare(train_set, validation_set, show_progress=accelerator.is_main_process)
+        watches = Watches(accelerator, networks, optimizer, clock, rate_factor)
+        datasets_lib.prepare(*sets, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
 
         # steps
         tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds)
@@ -98,7 +98,7 @@ def train(run: RunConfig) -> Path:
                 done = step + 1
                 watches.after_step(done, batch["slot"])
                 if clock.due(done, base.logging_steps):
-                    metrics = clock.epochs(done) | learning_rates | meter.means()
+                    metrics = clock.epochs(done) | learning_rates | meter.means() | streaming.skipped(train_set)
                     tracking.log_steps(metrics | {"examples_per_second": speed.examples_per_second()}, done)
                     reporting.show_metrics(bar, tracking.latest)
                 with speed.paused():

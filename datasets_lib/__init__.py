@@ -59,9 +59,14 @@ def first_example(dataset: Any) -> dict[str, Any]:
     return dataset.first_example() if hasattr(dataset, "first_example") else dataset.get(0, None)
 
 
-def prepare(*datasets: Any, show_progress: bool) -> None:
-    """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start."""
+def prepare(*datasets: Any, show_progress: bool, num_classes: int | None = None) -> None:
+    """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start.
+
+    A stream, whose labels nobody has seen, is told how many classes the run knows.
+    """
     for dataset in datasets:
+        if hasattr(dataset, "limit_labels"):
+            dataset.limit_labels(num_classes)
         if hasattr(dataset, "prepare"):
             dataset.prepare(show_progress)
 

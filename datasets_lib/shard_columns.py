@@ -28,6 +28,7 @@ class ShardColumns:
         self.caption = _named("caption_column", args, features) or next(found, None)
         self.label = _named("label_column", args, features) or _label_column(features)
         self.label_names = label_names or getattr(features.get(self.label), "names", None)
+        self.num_classes = len(self.label_names) if self.label_names else None
 
     @property
     def names(self) -> list[str]:
@@ -53,10 +54,15 @@ class ShardColumns:
         label = row.columns.get(self.label)
         if isinstance(label, str) and self.label_names:
             return self.label_names.index(one_of(f"the class of {row.name}", label, self.label_names))
-        if type(label) is not int or label < 0:
+        if type(label) is not int or not 0 <= label < 1 << 63:
             raise ValueError(
                 f"{row.name} has the label {label!r} in column {self.label!r}; labels are integers of at least 0: name "
                 "another column in base.label_column, or make the shards with scripts/shard.py"
+            )
+        if self.num_classes is not None and label >= self.num_classes:
+            raise ValueError(
+                f"{row.name} has the label {label} in column {self.label!r}, and there are {self.num_classes} classes, "
+                "numbered from 0: raise num_classes, or mend the shard"
             )
         return label
 

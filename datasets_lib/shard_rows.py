@@ -15,6 +15,9 @@ LATENTS = "safetensors"  # a column, or the end of a member's name: a file of me
 MASK = "mask"
 TEXTS = {"txt": "text", "text": "text", "caption": "caption"}  # ends of names -> columns
 LABEL = "cls"
+OTHERS = {**TEXTS, LABEL: "label", LATENTS: LATENTS, "json": "json"}  # ends of names that are no pictures' -> columns
+LABEL_DIGITS = 19  # with fewer it is an int64
+MEMBER_BYTES = 1 << 30  # that are read into memory at once
 
 
 class RawRow(NamedTuple):
@@ -43,7 +46,9 @@ def features_of(shard: Shard) -> dict[str, Any]:
 
     if shard.kind == ".tar":
         kinds = {"image": datasets.Image(), MASK: datasets.Image()}
-        return {name: kinds.get(name) for name in next(read_rows(shard, 0)).columns}
+        for row in read_rows(shard, 0):
+            return {name: kinds.get(name) for name in row.columns}
+        raise ValueError("it has no members such as key.jpg")
     import pyarrow.parquet
 
     with shard.open() as file:
@@ -64,58 +69,80 @@ def _parquet_rows(file: IO[bytes], shard: Shard, place: int, columns: list[str] 
             for values in batch.slice(skipped).to_pylist():
                 row += 1
                 yield RawRow(values, f"row {row - 1} of {shard.name}", row)
+        if row != first:  # places are counted from it
+            raise ValueError(f"its row group {group} ends at row {row:,} and should at {first:,}")
 
 
 def _tar_rows(file: IO[bytes], shard: Shard, place: int) -> Iterator[RawRow]:
     """Rows in WebDataset's layout: the members whose names are equal up to the first dot; nothing is extracted."""
     file.seek(place)
-    key, columns, begins = None, {}, place
-    with tarfile.open(fileobj=file, mode="r|") as archive:  # one after the other: a member is read once or passed
+    key, parts, begins = None, {}, place
+    # one after the other: a member is read once or passed; names in other encodings are shown as they can be
+    with tarfile.open(fileobj=file, mode="r|", errors="backslashreplace") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # else it keeps what it knows of each
             folder, slash, name = member.name.rpartition("/")
             stem, _, end = name.partition(".")
-            if not member.isreg() or not stem or not end:
+            if member.isdir() or not stem or not end:
                 continue
             if key is not None and folder + slash + stem != key:
                 begins = place + member.offset
-                if columns:
-                    yield RawRow(columns, f"{key} of {shard.name}", begins)
-                columns = {}
+                if parts:
+                    yield RawRow(_columns(parts), f"{key} of {shard.name}", begins)
+                parts = {}
             key = folder + slash + stem
-            if _is_known(end.lower()):
-                columns |= _columns(end.lower(), archive.extractfile(member).read())
+            _add_part(parts, end.lower(), archive, member)
         ended = place + archive.offset
     file.seek(ended)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
         raise tarfile.ReadError("it ends without an end-of-archive mark, or is broken there")
-    if columns:
-        yield RawRow(columns, f"{key} of {shard.name}", ended)
+    if parts:
+        yield RawRow(_columns(parts), f"{key} of {shard.name}", ended)
 
 
-def _is_known(end: str) -> bool:
-    """Whether a member's kind is read: no other one is, above all none that could hold code."""
-    return end in (*TEXTS, LABEL, LATENTS, "json") or f".{end.removeprefix(f'{MASK}.')}" in EXTENSIONS
+def _add_part(parts: dict[str, bytes | None], end: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Reads a member into the parts of its example."""
+    column = _column_of(end)
+    if column is None or not member.isreg():
+        if f".{end.rpartition('.')[2]}" in EXTENSIONS:  # a link, or a.b.jpg: its example lacks a picture, and says so
+            parts.setdefault("image", None)
+        return
+    if parts.get(column) is not None:
+        raise tarfile.ReadError(f"its member {member.name} is the second {column} of its example")
+    if member.size > MEMBER_BYTES:  # which a sparse member need not have
+        raise tarfile.ReadError(f"its member {member.name} has {member.size:,} bytes, more than {MEMBER_BYTES:,}")
+    parts[column] = archive.extractfile(member).read()
 
 
-def _columns(end: str, data: bytes) -> dict[str, Any]:
-    """The columns that a member gives; what cannot be read in it becomes an error when its example is made."""
-    if end in TEXTS:
-        return {TEXTS[end]: data.decode("utf-8", errors="replace").strip()}
-    if end == LABEL:
-        text = data.decode("ascii", errors="replace").strip()
-        return {"label": int(text) if text.isdecimal() else text}
-    if end == LATENTS:
-        return {LATENTS: data}
-    if end == "json":
-        return _object(data)
-    return {MASK if end.startswith(f"{MASK}.") else "image": data}
+def _column_of(end: str) -> str | None:
+    """The column that a member is, "json" for several; None for one that is not read, such as what could hold code."""
+    if end in OTHERS:
+        return OTHERS[end]
+    if f".{end.removeprefix(f'{MASK}.')}" in EXTENSIONS:
+        return MASK if end.startswith(f"{MASK}.") else "image"
+    return None
+
+
+def _columns(parts: dict[str, bytes | None]) -> dict[str, Any]:
+    """The columns of an example; what cannot be read in them becomes an error when it is made."""
+    found = {}
+    for column, data in parts.items():
+        if column == "json":
+            found |= _object(data)
+        elif column in TEXTS.values():
+            found[column] = data.decode("utf-8", errors="replace").strip()
+        elif column == "label":
+            text = data.decode("ascii", errors="replace").strip()
+            found[column] = int(text) if text.isdecimal() and len(text) < LABEL_DIGITS else text
+        else:
+            found[column] = data
+    return found
 
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
         found = json.loads(data)
-    except ValueError:  # then a column is missing, and its example says so
+    except (ValueError, RecursionError):  # then a column is missing, and its example says so
         found = {}
     if not isinstance(found, dict):
         return {}

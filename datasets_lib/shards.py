@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -17,6 +19,7 @@ KINDS = (".parquet", ".tar")
 SCHEMES = ("http", "https", "hf", "s3", "gs")
 INDEX, SETTINGS = "index.json", ".settings.json"  # of a folder that scripts/shard.py wrote, and is still writing
 FORMAT = 1
+QUERY = r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"  # of a URL in a text
 
 
 class Shard(NamedTuple):
@@ -38,11 +41,14 @@ class Shard(NamedTuple):
             return open(self.location, "rb")
         import fsspec
 
-        return fsspec.open(self.location, "rb").open()
+        return fsspec.filesystem(scheme).open(self.location, "rb")
 
     def without_secrets(self, error: Exception) -> str:
-        """Return what an error says, with the shard's name where it has the URL or a part that may be secret."""
-        text = str(error) or type(error).__name__
+        """Return what an error says, with the shard's name where it has the URL or a part that may be secret.
+
+        Queries go from all URLs: a server may send its client on to a signed one.
+        """
+        text = re.sub(QUERY, r"\1", " ".join(str(error).split())) or type(error).__name__
         parts = urlsplit(self.location) if "://" in self.location else None
         for secret in (self.location, parts.query, parts.netloc.rpartition("@")[0]) if parts else ():
             text = text.replace(secret, self.name) if secret else text
@@ -105,6 +111,9 @@ def _of_list(file: Path, args: Any) -> ShardList:
         shards = [_listed(line.strip(), file) for line in lines if line.strip() and not line.startswith("#")]
     if not shards:
         raise ValueError(f"{file} lists no shards; give a URL or a path in each line")
+    for shard, count in Counter(shards).items():
+        if count > 1:
+            raise ValueError(f"{file} lists {shard.name} {count} times; an epoch has each shard once: keep one line")
     return ShardList(shards, str(file), _about(file.parent))
 
 
@@ -117,9 +126,12 @@ def _listed(line: str, file: Path) -> Shard:
     else:
         if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
             raise ValueError(f"{file} lists {line!r}, which leads out of its folder; give a path below {file.parent}")
-        shard = Shard(str(file.parent / line), line)
-        _check_inside(Path(shard.location), file.parent)
+        path = file.parent / line
+        _check_inside(path, file.parent)
+        shard = Shard(str(path), path.relative_to(file.parent).as_posix())
     one_of(f"the end of the name {shard.name} in {file}", shard.kind, KINDS)
+    if "://" not in line and not path.is_file():
+        raise FileNotFoundError(f"{file} lists {line!r}, and there is no such file; correct or remove the line")
     return shard
 
 
@@ -144,8 +156,10 @@ def _of_hub(args: Any, split: str) -> ShardList:
 
 
 def _check_inside(path: Path, folder: Path) -> None:
-    if path.is_symlink() and not path.resolve().is_relative_to(folder):
-        raise ValueError(f"{path} is a link that leads out of {folder}; copy the file into the folder instead")
+    if not path.resolve().is_relative_to(folder):
+        raise ValueError(
+            f"{path} leads out of {folder}, as a link or through one; copy the file into the folder instead"
+        )
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -59,14 +59,25 @@ class ShuffleBuffer:
         return {"drawn": self.drawn, "since": oldest.place, "rows": rows, "kept": kept}
 
     def _replay(self, state: dict[str, Any]) -> None:
-        """Reads again what was in the buffer, up to where the reader was."""
-        reader, end, lost = self.reader, self.reader.place, self.reader.lost_shards
-        first = reader.rows_read - state["rows"] + 1
+        """Reads again what was in the buffer, up to where the reader was; leaves it empty where that is not the same.
+
+        A shard may be readable now and not have been then, or the other way round.
+        """
+        reader, end, count, lost = self.reader, self.reader.place, self.reader.rows_read, self.reader.lost_shards
+        first = count - state["rows"] + 1
         reader.place, reader.rows_read = type(end)(*state["since"]), first - 1
         order = {first + kept: place for place, kept in enumerate(state["kept"])}
         while reader.place < end:
             self._read()
             if self.waiting[-1].number not in order:
                 self.waiting.pop()
-        self.waiting.sort(key=lambda waiting: order[waiting.number])
-        reader.lost_shards = lost  # those that are lost again were counted
+        if (reader.place, reader.rows_read) == (end, count):
+            self.waiting.sort(key=lambda waiting: order[waiting.number])
+        else:
+            print(
+                f"WARNING: what was in the shuffle buffer of reader {reader.number} reads otherwise now: it begins "
+                f"empty, and {len(order):,} examples that were not trained on are left out of this epoch",
+                flush=True,
+            )
+            self.waiting, self.rows = [], reader.rows()
+        reader.place, reader.rows_read, reader.lost_shards = end, count, lost  # what is lost again was counted

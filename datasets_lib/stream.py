@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from datasets_lib import stream_resume
 from datasets_lib.captions import Captions
 from datasets_lib.dataset import ImageDataset
+from datasets_lib.held_examples import HeldExamples
 from datasets_lib.shard_columns import ShardColumns, posterior
 from datasets_lib.shard_rows import RawRow, features_of
-from datasets_lib.shards import Shard, ShardList, find_shards, sizes
+from datasets_lib.shards import INDEX, Shard, ShardList, find_shards, sizes
 from datasets_lib.source import Source, digest
 from datasets_lib.stream_reader import StreamReader
 
@@ -32,6 +34,7 @@ class Stream:
     readers: tuple[dict[str, Any] | None, ...] = (None,)
     first_reader, reader_count = 0, 1  # of this process, of all
     turn = 0  # the one of this process whose batch is next
+    skipped_before = (0, 0)  # shards and pictures, by readers that are no more
 
     def __init__(self, found: ShardList, args: Any) -> None:
         self.shards, self.origin, about = found
@@ -41,13 +44,21 @@ class Stream:
         vars(self.args).update(max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
         features = self._features()
         self.columns = ShardColumns(features, args, self.origin, about.get("label_names"))
-        self.label_names, self.highest_label = self.columns.label_names, about.get("highest_label")
+        self.records = {record["file"]: record for record in about.get("shards", ())}  # of shards of our own, by name
+        known = [self.records.get(shard.name) for shard in self.shards]
+        self.label_names = self.columns.label_names
+        self.highest_label = None if None in known else about.get("highest_label")
         self.encoded_by = about.get("encoded_by")
         self.captioned, self.caption = self.columns.caption is not None, args.caption
         names = [shard.name for shard in self.shards]
         self.fingerprint = digest(names, list(sizes(self.shards)), sorted(features), self.label_names)
-        count = f", {about['examples']:,} examples" if about else ""
+        count = "" if None in known else f", {sum(record['examples'] for record in known):,} examples"
         self.notes = [f"a stream of {len(self.shards):,} shards{count}; its epochs are not counted"]
+        if self.records and None in known:
+            self.notes.append(
+                f"{known.count(None):,} of them are not in {INDEX}, and are read too: name a sub-folder to hold out in "
+                "base.validation_split"
+            )
         if self.columns.latents:
             self._check_latents(about)
 
@@ -136,61 +147,41 @@ class Stream:
 
         Other processes or workers than these have other shards: then every reader begins the next epoch.
         """
-        readers = [reader for part in saved for reader in part["readers"] if reader]
+        readers = stream_resume.saved_readers(saved)
+        before = [part.get("skipped_before", (0, 0)) for part in saved]
         if [len(part["readers"]) for part in saved] == [len(self.readers)] * (self.reader_count // len(self.readers)):
             self.readers, self.turn = tuple(saved[process_index]["readers"]), saved[process_index]["turn"]
-            return list(self._buffer_notes([reader for reader in readers if reader.get("buffer")]))
-        epoch = 1 + max((reader["place"][0] for reader in readers), default=-1)
+            self.skipped_before = tuple(before[process_index])
+            return list(stream_resume.buffer_notes(self, readers))
+        epoch = stream_resume.next_epoch(readers)
         self.readers = ({"place": (epoch, 0, 0)},) * len(self.readers)
-        return [f"stream: all readers begin epoch {epoch}: what was left of the epoch before is not read"]
+        if process_index == 0:
+            self.skipped_before = tuple(map(sum, zip(stream_resume.skipped(readers), *before, strict=True)))
+        return [f"stream: all readers begin epoch {epoch}: {self.left_out(saved)} are not read"]
 
-    def _buffer_notes(self, readers: list[dict[str, Any]]) -> Iterator[str]:
-        if not readers:
-            return
-        if self.args.shuffle_buffer_size and self.args.shuffle_buffer_resume == "replay":
-            rows = sum(reader["buffer"]["rows"] for reader in readers)
-            seconds = max(each["buffer"]["rows"] * each["seconds"] / max(each["rows_read"], 1) for each in readers)
-            yield f"stream: {rows:,} examples are read again for the shuffle buffers, about {seconds:.1f} s"
-        else:
-            waiting = sum(len(reader["buffer"]["kept"]) for reader in readers)
-            yield (
-                f"stream: the shuffle buffers begin empty: {waiting:,} examples that were read and not trained on are "
-                "left out of this epoch, and none comes twice"
-            )
+    def left_out(self, saved: list[dict[str, Any]]) -> str:
+        """Say what of the epochs that were begun is not read where the next one is begun."""
+        return stream_resume.left_out(self, stream_resume.saved_readers(saved))
+
+    def limit_labels(self, num_classes: int | None) -> None:
+        """Make a label that is none of so many classes an error."""
+        self.columns.num_classes = num_classes or self.columns.num_classes
 
     def losses(self) -> tuple[int, int]:
         """Return how often a shard was skipped, and how many pictures were, by this process's readers."""
-        found = [reader for reader in self.readers if reader]
-        return sum(each.get("lost_shards", 0) for each in found), sum(each.get("bad_images", 0) for each in found)
+        shards, images = stream_resume.skipped([reader for reader in self.readers if reader])
+        return self.skipped_before[0] + shards, self.skipped_before[1] + images
 
     def held(self, count: float = math.inf) -> HeldExamples:
-        """Return at most so many of the first examples, in memory as they are encoded."""
-        return HeldExamples(self, list(_first(StreamReader(self, 0, 1), count)))
+        """Return at most so many of the first examples, in memory as they are encoded.
 
-
-class HeldExamples:
-    """Examples of a stream by number, such as those to validate on: rows in memory, whose pictures are encoded."""
-
-    random = False
-    picture_columns = ()
-
-    def __init__(self, stream: Stream, rows: list[RawRow]) -> None:
-        self.stream, self.rows, self.fingerprint = stream, rows, stream.fingerprint
-        self.label_names, self.encoded_by = stream.label_names, stream.encoded_by
-        self.captioned, self.caption, self.notes = stream.captioned, stream.caption, stream.notes
-        columns = stream.columns
-        self.highest_label = max(map(columns.label_of, rows), default=None) if columns.label else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
-        """Return an example; without a generator centre crop, no flip, first caption."""
-        return self.stream.example(self.rows[index], generator)
-
-    def name(self, index: int) -> str:
-        """Return the row, and its shard, from which an example comes."""
-        return self.rows[index].name
+        Raises ValueError where all are wanted and a shard cannot be read.
+        """
+        reader = StreamReader(self, 0, 1)
+        rows = list(_first(reader, count))
+        if reader.lost_shards and count == math.inf:  # every process must have the same ones
+            raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
+        return HeldExamples(self, rows)
 
 
 def build(args: Any, split: str) -> Stream | HeldExamples:

@@ -6,7 +6,7 @@ to a sub-folder. With --latents VAE (a finished vae run, or another AutoencoderK
 centres are written instead. To train on them: base.train_data_dir=DIR base.streaming=true base.max_train_steps=N.
 
 `accelerate launch scripts/shard.py ...` or torchrun shares the shards out over processes. What was interrupted goes on
-with the same options: shards that are whole are kept.
+with the same options: shards that are whole are kept. One call at a time writes to a folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from datasets_lib.dataset import ImageDataset
 from datasets_lib.shard_writing import SUFFIXES, Written, example_of, write_shard
 from datasets_lib.shards import FORMAT, INDEX, SETTINGS
 from trainers.common.latents import LatentSpace, encode, latents_problems
+from trainers.engine import lock
 from trainers.engine.agreement import on_all, on_main
 from trainers.engine.config import load_config
 from trainers.engine.durable import flush
@@ -60,6 +62,23 @@ def settings_of(dataset: ImageDataset, base: BaseConfig, space: LatentSpace | No
     return found
 
 
+@contextmanager
+def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock inside; ValueError on every process where another call has it."""
+    held = []
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(lock.take(folder, "--output-dir"))
+
+    on_main(accelerator, take)
+    try:
+        yield
+    finally:
+        for file in filter(None, held):
+            file.close()
+
+
 def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Makes the folder, or sees to it that what it holds was begun with the same settings."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +89,7 @@ def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
                    if before.get(key) != settings.get(key)]  # fmt: skip
         if changed:
             raise ValueError(f"{folder}: holds shards with other settings ({'; '.join(changed)}); choose a new folder")
-    elif any(path for path in folder.iterdir()):
+    elif any(path.name != lock.NAME for path in folder.iterdir()):
         raise ValueError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
     else:
         file.write_text(json.dumps(settings), encoding="utf-8")
@@ -175,8 +194,9 @@ def main() -> None:
             if base.buckets or base.random_flip:
                 raise ValueError("base.buckets and base.random_flip: latents are of pictures of one size as they are")
             space = LatentSpace("--latents", options.latents, base, accelerator.device, torch.float32)
-        for split in ("train", "validation"):
-            shard_split(accelerator, base, split, space, options)
+        with locked(accelerator, options.output_dir):
+            for split in ("train", "validation"):
+                shard_split(accelerator, base, split, space, options)
         accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

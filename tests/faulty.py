@@ -48,6 +48,19 @@ def fsdp(settings):
     launch.Accelerator = sharding
 
 
+def deepspeed(settings):
+    """DeepSpeed on CPU processes with these settings of `zero_optimization`.
+
+    Its collectives in shared memory are left out: they would be compiled first.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ["ACCELERATE_USE_CPU"] = "false"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = json.dumps({"zero_optimization": settings})
+
+
 def slow_steps(seconds):
     from trainers.engine import optimization
 
@@ -114,9 +127,9 @@ def nan_loss_at(step_and_rank):
 
 
 def break_weight_at(step_and_rank):
-    """After this step the rank's part of the first weight is infinite."""
+    """After this step the first weight that the rank has a part of is infinite there."""
     from trainers.engine import optimization
-    from trainers.engine.sharding import local
+    from trainers.engine.sharding import part_of
 
     (step, rank), original, done = step_and_rank, optimization.optimizer_step, [0]
 
@@ -124,7 +137,8 @@ def break_weight_at(step_and_rank):
         result = original(accelerator, optimizer, *rest)
         done[0] += 1
         if done[0] == step and rank == own_rank():
-            local(optimizer.param_groups[0]["params"][0].detach()).fill_(float("inf"))
+            parts = [part_of(parameter).tensor for parameter in accelerator._models[0].parameters()]
+            next(part for part in parts if part.numel()).fill_(float("inf"))
         return result
 
     optimization.optimizer_step = breaking

@@ -38,6 +38,7 @@ def write_parquet(path, numbers, group=4, **columns):
 
 def write_tar(path, members):
     """The members {name: bytes} in their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)

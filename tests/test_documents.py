@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import ROOT, read_metrics
 from PIL import Image
 
@@ -190,7 +190,10 @@ def test_the_migration_page_names_options_that_exist():
         assert "`" in here or here.strip() in ("left out", "always"), there
 
 
-LAUNCHES = {"one_gpu": "NO", "all_gpus": "MULTI_GPU", "two_nodes": "MULTI_GPU", "fsdp2": "FSDP"}
+LAUNCHES = {
+    "one_gpu": "NO", "all_gpus": "MULTI_GPU", "two_nodes": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED",
+    "zero3_offload": "DEEPSPEED",
+}  # fmt: skip
 
 
 def test_every_launch_is_documented():
@@ -207,15 +210,19 @@ def test_a_launch_is_what_accelerate_and_we_understand(name, engine, monkeypatch
     """As `accelerate launch` reads the file, and what it exports as our check of the engine does."""
     arguments = ["--config_file", str(ROOT / f"configs/accelerate/{name}.yaml"), "train.py", "CONFIG"]
     found, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-    assert (found.use_fsdp, found.multi_gpu) == (engine == "FSDP", engine == "MULTI_GPU")
+    flags = {"FSDP": found.use_fsdp, "MULTI_GPU": found.multi_gpu, "DEEPSPEED": found.use_deepspeed}
+    assert flags == {name: engine == name for name in flags}
     assert (found.num_machines, found.mixed_precision) == (2 if name == "two_nodes" else 1, "no")
-    state = SimpleNamespace(fsdp_plugin=None)
+    found.deepspeed_fields_from_accelerate_config = ""  # accelerate launch sets it
+    exported = prepare_deepspeed_cmd_env(found)[1] if found.use_deepspeed else prepare_multi_gpu_env(found)
+    for variable, value in exported.items() if engine in ("FSDP", "DEEPSPEED") else ():
+        monkeypatch.setenv(variable, value)
+    plugins = {"FSDP": FullyShardedDataParallelPlugin, "DEEPSPEED": DeepSpeedPlugin}
+    plugin = plugins[engine]() if engine in plugins else None
     if engine == "FSDP":
-        for variable, value in prepare_multi_gpu_env(found).items():
-            monkeypatch.setenv(variable, value)
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        assert state.fsdp_plugin.transformer_cls_names_to_wrap is None  # ours decide
-    check_engine(SimpleNamespace(distributed_type=DistributedType[engine], state=state))
+        assert plugin.transformer_cls_names_to_wrap is None  # ours decide
+    state = SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=plugin)
+    check_engine(SimpleNamespace(distributed_type=DistributedType[engine], state=state, mixed_precision="no"))
 
 
 def test_the_tests_that_the_table_of_engines_names_exist():

@@ -1,12 +1,14 @@
-"""FSDP2 on two CPU processes against one process and DDP: every promise of a run, by checkpoints that all engines share.
+"""FSDP2 and DeepSpeed on two CPU processes against one process and DDP: every promise, by checkpoints that all share.
 
 accelerate runs FSDP on GPUs alone; tests/faulty.py makes it run here. Every process has one thread.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -25,7 +27,32 @@ COMMON = [
     "base.checkpointing_steps=6", "base.valid_steps=6", f"base.max_train_steps={STEPS}", "base.train_batch_size=4",
 ]  # fmt: skip
 ONE = ["base.gradient_accumulation_steps=2"]  # as many examples as on two processes
-ENGINES = {"one process": (1, {}), "DDP": (2, {}), "FSDP2": (2, {"fsdp": {}})}
+# so that nothing of a small network but the smallest weights stays whole
+ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0,
+          "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}  # fmt: skip
+ENGINES = {
+    "one process": (1, {}),
+    "DDP": (2, {}),
+    "FSDP2": (2, {"fsdp": {}}),
+    "ZeRO-2": (2, {"deepspeed": {"stage": 2}}),
+    "ZeRO-3": (2, {"deepspeed": ZERO_3}),
+    "offload": (
+        2,
+        {"deepspeed": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}},
+    ),
+}
+DIVIDED = ["FSDP2", "ZeRO-2", "ZeRO-3"]
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def but_one(always):
+    """The engines that divide, all but one of them among the slow tests."""
+    return [engine if engine == always else slow(engine) for engine in DIVIDED]
+
+
 LATEST = "base.resume_from_checkpoint=latest"
 
 
@@ -41,9 +68,9 @@ def run(folder, engine, *options, task="ddpm", code=0, **faults):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of each engine without interruption."""
+    """whole(engine) is a run without interruption, made when it is first asked for: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    return {engine: run(folder / engine.replace(" ", "-"), engine) for engine in ENGINES}
+    return functools.cache(lambda engine: run(folder / engine.replace(" ", "-"), engine))
 
 
 def numbers(folder, prefix=""):
@@ -74,20 +101,27 @@ def files(folder):
     )
 
 
-def test_the_engine_is_named(whole):
-    _, text = whole["FSDP2"]
-    assert (
-        "FSDP2, 1/2 of the network in each process, gathered by Attention, ResnetBlock2D; 2 processes on 1 node, gloo"
-        in text
-    )
-    assert "engine           DDP; 2 processes on 1 node, gloo\n" in whole["DDP"][1]
-    assert "engine           one process\n" in whole["one process"][1]
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        ("one process", "one process"),
+        ("DDP", "DDP; 2 processes on 1 node, gloo"),
+        ("FSDP2", "FSDP2, 1/2 of the network in each process, gathered by Attention, ResnetBlock2D; 2 processes on 1 node, gloo"),
+        ("ZeRO-2", "DeepSpeed ZeRO-2, 1/2 of gradients and optimizer state in each process; 2 processes on 1 node, gloo"),
+        ("ZeRO-3", "DeepSpeed ZeRO-3, 1/2 of weights, gradients and optimizer state in each process; 2 processes on 1 node, gloo"),
+        slow("offload", "DeepSpeed ZeRO-3, 1/2 of weights, gradients and optimizer state in each process, optimizer and weights in main memory; 2 processes on 1 node, gloo"),
+    ],
+)  # fmt: skip
+def test_the_engine_is_named(engine, name, whole):
+    _, text = whole(engine)
+    assert f"  engine           {name}\n" in text
+    assert "  network unet     41,609 parameters trained, 0 frozen\n" in text
 
 
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("engine", ["DDP", *DIVIDED, slow("offload")])
 def test_a_run_is_that_of_one_process(engine, whole):
     """Losses, norms, rates and validations; the finished pipeline has the same files, keys, shapes and dtypes."""
-    one, other = whole["one process"][0], whole[engine][0]
+    one, other = whole("one process")[0], whole(engine)[0]
     assert numbers(other) == pytest.approx(numbers(one), rel=1e-5)
     assert numbers(other, "valid/loss").keys() == {(6, "valid/loss"), (12, "valid/loss")}
     assert files(other) == files(one)
@@ -97,33 +131,32 @@ def test_a_run_is_that_of_one_process(engine, whole):
         assert (other / file).read_text() == (one / file).read_text()
 
 
+ALWAYS = {(engine, engine) for engine in DIVIDED}
+ALWAYS |= {("DDP", "FSDP2"), ("FSDP2", "ZeRO-3"), ("ZeRO-2", "one process")}
+
+
 @pytest.mark.parametrize(
     ("engine", "then"),
-    [
-        ("FSDP2", "FSDP2"),
-        ("FSDP2", "one process"),
-        ("DDP", "FSDP2"),
-        pytest.param("FSDP2", "DDP", marks=pytest.mark.slow),
-        pytest.param("one process", "FSDP2", marks=pytest.mark.slow),
-    ],
+    [(engine, then) if (engine, then) in ALWAYS else slow(engine, then) for engine in ENGINES for then in ENGINES],
 )
 def test_a_checkpoint_is_resumed_on_another_engine(engine, then, whole, tmp_path):
     """On the same one bit for bit, else up to the order of sums."""
-    shutil.copytree(whole[engine][0], tmp_path / "run")
+    shutil.copytree(whole(engine)[0], tmp_path / "run")
     forget_after(tmp_path / "run", 6)
     _, text = run(tmp_path / "run", then, LATEST)
     assert "resumed at 6" in text
-    assert numbers(tmp_path / "run") == pytest.approx(numbers(whole[then][0]), rel=1e-5)
+    assert numbers(tmp_path / "run") == pytest.approx(numbers(whole(then)[0]), rel=1e-5)
     if engine == then:
-        assert final_state(tmp_path / "run", STEPS) == final_state(whole[then][0], STEPS)
-        assert numbers(tmp_path / "run") == numbers(whole[then][0])
-    assert difference(tmp_path / "run", whole[then][0], "unet/diffusion_pytorch_model.safetensors") < 1e-4
+        assert final_state(tmp_path / "run", STEPS) == final_state(whole(then)[0], STEPS)
+        assert numbers(tmp_path / "run") == numbers(whole(then)[0])
+    assert difference(tmp_path / "run", whole(then)[0], "unet/diffusion_pytorch_model.safetensors") < 1e-4
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_one_rank_is_killed_in_a_save(rank, whole, tmp_path):
+@pytest.mark.parametrize("engine", but_one("ZeRO-3"))
+@pytest.mark.parametrize("rank", [slow(0), 1])
+def test_one_rank_is_killed_in_a_save(rank, engine, whole, tmp_path):
     folder = tmp_path / "run"
-    process, own = ENGINES["FSDP2"]
+    process, own = ENGINES[engine]
     faults = own | {"slow_write": 2, "kill_in_save": [6, rank]}
     arguments = [tiny("ddpm"), f"base.output_dir={folder}", *COMMON, "base.checkpointing_steps=3"]
     assert start(*arguments, processes=process, faults=faults).wait(300) != 0
@@ -131,15 +164,16 @@ def test_one_rank_is_killed_in_a_save(rank, whole, tmp_path):
     assert [step for step, _ in sealed] in ([3], [6, 3])
     for _, path in sealed:
         verify(path)
-    run(folder, "FSDP2", LATEST)
-    assert final_state(folder, STEPS) == final_state(whole["FSDP2"][0], STEPS)
+    run(folder, engine, LATEST)
+    assert final_state(folder, STEPS) == final_state(whole(engine)[0], STEPS)
     assert not list(folder.glob(".tmp-*"))
 
 
-def test_one_rank_gets_term(whole, tmp_path):
+@pytest.mark.parametrize("engine", but_one("FSDP2"))
+def test_one_rank_gets_term(engine, whole, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     arguments = [tiny("ddpm"), f"base.output_dir={folder}", *COMMON]
-    process = start(*arguments, processes=2, faults={"fsdp": {}, "slow_steps": 0.3}, out=log)
+    process = start(*arguments, processes=2, faults=ENGINES[engine][1] | {"slow_steps": 0.3}, out=log)
     wait_for(lambda: 2 in logged_steps(folder), process)
     os.kill(process.ranks[1].pid, signal.SIGTERM)
     assert process.wait(300) == 143
@@ -147,17 +181,18 @@ def test_one_rank_gets_term(whole, tmp_path):
     verify(sealed)
     assert step < STEPS
     assert f"ended by SIGTERM after step {step}; checkpoint-{step} is written" in log.read_text()
-    run(folder, "FSDP2", LATEST)
-    assert final_state(folder, STEPS) == final_state(whole["FSDP2"][0], STEPS)
+    run(folder, engine, LATEST)
+    assert final_state(folder, STEPS) == final_state(whole(engine)[0], STEPS)
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_and_not_saved(tmp_path):
-    folder, _ = run(tmp_path / "run", "FSDP2", nan_loss_at=[4, 1])
+@pytest.mark.parametrize("engine", but_one("ZeRO-2"))
+def test_what_is_not_finite_on_one_rank_is_skipped_and_not_saved(engine, tmp_path):
+    folder, _ = run(tmp_path / "run", engine, nan_loss_at=[4, 1])
     skipped = {step: value for (step, _), value in numbers(folder, "skipped").items()}
     assert skipped == {step: float(step == 4) for step in range(1, STEPS + 1)}
     assert math.isfinite(numbers(folder, "loss")[STEPS, "loss"])
-    _, text = run(tmp_path / "broken", "FSDP2", code=1, break_weight_at=[3, 1])
-    assert "checkpoint-6 is not written: weight unet.conv_in.weight is not finite; continue from" in text
+    _, text = run(tmp_path / "broken", engine, code=1, break_weight_at=[6, 1])
+    assert re.search(r"checkpoint-6 is not written: weight unet\.\S+ is not finite; continue from", text)
     assert not list((tmp_path / "broken").glob("checkpoint-*"))
 
 
@@ -171,19 +206,50 @@ def test_what_fsdp2_cannot_shard(tmp_path):
     assert "Traceback" not in text + log.read_text()
 
 
-def test_an_adapter_on_a_half_precision_base(tmp_path):
-    """The frozen weights are in bf16, what is trained in float32: FSDP2 holds both in one group."""
+def test_what_deepspeed_cannot_train(tmp_path):
+    _, text = run(tmp_path / "two", "ZeRO-2", task="vae", code=1)
+    assert "error: DeepSpeed trains one network, and this run has 2 (vae, discriminator); launch with DDP" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("engine", but_one("ZeRO-3"))
+def test_accumulation_is_that_of_ddp(engine, network_without_dropout, tmp_path):
+    """Two micro-batches of two on each of two processes."""
+    options = ["base.train_batch_size=2", "base.gradient_accumulation_steps=2", "base.max_train_steps=6"]
+    options += [f"ddpm.model_config={network_without_dropout}", "ddpm.max_grad_norm=0.05"]
+    runs = [run(tmp_path / each, each, *options)[0] for each in ("DDP", engine)]
+    assert min(numbers(runs[0], "grad_norm").values()) > 0.05  # every step is clipped
+    assert numbers(runs[1]) == pytest.approx(numbers(runs[0]), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", DIVIDED)
+def test_a_dora_reads_weights_outside_of_their_module(engine, tmp_path):
+    options = ["base.resolution=32", "lora.use_dora=true", "lora.train_text_encoder=false", "lora.learning_rate=1e-3"]
+    runs = [run(tmp_path / each, each, *options, "base.max_train_steps=4", task="lora")[0] for each in ("DDP", engine)]
+    assert numbers(runs[1]) == pytest.approx(numbers(runs[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "near"),
+    # autocast keeps norms in float32, FSDP2 does not; ZeRO-3 puts a linear of its own in torch's place
+    [("ZeRO-3", 2e-3), slow("ZeRO-2", 1e-5), slow("FSDP2", 2e-3)],
+)
+def test_an_adapter_on_a_half_precision_base(engine, near, tmp_path):
+    """The frozen weights are in bf16, what is trained in float32: FSDP2 holds both in one group.
+
+    The text encoder and the autoencoder are whole in each process: they are not prepared.
+    """
     options = ["lora.train_text_encoder=false", "lora.learning_rate=1e-3", "base.mixed_precision=bf16"]
     runs = {
-        engine: run(tmp_path / engine, engine, *options, "base.resolution=32", task="lora")[0]
-        for engine in ("DDP", "FSDP2")
+        each: run(tmp_path / each, each, *options, "base.resolution=32", task="lora")[0] for each in ("DDP", engine)
     }
-    losses = {engine: list(numbers(folder, "loss").values()) for engine, folder in runs.items()}
-    assert losses["FSDP2"] == pytest.approx(losses["DDP"], rel=2e-3)  # autocast keeps norms in float32, FSDP2 does not
-    saved = load_file(runs["FSDP2"] / "checkpoint-12" / "unet" / "trainable.safetensors")
+    losses = {each: list(numbers(folder, "loss").values()) for each, folder in runs.items()}
+    assert losses[engine] == pytest.approx(losses["DDP"], rel=near)
+    saved = load_file(runs[engine] / "checkpoint-12" / "unet" / "trainable.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert all(".lora_" in key for key in saved)
-    assert difference(runs["FSDP2"], runs["DDP"], "pytorch_lora_weights.safetensors") < 2e-2
+    assert difference(runs[engine], runs["DDP"], "pytorch_lora_weights.safetensors") < 2e-2
 
 
 SINGLE = {
@@ -193,14 +259,15 @@ SINGLE = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", DIVIDED)
 @pytest.mark.parametrize("task", TRAINERS)
-def test_every_task_with_one_network(task, tmp_path):
+def test_every_task_with_one_network(task, engine, tmp_path):
     options = ["base.resolution=32", *SINGLE.get(task, [])]
-    runs = {engine: run(tmp_path / engine, engine, *options, task=task)[0] for engine in ("DDP", "FSDP2")}
-    assert files(runs["FSDP2"]) == files(runs["DDP"])
+    runs = {each: run(tmp_path / each, each, *options, task=task)[0] for each in ("DDP", engine)}
+    assert files(runs[engine]) == files(runs["DDP"])
     # after a few steps Adam has made noise of a few sums as large as the rate; each first loss is before any step
-    assert numbers(runs["FSDP2"])[1, "loss"] == pytest.approx(numbers(runs["DDP"])[1, "loss"], rel=1e-6)
-    uninterrupted = final_state(runs["FSDP2"], STEPS)
-    forget_after(runs["FSDP2"], 6)
-    run(runs["FSDP2"], "FSDP2", *options, LATEST, task=task)
-    assert final_state(runs["FSDP2"], STEPS) == uninterrupted
+    assert numbers(runs[engine])[1, "loss"] == pytest.approx(numbers(runs["DDP"])[1, "loss"], rel=1e-6)
+    uninterrupted = final_state(runs[engine], STEPS)
+    forget_after(runs[engine], 6)
+    run(runs[engine], engine, *options, LATEST, task=task)
+    assert final_state(runs[engine], STEPS) == uninterrupted

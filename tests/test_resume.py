@@ -88,7 +88,7 @@ def test_every_task_resumes_exactly(task, tiny_config):
 
 def test_without_the_checkpoints_state_the_runs_differ(tiny_config, monkeypatch):
     """The comparison can fail: without the optimizer's state the losses after the cut are others."""
-    monkeypatch.setattr(resume, "named_optimizer_state", lambda *_: {})
+    monkeypatch.setattr(resume, "read_optimizer_state", lambda *_: {})
     with pytest.raises(AssertionError):
         check_resume(tiny_config, {})
 

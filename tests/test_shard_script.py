@@ -157,6 +157,28 @@ def test_what_was_interrupted_goes_on(folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(": 4 examples") == 1
 
 
+def test_a_second_call_is_refused_and_a_dead_one_is_not_in_the_way(folder, tmp_path):
+    """The first is a process of its own: within one the kernel gives a lock again."""
+    output = tmp_path / "shards"
+    output.mkdir()
+    code = "import time\nfrom pathlib import Path\nfrom trainers.engine import lock\n"
+    code += f"held = lock.take(Path({str(output)!r}))\nprint('held', flush=True)\ntime.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        arguments = [folder, "--output-dir", output, "--shard-size", 4]
+        with pytest.raises(
+            SystemExit, match=f"error: --output-dir = {output}: in use by pid {holder.pid} on .*; wait for"
+        ):
+            run_script(shard, *arguments)
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.communicate()
+    run_script(shard, *arguments)
+    assert len(examples_of(output)[1]) == COUNT
+
+
 def test_refusals(folder, tmp_path, capsys):
     output = tmp_path / "shards"
     run_script(shard, folder, "--output-dir", output, "--shard-size", 4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import tarfile
 
 import pyarrow.parquet
 import pytest
@@ -134,11 +136,11 @@ def test_members_of_other_kinds_are_never_read(tmp_path, monkeypatch):
     before = sorted(path.name for path in tmp_path.parent.iterdir())
     seen = []
     monkeypatch.setattr(
-        shard_rows, "_columns", lambda end, data, own=shard_rows._columns: seen.append(end) or own(end, data)
+        shard_rows, "_columns", lambda parts, own=shard_rows._columns: seen.append([*parts]) or own(parts)
     )
     rows = list(read_rows(Shard(str(tmp_path / "a.tar"), "a.tar"), 0))
     assert [set(row.columns) for row in rows] == [{"image"}, {"image"}]
-    assert seen == ["png", "png"]
+    assert seen == [["image"], ["image"]]
     assert sorted(path.name for path in tmp_path.parent.iterdir()) == before
 
 
@@ -150,6 +152,11 @@ ROWS_THAT_STOP = {
     "a JSON file without an object": ({"x.png": png(0), "x.json": b'{"text": "a"}', "y.png": png(1), "y.json": b"[]"}, "has no caption"),
     "no picture": ({"x.png": png(0), "x.cls": b"1", "y.cls": b"1"}, "cannot use image y of a.tar: it is empty"),
     "a broken picture": ({"x.png": png(0), "y.png": b"nothing"}, "cannot use image y of a.tar: .* or set base.bad_images=skip"),
+    "a label beyond int64": ({"x.png": png(0), "x.cls": b"1", "y.png": png(1), "y.cls": b"9" * 5000}, "y of a.tar has the label '9"),
+    "a label of JSON beyond int64": ({"x.png": png(0), "x.json": b'{"label": 36893488147419103232}'}, "labels are integers of at"),
+    "a name with more dots": ({"x.png": png(0), "y.v2.png": png(1)}, "cannot use image y of a.tar: it is empty"),
+    "JSON without an end": ({"x.png": png(0), "x.txt": b"a", "y.png": png(1), "y.json": b"[" * 99999}, "y of a.tar, .* has no caption"),
+    "another encoding's name": ({"x.png": png(0), "\udce9.png": b""}, r"cannot use image \\xe9 of a.tar: it is empty"),
     "broken latents": ({"x.safetensors": b"nothing"}, "x of a.tar: its latents cannot be read .*; make the shards again"),
 }  # fmt: skip
 
@@ -160,6 +167,50 @@ def test_rows_that_stop_a_run_are_named(case, tmp_path):
     write_tar(tmp_path / "a.tar", members)
     reader = stream_of(tmp_path).open_reader(0, None)
     with pytest.raises(ValueError, match=message):
+        [reader.next(None) for _ in range(2)]
+
+
+def test_members_that_are_links_are_missed(tmp_path):
+    """Tar writes a second name of a file as a link to the first; what it leads to is not read."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("x.png", tarfile.REGTYPE), ("y.png", tarfile.LNKTYPE), ("z.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(png(3)) if kind == tarfile.REGTYPE else 0
+            info.linkname = "x.png" if kind == tarfile.LNKTYPE else "/etc/hostname"
+            archive.addfile(info, io.BytesIO(png(3)))
+    rows = list(read_rows(Shard(str(tmp_path / "a.tar"), "a.tar"), 0))
+    assert [row.columns["image"] for row in rows] == [png(3), None, None]
+    reader = stream_of(tmp_path).open_reader(0, None)
+    reader.next(None)
+    with pytest.raises(ValueError, match="cannot use image y of a.tar: it is empty"):
+        reader.next(None)
+
+
+def test_tar_files_that_are_skipped_from_a_member_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shard_rows, "MEMBER_BYTES", 1000)
+    for name, member, message in (
+        ("twice", {"y.jpg": png(1)}, "its member y.jpg is the second image of its example"),
+        ("large", {"y.json": bytes(1001)}, "its member y.json has 1,001 bytes, more than 1,000"),
+    ):
+        write_tar(tmp_path / name / "a.tar", {"x.png": png(0), "y.png": png(1), **member, "z.png": png(2)})
+        reader = stream_of(tmp_path / name).open_reader(0, None)
+        assert [round((reader.next(None)["image"].mean().item() + 1) * 127.5) for _ in range(2)] == [0, 0]
+        assert f"WARNING: a.tar: {message}: the shard is skipped from byte 1,024 on" in capsys.readouterr().out
+        assert reader.lost_shards == 1
+    write_tar(tmp_path / "none" / "a.tar", {"x.pkl": b"1"})
+    with pytest.raises(ValueError, match="the last: a.tar: it has no members such as key.jpg"):
+        stream_of(tmp_path / "none")
+
+
+def test_labels_beyond_the_names(tmp_path):
+    import datasets
+
+    write_parquet(tmp_path / "a.parquet", [0], kind=(datasets.ClassLabel(names=["cat", "dog"]), [1]))
+    write_parquet(tmp_path / "b.parquet", [1], kind=(datasets.Value("int64"), [2]))
+    reader = stream_of(tmp_path).open_reader(0, None)
+    with pytest.raises(
+        ValueError, match="row 0 of b.parquet has the label 2 in column 'kind', and there are 2 classes"
+    ):
         [reader.next(None) for _ in range(2)]
 
 

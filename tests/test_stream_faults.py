@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import losses
@@ -18,6 +19,7 @@ from datasets_lib import shard_rows, stream_reader
 from datasets_lib.inspect import main as inspect
 from datasets_lib.stream import Stream
 from train import main, train
+from trainers.engine import feeding
 from trainers.engine.config import load_config
 from trainers.engine.divergence import Divergence
 
@@ -147,6 +149,9 @@ def test_tasks_with_texts_or_classes_train_from_a_stream(tmp_path, tiny_config, 
     if task == "conditional_ddpm":
         assert main([str(tiny_config(task, **run_options(folder) | own))]) == 1
         assert "classes" in capsys.readouterr().err
+        own["conditional_ddpm.num_classes"] = 9  # as many as the label that says "no class"
+        assert main([str(tiny_config(task, "few", **run_options(folder) | own))]) == 1
+        assert "has the label 9 in column 'label', and there are 9 classes, numbered" in capsys.readouterr().err
         own["conditional_ddpm.num_classes"] = 10
     own["base.caption"] = ""
     run = train(load_config(tiny_config(task, **run_options(folder) | own)))
@@ -270,6 +275,24 @@ def test_the_end_of_a_run_says_what_was_passed_over(tmp_path, run_in_process, ca
     assert "NOTE: 2 times the rest of a shard, and 0 images, could not be read: passed over" in out
 
 
+def test_validation_examples_are_read_as_a_whole(tmp_path):
+    """Every process reads its own, and each must have as many."""
+    folder = write_shards(tmp_path / "shards", "tar", SIZES)
+    write_shards(folder / "held", "tar", (3, 2))
+    broken(folder / "held", 1)
+    with pytest.raises(ValueError, match="held: these shards are read as a whole; mend or remove shard-001.tar: "):
+        datasets_lib.build(base_of(folder, validation_split="held"), "validation")
+
+
+def test_processes_that_see_other_shards(folder, monkeypatch):
+    stream, accelerator = stream_of(folder), SimpleNamespace(process_index=0, num_processes=2)
+    monkeypatch.setattr(feeding, "gather_object", lambda mine: [*mine, "another"])
+    with pytest.raises(
+        ValueError, match="the processes see 2 different lists of shards of .*; give each the same files"
+    ):
+        feeding.dealt(accelerator, base_of(folder), stream)
+
+
 def test_messages_of_workers_end_the_run_without_a_traceback(tmp_path, error_of):
     folder = write_shards(tmp_path / "shards", "tar", SIZES)
     write_tar(folder / "z.tar", {"x.png": png(1)})
@@ -311,12 +334,13 @@ def test_other_readers_are_refused_or_begin_an_epoch(begun, tiny_config, capsys)
     capsys.readouterr()
     fewer = {**begun, "base.dataloader_num_workers": 0}
     assert main([str(tiny_config("ddpm", "run", **fewer))]) == 1
-    text = "readers of the stream: 1 processes with 2 -> 1 processes with 1; they would all begin the next epoch"
+    text = "readers of the stream: 1 processes with 2 -> 1 processes with 1; they would all begin the next epoch, and leave"
     assert text in capsys.readouterr().err
     run = train(load_config(tiny_config("ddpm", "run", **fewer, **{"base.allow_changes": ["dataloader_num_workers"]})))
     out = capsys.readouterr().out
-    assert f"{text} (allowed)" in out
-    assert "stream: all readers begin epoch 1: what was left of the epoch before is not read" in out
+    assert text in out
+    assert "(how many examples those shards hold is not known) (allowed)" in out
+    assert "stream: all readers begin epoch 1: " in out
     [part] = json.loads((run / "checkpoint-6" / "state.json").read_text())["stream"]
     assert [reader["place"][0] for reader in part["readers"]] == [1]
 
@@ -348,6 +372,33 @@ def test_a_reshuffled_buffer_repeats_nothing(tmp_path):
     after = numbers(stream.open_reader(0, position), COUNT - 12 - 4 - 4)  # 4 are left out, and the last 4 wait
     assert not set(before) & set(after)
     assert len(set(before) | set(after)) == COUNT - 8
+
+
+@pytest.mark.parametrize("then", ["broken", "whole"])
+def test_a_buffer_that_reads_otherwise_begins_empty(tmp_path, monkeypatch, capsys, then):
+    """A shard can break, or be there again, between a checkpoint and the run that goes on from it."""
+    folder = write_shards(tmp_path, "tar", [6] * 4)
+    stream = stream_of(folder, shuffle_buffer_size=5, shard_retries=0)
+    original, second = stream_reader.read_rows, stream.order(0)[1].name
+
+    def failing(shard, place, columns):
+        for count, row in enumerate(original(shard, place, columns)):
+            if shard.name == second and count == 2:
+                raise OSError("the disk is away")
+            yield row
+
+    monkeypatch.setattr(stream_reader, "read_rows", original if then == "broken" else failing)
+    reader = stream.open_reader(0, None)
+    before = numbers(reader, 8)
+    position = json.loads(json.dumps(reader.position()))
+    monkeypatch.setattr(stream_reader, "read_rows", failing if then == "broken" else original)
+    again = stream.open_reader(0, position)
+    assert "WARNING: what was in the shuffle buffer of reader 0 reads otherwise now: it begins empty, and 4 exam" in (
+        capsys.readouterr().out
+    )
+    assert (list(again.place), again.rows_read) == (position["place"], position["rows_read"])
+    assert again.lost_shards == position["lost_shards"]
+    assert not set(before) & set(numbers(again, 4))
 
 
 def test_a_shuffle_buffer_mixes(tmp_path):

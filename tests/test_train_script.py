@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from conftest import losses, read_metrics, wait_for
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
@@ -24,7 +25,8 @@ from train import main, train
 from trainers import TRAINERS
 from trainers.engine import networks
 from trainers.engine.config import find_trainer, load_config
-from trainers.engine.engines import check_engine
+from trainers.engine.deepspeed_settings import configure_deepspeed
+from trainers.engine.engines import check_devices, check_engine, check_optimizer
 from trainers.engine.randomness import SlotRandom
 
 PIPELINE = {
@@ -621,7 +623,7 @@ def test_a_step_that_is_skipped_is_told(run_in_process, monkeypatch, capsys):
 
 def test_an_engine_that_is_not_supported(run_in_process, monkeypatch):
     monkeypatch.setattr("trainers.engine.engines.SUPPORTED", ())
-    with pytest.raises(ValueError, match=r"the launcher chose NO: not supported yet; launch with DDP"):
+    with pytest.raises(ValueError, match=r"the launcher chose NO: not supported; launch with DDP"):
         run_in_process()
 
 
@@ -629,6 +631,15 @@ def test_a_launch_that_does_not_do_what_it_was_asked(run_in_process, monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"FSDP was asked for, and accelerate runs NO on cpu instead; launch on two"):
         run_in_process()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"DEEPSPEED was asked for, and accelerate runs NO on cpu instead"):
+        run_in_process()
+    with monkeypatch.context() as missing:
+        missing.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install diffloop\[deepspeed\]"):
+            check_devices()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE = 4: more processes than the 2 GPUs .* start at most 2"):
@@ -649,6 +660,70 @@ def test_options_of_fsdp_that_are_refused(option, text):
     state = SimpleNamespace(fsdp_plugin=plugin)
     with pytest.raises(ValueError, match=re.escape(text)):
         check_engine(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
+
+
+def deepspeed_accelerator(settings=None, precision="no"):
+    plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 3}} | (settings or {}))
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    engine = {"distributed_type": DistributedType.DEEPSPEED, "mixed_precision": precision}
+    return SimpleNamespace(state=state, gradient_accumulation_steps=2, **engine)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "text"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "no", "zero_stage = 1: must be 2 or 3; without them launch with DDP"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "no", "offload_param_device = nvme: must be none or cpu"),
+        ({"optimizer": {"type": "AdamW"}}, "no", "has a section optimizer: the run's own is used; take it out"),
+        ({"scheduler": {"type": "WarmupLR"}}, "no", "has a section scheduler: the run's own is used; take it out"),
+        ({}, "fp16", "base.mixed_precision = fp16: not supported with DeepSpeed; use bf16, or launch with DDP"),
+    ],
+)  # fmt: skip
+def test_settings_of_deepspeed_that_are_refused(settings, precision, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        check_engine(deepspeed_accelerator(settings, precision))
+
+
+def test_networks_are_built_whole_under_zero_3():
+    """accelerate would have transformers divide what it loads, frozen encoders too."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    accelerator = deepspeed_accelerator()
+    accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
+    assert is_deepspeed_zero3_enabled()
+    check_engine(accelerator)
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_what_deepspeed_is_told(tiny_config):
+    run = load_config(tiny_config(**{"ddpm.max_grad_norm": 0.5, "base.train_batch_size": 4}))
+    accelerator, unet = deepspeed_accelerator({"gradient_clipping": "auto"}, "bf16"), torch.nn.Linear(1, 1)
+    configure_deepspeed(accelerator, {"unet": unet}, run.config, run.base)
+    told = accelerator.state.deepspeed_plugin.deepspeed_config
+    assert told["gradient_clipping"] == 0.5
+    assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (4, 2)
+    assert (told["bf16"], told["torch_autocast"]) == (
+        {"enabled": False},
+        {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+    )
+
+
+def test_what_deepspeed_cannot_do(tiny_config):
+    run = load_config(tiny_config())
+    accelerator, unet = deepspeed_accelerator({"gradient_clipping": 0.5}), torch.nn.Linear(1, 1)
+    text = "says gradient_clipping = 0.5, and the run's max_grad_norm is 1.0: leave the launcher's out, or make them"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        configure_deepspeed(accelerator, {"unet": unet}, run.config, run.base)
+    with pytest.raises(ValueError, match=r"trains one network, and this run has 2 \(vae, discriminator\); launch with"):
+        configure_deepspeed(accelerator, {"vae": unet, "discriminator": unet}, run.config, run.base)
+    run.config.use_8bit_adam = True
+    with pytest.raises(
+        ValueError, match=r"use_8bit_adam = true: not supported with DEEPSPEED, which divides the optim"
+    ):
+        check_optimizer(accelerator, run.config)
+    run.base.compile = True
+    with pytest.raises(ValueError, match=r"base.compile = true: not supported with DeepSpeed; set it to false"):
+        configure_deepspeed(accelerator, {"unet": unet}, run.config, run.base)
 
 
 def test_an_error_of_another_process_names_it(tiny_config, capsys, monkeypatch):

@@ -182,6 +182,7 @@ class Trainer(ABC):
     training: bool = True  # False in validation: no label or caption dropout
     label_names: list[str] | None = None  # of the data set's classes, set before init_modules
     highest_label: int | None = None  # in the data set, where it is known, set before init_modules
+    num_classes: int | None = None  # all labels are below it; set in init_modules by a task that reads them
     grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
     captions: list[str] | None = None  # some of the training set's, set before init_modules
     start_step: int = 0  # where a resumed run goes on, set before init_modules

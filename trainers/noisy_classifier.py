@@ -41,7 +41,8 @@ class NoisyClassifierTrainer(Trainer):
     def init_modules(self) -> dict[str, nn.Module]:
         config = self.config
         self.scheduler = build_schedule(config)
-        settings = {"out_channels": count_classes(TASK, self, config.num_classes)}
+        self.num_classes = count_classes(TASK, self, config.num_classes)
+        settings = {"out_channels": self.num_classes}
         pretrained, grid = config.pretrained_model_name_or_path, Grid.of(self.base)
         return {"classifier": build_unet2d(config.model_config, pretrained, grid, settings)}
 

@@ -39,16 +39,17 @@ def trajectory_changes(state: dict[str, Any], run: RunConfig, clock: Clock, trai
         shown = [f"{'a stream' if count is None else f'{count} examples'} ({key})" for count, key in (before, now)]
         found.append(Change(("dataset",), f"data set: {shown[0]} -> {shown[1]}"))
     if state.get("stream") and run.base.streaming:
-        found += _reader_change(state["stream"], clock, len(train_set.readers))
+        found += _reader_change(state["stream"], clock, train_set)
     return found + list(_length_change(state, run, clock))
 
 
-def _reader_change(saved: list[dict[str, Any]], clock: Clock, own: int) -> Iterator[Change]:
+def _reader_change(saved: list[dict[str, Any]], clock: Clock, stream: Any) -> Iterator[Change]:
     """Readers of a stream have other shards where there are more or fewer of them."""
-    before, now = [len(part["readers"]) for part in saved], [own] * clock.num_processes
+    before, now = [len(part["readers"]) for part in saved], [len(stream.readers)] * clock.num_processes
     if before != now:
         counts = [f"{len(each)} processes with {each[0]}" for each in (before, now)]
-        text = f"readers of the stream: {counts[0]} -> {counts[1]}; they would all begin the next epoch"
+        text = f"readers of the stream: {counts[0]} -> {counts[1]}; they would all begin the next epoch, and leave out "
+        text += stream.left_out(saved)
         yield Change(("dataloader_num_workers", "base.dataloader_num_workers"), text)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.base import TrainerConfig
-from trainers.engine.sharding import forget_gathered, like, local, shard_of
+from trainers.engine.sharding import Part, part_from, part_of, refresh, trained_parameters
 
 
 def ema_decay(step: int, config: TrainerConfig) -> float:
@@ -66,10 +66,9 @@ class EMA:
         self.parameters = {
             f"{name}.{key}": parameter
             for name, network in networks.items()
-            for key, parameter in network.named_parameters()
-            if parameter.requires_grad
+            for key, parameter in trained_parameters(network).items()
         }
-        self.weights = [local(p.detach()) for p in self.parameters.values()]  # the same memory
+        self.weights = [part_of(p).tensor for p in self.parameters.values()]  # the same memory
         self._averages = {name: self._placed(p).clone() for name, p in zip(self.parameters, self.weights, strict=True)}
         self.large = sum(average.numel() for average in self._averages.values()) > PIECE
 
@@ -118,18 +117,18 @@ class EMA:
     def _copy_to_networks(self, values: Iterable[Tensor]) -> None:
         for weight, value in zip(self.weights, values, strict=True):
             weight.copy_(value)
-        forget_gathered(self.networks)
+        refresh(self.networks)
 
     def load(self, values: dict[str, Tensor]) -> None:
         """Takes whole averages by name."""
         for name, average in self.averages.items():
-            average.copy_(local(like(values[name], self.parameters[name].detach())))
+            average.copy_(part_from(values[name], self.parameters[name]))
 
-    def averages_of(self, network: str) -> dict[str, Tensor]:
-        """The averages of one network, by the names of its parameters, sharded as these are."""
+    def averages_of(self, network: str) -> dict[str, Part]:
+        """The averages of one network, by the names of its parameters, divided as these are."""
         prefix = f"{network}."
         return {
-            name.removeprefix(prefix): shard_of(average, self.parameters[name])
+            name.removeprefix(prefix): Part(average, self.parameters[name])
             for name, average in self.averages.items()
             if name.startswith(prefix)
         }

@@ -15,7 +15,7 @@ from trainers.engine.clock import Clock
 from trainers.engine.ema import EMA
 from trainers.engine.networks import filled
 from trainers.engine.run_folder import publish_pipeline
-from trainers.engine.sharding import local
+from trainers.engine.sharding import is_sharded, weight_of
 from trainers.engine.snapshot import full_tensor
 from trainers.engine.stopping import Abandoned
 from trainers.engine.tracking import Tracking
@@ -74,7 +74,7 @@ def _export(
 def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
     """Trained weights and buffers in float32, averaged ones where there are any; frozen weights as they are."""
     frozen = {key: p for key, p in network.named_parameters() if not p.requires_grad}
-    own = dict(network.named_parameters()) | dict(network.named_buffers())
+    own = {key: weight_of(p) for key, p in network.named_parameters()} | dict(network.named_buffers())
     own |= ema.averages_of(name) if ema is not None else {}
     values = {key: full_tensor(tensor, wanted) for key, tensor in own.items() if key not in frozen}
     values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
@@ -83,5 +83,5 @@ def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bo
 
 
 def _on_host(frozen: Tensor, wanted: bool) -> Tensor:
-    in_place = frozen.device.type == "cpu" and local(frozen) is frozen
-    return frozen.detach().contiguous() if in_place else full_tensor(frozen, wanted)
+    in_place = frozen.device.type == "cpu" and not is_sharded(frozen)
+    return frozen.detach().contiguous() if in_place else full_tensor(weight_of(frozen), wanted)

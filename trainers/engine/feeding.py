@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from trainers.engine.clock import Clock
 from trainers.engine.loading import Batch, Keys, SlotExamples, load_ahead
@@ -86,11 +87,17 @@ def order_of(train_set: Any, global_batch_size: int, base: BaseConfig) -> EpochO
 def dealt(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[Clock, Any]:
     """A run's clock, and what this process reads of the training set: its part of a stream, else all of it.
 
-    Raises ValueError as Clock.of_run does, and for a stream with fewer shards than readers.
+    Raises ValueError as Clock.of_run does, for a stream with fewer shards than readers, and where the processes do not
+    see the same one. Collective.
     """
     if not base.streaming:
         return Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None)), train_set
     workers = base.dataloader_num_workers
+    if len(seen := set(gather_object([train_set.fingerprint]))) > 1:
+        raise ValueError(
+            f"the processes see {len(seen)} different lists of shards of {train_set.origin}; give each the same files, "
+            "such as those of a folder that all nodes have"
+        )
     part = train_set.dealt(accelerator.process_index, accelerator.num_processes, workers)
     return Clock.of_run(base, None, accelerator), part
 

@@ -13,6 +13,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    parse_flag_from_env,
 )
 
 from trainers.engine import engines
@@ -39,7 +40,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=base.output_dir, logging_dir=os.path.join(base.output_dir, base.logging_dir)
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=base.collective_timeout))],
+        kwargs_handlers=[InitProcessGroupKwargs(_backend(), timeout=timedelta(seconds=base.collective_timeout))],
     )
     engines.check_engine(accelerator)
     if launched != accelerator.num_processes:
@@ -48,6 +49,11 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
             "and each would write the same folder; on CPUs launch with ACCELERATE_USE_CPU=true torchrun"
         )
     return accelerator
+
+
+def _backend() -> str | None:
+    """None is accelerate's choice, which has none for DeepSpeed without GPUs."""
+    return "gloo" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available() else None
 
 
 def accumulation_steps(base: BaseConfig, num_processes: int) -> int:

@@ -12,7 +12,7 @@ from typing import TextIO
 NAME = ".lock"
 
 
-def take(output_dir: Path) -> TextIO | None:
+def take(output_dir: Path, option: str = "base.output_dir") -> TextIO | None:
     """Locks the folder until the returned file is closed or this process ends; None where that is not supported.
 
     A POSIX lock: data workers that this process forks do not inherit it, so they cannot keep a dead run's folder
@@ -30,8 +30,8 @@ def take(output_dir: Path) -> TextIO | None:
         holder = file.read().strip() or "another process"
         file.close()
         raise ValueError(
-            f"base.output_dir = {output_dir}: in use by {holder}; wait for that run, stop it with kill -TERM, or "
-            "choose another base.output_dir"
+            f"{option} = {output_dir}: in use by {holder}; wait for that run, stop it with kill -TERM, or choose "
+            f"another {option}"
         ) from None
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")

@@ -16,13 +16,16 @@ from torch.optim import Optimizer
 from trainers.base import Trainer
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
+from trainers.engine.deepspeed_settings import configure_deepspeed
 from trainers.engine.encoding import FrozenStages
+from trainers.engine.engines import check_optimizer
 from trainers.engine.feeding import first_batch
 from trainers.engine.launch import weight_dtype
 from trainers.engine.manifest import NAME
 from trainers.engine.options import BaseConfig
 from trainers.engine.randomness import SlotRandom
 from trainers.engine.sharding import shard_by_blocks
+from trainers.engine.zero import Backward
 
 SHOWN_CAPTIONS = 64  # that a task may draw at validations
 
@@ -66,10 +69,17 @@ def prepare_networks(
         if base.enable_xformers_memory_efficient_attention:
             option = "enable_xformers_memory_efficient_attention"
             _method(network, name, option, option)()
+    check_optimizer(accelerator, trainer.config)
     trainer.blueprints = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_by_blocks(accelerator, networks)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        configure_deepspeed(accelerator, networks, trainer.config, base)
     *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        [network], [engine] = networks.values(), prepared
+        accelerator.deepspeed_engine_wrapped = Backward(engine)
+        network.zero_optimizer = optimizer.optimizer  # where the parts of its weights are asked for
     trainer.modules = dict(zip(networks, prepared, strict=True))
     trainer.unwrapped = networks
     if base.compile:
@@ -129,7 +139,7 @@ def warm_up(
     DDP puts its gradient buckets in another order after the first one, so without it a resumed run on three or more
     processes would sum in another order than the uninterrupted one.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
     # the step before: only networks that took part in it have had a backward in the uninterrupted run
     step = max(clock.origin_step - 1, 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -126,6 +127,8 @@ def optimizer_step(
     {"grad_norm/<group>": norm}; neither is known to the host. Averaged gradients are
     the same on every rank, so all ranks agree.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _deepspeed_step(accelerator, optimizer, ema)
     accelerator.unscale_gradients(optimizer)
     norms = {f"grad_norm/{group['name']}": _clip(group["params"], max_grad_norm) for group in optimizer.param_groups}
     applied = torch.stack(list(norms.values())).isfinite().all().float()
@@ -141,6 +144,19 @@ def optimizer_step(
         inner.step()
     inner.zero_grad()
     return applied, norms
+
+
+def _deepspeed_step(
+    accelerator: Accelerator, optimizer: Optimizer, ema: EMA | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same by DeepSpeed, which clips by the norm of all groups, and skips where that is not finite."""
+    engine, device = accelerator.deepspeed_engine_wrapped.engine, accelerator.device
+    if ema is not None:
+        ema.wait()
+    engine.step()
+    norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+    applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # the host knows it already
+    return applied, {f"grad_norm/{optimizer.param_groups[0]['name']}": norm}
 
 
 def _clip(parameters: list[Tensor], max_grad_norm: float | None) -> Tensor:

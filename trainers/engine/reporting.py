@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
 from trainers.base import Trainer
+from trainers.engine import streaming
 from trainers.engine.advice import precision_note
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.engines import engine_of
 from trainers.engine.optimization import warmup_steps
+from trainers.engine.sharding import shape_of
 
 
 def start_block(
@@ -33,8 +34,8 @@ def start_block(
     base, config = run.base, run.config
     rows = {"task": f"{run.task}, data {base.dataset_name or base.train_data_dir or base.dataset}"}
     for name, network in networks.items():
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in network.parameters()) - trained
+        trained = sum(shape_of(p).numel() for p in network.parameters() if p.requires_grad)
+        frozen = sum(shape_of(p).numel() for p in network.parameters()) - trained
         rows[f"network {name}"] = f"{trained:,} parameters trained, {frozen:,} frozen"
     rows["examples"] = "a stream" if clock.num_examples is None else f"{clock.num_examples:,}"
     epochs = "".join(f" ({count:.1f} epochs)" for count in clock.epochs(clock.total_steps).values())
@@ -73,12 +74,9 @@ def end_block(trainer: Trainer, output_dir: Path, train_set: Any) -> str:
     bad = getattr(train_set, "bad_count", 0)
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
-    if hasattr(train_set, "losses"):
-        shards, images = map(sum, zip(*gather_object([train_set.losses()]), strict=True))
-        if shards or images:
-            usage += (
-                f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
-            )
+    if any(counts := streaming.skipped(train_set).values()):
+        shards, images = counts
+        usage += f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
     return f"The pipeline is in {output_dir}. To load and sample it:\n\n{_indented(usage)}\n"
 
 

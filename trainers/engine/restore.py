@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.engine.changes import show
-from trainers.engine.sharding import configuration, like
-from trainers.engine.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, parameter_names, trained_state
+from trainers.engine.sharding import Part, configuration, like, part_from, refresh, trained_parameters
+from trainers.engine.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
+from trainers.engine.zero import load_optimizer, zero_optimizer
 
 
 def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) -> None:
@@ -43,8 +44,12 @@ def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "")
 @torch.no_grad()
 def put_weights(weights: dict[str, dict[str, Tensor]], networks: dict[str, nn.Module]) -> None:
     for name, network in networks.items():
-        for key, tensor in trained_state(network).items():
-            tensor.copy_(like(weights[name][key], tensor))
+        for key, own in trained_state(network).items():
+            if isinstance(own, Part):
+                own.tensor.copy_(part_from(weights[name][key], own.parameter))
+            else:
+                own.copy_(like(weights[name][key], own))
+    refresh(networks, masters=True)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -63,7 +68,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor | Part]) -> None:
     differing = sorted(saved.keys() ^ own.keys()) or [key for key in own if saved[key].shape != own[key].shape]
     if differing:
         raise ValueError(
@@ -71,21 +76,29 @@ def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> 
         )
 
 
-def named_optimizer_state(folder: Path, networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[int, dict]:
-    """The saved state by the number that torch gives a parameter: its place in the groups."""
+def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[int, dict[str, Tensor]]:
+    """The saved state of what is trained by the id of the parameter; ValueError for what this run does not train."""
     saved: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition(".")
         saved.setdefault(parameter, {})[key] = tensor
-    names = parameter_names(networks)
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if not saved.keys() <= set(order):
+    own = {f"{name}.{key}": p for name, network in networks.items() for key, p in trained_parameters(network).items()}
+    if not saved.keys() <= own.keys():
         raise ValueError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
+    return {id(own[name]): values for name, values in saved.items()}
+
+
+def put_optimizer_state(
+    saved: dict[int, dict[str, Tensor]], networks: dict[str, nn.Module], optimizer: Optimizer
+) -> None:
+    for network in networks.values():
+        if zero_optimizer(network) is not None:
+            load_optimizer(network, saved)
+            return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        number: {
-            key: value if value.ndim == 0 else like(value, parameters[number]) for key, value in saved[name].items()
-        }
-        for number, name in enumerate(order)
-        if name in saved
+    state = {
+        number: {key: value if value.ndim == 0 else like(value, p) for key, value in saved[id(p)].items()}
+        for number, p in enumerate(parameters)
+        if id(p) in saved
     }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -21,7 +21,14 @@ from trainers.engine.ema import EMA
 from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
 from trainers.engine.metering import Meter
 from trainers.engine.options import BaseConfig
-from trainers.engine.restore import compare_shape, named_optimizer_state, put_weights, read_tensors, read_weights
+from trainers.engine.restore import (
+    compare_shape,
+    put_optimizer_state,
+    put_weights,
+    read_optimizer_state,
+    read_tensors,
+    read_weights,
+)
 from trainers.engine.run_folder import set_metrics_aside
 from trainers.engine.weights_and_biases import ID_FILE
 
@@ -156,11 +163,11 @@ def load(
                     f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
                 )
             averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
-    moments = named_optimizer_state(folder, networks, optimizer)
+    moments = read_optimizer_state(folder, networks)
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    put_optimizer_state(moments, networks, optimizer)
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     set_aside_later(accelerator, run.base, folder, state["step"])

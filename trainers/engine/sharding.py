@@ -1,16 +1,19 @@
-"""Tensors that FSDP2 spreads over the processes: this one's part, the whole, and the way back."""
+"""Tensors that FSDP2 and DeepSpeed divide over the processes: this one's part, the whole, and the way back."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from trainers.engine import zero
 
 # of diffusers' networks that do not name theirs
 UNET_BLOCKS = ("ResnetBlock2D", "Attention")
@@ -45,29 +48,86 @@ def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) ->
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
+class Part(NamedTuple):
+    """This process's part of a tensor that is divided over the processes as a parameter is, such as its average."""
+
+    tensor: Tensor
+    parameter: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        return shape_of(self.parameter)
+
+    def whole(self) -> Tensor:
+        """All parts together. Collective where it is divided."""
+        if zero.is_sharded(self.parameter) or zero.is_divided(self.parameter):
+            return zero.whole_of(self.tensor, self.parameter)
+        if isinstance(self.parameter, DTensor):
+            return _as_dtensor(self.tensor, self.parameter).full_tensor()
+        return self.tensor
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Of the whole weight: ZeRO-3 leaves an empty one in the network."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def part_of(parameter: Tensor) -> Part:
+    """What this process moves and averages of a parameter, the same memory."""
+    if zero.is_sharded(parameter) or zero.is_divided(parameter):
+        return Part(zero.part_of(parameter), parameter)
+    return Part(local(parameter.detach()), parameter)
+
+
+def part_from(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole tensor, on the device and laid out in memory as the parameter's own.
+
+    Fused AdamW walks through memory: state in another layout than its weight would belong to other elements.
+    """
+    if zero.is_sharded(parameter) or zero.is_divided(parameter):
+        return zero.part_from(whole, parameter)
+    return local(like(whole, parameter.detach()))
+
+
+def weight_of(parameter: Tensor) -> Tensor | Part:
+    """A whole weight, or what can be made whole: ZeRO-2 divides what is moved, and keeps whole weights."""
+    return parameter.detach() if zero.is_divided(parameter) else part_of(parameter)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process has a part of the weight alone."""
+    return isinstance(parameter, DTensor) or zero.is_sharded(parameter)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part, the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All parts together. Collective where the tensor is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(value: Tensor | Part) -> Tensor:
+    """All parts together. Collective where there are several."""
+    if isinstance(value, Part):
+        return value.whole()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def forget_gathered(networks: dict[str, nn.Module]) -> None:
-    """After weights were changed: FSDP2 keeps what it gathered in a forward pass until a backward pass."""
+def refresh(networks: dict[str, nn.Module], masters: bool = False) -> None:
+    """After `part_of` the parameters was written to: what the engine keeps of the weights beside it.
+
+    FSDP2 keeps what it gathered in a forward pass until a backward pass, DeepSpeed whole weights, and with `masters`
+    the optimizer's own. Collective.
+    """
     for network in networks.values():
+        if zero.zero_optimizer(network) is not None:
+            zero.refresh(network, masters)
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
 def like(saved: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor sharded and laid out in memory as the network's own.
-
-    Fused AdamW walks through memory: state in another layout than its weight would belong to other elements.
-    """
+    """A whole tensor sharded and laid out in memory as the network's own."""
     if isinstance(own, DTensor):
         return distribute_tensor(saved.to(own.device), own.device_mesh, own.placements)
     if saved.shape != own.shape or saved.stride() == own.stride():
@@ -75,12 +135,27 @@ def like(saved: Tensor, own: Tensor) -> Tensor:
     return torch.empty_like(own, device=saved.device, dtype=saved.dtype).copy_(saved)
 
 
-def shard_of(part: Tensor, own: Tensor) -> Tensor:
-    """This process's part as one of a tensor that is sharded as `own` is."""
-    if not isinstance(own, DTensor):
-        return part
+def _as_dtensor(part: Tensor, own: DTensor) -> DTensor:
     place = {"device_mesh": own.device_mesh, "placements": own.placements, "run_check": False}
     return DTensor.from_local(part.to(own.device), **place, shape=own.shape, stride=own.stride())
+
+
+def optimizer_state(networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensor | Part]:
+    """The state of what is trained, by "network.parameter.key"."""
+    found: dict[str, Tensor | Part] = {}
+    for name, network in networks.items():
+        for key, parameter in trained_parameters(network).items():
+            if zero.zero_optimizer(network) is not None:
+                state = zero.optimizer_parts(network, parameter)
+                own = {k: value if value.ndim == 0 else Part(value, parameter) for k, value in state.items()}
+            else:
+                own = {k: torch.as_tensor(value) for k, value in optimizer.state.get(parameter, {}).items()}
+            found |= {f"{name}.{key}.{k}": value for k, value in own.items()}
+    return found
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def configuration(network: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.engine.ema import EMA
-from trainers.engine.sharding import configuration, local, whole
+from trainers.engine.sharding import (
+    Part,
+    configuration,
+    local,
+    optimizer_state,
+    part_of,
+    trained_parameters,
+    weight_of,
+    whole,
+)
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
@@ -46,7 +55,7 @@ def snapshot(
     by name of an earlier snapshot is written over: new pages of memory take six times as long as the copy.
     """
 
-    def copied(values: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    def copied(values: dict[str, Tensor | Part], what: str) -> dict[str, Tensor]:
         return {key: _copied(tensor, wanted, kept, f"{what} {key}") for key, tensor in values.items()}
 
     step, tensors, texts = state["step"], {}, {"state.json": json.dumps(state, indent=1)}
@@ -62,7 +71,7 @@ def snapshot(
                 texts[f"{folder}/config.json"] = json.dumps(configuration(network) | settings, indent=2)
             else:
                 tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
-    tensors["optimizer.safetensors"] = copied(_optimizer_tensors(networks, optimizer), "optimizer's")
+    tensors["optimizer.safetensors"] = copied(optimizer_state(networks, optimizer), "optimizer's")
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # the copies are under way
     return Snapshot(step, tensors, texts)
@@ -78,12 +87,15 @@ def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: 
 
 
 def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
-    names = parameter_names(networks)
-    tensors = {f"weight {names[id(p)]}": p for group in optimizer.param_groups for p in group["params"]}
-    tensors |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
-    for parameter, values in optimizer.state.items():
-        tensors |= {f"{key} of {names[id(parameter)]}": torch.as_tensor(value) for key, value in values.items()}
-    parts = {name: local(tensor.detach()) for name, tensor in tensors.items()}
+    parts = {
+        f"weight {name}.{key}": part_of(parameter).tensor
+        for name, network in networks.items()
+        for key, parameter in trained_parameters(network).items()
+    }
+    parts |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
+    for name, value in optimizer_state(networks, optimizer).items():
+        parameter, _, key = name.rpartition(".")
+        parts[f"{key} of {parameter}"] = value.tensor if isinstance(value, Part) else local(value)
     by_device: dict[torch.device, list[str]] = {}
     for name, part in parts.items():
         by_device.setdefault(part.device, []).append(name)
@@ -95,10 +107,14 @@ def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer:
     return None
 
 
-def trained_state(network: nn.Module) -> dict[str, Tensor]:
+def trained_state(network: nn.Module) -> dict[str, Tensor | Part]:
     """A network's weights and buffers by name, without what is frozen."""
-    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+    parameters = dict(network.named_parameters())
+    return {
+        name: weight_of(parameters[name]) if name in parameters else tensor
+        for name, tensor in network.state_dict().items()
+        if name not in parameters or parameters[name].requires_grad
+    }
 
 
 def _in_diffusers_format(network: nn.Module) -> bool:
@@ -107,15 +123,15 @@ def _in_diffusers_format(network: nn.Module) -> bool:
     return isinstance(network, ModelMixin) and all(p.requires_grad for p in network.parameters())
 
 
-def full_tensor(tensor: Tensor, wanted: bool) -> Tensor:
+def full_tensor(tensor: Tensor | Part, wanted: bool) -> Tensor:
     """A CPU copy that shares no memory, or an empty tensor where it is not wanted; every rank gathers shards."""
-    found = whole(tensor.detach())
+    found = whole(tensor)
     return found.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
 
 
-def _copied(tensor: Tensor, wanted: bool, kept: dict[str, Tensor], name: str) -> Tensor:
+def _copied(tensor: Tensor | Part, wanted: bool, kept: dict[str, Tensor], name: str) -> Tensor:
     """The copy in the place of that name, as soon as the device is done."""
-    found = whole(tensor.detach())
+    found = whole(tensor)
     if not wanted:
         return torch.empty(0)
     place = kept.get(name)
@@ -123,16 +139,3 @@ def _copied(tensor: Tensor, wanted: bool, kept: dict[str, Tensor], name: str) ->
         place = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
         kept[name] = place
     return place.copy_(found, non_blocking=True)
-
-
-def parameter_names(networks: dict[str, nn.Module]) -> dict[int, str]:
-    return {id(p): f"{name}.{key}" for name, network in networks.items() for key, p in network.named_parameters()}
-
-
-def _optimizer_tensors(networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensor]:
-    names = parameter_names(networks)
-    return {
-        f"{names[id(parameter)]}.{key}": torch.as_tensor(value)
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }

@@ -68,7 +68,7 @@ class StreamBatches(IterableDataset):
         with closing(batches):
             for batch in batches:
                 if not isinstance(batch, Exception):
-                    place, position = json.loads(batch[READER])
+                    batch[READER] = place, position = json.loads(batch[READER])
                     self.positions[place] = position
                 yield batch
 
@@ -84,7 +84,7 @@ def stream_batches(
     batches = StreamBatches(stream, clock, base, process_index)
     with closing(to_device(batches.read_ahead(base, device, stopping), as_it_is, device)) as on_device:
         for batch in on_device:
-            place, position = json.loads(batch.pop(READER))
+            place, position = batch.pop(READER)
             stream.readers = (*stream.readers[:place], position, *stream.readers[place + 1 :])
             stream.turn = (place + 1) % len(stream.readers)
             yield batch
@@ -98,4 +98,12 @@ def first_of_stream(stream: Any, clock: Clock, base: BaseConfig, process_index: 
 
 def positions(stream: Any) -> list[dict[str, Any]]:
     """Where the readers of every process are after the last batch that was trained on. Collective."""
-    return gather_object([{"turn": stream.turn, "readers": stream.readers}])
+    return gather_object([{"turn": stream.turn, "readers": stream.readers, "skipped_before": stream.skipped_before}])
+
+
+def skipped(train_set: Any) -> dict[str, int]:
+    """What all processes could not read so far, of data that is no stream nothing. Collective."""
+    if not hasattr(train_set, "losses"):
+        return {}
+    shards, images = map(sum, zip(*gather_object([train_set.losses()]), strict=True))
+    return {"stream/skipped_shards": shards, "stream/skipped_images": images}

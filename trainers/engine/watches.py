@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.engine.clock import Clock
-from trainers.engine.sharding import local
+from trainers.engine.sharding import part_of, trained_parameters
 
 MOVED_AFTER_STEPS = 10
 
@@ -19,22 +19,22 @@ class Watches:
     """Prints a warning where a run does something else than it seems to do."""
 
     def __init__(
-        self, accelerator: Accelerator, optimizer: Optimizer, clock: Clock, rate_factor: Callable[[int], float]
+        self,
+        accelerator: Accelerator,
+        networks: dict[str, nn.Module],
+        optimizer: Optimizer,
+        clock: Clock,
+        rate_factor: Callable[[int], float],
     ) -> None:
         self.accelerator, self.optimizer, self.clock = accelerator, optimizer, clock
+        self.parameters = [p for network in networks.values() for p in trained_parameters(network).values()]
         self.initial_norms = self._norms()
         last = rate_factor(clock.total_steps - 1)
         self.last_rates = [group["initial_lr"] * last for group in optimizer.param_groups]
 
     def _norms(self) -> Tensor:
-        """One norm per trained tensor; two equal sets mean that nothing moved."""
-        return torch.stack(
-            [
-                norm
-                for group in self.optimizer.param_groups
-                for norm in torch._foreach_norm([local(p) for p in group["params"]])
-            ]
-        )
+        """One norm per trained tensor, or of this process's part; two equal sets mean that nothing moved."""
+        return torch.stack(torch._foreach_norm([part_of(parameter).tensor for parameter in self.parameters]))
 
     def after_step(self, steps_done: int, slots: Tensor) -> None:
         """Looks at what is due after this step; `slots` are those of the last micro-batch. Collective."""

@@ -1,0 +1,136 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3: what a process holds of a parameter and of its optimizer state.
+
+Weights stay float32 and bf16 is torch's autocast, as on the other engines, so a part of the weights in the network is a
+part of the ones that the optimizer moves. ZeRO-2 keeps whole weights and moves a part of them; ZeRO-3 keeps a part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from torch import Tensor, nn
+
+
+class Backward(DeepSpeedEngineWrapper):
+    """accelerate's way into the engine, without the optimizer step that it takes within the last backward."""
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **options)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 keeps a part of it in each process; what is frozen as well."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def is_divided(parameter: Tensor) -> bool:
+    """Whether ZeRO-2 moves a part of it in each process, which may be none of it."""
+    return hasattr(parameter, "_hp_mapping")
+
+
+def part_of(parameter: Tensor) -> Tensor:
+    """This process's part, flat, the same memory; empty where it has none."""
+    if is_sharded(parameter):
+        return parameter.ds_tensor.detach()
+    mapping = parameter._hp_mapping
+    return parameter.detach().flatten()[:0] if mapping is None else mapping.lp_fragment.detach()
+
+
+def whole_of(part: Tensor, parameter: Tensor) -> Tensor:
+    """All processes' parts of something that is divided as the parameter is. Collective."""
+    part = part.to(parameter.device)  # collectives of GPUs take nothing from main memory
+    if is_sharded(parameter):
+        group = parameter.ds_process_group
+        gathered = part.new_empty(part.numel() * dist.get_world_size(group))  # the last part is padded
+        dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)
+        return gathered[: parameter.ds_numel].view(parameter.ds_shape)
+    gathered = part.new_zeros(parameter.numel())
+    if parameter._hp_mapping is not None:
+        gathered[_place_in_weight(parameter)].copy_(part)
+    dist.all_reduce(gathered, group=parameter._dp_group)
+    return gathered.view(parameter.shape)
+
+
+def part_from(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole tensor, flat."""
+    if is_sharded(parameter):
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+        own = whole.flatten()[rank * size : (rank + 1) * size]
+        return nn.functional.pad(own, (0, size - own.numel()))
+    return whole.flatten()[_place_in_weight(parameter)] if parameter._hp_mapping is not None else whole.flatten()[:0]
+
+
+def _place_in_weight(parameter: Tensor) -> slice:
+    address = parameter._hp_mapping.lp_fragment_address
+    return slice(address.start, address.start + address.numel)
+
+
+def zero_optimizer(network: nn.Module) -> Any | None:
+    """DeepSpeed's optimizer of a network; None on another engine."""
+    return getattr(network, "zero_optimizer", None)
+
+
+@torch.no_grad()
+def refresh(network: nn.Module, masters: bool = False) -> None:
+    """After `part_of` was written to: what other processes hold of it, and with `masters` the optimizer's copy."""
+    optimizer = zero_optimizer(network)
+    if hasattr(optimizer, "persistent_parameters"):
+        optimizer.parameter_offload.partition_all_parameters()  # some stay whole after a forward pass
+        if optimizer.persistent_parameters:  # small ones, which ZeRO-3 keeps whole beside their parts
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    else:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+    if masters:
+        optimizer.refresh_fp32_params()
+
+
+def optimizer_parts(network: nn.Module, parameter: Tensor) -> dict[str, Tensor]:
+    """This process's part of the state of a parameter by its key; what is one number is whole."""
+    optimizer = zero_optimizer(network)
+    if not optimizer.state:
+        return {}
+    flat, place = _place_in_state(optimizer, parameter)
+    state = optimizer.state[flat]
+    return {key: value if value.ndim == 0 else value[place] for key, value in state.items()}
+
+
+def _place_in_state(optimizer: Any, parameter: Tensor) -> tuple[Tensor, slice]:
+    """The flat tensor that the optimizer moves, and where the part of the parameter is in it."""
+    if is_sharded(parameter):
+        group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        return optimizer.fp32_partitioned_groups_flat[group], slice(start, start + count)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return optimizer.single_partition_of_fp32_groups[0], slice(0, 0)
+    address = mapping.hp_fragment_address
+    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    return flat, slice(address.start, address.start + address.numel)
+
+
+@torch.no_grad()
+def load_optimizer(network: nn.Module, saved: dict[int, dict[str, Tensor]]) -> None:
+    """Takes whole states by the id of the parameter; parameters that DeepSpeed moves as one have one count of steps."""
+    optimizer = zero_optimizer(network)
+    for parameter in network.parameters():
+        if id(parameter) not in saved:
+            continue
+        flat, place = _place_in_state(optimizer, parameter)
+        state = optimizer.state[flat]
+        for key, value in saved[id(parameter)].items():
+            if value.ndim == 0:
+                state[key] = value.to(flat.device)
+            else:
+                own = part_from(value, parameter)
+                state.setdefault(key, torch.zeros_like(flat))[place].copy_(own)
