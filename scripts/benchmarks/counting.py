@@ -35,9 +35,10 @@ class Passes(NamedTuple):
 
 
 class Network(NamedTuple):
-    """Shapes of weights by the units that are gathered at once, first what is in no block; passes by precision."""
+    """Shapes of weights by the units that FSDP2 gathers at once, first what is in no block; passes by precision."""
 
     units: list[list[Size]]
+    layers: int  # modules that have weights themselves, which ZeRO-3 gathers one by one
     passes: dict[Precision, Passes]
 
     @property
@@ -62,7 +63,8 @@ def count(build: Callable[[], nn.Module], inputs: Inputs, precisions: tuple[Prec
         for precision in precisions:
             network = _built(build, precision)
             found[precision] = passes_of(network, inputs, precision, cuda)
-    return Network(units_of(network), found)
+    layers = sum(any(True for _ in module.parameters(recurse=False)) for module in network.modules())
+    return Network(units_of(network), layers, found)
 
 
 def _built(build: Callable[[], nn.Module], precision: Precision) -> nn.Module:
@@ -139,6 +141,8 @@ def saving(network: nn.Module, found: Storages) -> Iterator[Storages]:
     weights = storages(list(network.parameters()))
 
     def keep(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):  # whose numbers ZeRO-3 takes away again
+            return tensor
         found.update(storages([tensor]))
         return tensor.detach()  # the tensor itself would keep the node that it comes from
 

@@ -18,15 +18,22 @@ import torch.distributed as dist
 from psutil import Process
 
 from scripts.benchmarks.runs import ROOT, configured, examples_per_second
-from scripts.benchmarks.watching import Messages, held, loopback_bytes, states, watch
+from scripts.benchmarks.watching import Messages, gradients_of, held, loopback_bytes, states, watch
 from trainers.engine import networks, optimization
 from trainers.engine.config import RunConfig
 from trainers.engine.dry_run import is_main
 
+# so that of a small network, too, nothing but the smallest weights stays whole
+ZERO_3 = {
+    "stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+}  # fmt: skip
 ENGINES = {  # how many processes, and the faults of tests/faulty.py by which the engine runs on CPUs
     "one process": (1, {}),
     "DDP": (2, {}),
     "FSDP2": (2, {"fsdp": {}}),
+    "ZeRO-2": (2, {"deepspeed": {"stage": 2}}),
+    "ZeRO-3": (2, {"deepspeed": ZERO_3}),
 }
 CONFIGS = {"ddpm": "configs/ddpm_digits.yaml", "dit": "configs/dit_digits.yaml"}
 WARM_STEPS = 3  # the last of them is looked into, which takes time
@@ -95,8 +102,7 @@ def observed(steps: int) -> Iterator[dict[str, Any]]:
 
     def update(accelerator: Any, optimizer: Any, max_grad_norm: Any, ema: Any) -> Any:
         looked_into = len(starts) == WARM_STEPS
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]] if looked_into else []
-        gradient_bytes = held(gradients)
+        gradient_bytes = held(gradients_of(optimizer)) if looked_into else 0
         result = originals[2](accelerator, optimizer, max_grad_norm, ema)
         if looked_into:
             found["held"] = states(found.pop("modules"), optimizer, ema) | {"gradients": gradient_bytes}

@@ -14,7 +14,8 @@ from trainers.common.dit_transformer import build_dit
 from trainers.common.model_files import Grid
 from trainers.common.unet2d_condition import build_unet
 
-ENGINES = {"DDP": "autocast", "FSDP2": "bf16", "ZeRO-2": "bf16", "ZeRO-3": "bf16"}  # and the precision of the passes
+# the precision of the passes, by engine
+ENGINES = {"DDP": "autocast", "FSDP2": "bf16", "ZeRO-2": "autocast", "ZeRO-3": "autocast"}
 WIDTH = 2  # bytes of a number in bf16
 GPUS, PARTS_GPUS = (8, 64, 512), 64
 SAME = 0.9  # of the fastest engine's rate: the model is no better, so the simplest one of these is taken

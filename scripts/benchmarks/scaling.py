@@ -43,54 +43,64 @@ def part(units: Iterable[Iterable[Size]], processes: int) -> int:
 
 
 def held(engine: str, network: Network, processes: int, width: int, micro_batches: int = 1) -> dict[str, float]:
-    """Bytes in each process by what they are; `width` are the bytes of a number in the passes, 2 with bf16."""
-    whole, blocks = network.parameters, [sum(shape.numel() for shape in unit) for unit in network.units]
+    """Bytes in each process by what they are; FSDP2 gathers weights in numbers of `width` bytes, 2 with bf16."""
+    whole = network.parameters
     if processes == 1:
-        return _kept(whole, FLOAT * whole, 0, 0)
+        return _kept(whole, FLOAT * whole)
     if engine == "DDP":
-        return _kept(whole, FLOAT * whole, FLOAT * whole, 0)
+        return _kept(whole, FLOAT * whole, in_flight=FLOAT * whole)
     if engine == "FSDP2":
-        own, [rest, *others] = part(network.units, processes), blocks
-        largest = max(others, default=rest)
-        gathered = width * (rest + 2 * largest)  # of a block and of the next one
-        in_flight = (width + FLOAT) * largest  # its gradient, and a copy in float32 to send
+        own = part(network.units, processes)
+        rest, *blocks = (sum(shape.numel() for shape in unit) for unit in network.units)
+        largest = max(blocks, default=rest)
         # before the last micro-batch nothing is sent, and whole gradients wait
-        return _kept(own, FLOAT * (own if micro_batches == 1 else whole), in_flight, gathered)
-    own = math.ceil(whole / processes)
-    bucket = FLOAT * min(ZERO_BUCKET, whole)
+        gradients = FLOAT * (own if micro_batches == 1 else whole)
+        # a block's gradients and what is sent of them; what is in no block, a block and the next one
+        return _kept(own, gradients, (width + FLOAT) * largest, gathered=width * (rest + 2 * largest))
+    own, bucket = math.ceil(whole / processes), FLOAT * min(ZERO_BUCKET, whole)
     if engine == "ZeRO-2":
-        return _kept(own, FLOAT * own, bucket, width * whole)
+        return _kept(own, FLOAT * own, bucket, copies=FLOAT * whole)
     if engine == "ZeRO-3":
-        return _kept(own, FLOAT * own, bucket, width * (own + min(ZERO_LIVE, whole)))
+        return _kept(own, FLOAT * own, bucket, copies=FLOAT * own, gathered=FLOAT * min(ZERO_LIVE, whole))
     raise ValueError(f"engine {engine}: must be DDP, FSDP2, ZeRO-2 or ZeRO-3")
 
 
-def _kept(own: int, gradients: int, in_flight: int, gathered: int) -> dict[str, float]:
-    kept = {"weights": FLOAT * own, "gradients": gradients, "moments": 2 * FLOAT * own, "averages": FLOAT * own}
-    return kept | {"gradients in flight": in_flight, "gathered weights": gathered}
+def _kept(own: int, gradients: int, in_flight: int = 0, copies: int = 0, gathered: int = 0) -> dict[str, float]:
+    """`own` numbers are moved by the optimizer, `copies` are bytes of the same weights that the network holds."""
+    return {
+        "weights": FLOAT * own + copies,
+        "gradients": gradients,
+        "moments": 2 * FLOAT * own,
+        "averages": FLOAT * own,
+        "gradients in flight": in_flight,
+        "gathered weights": gathered,
+    }
 
 
 def exchanged(engine: str, network: Network, processes: int, width: int, micro_batches: int = 1) -> list[Collective]:
     """What is exchanged in a step; DDP and FSDP2 reduce gradients once, whatever the number of micro-batches."""
     if processes == 1:
         return []
-    whole, units = network.parameters, len(network.units)
+    whole, micro = network.parameters, micro_batches
     if engine == "DDP":
         buckets = 1 + math.ceil((FLOAT * whole - FIRST_BUCKET_BYTES) / BUCKET_BYTES)
         return [Collective("all_reduce", "backward", buckets, FLOAT * whole)]
-    if engine == "ZeRO-2":
-        buckets = math.ceil(whole / ZERO_BUCKET)
+    if engine == "FSDP2":
+        units, filled = len(network.units), processes * part(network.units, processes)
+        blocks = processes * part(network.units[1:], processes)  # what is in no block stays gathered
         return [
-            Collective("reduce_scatter", "backward", micro_batches * buckets, micro_batches * FLOAT * whole),
-            Collective("all_gather", "update", buckets, width * whole),
+            Collective("all_gather", "forward", micro * units, micro * width * filled),
+            Collective("all_gather", "backward", micro * (units - 1), micro * width * blocks),
+            Collective("reduce_scatter", "backward", units, FLOAT * filled),
         ]
-    reduced = micro_batches if engine == "ZeRO-3" else 1
-    filled = whole if engine == "ZeRO-3" else processes * part(network.units, processes)
-    blocks = whole if engine == "ZeRO-3" else processes * part(network.units[1:], processes)  # the rest stays gathered
+    buckets = math.ceil(whole / ZERO_BUCKET)
+    if engine == "ZeRO-2":  # DeepSpeed reduces whole buckets, and each process keeps its part
+        reduced = Collective("all_reduce", "backward", micro * buckets, micro * FLOAT * whole)
+        return [reduced, Collective("all_gather", "update", buckets, FLOAT * whole)]
     return [
-        Collective("all_gather", "forward", micro_batches * units, micro_batches * width * filled),
-        Collective("all_gather", "backward", micro_batches * (units - 1), micro_batches * width * blocks),
-        Collective("reduce_scatter", "backward", reduced * units, reduced * FLOAT * filled),
+        Collective("all_gather", "forward", micro * network.layers, micro * FLOAT * whole),
+        Collective("all_gather", "backward", micro * network.layers, micro * FLOAT * whole),
+        Collective("reduce_scatter", "backward", micro * buckets, micro * FLOAT * whole),
     ]
 
 

@@ -42,15 +42,29 @@ def watch(module: torch.nn.Module, when: Callable[[], bool], found: dict[str, An
 
 
 def states(modules: list[torch.nn.Module], optimizer: Any, ema: Any) -> dict[str, int]:
+    """Bytes by what they are, after a step; DeepSpeed's optimizer moves weights of its own."""
+    inner = optimizer.optimizer
+    masters = getattr(inner, "single_partition_of_fp32_groups", getattr(inner, "fp32_partitioned_groups_flat", []))
     moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
     buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in wrappers]
+    weights = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]
     return {
-        "weights": held([p for module in modules for p in module.parameters()]),
+        "weights": held([*weights, *masters]),
         "moments": held([moment for moment in moments if moment.dim()]),
         "averages": held(list(ema.averages.values()) if ema is not None else []),
         "gradients in flight": sum(int(size) for sizes in buckets for size in sizes.split(",")),
     }
+
+
+def gradients_of(optimizer: Any) -> list[Tensor | None]:
+    """What the optimizer is about to use: DeepSpeed has parts in tensors of its own."""
+    inner = optimizer.optimizer
+    if hasattr(inner, "grad_partitions_flat_buffer"):  # ZeRO-3
+        return [inner.grad_partitions_flat_buffer]
+    if hasattr(inner, "averaged_gradients"):  # ZeRO-2
+        return [part for parts in inner.averaged_gradients.values() for part in parts or ()]
+    return [p.grad for group in optimizer.param_groups for p in group["params"]]
 
 
 def held(tensors: list[Tensor | None]) -> int:
