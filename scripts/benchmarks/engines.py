@@ -78,14 +78,14 @@ def own_loopback() -> tuple[str, ...]:
 
 
 def bytes_of(engine: str, network: Network, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pairs are (measured, calculated); what is sent is by process and step."""
+    """Pairs are (measured, calculated), "-" where it is not seen; what is sent is by process and step."""
     processes, first = ENGINES[engine][0], runs[0]
     messages = exchanged(engine, network, processes, WIDTH)
     given = [Collective(kind, "backward", *sums) for kind, sums in first["messages"].items()]
     kept = {name: size for name, size in held(engine, network, processes, WIDTH).items() if name in first["held"]}
     kept["activations"] = activations(network.passes["no"], BATCH, False)
     measured = first["held"] | {"activations": first["activations"]}
-    return {f"{name}_mib": (measured[name] / MIB, size / MIB) for name, size in kept.items()} | {
+    return {f"{name}_mib": (_mib(measured[name]), size / MIB) for name, size in kept.items()} | {
         "sent_on_the_wire_mib": _median(runs, "wire") / processes / MIB,
         "in_messages": _sent(given, processes) / MIB,
         "calculated": _sent(messages, processes) / MIB,
@@ -111,6 +111,10 @@ def times_of(
         "single_runs": [1000 * run["step_seconds"] for run in runs],
         "messages_alone": links,
     }
+
+
+def _mib(size: int | None) -> float | str:
+    return "-" if size is None else size / MIB
 
 
 def _sent(messages: list[Collective], processes: int) -> float:

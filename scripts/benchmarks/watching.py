@@ -41,8 +41,11 @@ def watch(module: torch.nn.Module, when: Callable[[], bool], found: dict[str, An
     module.register_forward_hook(after)
 
 
-def states(modules: list[torch.nn.Module], optimizer: Any, ema: Any) -> dict[str, int]:
-    """Bytes by what they are, after a step; DeepSpeed's optimizer moves weights of its own."""
+def states(modules: list[torch.nn.Module], optimizer: Any, ema: Any) -> dict[str, int | None]:
+    """Bytes by what they are, after a step; DeepSpeed's optimizer moves weights of its own.
+
+    Of gradients in flight only DDP's lasting buckets can be seen.
+    """
     inner = optimizer.optimizer
     masters = getattr(inner, "single_partition_of_fp32_groups", getattr(inner, "fp32_partitioned_groups_flat", []))
     moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -53,7 +56,7 @@ def states(modules: list[torch.nn.Module], optimizer: Any, ema: Any) -> dict[str
         "weights": held([*weights, *masters]),
         "moments": held([moment for moment in moments if moment.dim()]),
         "averages": held(list(ema.averages.values()) if ema is not None else []),
-        "gradients in flight": sum(int(size) for sizes in buckets for size in sizes.split(",")),
+        "gradients in flight": sum(int(size) for sizes in buckets for size in sizes.split(",")) if wrappers else None,
     }
 
 
