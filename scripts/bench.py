@@ -1,6 +1,7 @@
 """Speed in tables, as JSON and in docs/performance.md: scripts/bench.py TABLE
 
-Sides are measured in turns. Nothing else should run on the machine; the load stands beside the numbers.
+Tables about several processes stand in docs/distributed.md; `predictions` measures nothing. Sides are measured in
+turns. Nothing else should run on the machine; the load stands beside the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.benchmarks import ablation, checkpoint, data, loop, peers, report, scale, stream
+from scripts.benchmarks import (
+    ablation,
+    checkpoint,
+    data,
+    engines,
+    loop,
+    peers,
+    predictions,
+    report,
+    scale,
+    scaling,
+    stream,
+)
 
 TABLES = {
     "loop": lambda asked: loop.table(asked.pairs, asked.steps, asked.tasks),
@@ -23,7 +36,10 @@ TABLES = {
     "checkpoint": lambda asked: checkpoint.table(asked.config, asked.pairs),
     "stream": lambda asked: stream.table(asked.pairs),
     "scale": lambda asked: scale.table(asked.pairs, asked.steps),
+    "engines": lambda asked: engines.tables(asked.pairs, asked.steps),
+    "predictions": lambda asked: predictions.tables(scaling.assumptions(asked.assume)),
 }
+DOCUMENTS = dict.fromkeys(("engines", "predictions"), report.DISTRIBUTED)
 
 
 def main() -> None:
@@ -35,9 +51,14 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=loop.TASKS, default=loop.TASKS, help="of the table `loop`")
     parser.add_argument("--config", default="configs/ddpm_digits.yaml", help="of the table `checkpoint`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--assume", nargs="+", default=[], metavar="NAME=VALUE", help="hardware of `predictions`")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    print(report.write(asked.table, TABLES[asked.table](asked), f"scripts/bench.py {' '.join(sys.argv[1:])}"))
+    found = TABLES[asked.table](asked)
+    assumed = predictions.described(scaling.assumptions(asked.assume)) if asked.table == "predictions" else None
+    document = DOCUMENTS.get(asked.table, report.DOCUMENT)
+    for table, rows in (found if isinstance(found, dict) else {asked.table: found}).items():
+        print(report.write(table, rows, f"scripts/bench.py {' '.join(sys.argv[1:])}", document, assumed))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
         "| ddpm | 0.988 | data 0.5, all 123 |",
         "| vae | 1 | data 1, all 1,234 |",
     ]
+    report.write("loop", [{"engine": "DDP", "held_mib": ("-", 2.5)}], "scripts/bench.py loop", document, "assumed much")
+    lines = document.read_text().splitlines()
+    assert lines[2].startswith("`scripts/bench.py loop`: assumed much, torch ")
+    assert lines[4:7] == ["| engine | held mib |", "| --- | --- |", "| DDP | - / 2.5 |"]
     with pytest.raises(
         ValueError, match="has no place for the table; write <!-- data --> and <!-- end of data --> where"
     ):

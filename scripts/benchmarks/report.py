@@ -1,4 +1,4 @@
-"""A table as JSON, and as Markdown in docs/performance.md between its marks."""
+"""A table as JSON, and as Markdown in a document between its marks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any
 from scripts.benchmarks.runs import machine
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
+DISTRIBUTED = DOCUMENT.with_name("distributed.md")
 RESULTS = Path(__file__).parents[2] / "outputs" / "benchmarks"
 
 
-def write(table: str, rows: list[dict[str, Any]], command: str, document: Path = DOCUMENT) -> Path:
+def write(
+    table: str, rows: list[dict[str, Any]], command: str, document: Path = DOCUMENT, assumed: str | None = None
+) -> Path:
     """Writes the rows as outputs/benchmarks/TABLE.json, and puts them in the place of the document's older ones.
 
+    What was calculated says what was `assumed` in the place of the machine.
     Raises ValueError where the document has no place for the table.
     """
     about = {"command": command} | machine()
@@ -28,7 +32,8 @@ def write(table: str, rows: list[dict[str, Any]], command: str, document: Path =
         raise ValueError(f"{document}: has no place for the table; write {begin} and {end} where it shall be")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = " ".join(map(str, about["load"]))
-    setting = f"`{command}`: {about['machine']}, {about['threads']} threads, load {load} at the end, {versions}."
+    machine_then = f"{about['machine']}, {about['threads']} threads, load {load} at the end"
+    setting = f"`{command}`: {assumed or machine_then}, {versions}."
     new = f"{begin}\n{setting}\n\n{markdown(rows)}\n{end}"
     document.write_text(re.sub(f"{begin}.*?{end}", lambda _: new, text, flags=re.DOTALL), encoding="utf-8")
     return path
@@ -42,6 +47,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):  # the same by two ways
+        return " / ".join(map(_shown, value))
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
     if isinstance(value, float):

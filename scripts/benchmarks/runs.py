@@ -6,7 +6,9 @@ import contextlib
 import io
 import os
 import platform
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +22,7 @@ from trainers.engine.run_folder import METRICS, read_lines
 from trainers.engine.saving import Saving
 from trainers.engine.validation import Validation
 
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts train()
 
 
@@ -45,6 +48,17 @@ def examples_per_second(run: RunConfig) -> list[float]:
 def logged(folder: Path, name: str) -> list[float]:
     """A metric of a run at its log lines."""
     return [line[name] for line in read_lines(folder / METRICS) if name in line]
+
+
+def in_processes(module: str, arguments: list[str], processes: int, threads: int, alone: Sequence[str] = ()) -> None:
+    """Runs a module in processes of so many threads, behind the command `alone`; RuntimeError where it fails."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
+    command = [*alone, sys.executable, *(torchrun if processes > 1 else []), "-m", module, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
 
 
 def synchronize() -> None:

@@ -6,9 +6,7 @@ The module is also what each of the processes runs.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-ROOT = Path(__file__).parents[2]
+from scripts.benchmarks.runs import examples_per_second, in_processes
+
 TASKS = ("ddpm", "text_to_image")
 PROCESSES = (1, 2)
 
@@ -58,25 +57,13 @@ def _row(task: str, processes: int, threads: int, runs: list[dict], alone: list[
 
 def launched(task: str, processes: int, steps: int, threads: int, size: str = "realistic") -> dict[str, float]:
     """What `measure` found on the first of so many processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["-m", "scripts.benchmarks.scale", task, size, folder, str(steps)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-        environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-        run = subprocess.run(
-            [sys.executable, *(torchrun if processes > 1 else []), *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode:
-            raise RuntimeError(run.stderr)
+        in_processes("scripts.benchmarks.scale", [task, size, folder, str(steps)], processes, threads)
         return json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
 
 
 def measure(task: str, size: str, folder: str, steps: int) -> None:
     from scripts.benchmarks.loop import run_of
-    from scripts.benchmarks.runs import examples_per_second
     from trainers.engine.dry_run import is_main
 
     with counted() as count:
