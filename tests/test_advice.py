@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 
 def note(precision="no", main=True):
-    return advice.precision_note(SimpleNamespace(device=CPU, mixed_precision=precision, is_main_process=main))
+    accelerator, base = SimpleNamespace(device=CPU, is_main_process=main), SimpleNamespace(mixed_precision=precision)
+    return advice.precision_note(accelerator, base)
 
 
 @pytest.mark.parametrize(("half", "told"), [(0.05, True), (0.09, False), (0.2, False)])

@@ -19,6 +19,8 @@ from trainers.engine.networks import filled
 from trainers.engine.optimization import build_optimizer, optimizer_step
 from trainers.engine.options import BaseConfig
 from trainers.engine.run_folder import cut_lines, publish_pipeline
+from trainers.engine.sharding import Part
+from trainers.engine.snapshot import trained_state
 
 CPU = torch.device("cpu")
 
@@ -117,6 +119,16 @@ def test_speed_does_not_count_pauses(monkeypatch):
     with speed.paused():
         pass
     assert speed.examples_per_second() == 30 / (6 - 3)
+
+
+def test_tied_weights_are_saved_by_all_of_their_names_and_frozen_ones_by_none():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    network[1].weight = network[0].weight
+    network[2].weight.requires_grad_(False)
+    state = trained_state(network)
+    assert all(isinstance(state[name], Part) for name in ("0.weight", "1.weight"))
+    assert state["1.weight"].parameter is network[0].weight
+    assert state.keys() == network.state_dict().keys() - {"2.weight"}
 
 
 def test_a_copy_is_filled_with_other_numbers():

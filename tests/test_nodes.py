@@ -181,7 +181,8 @@ def test_a_checkpoint_that_not_all_folders_have(again):
     text = error_of_both(again, "base.resume_from_checkpoint=checkpoint-8")
     assert "on second: resume_from_checkpoint = checkpoint-8: no such folder; checkpoints in" in text
     text = error_of_both(again, LATEST)
-    assert f"no checkpoint is intact and the same in {first} and {second}; copy it from {first} to {second}, or" in text
+    advice = f"to go on from checkpoint-8, copy it from {first} to {second}, or start on first alone"
+    assert f"no checkpoint is intact and the same in {first} and {second}; {advice}" in text
     assert steps_of(again / "first") == [8, 6, 4, 2]
 
 

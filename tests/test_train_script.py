@@ -633,13 +633,22 @@ def test_a_launch_that_does_not_do_what_it_was_asked(run_in_process, monkeypatch
         run_in_process()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match=r"DEEPSPEED was asked for, and accelerate runs NO on cpu instead"):
         run_in_process()
+    with monkeypatch.context() as without:
+        without.delenv("LOCAL_RANK", raising=False)
+        with pytest.raises(
+            ValueError, match=r"USE_DEEPSPEED = true: needs a launcher; start with accelerate launch or"
+        ):
+            check_devices()
     with monkeypatch.context() as missing:
         missing.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install diffloop\[deepspeed\]"):
             check_devices()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE = 4: more processes than the 2 GPUs .* start at most 2"):
@@ -666,13 +675,17 @@ def deepspeed_accelerator(settings=None, precision="no"):
     plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 3}} | (settings or {}))
     state = SimpleNamespace(deepspeed_plugin=plugin)
     engine = {"distributed_type": DistributedType.DEEPSPEED, "mixed_precision": precision}
-    return SimpleNamespace(state=state, gradient_accumulation_steps=2, **engine)
+    return SimpleNamespace(state=state, gradient_accumulation_steps=2, num_processes=2, **engine)
 
 
 @pytest.mark.parametrize(
     ("settings", "precision", "text"),
     [
         ({"zero_optimization": {"stage": 1}}, "no", "zero_stage = 1: must be 2 or 3; without them launch with DDP"),
+        ({"zero_optimization": {"stage": "2"}}, "no", "zero_stage = '2': must be 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "no", "has zero_optimization.zero_hpz_partition_size: not known to keep what a run promises; take it out. Allowed there: allgather_bucket_size, "),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "no", "has zero_optimization.offload_optimizer.ratio: not known"),
+        ({"communication_data_type": "bf16"}, "no", "has communication_data_type: not known to keep what a run promises"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "no", "offload_param_device = nvme: must be none or cpu"),
         ({"optimizer": {"type": "AdamW"}}, "no", "has a section optimizer: the run's own is used; take it out"),
         ({"scheduler": {"type": "WarmupLR"}}, "no", "has a section scheduler: the run's own is used; take it out"),
@@ -696,12 +709,14 @@ def test_networks_are_built_whole_under_zero_3():
 
 
 def test_what_deepspeed_is_told(tiny_config):
-    run = load_config(tiny_config(**{"ddpm.max_grad_norm": 0.5, "base.train_batch_size": 4}))
+    options = {"ddpm.max_grad_norm": 0.5, "base.train_batch_size": 4, "base.mixed_precision": "bf16"}
+    run = load_config(tiny_config(**options))
     accelerator, unet = deepspeed_accelerator({"gradient_clipping": "auto"}, "bf16"), torch.nn.Linear(1, 1)
     configure_deepspeed(accelerator, {"unet": unet}, run.config, run.base)
     told = accelerator.state.deepspeed_plugin.deepspeed_config
     assert told["gradient_clipping"] == 0.5
     assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (4, 2)
+    assert told["train_batch_size"] == 16
     assert (told["bf16"], told["torch_autocast"]) == (
         {"enabled": False},
         {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
@@ -710,9 +725,19 @@ def test_what_deepspeed_is_told(tiny_config):
 
 def test_what_deepspeed_cannot_do(tiny_config):
     run = load_config(tiny_config())
-    accelerator, unet = deepspeed_accelerator({"gradient_clipping": 0.5}), torch.nn.Linear(1, 1)
-    text = "says gradient_clipping = 0.5, and the run's max_grad_norm is 1.0: leave the launcher's out, or make them"
-    with pytest.raises(ValueError, match=re.escape(text)):
+    unet, size = torch.nn.Linear(1, 1), run.base.train_batch_size
+    for settings, text in (
+        ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5, and the run's configuration comes to 1.0: leave the"),
+        (
+            {"gradient_accumulation_steps": 7},
+            "gradient_accumulation_steps = 7, and the run's configuration comes to 2:",
+        ),
+        ({"train_batch_size": 1}, f"train_batch_size = 1, and the run's configuration comes to {size * 2 * 2}: leave"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"the launcher says {text}")):
+            configure_deepspeed(deepspeed_accelerator(settings), {"unet": unet}, run.config, run.base)
+    accelerator = deepspeed_accelerator(precision="bf16")
+    with pytest.raises(ValueError, match=r"configuration says bf16, and base.mixed_precision is no: take its sections"):
         configure_deepspeed(accelerator, {"unet": unet}, run.config, run.base)
     with pytest.raises(ValueError, match=r"trains one network, and this run has 2 \(vae, discriminator\); launch with"):
         configure_deepspeed(accelerator, {"vae": unet, "discriminator": unet}, run.config, run.base)

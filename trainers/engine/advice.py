@@ -8,15 +8,17 @@ import time
 import torch
 from accelerate import Accelerator
 
+from trainers.engine.options import BaseConfig
+
 WORTH_SAYING = 1.3  # times faster: below that, another process may have made the difference
 # of the convolution that is timed, by kind of device: a few milliseconds each, and a GPU must have enough to do
 SHAPES = {"cpu": (4, 128, 16, 16), "cuda": (16, 256, 64, 64)}
 ROUNDS = 5
 
 
-def precision_note(accelerator: Accelerator) -> list[str]:
+def precision_note(accelerator: Accelerator, base: BaseConfig) -> list[str]:
     """One line on how much faster bfloat16 is than the run's float32, where it is."""
-    if accelerator.mixed_precision != "no" or not accelerator.is_main_process:
+    if base.mixed_precision != "no" or not accelerator.is_main_process:
         return []
     ratio = bf16_speedup(accelerator.device)
     line = f"a convolution in bf16 is {ratio:.1f} times faster here than in float32: base.mixed_precision=bf16"

@@ -51,9 +51,9 @@ def _find_latest(accelerator: Accelerator, folders: Folders, output_dir: Path) -
             return folder
         for fault in faults:
             accelerator.print(f"WARNING: skipping {fault}", flush=True)
-        advice = _advice(folder.name, copies)
-        if advice:
-            accelerator.print(f"  to go on from {folder.name}, {advice}", flush=True)
+        if advice := _advice(folder.name, copies):
+            advice = f"to go on from {folder.name}, {advice}"
+            accelerator.print(f"  {advice}", flush=True)
         newest_advice = newest_advice or advice
     if newest_advice:
         raise ValueError(f"no checkpoint is intact and the same in {' and '.join(folders.places)}; {newest_advice}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import Accelerator
 from torch import nn
 
@@ -9,6 +11,20 @@ from trainers.base import TrainerConfig
 from trainers.engine.options import BaseConfig
 
 DDP = "launch with DDP (accelerate launch --multi_gpu)"
+# what a configuration file of DeepSpeed's may say: sizes of buckets and what is logged; batches and precision, where
+# they are the run's
+OPTIONS = frozenset(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+     "zero_optimization", "bf16", "fp16", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
+     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+)  # fmt: skip
+ZERO_OPTIONS = frozenset(
+    ("stage", "offload_optimizer", "offload_param", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size",
+     "allgather_partitions", "reduce_scatter", "contiguous_gradients", "round_robin_gradients", "sub_group_size",
+     "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+     "stage3_param_persistence_threshold", "stage3_gather_16bit_weights_on_model_save", "memory_efficient_linear")
+)  # fmt: skip
+OFFLOAD_OPTIONS = frozenset(("device", "nvme_path", "pin_memory"))
 
 
 def check_deepspeed(accelerator: Accelerator) -> None:
@@ -21,19 +37,32 @@ def check_deepspeed(accelerator: Accelerator) -> None:
     zero_settings = settings["zero_optimization"]
     stage = zero_settings.get("stage")
     if stage not in (2, 3):
-        raise ValueError(f"zero_stage = {stage}: must be 2 or 3; without them {DDP}")
-    for option in ("offload_optimizer", "offload_param"):
-        device = zero_settings.get(option, {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            raise ValueError(f"{option}_device = {device}: must be none or cpu")
+        raise ValueError(f"zero_stage = {stage!r}: must be 2 or 3; without them {DDP}")
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise ValueError(f"DeepSpeed's configuration has a section {section}: the run's own is used; take it out")
+    _refuse_unknown("", settings, OPTIONS)
+    _refuse_unknown("zero_optimization.", zero_settings, ZERO_OPTIONS)
+    for option in ("offload_optimizer", "offload_param"):
+        offload = zero_settings.get(option) or {}
+        if offload.get("device", "none") not in ("none", "cpu"):
+            raise ValueError(f"{option}_device = {offload['device']}: must be none or cpu")
+        _refuse_unknown(f"zero_optimization.{option}.", offload, OFFLOAD_OPTIONS)
     if accelerator.mixed_precision == "fp16":
         raise ValueError(f"base.mixed_precision = fp16: not supported with DeepSpeed; use bf16, or {DDP}")
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+
+
+def _refuse_unknown(section: str, settings: dict[str, Any], allowed: frozenset[str]) -> None:
+    """DeepSpeed has settings that make numbers others, such as quantized or twice divided weights."""
+    unknown = sorted(settings.keys() - allowed)
+    if unknown:
+        raise ValueError(
+            f"DeepSpeed's configuration has {section}{unknown[0]}: not known to keep what a run promises; take it out. "
+            f"Allowed there: {', '.join(sorted(allowed))}"
+        )
 
 
 def configure_deepspeed(
@@ -45,23 +74,32 @@ def configure_deepspeed(
     """
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     _refuse(networks, base)
-    clipping, own = settings.get("gradient_clipping", "auto"), config.max_grad_norm or 0.0
-    if clipping not in ("auto", own):
+    if accelerator.mixed_precision != base.mixed_precision:
         raise ValueError(
-            f"the launcher says gradient_clipping = {clipping}, and the run's max_grad_norm is "
-            f"{config.max_grad_norm}: leave the launcher's out, or make them equal"
+            f"DeepSpeed's configuration says {accelerator.mixed_precision}, and base.mixed_precision is "
+            f"{base.mixed_precision}: take its sections bf16 and fp16 out, or make them equal"
         )
+    steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    own = {
+        "train_batch_size": base.train_batch_size * steps * processes,
+        "train_micro_batch_size_per_gpu": base.train_batch_size,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": config.max_grad_norm or 0.0,
+    }
+    for option, value in own.items():
+        said = settings.get(option, "auto")
+        if said not in ("auto", value) and (option, said) != ("gradient_accumulation_steps", 1):  # accelerate's default
+            raise ValueError(
+                f"the launcher says {option} = {said}, and the run's configuration comes to {value}: leave the "
+                "launcher's out, or make them equal"
+            )
     # without modules of lower precision weights are gathered and gradients summed in float32; bf16 would sum in bf16
     autocast = {"dtype": "bfloat16", "lower_precision_safe_modules": []}
-    settings |= {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": base.train_batch_size,
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-        "gradient_clipping": own,
+    settings |= own | {
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU as well, and needs no compiler
         "bf16": {"enabled": False},  # would make the weights bf16
-        "torch_autocast": {"enabled": accelerator.mixed_precision == "bf16"} | autocast,
+        "torch_autocast": {"enabled": base.mixed_precision == "bf16"} | autocast,
     }
 
 

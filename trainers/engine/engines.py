@@ -29,6 +29,8 @@ def check_devices() -> None:
     """Raises ValueError where this machine has fewer GPUs than processes, and where DeepSpeed is not installed."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("the launcher chose DeepSpeed, which is not installed: pip install diffloop[deepspeed]")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "LOCAL_RANK" not in os.environ:
+        raise ValueError("ACCELERATE_USE_DEEPSPEED = true: needs a launcher; start with accelerate launch or torchrun")
     here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if 0 < count < here and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise ValueError(
@@ -45,8 +47,9 @@ def check_engine(accelerator: Accelerator) -> None:
     engine, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
     if engine not in SUPPORTED:
         raise ValueError(
-            f"the launcher chose {engine.value}: not supported; launch with DDP (accelerate launch --multi_gpu), FSDP2 "
-            "or DeepSpeed (accelerate launch --config_file configs/accelerate/fsdp2.yaml, zero2.yaml, zero3.yaml)"
+            f"the launcher chose {engine.value}: not supported; launch with DDP (accelerate launch --multi_gpu), or "
+            "with FSDP2 or DeepSpeed (accelerate launch --config_file configs/accelerate/fsdp2.yaml, zero2.yaml or "
+            "zero3_offload.yaml)"
         )
     for flag, asked in ASKED_BY.items():
         if engine != asked and parse_flag_from_env(flag):
@@ -91,7 +94,7 @@ def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
 def engine_of(accelerator: Accelerator) -> str:
     """What runs, for the start of a run: the engine, its processes and nodes, what is sharded, and the backend."""
     engine, count = accelerator.distributed_type, accelerator.num_processes
-    if count == 1:
+    if count == 1 and engine not in ASKED_BY.values():
         return "one process"
     nodes = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
     name = "DDP"
@@ -102,13 +105,13 @@ def engine_of(accelerator: Accelerator) -> str:
         name = f"FSDP2, 1/{count} of the network in each process, gathered by {blocks}{kept}"
     if engine == DistributedType.DEEPSPEED:
         name = _deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"], count)
-    return f"{name}; {count} processes on {nodes} node{'s' * (nodes > 1)}, {dist.get_backend()}"
+    return f"{name}; {count} process{'es' * (count > 1)} on {nodes} node{'s' * (nodes > 1)}, {dist.get_backend()}"
 
 
 def _deepspeed(settings: dict[str, Any], count: int) -> str:
     divided = {2: "gradients and optimizer state", 3: "weights, gradients and optimizer state"}[settings["stage"]]
     parts = {"offload_optimizer": "optimizer", "offload_param": "weights"}
-    kept = [what for option, what in parts.items() if settings.get(option, {}).get("device", "none") == "cpu"]
+    kept = [what for option, what in parts.items() if (settings.get(option) or {}).get("device") == "cpu"]
     return f"DeepSpeed ZeRO-{settings['stage']}, 1/{count} of {divided} in each process" + (
         f", {' and '.join(kept)} in main memory" if kept else ""
     )

@@ -48,14 +48,14 @@ def start_block(
     rows["learning rate"] = (
         f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps):.0f} warm-up"
     )
-    rows["precision"] = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    rows["precision"] = {"no": "float32"}.get(base.mixed_precision, base.mixed_precision)
     rows["devices"] = _devices(accelerator)
     rows["engine"] = engine_of(accelerator)
     rows["output"] = str(Path(base.output_dir))
     if folders.several:
         rows["output"] = f"{folders.places[0]}: checkpoints, logs, pictures, pipeline"
         rows["output elsewhere"] = f"{', '.join(folders.places[1:])}: checkpoints"
-    notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator)]
+    notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator, base)]
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
     lines += [f"  NOTE: {note}" for note in notes]
     if clock.bucket_counts:

@@ -109,7 +109,7 @@ def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer:
 
 def trained_state(network: nn.Module) -> dict[str, Tensor | Part]:
     """A network's weights and buffers by name, without what is frozen."""
-    parameters = dict(network.named_parameters())
+    parameters = dict(network.named_parameters(remove_duplicate=False))  # tied ones by all of their names
     return {
         name: weight_of(parameters[name]) if name in parameters else tensor
         for name, tensor in network.state_dict().items()
