@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_resume import final_state, forget_after
 
 from trainers import TRAINERS
+from trainers.engine.config import find_trainer
 from trainers.engine.manifest import list_checkpoints, verify
 
 STEPS = 12
@@ -251,8 +252,14 @@ def test_an_adapter_on_a_half_precision_base(engine, near, tmp_path):
     assert difference(runs[engine], runs["DDP"], "pytorch_lora_weights.safetensors") < 2e-2
 
 
+ADVERSARIAL = ("adversarial_start_step", "discriminator_layers", "discriminator_channels", "r1_weight", "lecam_weight")
+OF_VAE = find_trainer("vae").Config.__dataclass_fields__
 SINGLE = {
-    "vae": ["vae.adversarial_loss=null", "vae.learning_rate=1e-3"],
+    "vae": [
+        "vae.adversarial_loss=null",
+        "vae.learning_rate=1e-3",
+        *(f"vae.{name}={OF_VAE[name].default}" for name in ADVERSARIAL),
+    ],
     "lora": ["lora.train_text_encoder=false", "lora.learning_rate=1e-3"],
 }
 
