@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from contextlib import closing, redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets_lib
 from trainers.engine.config import RunConfig, describe, load_config
 from trainers.engine.document import ConfigError
 from trainers.engine.messages import Interrupted, is_message
 
+if TYPE_CHECKING:
+    from trainers.engine.rehearsal import Rehearsal
 
-def train(run: RunConfig) -> Path:
+
+def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
     from trainers.engine import candidates, card, export, feeding, launch, optimization, rehearsal, reporting, resume
     from trainers.engine.cache_filling import fill_caches
@@ -26,7 +30,8 @@ def train(run: RunConfig) -> Path:
     from trainers.engine.ema import EMA
     from trainers.engine.encoding import FrozenStages
     from trainers.engine.metering import Meter, Speed
-    from trainers.engine.networks import build_trainer, prepare_networks, warm_up
+    from trainers.engine.networks import build_trainer, prepare_networks
+    from trainers.engine.progress import progress_bar
     from trainers.engine.randomness import SlotRandom, seed_network
     from trainers.engine.run_folder import open_run_folder
     from trainers.engine.saving import Saving
@@ -34,20 +39,22 @@ def train(run: RunConfig) -> Path:
     from trainers.engine.streaming import skipped
     from trainers.engine.tracking import Tracking
     from trainers.engine.validation import Validation
+    from trainers.engine.warm_up import warm_up
     from trainers.engine.watches import Watches
 
     base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
     card.check_hub_login(base.push_to_hub)
     accelerator = launch.start_accelerator(base)
     device, rank = accelerator.device, accelerator.process_index
-    with Stopping(accelerator, base) as stopping, open_run_folder(accelerator, run) as folders, launch.numerics(base):
+    folder = open_run_folder(accelerator, base, dry_run is not None)
+    with Stopping(accelerator, base) as stopping, folder as folders, launch.numerics(base):
         resume_from = candidates.find_checkpoint(accelerator, folders, output_dir, base.resume_from_checkpoint)
 
         # data
         with accelerator.main_process_first():  # it downloads, the others find the files
             train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
         clock, train_set = feeding.dealt(accelerator, base, train_set)
-        clock, train_set, validation_set = rehearsal.shortened(run, stopping, clock, train_set, validation_set)
+        clock, train_set, validation_set = rehearsal.shortened(dry_run, stopping, clock, train_set, validation_set)
         datasets_lib.check_example(datasets_lib.first_example(train_set), base)
         saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
 
@@ -70,14 +77,14 @@ def train(run: RunConfig) -> Path:
         datasets_lib.prepare(*sets, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
 
         # steps
-        tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds)
+        tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds, dry_run)
         batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
         trained = networks, ema, optimizer
         saving = Saving(accelerator, folders, tracking, clock, *trained, train_set, meter, divergence, stopping)
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
         export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
         accelerator.print(reporting.start_block(accelerator, folders, run, trainer, networks, clock, train_set))
-        with tracking, saving, closing(batches), reporting.progress_bar(accelerator, clock) as bar:
+        with tracking, saving, closing(batches), progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)
             done, speed = clock.origin_step, Speed()
             for step in stopping.steps(clock.origin_step, clock.total_steps):
@@ -168,11 +175,11 @@ def _dry_run(run: RunConfig) -> int:
 
     if dry_run.is_main():
         print(f"dry run: {dry_run.PROMISE}", file=sys.stderr, flush=True)
-    with dry_run.rehearsal_of(run) as short:
+    with dry_run.rehearsal_of(run) as rehearsal:
         shortage = None
         try:
             with redirect_stdout(io.StringIO()):  # what a run says of itself is not true of this one
-                train(short)
+                train(rehearsal.short, rehearsal)
         except (MemoryError, RuntimeError, OSError) as error:
             shortage = remedies.shortage_of(error)
             if shortage is None:
@@ -181,7 +188,7 @@ def _dry_run(run: RunConfig) -> int:
             if shortage is not None:
                 raise OSError(shortage.text)
             return 0
-        lines, fits = preflight.report(run, short, shortage)
+        lines, fits = preflight.report(rehearsal, shortage)
     print("\n".join(lines), flush=True)
     return 0 if fits else 1
 

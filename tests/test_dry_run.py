@@ -415,7 +415,7 @@ def test_it_makes_no_folder_above(dry_run, tmp_path):
 def test_loops_are_cut_short_and_the_rest_is_added_up(monkeypatch):
     clock = iter(range(0, 1000))
     monkeypatch.setattr(rehearsal, "_now", lambda: next(clock))
-    short = Rehearsal(None)
+    short = Rehearsal(None, None)
     assert list(short.some_of(range(20), "sampling")) == [0, 1, 2, 3, 4]
     assert short.take_left_out() == pytest.approx(1 / 4 * 15)  # looks at the clock after the first and the last one
     assert list(short.some_of(range(3), "sampling")) == [0, 1, 2]

@@ -281,7 +281,7 @@ def test_scripts_draw_from_latents_when_the_autoencoder_has_moved(runs, tmp_path
     saved["config"][TASK]["vae"] = "gone"
     state.write_text(json.dumps(saved))
     manifest = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
-    from trainers.engine.manifest import sha256
+    from trainers.engine.durable import sha256
 
     manifest["state.json"] = [state.stat().st_size, sha256(state)]
     (folder / "checkpoint-3" / "manifest.json").write_text(json.dumps(manifest))

@@ -21,9 +21,10 @@ from test_saving import hidden, steps_of
 
 from train import main
 from trainers.engine import agreement
+from trainers.engine.durable import sha256
 from trainers.engine.folders import Folders, find_folders
 from trainers.engine.lock import take
-from trainers.engine.manifest import list_checkpoints, sha256, verify
+from trainers.engine.manifest import list_checkpoints, verify
 from trainers.engine.messages import is_message
 
 COMMON = [

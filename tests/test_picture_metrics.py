@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 import datasets_lib
+from trainers.engine.eval_networks import classifier_problem, features_problem
 from trainers.engine.judges import (
-    classifier_problem,
-    features_problem,
     load_classifier,
     load_features,
 )

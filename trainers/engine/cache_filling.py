@@ -20,7 +20,7 @@ from trainers.engine.caching import KEY_DIGITS, Cache, KeyedExamples, folder_of,
 from trainers.engine.encoding import FrozenStages
 from trainers.engine.folders import find_folders
 from trainers.engine.options import BaseConfig
-from trainers.engine.reporting import passing_bar
+from trainers.engine.progress import passing_bar
 
 FILE_BYTES = 64 << 20  # of rows that are written at once
 BATCHES_AHEAD = 2  # that are decoded while one is encoded

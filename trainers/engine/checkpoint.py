@@ -10,8 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from trainers.engine.durable import flush, write_tensors
-from trainers.engine.manifest import sha256
+from trainers.engine.durable import flush, sha256, write_tensors
 from trainers.engine.run_folder import METRICS
 from trainers.engine.snapshot import Snapshot
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
@@ -19,9 +19,6 @@ from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.document import ConfigError, read_document
 from trainers.engine.options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.schema import coerce, describe_kind, nearest, options
-
-if TYPE_CHECKING:
-    from trainers.engine.rehearsal import Rehearsal
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
 
@@ -37,7 +34,6 @@ class RunConfig(NamedTuple):
     base: BaseConfig
     config: TrainerConfig
     trainer_class: type[Trainer]
-    rehearsal: Rehearsal | None = None  # of a dry run: makes it short
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         return {"base": dataclasses.asdict(self.base), self.task: dataclasses.asdict(self.config)}

@@ -24,7 +24,7 @@ SECONDS_OF_MAIN = 5.0  # to read its numbers where all processes fail
 
 
 @contextmanager
-def rehearsal_of(run: RunConfig) -> Iterator[RunConfig]:
+def rehearsal_of(run: RunConfig) -> Iterator[Rehearsal]:
     """The short run, in a folder on the run's disk that is gone afterwards; the run's own is not touched.
 
     Raises ValueError while another dry run for the same folder goes on.
@@ -33,7 +33,7 @@ def rehearsal_of(run: RunConfig) -> Iterator[RunConfig]:
     folder, main = _folder_beside(Path(run.base.output_dir).absolute()), is_main()
     lock = _claim(folder) if main else None
     try:
-        yield _short(run, folder)
+        yield Rehearsal(run, _short(run, folder))
     except Exception as error:
         if not main:  # where this one fails alone, the first one waits for it and will be killed
             time.sleep(SECONDS_OF_MAIN)
@@ -93,4 +93,4 @@ def _short(run: RunConfig, folder: Path) -> RunConfig:
         "logger": {"both": "tensorboard", "wandb": "none"}.get(base.logger, base.logger),
         "logging_steps": 1,
     }
-    return run._replace(base=dataclasses.replace(base, **once, **apart), rehearsal=Rehearsal(run))
+    return run._replace(base=dataclasses.replace(base, **once, **apart))

@@ -12,7 +12,6 @@ import psutil
 
 from trainers.engine.caching import Cache
 from trainers.engine.checkpoint import SPARE_BYTES
-from trainers.engine.config import RunConfig
 from trainers.engine.rehearsal import WARM_STEPS, Rehearsal
 from trainers.engine.run_folder import METRICS, read_lines
 
@@ -43,9 +42,9 @@ class Part(NamedTuple):
 class Measured:
     """What a rehearsal logged, as far as it came."""
 
-    def __init__(self, run: RunConfig, short: RunConfig) -> None:
-        self.run, self.short, self.folder = run, short, Path(short.base.output_dir)
-        self.rehearsal: Rehearsal = short.rehearsal
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        self.rehearsal, self.run, self.short = rehearsal, rehearsal.run, rehearsal.short
+        self.folder = Path(self.short.base.output_dir)
         self.lines = read_lines(self.folder / METRICS)
         self.values = {key: value for line in self.lines for key, value in line.items()}
         self.rates = [line["examples_per_second"] for line in self.lines if "examples_per_second" in line]

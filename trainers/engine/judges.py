@@ -8,26 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trainers.engine.eval_networks import ALLOWED_FEATURES
+
 Judge = Callable[[Tensor], Tensor]  # pictures [B, C, H, W] in [0, 1] on the device -> rows [B, D]
-
-ALLOWED_FEATURES = (
-    "inception (downloaded), none, a TorchScript file (uint8 [B, 3, H, W] -> features [B, D]), or NAME:FILE, a "
-    "torchvision network and its weights, such as resnet50:resnet50.pth"
-)
-
-
-def features_problem(spec: str) -> str | None:
-    """What is wrong with `eval_features`, before anything is loaded."""
-    if spec in ("inception", "none") or Path(spec).is_file():
-        return None
-    name, _, file = spec.partition(":")
-    if not file:
-        return f"no such file; allowed: {ALLOWED_FEATURES}"
-    from torchvision import models
-
-    if name not in models.list_models(module=models):
-        return f"{name} is no network of torchvision; allowed: {ALLOWED_FEATURES}"
-    return None if Path(file).is_file() else f"no file {file}; give {name}'s weights as .pth or .safetensors"
 
 
 def load_features(spec: str, device: torch.device) -> Judge | None:
@@ -59,13 +42,6 @@ def load_classifier(spec: str, device: torch.device) -> Judge:
         return lambda images: network(images * 2 - 1, 0).sample.mean((2, 3))
     script = _torchscript(spec, device)
     return lambda images: script(images * 2 - 1)
-
-
-def classifier_problem(spec: str) -> str | None:
-    """What is wrong with `eval_classifier`, before anything is loaded."""
-    if Path(spec).is_file() or (Path(spec) / "classifier" / "config.json").is_file():
-        return None
-    return "must be a finished noisy_classifier run, or a TorchScript file (float32 [B, C, H, W] in [-1, 1] -> logits)"
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
-NAME = re.compile(r"checkpoint-([1-9]\d*)")
+from trainers.engine.durable import sha256
+from trainers.engine.run_folder import CHECKPOINT_NAME
+
 SUFFIXES = {".json", ".safetensors"}  # of all files of a checkpoint: neither runs code when it is loaded
 IGNORED = re.compile(r"\.DS_Store|\.nfs|\._")  # what systems put into any folder; it is never loaded
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was written: its manifest is missing or disagrees with its files."""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path) -> None:
@@ -57,6 +53,8 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     if not output_dir.is_dir():
         return []
     found = [
-        (NAME.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink()
+        (CHECKPOINT_NAME.fullmatch(path.name), path)
+        for path in output_dir.iterdir()
+        if path.is_dir() and not path.is_symlink()
     ]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

@@ -17,13 +17,10 @@ from trainers.base import Trainer
 from trainers.engine.clock import Clock
 from trainers.engine.config import RunConfig
 from trainers.engine.deepspeed_settings import configure_deepspeed
-from trainers.engine.encoding import FrozenStages
 from trainers.engine.engines import check_optimizer
-from trainers.engine.feeding import first_batch
 from trainers.engine.launch import weight_dtype
-from trainers.engine.manifest import NAME
 from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run_folder import CHECKPOINT_NAME
 from trainers.engine.sharding import shard_by_blocks
 from trainers.engine.zero import Backward
 
@@ -57,7 +54,7 @@ def prepare_networks(
     """
     reserved = {"samples", Path(base.logging_dir).parts[0]}
     for name, network in networks.items():
-        if name in reserved or NAME.fullmatch(name):
+        if name in reserved or CHECKPOINT_NAME.fullmatch(name):
             raise ValueError(f"network {name} would share the run's folder {name}; rename it, or base.logging_dir")
         network.train()  # from_pretrained returns networks in eval mode
         if accelerator.device.type == "cuda" if base.channels_last is None else base.channels_last:
@@ -123,28 +120,3 @@ def _method(network: nn.Module, name: str, method: str, option: str) -> Any:
     if not hasattr(network, method):
         raise ValueError(f"base.{option} = true: network {name} ({type(network).__name__}) does not support it")
     return getattr(network, method)
-
-
-def warm_up(
-    accelerator: Accelerator,
-    trainer: Trainer,
-    stages: FrozenStages,
-    optimizer: Optimizer,
-    train_set: Any,
-    clock: Clock,
-    base: BaseConfig,
-) -> None:
-    """One discarded backward before a checkpoint is loaded.
-
-    DDP puts its gradient buckets in another order after the first one, so without it a resumed run on three or more
-    processes would sum in another order than the uninterrupted one.
-    """
-    if accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return
-    # the step before: only networks that took part in it have had a backward in the uninterrupted run
-    step = max(clock.origin_step - 1, 0)
-    batch = stages.encode(first_batch(train_set, clock, base, accelerator.process_index, accelerator.device))
-    loss, _ = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
-    accelerator.backward(loss)
-    optimizer.zero_grad()
-    accelerator.step = 0

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from trainers.base import Bounds, NonNegative, Positive, PositiveFloat, Section
+from trainers.engine.eval_networks import classifier_problem, features_problem
 
 OF_CAPTIONS = (
     "trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption", "encoder_cache_dir",
@@ -168,11 +169,9 @@ class BaseConfig(Section):
             yield "hub_model_id", "must read name or owner/name"
 
     def _judges(self) -> Iterator[tuple[str, str]]:
-        from trainers.engine import judges
-
-        problems = {"eval_features": judges.features_problem(self.eval_features)}
+        problems = {"eval_features": features_problem(self.eval_features)}
         if self.eval_classifier is not None:
-            problems["eval_classifier"] = judges.classifier_problem(self.eval_classifier)
+            problems["eval_classifier"] = classifier_problem(self.eval_classifier)
         yield from ((option, problem) for option, problem in problems.items() if problem)
 
     def _without_effect(self) -> Iterator[tuple[str, str]]:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from trainers.engine.config import RunConfig
 from trainers.engine.estimate import Measured, Part
+from trainers.engine.rehearsal import Rehearsal
 from trainers.engine.remedies import Remedy, Shortage, disk_remedies, memory_remedies
 
 GIB = 2**30
 
 
-def report(run: RunConfig, short: RunConfig, shortage: Shortage | None) -> tuple[list[str], bool]:
+def report(rehearsal: Rehearsal, shortage: Shortage | None) -> tuple[list[str], bool]:
     """The lines, and whether the run fits."""
-    measured = Measured(run, short)
+    measured, run = Measured(rehearsal), rehearsal.run
     device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
     lines, disk = _memory(measured, device), None
     if measured.finished:

@@ -56,8 +56,8 @@ class Plan(NamedTuple):
 class Rehearsal:
     """Makes a run short, and keeps what was left out: `plan` and the data sets are there once the data was read."""
 
-    def __init__(self, run: RunConfig) -> None:
-        self.run = run  # the whole one
+    def __init__(self, run: RunConfig, short: RunConfig) -> None:
+        self.run, self.short = run, short  # the whole one, and the one that is trained
         self.plan: Plan | None = None
         self.sets: list[tuple[Any, Any]] = []  # (whole, few) of training and of validation
         self.stands_for: dict[str, float] = {}  # how many times longer a loop or a column of the whole is, by name
@@ -117,13 +117,13 @@ class Rehearsal:
         return seconds
 
 
-def shortened(run: RunConfig, stopping: Stopping, clock: Clock, *sets: Any) -> tuple[Any, ...]:
+def shortened(rehearsal: Rehearsal | None, stopping: Stopping, clock: Clock, *sets: Any) -> tuple[Any, ...]:
     """The clock and both data sets as they are, or where the run is a rehearsal those of a few steps."""
-    if run.rehearsal is None:
+    if rehearsal is None:
         return clock, *sets
-    stopping.some_of = run.rehearsal.some_of
-    clock = run.rehearsal.shorten(clock, *sets)
-    return clock, *(few for _, few in run.rehearsal.sets)
+    stopping.some_of = rehearsal.some_of
+    clock = rehearsal.shorten(clock, *sets)
+    return clock, *(few for _, few in rehearsal.sets)
 
 
 def _now() -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +86,6 @@ def end_block(trainer: Trainer, folders: Folders, output_dir: Path, train_set: A
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
-
-
-def progress_bar(accelerator: Accelerator, clock: Clock) -> tqdm:
-    return tqdm(
-        total=clock.total_steps,
-        initial=clock.origin_step,
-        desc="steps",
-        unit="step",
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-    )
-
-
-def passing_bar(accelerator: Accelerator, what: str) -> Callable[[Iterable], Iterable]:
-    """A bar over something that may take long within a step; it shows after two seconds and goes when it is done."""
-    return partial(
-        tqdm, desc=what, delay=2, leave=False, disable=not accelerator.is_main_process, dynamic_ncols=True, position=1
-    )
 
 
 def show_metrics(bar: tqdm, metrics: dict[str, float]) -> None:

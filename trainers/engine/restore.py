@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.engine.changes import show
 from trainers.engine.sharding import Part, configuration, like, part_from, refresh, trained_parameters
 from trainers.engine.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
 from trainers.engine.zero import load_optimizer, zero_optimizer
@@ -22,7 +21,11 @@ def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) ->
     if not ((folder / "config.json").is_file() and hasattr(network, "to_json_string")):
         return
     saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), configuration(network)
-    found = [f"{k}: {show(saved.get(k))} -> {show(own.get(k))}" for k in own if saved.get(k) != own[k] and k[0] != "_"]
+    found = [
+        f"{k}: {json.dumps(saved.get(k))} -> {json.dumps(own.get(k))}"
+        for k in own
+        if saved.get(k) != own[k] and k[0] != "_"
+    ]
     if found and "network" not in allow_changes:
         raise ValueError(
             f"{folder}: the network changed ({'; '.join(found)}); undo that, or accept it with "

@@ -13,7 +13,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from trainers.engine.config import RunConfig
 from trainers.engine.folders import PROBE, Folders, find_folders
 from trainers.engine.lock import take
 from trainers.engine.options import BaseConfig
@@ -21,26 +20,27 @@ from trainers.engine.options import BaseConfig
 # of a finished pipeline, a single network, or an adapter
 INDEX_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
 RUN_FILES = ("metrics.jsonl", "config.yaml", *INDEX_FILES, "README.md")
+CHECKPOINT_NAME = re.compile(r"checkpoint-([1-9]\d*)")
 LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
 METRICS = "metrics.jsonl"
 SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 @contextmanager
-def open_run_folder(accelerator: Accelerator, run: RunConfig) -> Iterator[Folders]:
+def open_run_folder(accelerator: Accelerator, base: BaseConfig, is_dry_run: bool) -> Iterator[Folders]:
     """Makes the folder, finds out which processes share it, and holds the lock of each folder inside.
 
     Raises OSError where one cannot be written, ValueError where another run uses it, where it holds a run and none is
     to be resumed, and for a dry run in several folders; the same on every rank.
     """
-    folders = find_folders(accelerator, Path(run.base.output_dir), "base.output_dir")
-    if folders.several and run.rehearsal is not None:
+    folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
+    if folders.several and is_dry_run:
         raise ValueError(
             f"--dry-run: the processes have {len(folders.mains)} output folders ({', '.join(folders.places)}); give "
             "all of them one for it, or run it on one host"
         )
     with ExitStack() as locks:
-        folders.on_mains(accelerator, lambda: _take(run.base, locks))
+        folders.on_mains(accelerator, lambda: _take(base, locks))
         yield folders
 
 

@@ -20,6 +20,7 @@ from trainers.engine import weights_and_biases
 from trainers.engine.agreement import on_main
 from trainers.engine.config import RunConfig
 from trainers.engine.memory import PeakMemory
+from trainers.engine.rehearsal import Rehearsal
 from trainers.engine.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
@@ -36,10 +37,11 @@ class Tracking:
         output_dir: Path,
         start_step: int,
         fill_seconds: dict[str, float],
+        rehearsal: Rehearsal | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.output_dir, self.start_step = output_dir, start_step
-        self.run, self.rehearsal = run, run.rehearsal
+        self.run, self.rehearsal = run, rehearsal
         self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
         self.filled = {f"cache_{column}/seconds": seconds for column, seconds in fill_seconds.items()}
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card

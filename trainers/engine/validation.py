@@ -21,7 +21,7 @@ from trainers.engine.evaluation import Evaluation
 from trainers.engine.feeding import examples_once
 from trainers.engine.grids import grid_of
 from trainers.engine.picture_metrics import spread
-from trainers.engine.reporting import passing_bar
+from trainers.engine.progress import passing_bar
 from trainers.engine.saving import Saving
 from trainers.engine.stopping import Abandoned, Stopping
 from trainers.engine.tracking import EVALUATION_TIME, VALIDATION_TIME, Tracking
