@@ -14,33 +14,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets_lib
-from trainers.engine.config import RunConfig, describe, load_config
-from trainers.engine.document import ConfigError
-from trainers.engine.messages import Interrupted, is_message
+from trainers.engine.config.config import RunConfig, describe, load_config
+from trainers.engine.config.errors import Interrupted, is_message
+from trainers.engine.config.files import ConfigError
 
 if TYPE_CHECKING:
-    from trainers.engine.rehearsal import Rehearsal
+    from trainers.engine.dry_run.plan import Rehearsal
 
 
 def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine import candidates, card, export, feeding, launch, optimization, rehearsal, reporting, resume
-    from trainers.engine.cache_filling import fill_caches
-    from trainers.engine.divergence import Divergence
-    from trainers.engine.ema import EMA
-    from trainers.engine.encoding import FrozenStages
-    from trainers.engine.metering import Meter, Speed
-    from trainers.engine.networks import build_trainer, prepare_networks
-    from trainers.engine.progress import progress_bar
-    from trainers.engine.randomness import SlotRandom, seed_network
-    from trainers.engine.run_folder import open_run_folder
-    from trainers.engine.saving import Saving
-    from trainers.engine.stopping import Stopping
-    from trainers.engine.streaming import skipped
-    from trainers.engine.tracking import Tracking
-    from trainers.engine.validation import Validation
-    from trainers.engine.warm_up import warm_up
-    from trainers.engine.watches import Watches
+    from trainers.engine.checkpoint import find as candidates
+    from trainers.engine.checkpoint import resume
+    from trainers.engine.checkpoint.saver import Saving
+    from trainers.engine.checkpoint.warm_up import warm_up
+    from trainers.engine.data import batches as feeding
+    from trainers.engine.data.stream_batches import skipped
+    from trainers.engine.distributed import launch
+    from trainers.engine.dry_run import plan as rehearsal
+    from trainers.engine.encoders.fill import fill_caches
+    from trainers.engine.encoders.stages import FrozenStages
+    from trainers.engine.export import model_card as card
+    from trainers.engine.export import pipeline as export
+    from trainers.engine.optim import optimizer as optimization
+    from trainers.engine.optim.ema import EMA
+    from trainers.engine.optim.networks import build_trainer, prepare_networks
+    from trainers.engine.optim.nonfinite import Divergence
+    from trainers.engine.optim.sanity_checks import Watches
+    from trainers.engine.run.progress import progress_bar
+    from trainers.engine.run.randomness import SlotRandom, seed_network
+    from trainers.engine.run.run_folder import open_run_folder
+    from trainers.engine.run.signals import Stopping
+    from trainers.engine.tracking import console as reporting
+    from trainers.engine.tracking.meters import Meter, Speed
+    from trainers.engine.tracking.tracker import Tracking
+    from trainers.engine.validation.validation import Validation
 
     base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
     card.check_hub_login(base.push_to_hub)
@@ -171,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dry_run(run: RunConfig) -> int:
     """Trains the last steps in a folder of their own and prints what the whole run takes: 0 where it fits, else 1."""
-    from trainers.engine import dry_run, preflight, remedies
+    from trainers.engine.dry_run import report as preflight
+    from trainers.engine.dry_run import sandbox as dry_run
+    from trainers.engine.dry_run import suggestions as remedies
 
     if dry_run.is_main():
         print(f"dry run: {dry_run.PROMISE}", file=sys.stderr, flush=True)

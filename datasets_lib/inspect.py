@@ -26,7 +26,7 @@ from datasets_lib.dataset import ImageDataset
 from datasets_lib.inspection import Line, caption_lines, column_lines, label_lines, picture_lines, scan
 from datasets_lib.prior import PriorDataset
 
-# The data options of trainers.engine.options.BaseConfig, which this package does not import; a test compares them.
+# The data options of BaseConfig, which this package does not import; a test compares them.
 DEFAULTS = {
     "seed": 0, "validation_split": None, "dataset_name": None, "dataset_config_name": None, "train_data_dir": None,
     "dataset": None, "dataset_args": {}, "cache_dir": None, "image_column": None, "label_column": None,

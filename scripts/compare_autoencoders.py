@@ -37,10 +37,10 @@ from trainers.common.autoencoder_config import build_autoencoder, latent_grid
 from trainers.common.autoencoder_loss import AutoencoderLoss, quality
 from trainers.common.discriminator import PatchDiscriminator
 from trainers.common.model_files import Grid
-from trainers.engine.config import RunConfig, load_config
+from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.optimization import schedule
-from trainers.engine.randomness import example_generator
+from trainers.engine.optim.optimizer import schedule
+from trainers.engine.run.randomness import example_generator
 from trainers.vae import VAEConfig
 
 SIDES = ("bare", "plain", "full", "research")

@@ -24,11 +24,11 @@ from peer_trainer import build_peer_unet
 
 import datasets_lib
 from train import train
-from trainers.engine.config import RunConfig, check_config
-from trainers.engine.drawing import draw, evaluation_mode
+from trainers.engine.config.config import RunConfig, check_config
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.optimization import schedule
-from trainers.engine.picture_metrics import as_labels, describe, measure, nearest, pictures_of, train_classifier
+from trainers.engine.optim.optimizer import schedule
+from trainers.engine.validation.metrics import as_labels, describe, measure, nearest, pictures_of, train_classifier
+from trainers.engine.validation.sampling import draw, evaluation_mode
 
 SCALES = [1.0, 1.5, 3.0, 6.0]  # 6 is the package's default
 SAMPLING_STEPS = 25

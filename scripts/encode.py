@@ -28,10 +28,10 @@ import datasets_lib
 from datasets_lib.latents import FORMAT, INDEX
 from datasets_lib.source import digest
 from trainers.common.latents import LatentSpace, encode, latents_problems
-from trainers.engine.config import load_config
-from trainers.engine.durable import sha256
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import load_config
 from trainers.engine.inference import find_device
-from trainers.engine.options import BaseConfig
+from trainers.engine.run.files import sha256
 from trainers.engine.sampling_arguments import DTYPES, positive
 
 

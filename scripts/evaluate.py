@@ -27,20 +27,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
 from trainers.base import Trainer
-from trainers.engine.averaging import mean_over
-from trainers.engine.drawing import draw, evaluation_mode
-from trainers.engine.encoding import FrozenStages
-from trainers.engine.grids import grid_of
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.encoders.stages import FrozenStages
 from trainers.engine.inference import find_device
-from trainers.engine.judges import (
+from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
+from trainers.engine.validation.feature_networks import (
     ALLOWED_FEATURES,
     classifier_problem,
     features_problem,
     load_classifier,
     load_features,
 )
-from trainers.engine.options import BaseConfig
-from trainers.engine.picture_metrics import (
+from trainers.engine.validation.grids import grid_of
+from trainers.engine.validation.means import mean_over
+from trainers.engine.validation.metrics import (
     Described,
     accuracy_by_class,
     as_labels,
@@ -52,8 +52,8 @@ from trainers.engine.picture_metrics import (
     recognised,
     spread,
     train_classifier,
-)  # fmt: skip
-from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
+)
+from trainers.engine.validation.sampling import draw, evaluation_mode
 
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from trainers.common.autoencoder_config import find_subfolder
 from trainers.common.latents import latents_problems
-from trainers.engine.config import load_config
+from trainers.engine.config.config import load_config
 from trainers.engine.sampling_arguments import positive
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

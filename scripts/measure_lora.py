@@ -60,7 +60,7 @@ def make_pictures(folder: Path) -> None:
 def train_one_way(folder: Path, name: str, rank: int, steps: int, precision: str, options: list[str]) -> None:
     """In a process of its own: prints {"seconds", "bytes"} as JSON."""
     from train import train
-    from trainers.engine.config import check_config
+    from trainers.engine.config.config import check_config
 
     base = {"output_dir": str(folder / name), "train_data_dir": str(folder / "pictures"), "resolution": 512}
     base |= {"center_crop": True, "max_train_steps": steps, "train_batch_size": 1, "logging_steps": 1, "logger": "none"}

@@ -24,10 +24,10 @@ from torchvision.utils import save_image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from scripts.measure_style import GAP, ZOOM, Judge, Real, draw
-from trainers.engine.grids import grid_of
 from trainers.engine.inference import open_run
-from trainers.engine.picture_metrics import class_accuracy
 from trainers.engine.sampling_arguments import positive
+from trainers.engine.validation.grids import grid_of
+from trainers.engine.validation.metrics import class_accuracy
 from trainers.lcm_lora import LCMLoRATrainer
 
 LOST = 0.1  # of its accuracy: what the base must lose at least for `recovered` to mean something

@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from trainers.engine.config import RunConfig
-from trainers.engine.grids import grid_of
+from trainers.engine.config.config import RunConfig
 from trainers.engine.inference import open_run
-from trainers.engine.picture_metrics import Described, class_accuracy, describe, pictures_of, train_classifier
 from trainers.engine.sampling_arguments import positive
+from trainers.engine.validation.grids import grid_of
+from trainers.engine.validation.metrics import Described, class_accuracy, describe, pictures_of, train_classifier
 
 CPU = torch.device("cpu")
 ROWS = 2  # pairs of rows in the grid

@@ -39,8 +39,8 @@ from trainers.common.lora_pipeline import load_pipeline
 from trainers.common.morphing import Morph, check_morph, evenly_distant
 from trainers.common.perceptual import load_perceptual
 from trainers.engine.animation import centred, contact_sheet, write_gif, write_mp4
+from trainers.engine.config.errors import Interrupted
 from trainers.engine.inference import find_device
-from trainers.engine.messages import Interrupted
 from trainers.engine.output_folder import output_folder
 from trainers.engine.picture_files import as_pil, save_picture, settings_of
 from trainers.engine.sampling_arguments import DTYPES, positive

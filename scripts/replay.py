@@ -18,18 +18,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from trainers.engine import launch
-from trainers.engine.clock import Clock
-from trainers.engine.config import RunConfig, load_config
-from trainers.engine.encoding import FrozenStages
-from trainers.engine.feeding import order_of
-from trainers.engine.loading import SlotExamples, collate
-from trainers.engine.manifest import list_checkpoints, verify
-from trainers.engine.networks import build_trainer, prepare_networks
-from trainers.engine.optimization import build_optimizer
-from trainers.engine.randomness import SlotRandom, seed_network
-from trainers.engine.restore import put_weights, read_weights
-from trainers.engine.run_folder import SKIPPED_STEPS, read_lines
+from trainers.engine.checkpoint.load import put_weights, read_weights
+from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.config.config import RunConfig, load_config
+from trainers.engine.data.batches import order_of
+from trainers.engine.data.workers import SlotExamples, collate
+from trainers.engine.distributed import launch
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.optim.networks import build_trainer, prepare_networks
+from trainers.engine.optim.optimizer import build_optimizer
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.randomness import SlotRandom, seed_network
+from trainers.engine.run.run_folder import SKIPPED_STEPS, read_lines
 
 
 def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, int]:

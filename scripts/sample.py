@@ -26,13 +26,13 @@ from scripts.again import again
 from scripts.prompts import Drawing, add_prompt_arguments, is_pipeline, of_prompts, refuse_prompts, row_names
 from trainers.base import Trainer
 from trainers.common.stable_diffusion import StableDiffusionTrainer
-from trainers.engine.drawing import draw, evaluation_mode
-from trainers.engine.grids import grid_of, labelled_grid
 from trainers.engine.inference import SavedRun, load_trainer, open_run
 from trainers.engine.output_folder import output_folder
 from trainers.engine.picture_files import as_pil, save_picture, settings_of, write_settings
-from trainers.engine.picture_metrics import spread
 from trainers.engine.sampling_arguments import add_sampling_arguments, overrides_of, positive
+from trainers.engine.validation.grids import grid_of, labelled_grid
+from trainers.engine.validation.metrics import spread
+from trainers.engine.validation.sampling import draw, evaluation_mode
 
 BATCH_SIZE = 64  # pictures at once, where a task does not say
 GIF_FRAMES = 40  # at most, of the steps of the sampler

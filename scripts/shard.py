@@ -30,11 +30,11 @@ from datasets_lib.dataset import ImageDataset
 from datasets_lib.shard_writing import SUFFIXES, Written, example_of, write_shard
 from datasets_lib.shards import FORMAT, INDEX, SETTINGS
 from trainers.common.latents import LatentSpace, encode, latents_problems
-from trainers.engine import lock
-from trainers.engine.agreement import on_all, on_main
-from trainers.engine.config import load_config
-from trainers.engine.durable import flush
-from trainers.engine.options import BaseConfig
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import load_config
+from trainers.engine.distributed.collectives import on_all, on_main
+from trainers.engine.run import lock
+from trainers.engine.run.files import flush
 from trainers.engine.sampling_arguments import DTYPES, positive
 
 

@@ -11,8 +11,8 @@ import datasets_lib
 from train import train
 from trainers.common.base_model import BaseModel
 from trainers.common.fitting import Fitted
-from trainers.engine.config import check_config
-from trainers.engine.document import read_document
+from trainers.engine.config.config import check_config
+from trainers.engine.config.files import read_document
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lora_single_image.yaml"
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # of training

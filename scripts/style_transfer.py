@@ -36,7 +36,7 @@ from trainers.common.prompted_drawing import SAMPLERS, use_sampler
 from trainers.engine.inference import find_device
 from trainers.engine.output_folder import output_folder
 from trainers.engine.picture_files import as_pil, save_picture, settings_of
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.sampling_arguments import positive
 
 # what says how pictures look, beside the base, the ControlNet and the LoRAs

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from processes import launch, start  # noqa: F401  what tests import from here
 
 from train import train
-from trainers.engine.config import load_config
+from trainers.engine.config.config import load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = (

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 WRITERS = (
-    "saving.py", "checkpoint.py", "manifest.py", "run_folder.py", "folders.py", "tracking.py", "export.py",
-    "resume.py", "lock.py",
+    "checkpoint/saver.py", "checkpoint/writer.py", "checkpoint/manifest.py", "checkpoint/resume.py", "export/pipeline.py",
+    "run/run_folder.py", "run/lock.py", "distributed/shared_folders.py", "tracking/tracker.py",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def fsdp(settings):
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    from trainers.engine import launch
+    from trainers.engine.distributed import launch
 
     def sharding(**arguments):
         accelerator = Accelerator(**arguments)
@@ -65,7 +65,7 @@ def deepspeed(settings):
 
 
 def slow_steps(seconds):
-    from trainers.engine import optimization
+    from trainers.engine.optim import optimizer as optimization
 
     original = optimization.optimizer_step
 
@@ -77,7 +77,7 @@ def slow_steps(seconds):
 
 
 def slow_write(seconds):
-    from trainers.engine import checkpoint
+    from trainers.engine.checkpoint import writer as checkpoint
 
     original = checkpoint.write
 
@@ -91,7 +91,7 @@ def slow_write(seconds):
 
 def fail_write(step_and_rank):
     """The files of this step's checkpoint cannot be written by one rank."""
-    from trainers.engine import checkpoint
+    from trainers.engine.checkpoint import writer as checkpoint
 
     (step, rank), original = step_and_rank, checkpoint.write
 
@@ -122,7 +122,7 @@ def hosts(names):
 
 def note_slots(path):
     """Each rank appends [time, first step and processes of this start, step, slots] of every micro-batch to a file."""
-    from trainers.engine import feeding
+    from trainers.engine.data import batches as feeding
 
     original = feeding.training_batches
 
@@ -153,7 +153,7 @@ def note_errors(path):
 
 def nan_loss_at(step_and_rank):
     """The loss of this step is not a number on one rank."""
-    from trainers.engine.divergence import Divergence
+    from trainers.engine.optim.nonfinite import Divergence
 
     (step, rank), original, done = step_and_rank, Divergence.checked, [0]
 
@@ -166,8 +166,8 @@ def nan_loss_at(step_and_rank):
 
 def break_weight_at(step_and_rank):
     """After this step the first weight that the rank has a part of is infinite there."""
-    from trainers.engine import optimization
-    from trainers.engine.sharding import part_of
+    from trainers.engine.distributed.sharding import part_of
+    from trainers.engine.optim import optimizer as optimization
 
     (step, rank), original, done = step_and_rank, optimization.optimizer_step, [0]
 
@@ -184,7 +184,7 @@ def break_weight_at(step_and_rank):
 
 def kill_in_save(step_and_rank):
     """The rank is killed a while after all ranks began the checkpoint of this step."""
-    from trainers.engine.saving import Saving
+    from trainers.engine.checkpoint.saver import Saving
 
     step, rank = step_and_rank
     original = Saving.begin
@@ -219,7 +219,7 @@ def kill_workers_at(step):
     """All data workers are killed after this many optimizer steps, as by a lack of memory."""
     import multiprocessing
 
-    from trainers.engine import optimization
+    from trainers.engine.optim import optimizer as optimization
 
     original, done = optimization.optimizer_step, [0]
 
@@ -235,7 +235,7 @@ def kill_workers_at(step):
 
 def hang_at(step_and_rank):
     """The rank stops for good in this step."""
-    from trainers.engine import optimization
+    from trainers.engine.optim import optimizer as optimization
 
     (step, rank), original, done = step_and_rank, optimization.optimizer_step, [0]
 

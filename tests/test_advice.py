@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainers.engine import advice
+from trainers.engine.tracking import advice
 
 CPU = torch.device("cpu")
 

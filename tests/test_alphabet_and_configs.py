@@ -17,7 +17,7 @@ from PIL import Image
 import datasets_lib
 from scripts import make_alphabet
 from train import main
-from trainers.engine.config import load_config
+from trainers.engine.config.config import load_config
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 LATIN = ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf"]

@@ -22,13 +22,13 @@ from test_resume import final_state, forget_after
 import datasets_lib
 from datasets_lib.buckets import best, bucket_sizes, kept_part
 from datasets_lib.contact_sheet import contact_sheet
-from trainers.engine.changes import check_steps
-from trainers.engine.clock import Clock
-from trainers.engine.config import check_config
-from trainers.engine.document import ConfigError
-from trainers.engine.feeding import BucketOrder, SlotBatches, by_bucket, examples_once, order_of
-from trainers.engine.options import BaseConfig
-from trainers.engine.stopping import Stopping
+from trainers.engine.checkpoint.config_diff import check_steps
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import check_config
+from trainers.engine.config.files import ConfigError
+from trainers.engine.data.batches import BucketOrder, SlotBatches, by_bucket, examples_once, order_of
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.signals import Stopping
 
 CPU = torch.device("cpu")
 BUCKETS = {"buckets": True, "resolution": 16, "bucket_step": 4}  # 12 x 20, 16 x 16, 20 x 12
@@ -576,7 +576,7 @@ def test_pictures_of_several_sizes_on_one_sheet():
 
 def test_a_step_can_be_replayed(run_in_process, options, tmp_path):
     from scripts.replay import replay
-    from trainers.engine.config import load_config
+    from trainers.engine.config.config import load_config
 
     run = run_in_process("run", "text_to_image", **options, **{"text_to_image.use_ema": False})
     found = replay(load_config(run / "config.yaml"), run, 4)

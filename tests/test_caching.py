@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainers.engine import cache_filling, durable
-from trainers.engine.caching import Cache, folder_of, text_key
-from trainers.engine.encoding import FrozenStages
+from trainers.engine.encoders import fill as cache_filling
+from trainers.engine.encoders.cache import Cache, folder_of, text_key
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.run import files as durable
 
 WORDS = ["cat", "dog", "three", "photo"]
 

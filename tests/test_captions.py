@@ -13,8 +13,8 @@ from test_data_dataset import assert_same, build_for_test, encoded, image_datase
 from test_data_folder import build, captions, labels, save, values, write
 
 import datasets_lib
-from trainers.engine.config import check_config
-from trainers.engine.document import ConfigError
+from trainers.engine.config.config import check_config
+from trainers.engine.config.files import ConfigError
 
 # --- a JSON-lines file of pairs
 

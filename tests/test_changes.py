@@ -12,13 +12,13 @@ from test_resume import final_state
 
 from train import main, train
 from trainers import TRAINERS
-from trainers.engine import changes
-from trainers.engine.changes import option_changes
-from trainers.engine.checkpoint import sha256
-from trainers.engine.config import ConfigError, find_trainer, load_config
-from trainers.engine.manifest import list_checkpoints
-from trainers.engine.options import BaseConfig
-from trainers.engine.schema import options
+from trainers.engine.checkpoint import config_diff as changes
+from trainers.engine.checkpoint.config_diff import option_changes
+from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.checkpoint.writer import sha256
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import ConfigError, find_trainer, load_config
+from trainers.engine.config.schema import options
 
 LATEST = {"base.resume_from_checkpoint": "latest"}
 

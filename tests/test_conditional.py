@@ -17,9 +17,9 @@ from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.guidance import Guidance, noise_levels
 from trainers.common.sampling import build_sampler
 from trainers.conditional_ddpm import ConditionalDDPMConfig, ConditionalDDPMTrainer
-from trainers.engine.config import ConfigError, load_config
-from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import ConfigError, load_config
+from trainers.engine.run.randomness import SlotRandom
 
 TASK = "conditional_ddpm"
 NAMES = [str(digit) for digit in range(10)]

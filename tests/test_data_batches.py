@@ -14,12 +14,13 @@ from test_resume import RANDOM, final_state, forget_after
 from datasets_lib.dataset import ImageDataset
 from datasets_lib.prior import PriorDataset
 from datasets_lib.transforms import mirror, normalize, scale
-from trainers.engine import loading, transfer
-from trainers.engine.caching import KeyedExamples
-from trainers.engine.clock import Clock
-from trainers.engine.feeding import examples_once, first_batch, training_batches
-from trainers.engine.options import BaseConfig
-from trainers.engine.stopping import Stopping
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.data import prefetch as transfer
+from trainers.engine.data import workers as loading
+from trainers.engine.data.batches import examples_once, first_batch, training_batches
+from trainers.engine.encoders.cache import KeyedExamples
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.signals import Stopping
 
 CPU = torch.device("cpu")
 IMAGES = random_images(11)

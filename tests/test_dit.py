@@ -15,10 +15,10 @@ from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.dit_transformer import PATCHES, build_dit, default_dit, dit_problems
 from trainers.common.model_files import Grid
 from trainers.dit import DiTConfig, DiTTrainer
-from trainers.engine.config import ConfigError, load_config
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
 
 TASK = "dit"
 TINY = "configs/tests/dit_transformer.json"

@@ -21,15 +21,15 @@ from scripts.replay import find_slots
 from scripts.replay import main as replay_main
 from scripts.replay import replay as replay_step
 from train import main
-from trainers.engine import optimization
-from trainers.engine.clock import Clock
-from trainers.engine.config import find_trainer, load_config
-from trainers.engine.divergence import SCALE_HALVINGS, Divergence
-from trainers.engine.feeding import EpochOrder
-from trainers.engine.options import BaseConfig
-from trainers.engine.snapshot import find_not_finite
-from trainers.engine.stopping import DIVERGED, Stopping
-from trainers.engine.watches import Watches
+from trainers.engine.checkpoint.snapshot import find_not_finite
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import find_trainer, load_config
+from trainers.engine.data.batches import EpochOrder
+from trainers.engine.optim import optimizer as optimization
+from trainers.engine.optim.nonfinite import SCALE_HALVINGS, Divergence
+from trainers.engine.optim.sanity_checks import Watches
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.signals import DIVERGED, Stopping
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from conftest import ROOT, read_metrics
 from PIL import Image
 
 from train import main
-from trainers.engine.config import load_config
-from trainers.engine.engines import check_engine
+from trainers.engine.config.config import load_config
+from trainers.engine.distributed.backends import check_engine
 
 README = (ROOT / "README.md").read_text()
 
@@ -173,9 +173,9 @@ def test_a_wrong_section_is_told_from_a_task_without_repository(tmp_path, capsys
 
 
 def test_the_migration_page_names_options_that_exist():
-    from trainers.engine.config import find_trainer
-    from trainers.engine.options import BaseConfig
-    from trainers.engine.schema import options
+    from trainers.engine.config.base_options import BaseConfig
+    from trainers.engine.config.config import find_trainer
+    from trainers.engine.config.schema import options
 
     page = (ROOT / "docs/migration.md").read_text()
     known = {f"base.{name}" for name in options(BaseConfig)}

@@ -18,15 +18,16 @@ from conftest import launch, read_metrics
 from PIL import Image
 
 from train import main
-from trainers.engine import dry_run as dry_runs
-from trainers.engine import memory, rehearsal
-from trainers.engine.clock import Clock
-from trainers.engine.config import find_trainer, load_config
-from trainers.engine.memory import PeakMemory
-from trainers.engine.options import BaseConfig
-from trainers.engine.preflight import duration
-from trainers.engine.rehearsal import Plan, Rehearsal
-from trainers.engine.remedies import disk_remedies, memory_remedies, shortage_of
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import find_trainer, load_config
+from trainers.engine.dry_run import plan as rehearsal
+from trainers.engine.dry_run import sandbox as dry_runs
+from trainers.engine.dry_run.plan import Plan, Rehearsal
+from trainers.engine.dry_run.report import duration
+from trainers.engine.dry_run.suggestions import disk_remedies, memory_remedies, shortage_of
+from trainers.engine.run.clock import Clock
+from trainers.engine.tracking import memory
+from trainers.engine.tracking.memory import PeakMemory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CADENCES = {
@@ -199,7 +200,7 @@ def out_of_memory(phase):
 
 def test_out_of_memory_in_a_step(dry_run, monkeypatch):
     monkeypatch.setattr(find_trainer("ddpm"), "compute_loss", out_of_memory("a step"))
-    monkeypatch.setattr("trainers.engine.remedies.bf16_speedup", lambda device: 2.0)
+    monkeypatch.setattr("trainers.engine.dry_run.suggestions.bf16_speedup", lambda device: 2.0)
     code, printed, errors = dry_run()
     assert code == 1
     assert "Traceback" not in errors
@@ -231,7 +232,7 @@ def test_without_an_option_that_helps(tiny_config):
 
 
 def test_all_remedies_in_the_order_of_their_cost(tiny_config, monkeypatch):
-    monkeypatch.setattr("trainers.engine.remedies.bf16_speedup", lambda device: 2.0)
+    monkeypatch.setattr("trainers.engine.dry_run.suggestions.bf16_speedup", lambda device: 2.0)
     options = {"lora.train_text_encoder": False, "lora.learning_rate": 1e-3, "base.center_crop": True}
 
     def changes(**more):
@@ -392,7 +393,7 @@ def test_what_the_run_would_refuse_is_refused(dry_run, tmp_path, run_in_process,
         assert (code, printed) == (1, "")
         assert f"{name}: cannot be written ({tmp_path / 'a file'} is no folder); choose another folder" in errors
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.engine.run_folder.os.access", lambda *_: False)  # tests may be run by root
+        patch.setattr("trainers.engine.run.run_folder.os.access", lambda *_: False)  # tests may be run by root
         code, printed, errors = dry_run("third")
         assert f"cannot be written ({tmp_path} may not be written); choose another folder" in errors
 

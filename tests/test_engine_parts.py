@@ -10,17 +10,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from trainers.base import Encoder, TrainerConfig
-from trainers.engine.clock import Clock
-from trainers.engine.drawing import evaluation_mode
-from trainers.engine.encoding import FrozenStages
-from trainers.engine.launch import numerics
-from trainers.engine.metering import Meter, Speed
-from trainers.engine.networks import filled
-from trainers.engine.optimization import build_optimizer, optimizer_step
-from trainers.engine.options import BaseConfig
-from trainers.engine.run_folder import cut_lines, publish_pipeline
-from trainers.engine.sharding import Part
-from trainers.engine.snapshot import trained_state
+from trainers.engine.checkpoint.snapshot import trained_state
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.distributed.launch import numerics
+from trainers.engine.distributed.sharding import Part
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.optim.networks import filled
+from trainers.engine.optim.optimizer import build_optimizer, optimizer_step
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.run_folder import cut_lines, publish_pipeline
+from trainers.engine.tracking.meters import Meter, Speed
+from trainers.engine.validation.sampling import evaluation_mode
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_the_meter_leaves_out_what_is_not_finite():
 
 
 def test_the_meter_reads_now_and_then_and_copies_what_it_takes(monkeypatch):
-    monkeypatch.setattr("trainers.engine.metering.UNREAD_CALLS", 3)
+    monkeypatch.setattr("trainers.engine.tracking.meters.UNREAD_CALLS", 3)
     meter, value = Meter(Accelerator(cpu=True)), torch.tensor(0.0)
     for number in range(8):
         value.fill_(number)
@@ -113,7 +113,7 @@ def test_an_open_window_is_saved_and_taken_up():
 
 def test_speed_does_not_count_pauses(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 6.0, 6.0])
-    monkeypatch.setattr("trainers.engine.metering.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("trainers.engine.tracking.meters.time.perf_counter", lambda: next(now))
     speed = Speed()
     speed.examples += 30
     with speed.paused():

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from test_resume import final_state, forget_after
 
 from trainers import TRAINERS
-from trainers.engine.config import find_trainer
-from trainers.engine.manifest import list_checkpoints, verify
+from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.config.config import find_trainer
 
 STEPS = 12
 COMMON = [

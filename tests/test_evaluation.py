@@ -15,9 +15,9 @@ from torch import nn
 
 from scripts import evaluate, sample, sweep
 from train import main
-from trainers.engine.config import ConfigError, load_config
+from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.manifest import list_checkpoints
 
 TASK = "conditional_ddpm"
 EVALUATION = {"base.eval_steps": 3, "base.eval_num_samples": 20, "base.validation_split": 0.1}
@@ -118,7 +118,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up(tiny_config, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.engine.evaluation.Evaluation.metrics", interrupt)
+        patch.setattr("trainers.engine.validation.evaluation.Evaluation.metrics", interrupt)
         assert main([str(tiny_config(TASK, "cut", **options))]) == 130
     path = tiny_config(TASK, "cut", **options, **{"base.resume_from_checkpoint": "latest"})
     assert main([str(path)]) == 0
@@ -188,7 +188,7 @@ def test_pictures_do_not_depend_on_the_batch_size(trained, tmp_path, monkeypatch
 def test_sampled_pictures_are_those_of_the_pipeline(trained, tmp_path, monkeypatch):
     """The seed's first pictures of class 3 with averaged weights, drawn by the finished pipeline."""
     from trainers.common.class_pipeline import ClassConditionalPipeline
-    from trainers.engine.randomness import SlotRandom
+    from trainers.engine.run.randomness import SlotRandom
 
     options = ["--classes", "3", "--steps", 5, "--sampler", "ddim", "--guidance", 2.5, "--number", 3, "--seed", 4]
     call(monkeypatch, sample, trained, *options, "--output-dir", tmp_path)

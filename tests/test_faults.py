@@ -22,11 +22,13 @@ from processes import Forked
 from test_resume import final_state
 
 from train import main, train
-from trainers.engine import checkpoint, loading, restore
-from trainers.engine.candidates import find_checkpoint
-from trainers.engine.config import load_config
-from trainers.engine.folders import find_folders
-from trainers.engine.manifest import DamagedCheckpoint, list_checkpoints, verify
+from trainers.engine.checkpoint import load as restore
+from trainers.engine.checkpoint import writer as checkpoint
+from trainers.engine.checkpoint.find import find_checkpoint
+from trainers.engine.checkpoint.manifest import DamagedCheckpoint, list_checkpoints, verify
+from trainers.engine.config.config import load_config
+from trainers.engine.data import workers as loading
+from trainers.engine.distributed.shared_folders import find_folders
 
 KILLED = [
     "configs/tests/ddpm.json", "base.max_train_steps=12", "base.checkpointing_steps=2", "base.valid_steps=3",

@@ -12,9 +12,9 @@ from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.objective import RectifiedFlow
 from trainers.common.sampling import build_sampler, denoise
 from trainers.ddpm import DDPMConfig
-from trainers.engine.config import ConfigError, load_config
+from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
 
 FLOW = {"objective": "rectified_flow", "time_shift": 2.0, "time_distribution": "logit_normal"}
 

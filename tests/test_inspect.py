@@ -15,8 +15,8 @@ from tiny_models import model
 
 from datasets_lib.contact_sheet import COLUMNS, contact_sheet, spread, to_pil
 from datasets_lib.inspect import DEFAULTS, SOURCES, main, read_base
-from trainers.engine.options import BaseConfig
-from trainers.engine.schema import options
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.schema import options
 
 
 @pytest.fixture

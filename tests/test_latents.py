@@ -18,10 +18,10 @@ from scripts import encode, evaluate, replay, sample
 from train import main
 from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.latents import LatentSpace
-from trainers.engine.config import ConfigError, load_config
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
 
 TASK = "conditional_ddpm"
 
@@ -281,7 +281,7 @@ def test_scripts_draw_from_latents_when_the_autoencoder_has_moved(runs, tmp_path
     saved["config"][TASK]["vae"] = "gone"
     state.write_text(json.dumps(saved))
     manifest = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
-    from trainers.engine.durable import sha256
+    from trainers.engine.run.files import sha256
 
     manifest["state.json"] = [state.stat().st_size, sha256(state)]
     (folder / "checkpoint-3" / "manifest.json").write_text(json.dumps(manifest))

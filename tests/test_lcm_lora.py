@@ -17,12 +17,12 @@ from trainers.common.consistency import ConsistencyObjective, Networks, guided
 from trainers.common.lora import lora_scaled
 from trainers.common.objective import Part
 from trainers.common.prompts import EMBEDS
-from trainers.engine.drawing import evaluation_mode
-from trainers.engine.encoding import FrozenStages
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.encoders.stages import FrozenStages
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import SlotRandom
-from trainers.engine.validation import Validation
+from trainers.engine.run.randomness import SlotRandom
+from trainers.engine.validation.sampling import evaluation_mode
+from trainers.engine.validation.validation import Validation
 from trainers.lcm_lora import LCMLoRAConfig, LCMLoRATrainer
 
 CPU = torch.device("cpu")

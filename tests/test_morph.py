@@ -27,7 +27,7 @@ from trainers.common.lora_pipeline import load_pipeline
 from trainers.common.morphing import Morph, SharedAttention, check_morph, evenly_distant
 from trainers.common.sampling import denoise
 from trainers.engine import animation
-from trainers.engine.messages import Interrupted
+from trainers.engine.config.errors import Interrupted
 from trainers.engine.picture_files import read_settings
 
 PROMPTS = ("a photo of a cat", "a photo of a dog")

@@ -20,12 +20,12 @@ from test_resume import final_state, forget_after
 from test_saving import hidden, steps_of
 
 from train import main
-from trainers.engine import agreement
-from trainers.engine.durable import sha256
-from trainers.engine.folders import Folders, find_folders
-from trainers.engine.lock import take
-from trainers.engine.manifest import list_checkpoints, verify
-from trainers.engine.messages import is_message
+from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.config.errors import is_message
+from trainers.engine.distributed import collectives as agreement
+from trainers.engine.distributed.shared_folders import Folders, find_folders
+from trainers.engine.run.files import sha256
+from trainers.engine.run.lock import take
 
 COMMON = [
     "configs/tests/ddpm.json", "base.resolution=24", "base.random_flip=true", "base.max_train_steps=8",
@@ -237,7 +237,9 @@ def test_who_sees_what_makes_no_sense(tmp_path, monkeypatch):
         ([(0,), ()], "= /second: what process 1 on second wrote there is gone at once; wait for another run"),
     ):
         gathered = iter([[(None, host, f"/{host}", ".probe-1") for host in NAMES], answer])
-        monkeypatch.setattr("trainers.engine.folders.gather_object", lambda _, gathered=gathered: next(gathered))
+        monkeypatch.setattr(
+            "trainers.engine.distributed.shared_folders.gather_object", lambda _, gathered=gathered: next(gathered)
+        )
         with pytest.raises(OSError, match=text):
             find_folders(SimpleNamespace(process_index=0), tmp_path, "base.output_dir")
     assert list(tmp_path.iterdir()) == []

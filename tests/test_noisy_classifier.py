@@ -13,8 +13,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from train import main
 from trainers.common.guidance import ClassifierGuidance
 from trainers.conditional_ddpm import ConditionalDDPMTrainer
-from trainers.engine.config import ConfigError, load_config
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.config.config import ConfigError, load_config
+from trainers.engine.run.randomness import SlotRandom
 from trainers.noisy_classifier import NoisyClassifierConfig, NoisyClassifierTrainer
 
 TASK = "noisy_classifier"

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from trainers.common.objective import DDPMObjective, Part, RectifiedFlow, Timesteps
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
 
 TYPES = ["epsilon", "sample", "v_prediction"]
 

@@ -14,9 +14,9 @@ from test_resume import final_state
 from torch import nn
 
 from trainers.base import TrainerConfig
-from trainers.engine.clock import Clock
-from trainers.engine.ema import EMA, ema_decay, move, pieces
-from trainers.engine.optimization import build_optimizer, optimizer_step, schedule, set_learning_rates, warmup_steps
+from trainers.engine.optim.ema import EMA, ema_decay, move, pieces
+from trainers.engine.optim.optimizer import build_optimizer, optimizer_step, schedule, set_learning_rates, warmup_steps
+from trainers.engine.run.clock import Clock
 
 TOTAL, WARMUP = 200, 20
 CLOCK = Clock(100, 4, 2, 1, max_train_steps=TOTAL)
@@ -203,7 +203,7 @@ def test_errors_of_the_optimizer():
 @pytest.mark.parametrize("piece", [1 << 24, 1], ids=["inline", "thread"])
 @pytest.mark.parametrize("settings", [{}, {"ema_inv_gamma": 5.0, "ema_power": 2 / 3, "ema_max_decay": 0.8}])
 def test_ema_is_diffusers(settings, piece, monkeypatch):
-    monkeypatch.setattr("trainers.engine.ema.PIECE", piece)
+    monkeypatch.setattr("trainers.engine.optim.ema.PIECE", piece)
     config = TrainerConfig(**settings)
     module = nn.Linear(4, 4)
     theirs = EMAModel(
@@ -229,7 +229,7 @@ def test_ema_is_diffusers(settings, piece, monkeypatch):
 
 @pytest.mark.parametrize(("piece", "lengths"), [(1, [1, 1, 1, 1]), (13, [2, 1, 1]), (14, [2, 2]), (10**6, [4])])
 def test_the_average_of_a_gpu_moves_in_pieces(monkeypatch, piece, lengths):
-    monkeypatch.setattr("trainers.engine.ema.PIECE", piece)
+    monkeypatch.setattr("trainers.engine.optim.ema.PIECE", piece)
     shapes = [(3, 4), (1,), (13,), ()]
     averages, weights = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     assert [len(some) for some, _ in pieces(averages, weights)] == lengths
@@ -239,7 +239,7 @@ def test_the_average_of_a_gpu_moves_in_pieces(monkeypatch, piece, lengths):
 
 
 def test_averages_move_beside_the_next_pass_and_before_the_next_step(monkeypatch):
-    monkeypatch.setattr("trainers.engine.ema.PIECE", 3)
+    monkeypatch.setattr("trainers.engine.optim.ema.PIECE", 3)
     weight = nn.Parameter(torch.ones(4))
     accelerator, optimizer = build(TrainerConfig(), weight)
     ema, gate, lerp = EMA({"net": nn.ParameterList([weight])}, TrainerConfig()), threading.Event(), torch._foreach_lerp_
@@ -262,12 +262,12 @@ def test_averages_move_beside_the_next_pass_and_before_the_next_step(monkeypatch
 
 def test_a_run_whose_averages_move_in_a_thread_has_the_same_bits(run_in_process, monkeypatch):
     inline = run_in_process("inline")
-    monkeypatch.setattr("trainers.engine.ema.PIECE", 1)
+    monkeypatch.setattr("trainers.engine.optim.ema.PIECE", 1)
     assert final_state(run_in_process("thread")) == final_state(inline)
 
 
 def test_averages_that_cannot_move_end_the_run(monkeypatch):
-    monkeypatch.setattr("trainers.engine.ema.PIECE", 3)
+    monkeypatch.setattr("trainers.engine.optim.ema.PIECE", 3)
     ema = EMA({"net": nn.Linear(2, 2)}, TrainerConfig())
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: 1 / 0)
     ema.update(0, torch.tensor(1.0))

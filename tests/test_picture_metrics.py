@@ -10,13 +10,10 @@ import torch
 from torch import nn
 
 import datasets_lib
-from trainers.engine.eval_networks import classifier_problem, features_problem
-from trainers.engine.judges import (
-    load_classifier,
-    load_features,
-)
-from trainers.engine.options import BaseConfig
-from trainers.engine.picture_metrics import (
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.eval_networks import classifier_problem, features_problem
+from trainers.engine.validation.feature_networks import load_classifier, load_features
+from trainers.engine.validation.metrics import (
     Described,
     accuracy_by_class,
     class_accuracy,

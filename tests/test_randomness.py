@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from trainers.engine.randomness import SlotRandom, example_generator, mix, seed_network
+from trainers.engine.run.randomness import SlotRandom, example_generator, mix, seed_network
 
 SHAPE = (3, 8, 7)
 

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from train import main, train
 from trainers import TRAINERS
-from trainers.engine import restore, resume
-from trainers.engine.config import load_config
-from trainers.engine.manifest import list_checkpoints
+from trainers.engine.checkpoint import load as restore
+from trainers.engine.checkpoint import resume
+from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.config.config import load_config
 
 RANDOM = {"base.random_flip": True, "base.resolution": 24}
 

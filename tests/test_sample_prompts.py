@@ -22,11 +22,11 @@ from train import main
 from trainers.common.consistency import lcm_scheduler
 from trainers.common.lora_pipeline import parse_lora
 from trainers.common.prompted_drawing import for_pipelines
-from trainers.engine.drawing import evaluation_mode
-from trainers.engine.grids import labelled_grid
 from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.picture_files import read_settings, save_picture
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
+from trainers.engine.validation.grids import labelled_grid
+from trainers.engine.validation.sampling import evaluation_mode
 
 CAT, DOG = "a photo of a cat", "a photo of a dog"
 BOTH = ["--prompt", CAT, "--prompt", DOG]

@@ -12,10 +12,15 @@ from test_resume import final_state
 
 from train import main, train
 from trainers.common import lora_files
-from trainers.engine import checkpoint, durable, export, optimization, saving, validation
-from trainers.engine.config import load_config
-from trainers.engine.manifest import list_checkpoints, verify
-from trainers.engine.saving import Saving
+from trainers.engine.checkpoint import saver as saving
+from trainers.engine.checkpoint import writer as checkpoint
+from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.config.config import load_config
+from trainers.engine.export import pipeline as export
+from trainers.engine.optim import optimizer as optimization
+from trainers.engine.run import files as durable
+from trainers.engine.validation import validation
 
 EVERY_THIRD = {"base.checkpointing_steps": 3}
 

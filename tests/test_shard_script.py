@@ -24,7 +24,7 @@ import datasets_lib
 from datasets_lib.shard_writing import example_of
 from scripts import shard
 from train import main, train
-from trainers.engine.config import load_config
+from trainers.engine.config.config import load_config
 
 FORMATS = ("parquet", "webdataset")
 COUNT = 11

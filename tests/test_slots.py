@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 
 from datasets_lib.choices import one_of
-from trainers.engine.clock import Clock
-from trainers.engine.feeding import EpochOrder, SlotBatches, examples_once, training_batches
-from trainers.engine.messages import is_message
-from trainers.engine.options import BaseConfig
-from trainers.engine.stopping import Stopping
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.errors import is_message
+from trainers.engine.data.batches import EpochOrder, SlotBatches, examples_once, training_batches
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.signals import Stopping
 
 STOPPING = Stopping(Accelerator(cpu=True), BaseConfig())
 

@@ -17,12 +17,12 @@ from torch import nn
 from train import main
 from trainers.common.base_model import BaseModel
 from trainers.common.prompts import EMBEDS, POOLED, Prompts, size_conditions
-from trainers.engine.drawing import evaluation_mode
-from trainers.engine.encoding import FrozenStages
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.encoders.stages import FrozenStages
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import SlotRandom
-from trainers.engine.validation import Validation
+from trainers.engine.run.randomness import SlotRandom
+from trainers.engine.validation.sampling import evaluation_mode
+from trainers.engine.validation.validation import Validation
 from trainers.sd_lora import LoRAConfig, LoRATrainer
 from trainers.text_to_image import TextToImageConfig, TextToImageTrainer
 
@@ -341,7 +341,7 @@ def test_adapters_move_in_bf16(run_in_process):
 
 
 def test_gradients_are_clipped(run_in_process, monkeypatch):
-    from trainers.engine import optimization
+    from trainers.engine.optim import optimizer as optimization
 
     after, clip = [], optimization._clip
 
@@ -375,7 +375,7 @@ def test_a_checkpoint_of_stable_diffusions_shape():
     from diffusers import UNet2DConditionModel
 
     from trainers.common.lora import add_lora
-    from trainers.engine.snapshot import snapshot
+    from trainers.engine.checkpoint.snapshot import snapshot
 
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(torch.bfloat16)
     settings = {"r": 8, "lora_alpha": 8, "init_lora_weights": "gaussian"}

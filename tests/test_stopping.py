@@ -15,11 +15,11 @@ from conftest import logged_steps, losses, read_metrics, start, wait_for
 from test_resume import final_state
 
 from train import main, train
-from trainers.engine.config import load_config
-from trainers.engine.manifest import list_checkpoints, verify
-from trainers.engine.messages import Interrupted
-from trainers.engine.options import BaseConfig
-from trainers.engine.stopping import DIVERGED, FAULT, Abandoned, Stopping, launcher_pid
+from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import load_config
+from trainers.engine.config.errors import Interrupted
+from trainers.engine.run.signals import DIVERGED, FAULT, Abandoned, Stopping, launcher_pid
 
 STEPS = 40
 MEASURED = ("seconds", "per_second", "memory_gib")  # ends of the names of what differs between runs
@@ -164,7 +164,7 @@ def test_a_validation_that_was_interrupted_is_made_up(tiny_config, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.engine.validation.Validation.held_out_metrics", interrupt)
+        patch.setattr("trainers.engine.validation.validation.Validation.held_out_metrics", interrupt)
         assert main([str(tiny_config(name="cut", **options))]) == 130
     cut = folder.with_name("cut")
     assert [step for step, _ in list_checkpoints(cut)] == [2]
@@ -230,7 +230,7 @@ def test_a_long_loop_within_a_step_is_left(stopping):
 
 def test_the_third_signal_is_not_caught(stopping, monkeypatch):
     killed = []
-    monkeypatch.setattr("trainers.engine.stopping.os.kill", lambda *arguments: killed.append(arguments))
+    monkeypatch.setattr("trainers.engine.run.signals.os.kill", lambda *arguments: killed.append(arguments))
     stopping.waits = True
     for _ in range(3):
         stopping._receive(signal.SIGTERM, None)

@@ -23,9 +23,9 @@ from datasets_lib.shards import Shard
 from datasets_lib.source import Source
 from datasets_lib.stream import Stream
 from train import train
-from trainers.engine.config import load_config
-from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import example_generator
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import load_config
+from trainers.engine.run.randomness import example_generator
 
 KINDS = ("parquet", "tar")
 SIZES = (5, 9, 3, 7, 6)  # examples of each shard

@@ -19,9 +19,9 @@ from datasets_lib import shard_rows, stream_reader
 from datasets_lib.inspect import main as inspect
 from datasets_lib.stream import Stream
 from train import main, train
-from trainers.engine import feeding
-from trainers.engine.config import load_config
-from trainers.engine.divergence import Divergence
+from trainers.engine.config.config import load_config
+from trainers.engine.data import batches as feeding
+from trainers.engine.optim.nonfinite import Divergence
 
 
 @pytest.fixture(params=KINDS)

@@ -20,7 +20,7 @@ from test_stream_sources import listed
 import datasets_lib
 from datasets_lib.shards import Shard
 from train import train
-from trainers.engine.config import load_config
+from trainers.engine.config.config import load_config
 
 SIZES = (5, 4, 6)
 REVISION = "5" * 40

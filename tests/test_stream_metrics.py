@@ -13,7 +13,7 @@ from test_stream import numbers, run_options, stream_of
 from test_stream_faults import broken
 
 from train import main, train
-from trainers.engine.config import load_config
+from trainers.engine.config.config import load_config
 
 SKIPPED = ("stream/skipped_shards", "stream/skipped_images")
 OPTIONS = {"base.bad_images": "skip", "base.shard_retries": 0, "base.checkpointing_steps": 2}

@@ -17,7 +17,7 @@ from tiny_models import lora_file, model
 from scripts import merge_lora, sample, style_transfer
 from trainers.common.canny import canny
 from trainers.engine.picture_files import read_settings
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
 
 CAT = "a photo of a cat"
 

@@ -23,11 +23,11 @@ from PIL import Image
 
 from train import main, train
 from trainers import TRAINERS
-from trainers.engine import networks
-from trainers.engine.config import find_trainer, load_config
-from trainers.engine.deepspeed_settings import configure_deepspeed
-from trainers.engine.engines import check_devices, check_engine, check_optimizer
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.config.config import find_trainer, load_config
+from trainers.engine.distributed.backends import check_devices, check_engine, check_optimizer
+from trainers.engine.distributed.deepspeed import configure_deepspeed
+from trainers.engine.optim import networks
+from trainers.engine.run.randomness import SlotRandom
 
 PIPELINE = {
     "model_index.json",
@@ -264,7 +264,7 @@ def test_tensorboard_shows_each_step_once_where_there_was_no_checkpoint_yet(run_
 
     options = {"base.logger": "tensorboard", "base.resume_from_checkpoint": "latest"}
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.engine.saving.Saving.begin", die)
+        patch.setattr("trainers.engine.checkpoint.saver.Saving.begin", die)
         with pytest.raises(RuntimeError):
             run_in_process(**options)
     folder = run_in_process(**options)
@@ -580,7 +580,7 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
         def reading(self, *arguments, **options):
             caller = sys._getframe(1).f_globals["__name__"]
             if (
-                caller.split(".")[0] in ("train", "trainers") and caller != "trainers.engine.feeding"
+                caller.split(".")[0] in ("train", "trainers") and caller != "trainers.engine.data.batches"
             ):  # the order is on the CPU
                 readers.setdefault(f"{caller} {method}", 0)
                 readers[f"{caller} {method}"] += 1
@@ -591,17 +591,17 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         watch(method)
     expected = {
-        "trainers.engine.metering tolist": 4,  # two in a log line: what this process has, and what all have
-        "trainers.engine.randomness tolist": 2,
-        "trainers.engine.drawing cpu": 4,  # pictures, raw and averaged: this process's, and all processes'
+        "trainers.engine.tracking.meters tolist": 4,  # two in a log line: what this process has, and what all have
+        "trainers.engine.run.randomness tolist": 2,
+        "trainers.engine.validation.sampling cpu": 4,  # pictures, raw and averaged: this process's, and all processes'
     }
     run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.1, "ddpm.snr_gamma": 5.0})
-    assert readers.pop("trainers.engine.averaging tolist") == 2  # validation metrics, raw and averaged
+    assert readers.pop("trainers.engine.validation.means tolist") == 2  # validation metrics, raw and averaged
     assert readers.pop("trainers.common.guidance tolist") == 1  # the noise levels, before the first step
-    assert readers.pop("trainers.engine.divergence tolist") == 6  # of copies on the host, once the device is done
-    assert readers.pop("trainers.engine.snapshot tolist") == 1  # one save
-    assert readers.pop("trainers.engine.optimization item") == 6  # where the device is the CPU, which has no queue
-    assert readers.pop("trainers.engine.ema item") == 6  # likewise
+    assert readers.pop("trainers.engine.optim.nonfinite tolist") == 6  # of copies on the host, once the device is done
+    assert readers.pop("trainers.engine.checkpoint.snapshot tolist") == 1  # one save
+    assert readers.pop("trainers.engine.optim.optimizer item") == 6  # where the device is the CPU, which has no queue
+    assert readers.pop("trainers.engine.optim.ema item") == 6  # likewise
     assert readers == expected  # 6 steps, 2 log lines
 
 
@@ -622,7 +622,7 @@ def test_a_step_that_is_skipped_is_told(run_in_process, monkeypatch, capsys):
 
 
 def test_an_engine_that_is_not_supported(run_in_process, monkeypatch):
-    monkeypatch.setattr("trainers.engine.engines.SUPPORTED", ())
+    monkeypatch.setattr("trainers.engine.distributed.backends.SUPPORTED", ())
     with pytest.raises(ValueError, match=r"the launcher chose NO: not supported; launch with DDP"):
         run_in_process()
 
@@ -762,7 +762,7 @@ def test_an_error_of_another_process_names_it(tiny_config, capsys, monkeypatch):
     "name", ["linear", "polynomial", "one_cycle", "warmup_cosine", "cosine_with_min_lr", "cosine_with_restarts"]
 )
 def test_rates_under_accumulation(name, run_in_process):
-    from trainers.engine.optimization import schedule
+    from trainers.engine.optim.optimizer import schedule
 
     options = {"ddpm.lr_scheduler": name, "ddpm.lr_warmup_steps": 2, "base.gradient_accumulation_steps": 2}
     folder = run_in_process(**options)

@@ -23,10 +23,10 @@ from scripts import evaluate, sample
 from train import main, train
 from trainers.base import Section
 from trainers.common.autoencoder import AutoencoderKL, LatentStatistics, latent_moments
-from trainers.engine.config import ConfigError, load_config
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.options import BaseConfig
-from trainers.engine.randomness import SlotRandom
+from trainers.engine.run.randomness import SlotRandom
 from trainers.vae import VAEConfig, VAETrainer
 
 CONFIG = "configs/tests/vae.json"

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from scripts import make_base, make_digits, measure_steps, measure_style
 from train import main
-from trainers.engine.config import load_config
+from trainers.engine.config.config import load_config
 
 STYLES = ("plain", "paper", "colors")
 FEW = ["base.logger=none", "base.train_batch_size=20"]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from scripts.benchmarks.runs import fresh_accelerate, synchronize
 from train import train
-from trainers.engine import optimization
-from trainers.engine.config import load_config
-from trainers.engine.manifest import list_checkpoints
+from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.config.config import load_config
+from trainers.engine.optim import optimizer as optimization
 
 
 def table(config: str, repetitions: int) -> list[dict[str, Any]]:

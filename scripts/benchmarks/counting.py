@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainers.engine.sharding import shard_by_blocks
+from trainers.engine.distributed.sharding import shard_by_blocks
 
 Storages = dict[int, torch.UntypedStorage]  # by identity
 Inputs = Callable[[int], dict[str, Tensor]]  # of a batch of so many examples

@@ -20,12 +20,12 @@ from PIL import Image
 import datasets_lib
 from scripts.benchmarks.runs import synchronize
 from trainers.base import Encoder
-from trainers.engine.cache_filling import fill_caches
-from trainers.engine.clock import Clock
-from trainers.engine.encoding import FrozenStages
-from trainers.engine.feeding import training_batches
-from trainers.engine.options import BaseConfig
-from trainers.engine.stopping import Stopping
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.data.batches import training_batches
+from trainers.engine.encoders.fill import fill_caches
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.signals import Stopping
 
 IMAGES, SIDE, RESOLUTION, BATCH = 500, 512, 32, 64
 READ_AHEAD = 2  # batches, of each worker

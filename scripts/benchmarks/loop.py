@@ -20,9 +20,16 @@ from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.runs import DEVICE, configured, examples_per_second, in_turns, quiet, synchronize
-from trainers.engine import ema, feeding, loading, metering, optimization, randomness, tracking, transfer
-from trainers.engine.config import RunConfig
-from trainers.engine.saving import Saving
+from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.config.config import RunConfig
+from trainers.engine.data import batches as feeding
+from trainers.engine.data import prefetch as transfer
+from trainers.engine.data import workers as loading
+from trainers.engine.optim import ema
+from trainers.engine.optim import optimizer as optimization
+from trainers.engine.run import randomness
+from trainers.engine.tracking import meters as metering
+from trainers.engine.tracking import tracker as tracking
 
 TASKS = ("ddpm", "conditional_ddpm", "vae", "lora", "text_to_image")
 # the smallest have no dropout on their weights, no second network and cached frozen stages: as the bare side

@@ -19,9 +19,10 @@ from psutil import Process
 
 from scripts.benchmarks.runs import ROOT, configured, examples_per_second
 from scripts.benchmarks.watching import Messages, gradients_of, held, loopback_bytes, states, watch
-from trainers.engine import networks, optimization
-from trainers.engine.config import RunConfig
-from trainers.engine.dry_run import is_main
+from trainers.engine.config.config import RunConfig
+from trainers.engine.dry_run.sandbox import is_main
+from trainers.engine.optim import networks
+from trainers.engine.optim import optimizer as optimization
 
 # so that of a small network, too, nothing but the smallest weights stays whole
 ZERO_3 = {

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
 from scripts.benchmarks.runs import DEVICE, configured, in_turns, synchronize
-from trainers.engine.config import RunConfig
+from trainers.engine.config.config import RunConfig
 
 CONFIG = {
     "base": {

@@ -17,10 +17,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from train import train
-from trainers.engine.config import RunConfig, load_config
-from trainers.engine.run_folder import METRICS, read_lines
-from trainers.engine.saving import Saving
-from trainers.engine.validation import Validation
+from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.config.config import RunConfig, load_config
+from trainers.engine.run.run_folder import METRICS, read_lines
+from trainers.engine.validation.validation import Validation
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts train()

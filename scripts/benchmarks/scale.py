@@ -64,7 +64,7 @@ def launched(task: str, processes: int, steps: int, threads: int, size: str = "r
 
 def measure(task: str, size: str, folder: str, steps: int) -> None:
     from scripts.benchmarks.loop import run_of
-    from trainers.engine.dry_run import is_main
+    from trainers.engine.dry_run.sandbox import is_main
 
     with counted() as count:
         run = run_of(task, size, folder, steps)
@@ -78,7 +78,7 @@ def measure(task: str, size: str, folder: str, steps: int) -> None:
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
     """Bytes that this process gives to reductions inside: those of gradients, all others, and what the weights have."""
-    from trainers.engine import networks
+    from trainers.engine.optim import networks
 
     count = {"gradient_bytes": 0, "other_bytes": 0, "trained_bytes": 0}
     prepare, all_reduce = networks.prepare_networks, dist.all_reduce

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import datasets_lib
-from trainers.engine.clock import Clock
-from trainers.engine.options import BaseConfig
-from trainers.engine.streaming import StreamBatches
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.data.stream_batches import StreamBatches
+from trainers.engine.run.clock import Clock
 
 SHARDS, ROWS = 16, 62_500  # a million
 ROW_GROUP = 1000

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.benchmarks.counting import bytes_of, saving
-from trainers.engine.sharding import local
+from trainers.engine.distributed.sharding import local
 
 MESSAGES = {  # torch's names
     "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "allgather_": "all_gather", "reduce_": "reduce",

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from trainers.engine.grids import grid_of
 from trainers.engine.picture_files import as_pil
+from trainers.engine.validation.grids import grid_of
 
 FRAMES_PER_SECOND = 10
 HELD_SECONDS = 1.0  # the first and the last frame of a GIF

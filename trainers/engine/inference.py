@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from trainers.base import Trainer
-from trainers.engine.config import RunConfig, check_config, find_trainer
-from trainers.engine.document import read_document
-from trainers.engine.encoding import FrozenStages
-from trainers.engine.manifest import list_checkpoints, verify
-from trainers.engine.restore import put_weights, read_weights
-from trainers.engine.run_folder import INDEX_FILES
+from trainers.engine.checkpoint.load import put_weights, read_weights
+from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.config.config import RunConfig, check_config, find_trainer
+from trainers.engine.config.files import read_document
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.run.run_folder import INDEX_FILES
 
 RAW, AVERAGED = "raw", "ema"
 

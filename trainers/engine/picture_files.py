@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from trainers.engine.durable import sha256
+from trainers.engine.run.files import sha256
 
 KEY = "diffloop"  # of the PNG's text chunk
 LIBRARIES = ("diffloop", "torch", "diffusers", "transformers", "peft")

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from trainers.base import Section, Trainer
+from trainers.engine.config.schema import coerce
+from trainers.engine.config.schema import options as options_of
 from trainers.engine.inference import SavedRun, load_trainer, open_run
-from trainers.engine.schema import coerce
-from trainers.engine.schema import options as options_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

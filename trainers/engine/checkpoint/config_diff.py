@@ -1,0 +1,123 @@
+"""What differs between the configuration of a checkpoint and that of the run which goes on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainers.engine.config.config import RunConfig
+from trainers.engine.config.schema import options
+from trainers.engine.optim.optimizer import schedule
+from trainers.engine.run.clock import Clock
+
+OWN_TO_A_RUN = {"base.output_dir", "base.resume_from_checkpoint", "base.allow_changes"}
+COMPARED_RATES = 1000  # steps at which two schedules are compared
+
+
+class Change(NamedTuple):
+    """One difference; `names` are what `base.allow_changes` calls it."""
+
+    names: tuple[str, ...]
+    text: str
+
+
+def trajectory_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: Any) -> list[Change]:
+    """Everything that makes the rest of the run another one than the uninterrupted run would have been."""
+    found = [
+        Change((key.partition(".")[2], key), f"{key}: {show(before)} -> {show(now)}")
+        for key, before, now in option_changes(state["config"], run)
+        if key.partition(".")[2] not in _passive(run, key)
+    ]
+    if state["global_batch_size"] != clock.global_batch_size:
+        text = f"global batch size: {state['global_batch_size']} -> {clock.global_batch_size}"
+        found.append(Change(("global_batch_size",), text))
+    before, now = (state["num_examples"], state["fingerprint"]), (clock.num_examples, train_set.fingerprint)
+    if before != now:
+        shown = [f"{'a stream' if count is None else f'{count} examples'} ({key})" for count, key in (before, now)]
+        found.append(Change(("dataset",), f"data set: {shown[0]} -> {shown[1]}"))
+    if state.get("stream") and run.base.streaming:
+        found += _reader_change(state["stream"], clock, train_set)
+    return found + list(_length_change(state, run, clock))
+
+
+def _reader_change(saved: list[dict[str, Any]], clock: Clock, stream: Any) -> Iterator[Change]:
+    """Readers of a stream have other shards where there are more or fewer of them."""
+    before, now = [len(part["readers"]) for part in saved], [len(stream.readers)] * clock.num_processes
+    if before != now:
+        counts = [f"{len(each)} processes with {each[0]}" for each in (before, now)]
+        text = f"readers of the stream: {counts[0]} -> {counts[1]}; they would all begin the next epoch, and leave out "
+        text += stream.left_out(saved)
+        yield Change(("dataloader_num_workers", "base.dataloader_num_workers"), text)
+
+
+def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:
+    """Raises ValueError where buckets, whose order has steps for its parts, would go on in the middle of one."""
+    size, slots, steps = clock.global_batch_size, state["slot"], state["step"]
+    if clock.bucket_counts and (state["global_batch_size"] != size or slots != steps * size):
+        raise ValueError(
+            f"{folder}: {slots:,} examples in {steps:,} steps, the last of {state['global_batch_size']}, and the "
+            f"global batch is {size} now: with base.buckets it must be the same in all steps, and base.allow_changes "
+            "cannot accept another; set base.global_batch_size, or start a new run"
+        )
+
+
+def harmless_changes(state: dict[str, Any], run: RunConfig) -> list[str]:
+    """Options with another value that do not touch what is trained."""
+    return [
+        f"{key}: {show(before)} -> {show(now)}"
+        for key, before, now in option_changes(state["config"], run)
+        if key.partition(".")[2] in _passive(run, key) and key not in OWN_TO_A_RUN
+    ]
+
+
+def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value in the checkpoint, value now); an option that the checkpoint does not know had its default."""
+    [task] = [section for section in saved if section != "base"]
+    if task != run.task:
+        yield "base.task", task, run.task
+    for section, now, before in (("base", run.base, saved["base"]), (run.task, run.config, saved[task])):
+        for name, option in options(type(now)).items():
+            value = _plain(getattr(now, name))
+            default = value if option.default is dataclasses.MISSING else _plain(option.default)
+            old = before.get(name, default)
+            if old != value:
+                yield f"{section}.{name}", old, value
+
+
+def _passive(run: RunConfig, key: str) -> tuple[str, ...]:
+    return (run.base if key.startswith("base.") else run.config).passive
+
+
+def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Iterator[Change]:
+    """Another number of steps matters only where the learning rate depends on it."""
+    before, now, done = state["total_steps"], clock.total_steps, clock.origin_step
+    old, new = schedule(run.config, before), schedule(run.config, now)
+    steps = range(done, max(before, now) + 1, max(1, (max(before, now) - done) // COMPARED_RATES))
+    if before != now and any(old(step) != new(step) for step in steps):
+        option = "num_epochs" if run.base.num_epochs else "max_train_steps"
+        own = {"config": run.as_dict(), "total_steps": now, "global_batch_size": clock.global_batch_size}
+        rates = [_rate(of, run, done) for of in (state, own)]
+        text = f"steps: {before} -> {now}; the learning rate of the next step would have been {rates[0]}, and is now "
+        yield Change((option, f"base.{option}"), text + rates[1])
+
+
+def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
+    """The learning rate of a step under the configuration, the length and the batch size of a state."""
+    saved = next(values for section, values in state["config"].items() if section != "base")
+    config = dataclasses.replace(run.config, **{k: v for k, v in saved.items() if hasattr(run.config, k)})
+    factor = schedule(config, state["total_steps"])(step) * (state["global_batch_size"] if config.scale_lr else 1)
+    if isinstance(config.learning_rate, dict):
+        return ", ".join(f"{rate * factor:.4g} ({name})" for name, rate in config.learning_rate.items())
+    return f"{config.learning_rate * factor:.4g}"
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from state.json."""
+    return json.loads(json.dumps(value))
+
+
+def show(value: Any) -> str:
+    return json.dumps(value)

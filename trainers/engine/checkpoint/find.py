@@ -1,0 +1,104 @@
+"""The checkpoint to go on from: sealed, intact and the same in every output folder of the launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from accelerate import Accelerator
+
+from trainers.engine.checkpoint.manifest import DamagedCheckpoint, list_checkpoints, tensor_digests, verify
+from trainers.engine.distributed.shared_folders import Folders
+
+
+class Copy(NamedTuple):
+    """One folder's copy of a checkpoint: the tensors that its manifest names, or why it does not count."""
+
+    place: str  # HOST:FOLDER
+    digests: dict[str, str] | None
+    fault: str = ""
+
+
+def find_checkpoint(
+    accelerator: Accelerator, folders: Folders, output_dir: Path, resume: str | bool | None
+) -> Path | None:
+    """The checkpoint to resume from, in this process's folder; None where none is asked for or none exists. Collective.
+
+    Raises FileNotFoundError for a name or path that is not there, DamagedCheckpoint where no folder has an intact one,
+    ValueError where not all folders have the same one.
+    """
+    if not resume:
+        return None
+    if resume in (True, "latest"):
+        return _find_latest(accelerator, folders, output_dir)
+    found = folders.on_mains(accelerator, lambda: _find_named(output_dir, str(resume)))
+    (_, digests), (own, _) = found[0], found[folders.number]
+    for place, (_, others) in zip(folders.places, found, strict=True):
+        if others != digests:
+            raise ValueError(
+                f"resume_from_checkpoint = {resume}: {folders.places[0]} and {place} hold different ones; copy one over"
+            )
+    return own
+
+
+def _find_latest(accelerator: Accelerator, folders: Folders, output_dir: Path) -> Path | None:
+    listed = folders.on_mains(accelerator, lambda: [step for step, _ in list_checkpoints(output_dir)])
+    steps, newest_advice = sorted(set().union(*listed), reverse=True), ""
+    for folder in (output_dir / f"checkpoint-{step}" for step in steps):
+        copies = folders.on_mains(accelerator, lambda folder=folder: _look(folders, folder))
+        faults = _faults(folder.name, copies)
+        if not faults:
+            return folder
+        for fault in faults:
+            accelerator.print(f"WARNING: skipping {fault}", flush=True)
+        if advice := _advice(folder.name, copies):
+            advice = f"to go on from {folder.name}, {advice}"
+            accelerator.print(f"  {advice}", flush=True)
+        newest_advice = newest_advice or advice
+    if newest_advice:
+        raise ValueError(f"no checkpoint is intact and the same in {' and '.join(folders.places)}; {newest_advice}")
+    if steps:
+        raise DamagedCheckpoint(f"all {len(steps)} checkpoints in {output_dir} are damaged; remove them to start anew")
+    accelerator.print(f"No checkpoint in {output_dir}: starting at step 0", flush=True)
+    return None
+
+
+def _look(folders: Folders, folder: Path) -> Copy:
+    place, where = folders.places[folders.number], f"on {folders.hosts[folders.rank]}: " if folders.several else ""
+    if not folder.is_dir():
+        return Copy(place, None, f"{folder.name}: it is missing in {place}")
+    try:
+        verify(folder)
+    except DamagedCheckpoint as error:
+        return Copy(place, None, f"a damaged checkpoint: {where}{error}")
+    return Copy(place, tensor_digests(folder))
+
+
+def _faults(name: str, copies: list[Copy]) -> list[str]:
+    found = [copy.fault for copy in copies if copy.fault]
+    if found or all(copy.digests == copies[0].digests for copy in copies):
+        return found
+    return [f"{name}: it is not the same in {' and '.join(copy.place for copy in copies)}"]
+
+
+def _advice(name: str, copies: list[Copy]) -> str:
+    """What makes it count, where one folder has an intact one."""
+    intact = next((copy for copy in copies if not copy.fault), None)
+    if intact is None:
+        return ""
+    others = [copy.place for copy in copies if copy.digests != intact.digests]
+    return f"copy it from {intact.place} to {' and '.join(others)}, or start on {intact.place.partition(':')[0]} alone"
+
+
+def _find_named(output_dir: Path, name: str) -> tuple[Path, dict[str, str]]:
+    for folder in (output_dir / name, Path(name)):
+        inside = list_checkpoints(folder)
+        if inside and not (folder / "manifest.json").exists():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint = {name}: a folder of checkpoints; name one, such as {inside[0][1]}"
+            )
+        if folder.is_dir():
+            verify(folder)
+            return folder, tensor_digests(folder)
+    there = ", ".join(folder.name for _, folder in list_checkpoints(output_dir)) or "none"
+    raise FileNotFoundError(f"resume_from_checkpoint = {name}: no such folder; checkpoints in {output_dir}: {there}")

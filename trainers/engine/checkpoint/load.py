@@ -1,0 +1,107 @@
+"""What a checkpoint's files hold, compared with the run's networks and put into them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainers.engine.checkpoint.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
+from trainers.engine.distributed.sharding import Part, configuration, like, part_from, refresh, trained_parameters
+from trainers.engine.distributed.zero import load_optimizer, zero_optimizer
+
+
+def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) -> None:
+    """Raises ValueError where the network's own configuration, such as its dropout, is not the checkpoint's."""
+    if not ((folder / "config.json").is_file() and hasattr(network, "to_json_string")):
+        return
+    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), configuration(network)
+    found = [
+        f"{k}: {json.dumps(saved.get(k))} -> {json.dumps(own.get(k))}"
+        for k in own
+        if saved.get(k) != own[k] and k[0] != "_"
+    ]
+    if found and "network" not in allow_changes:
+        raise ValueError(
+            f"{folder}: the network changed ({'; '.join(found)}); undo that, or accept it with "
+            "base.allow_changes=[network]"
+        )
+
+
+def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "") -> dict[str, dict[str, Tensor]]:
+    """The trained weights and buffers of a checkpoint by network, averaged ones with the suffix "_ema".
+
+    Raises ValueError where they do not fit these networks.
+    """
+    weights = {name: read_tensors(folder / f"{name}{suffix}") for name in networks}
+    for name, network in networks.items():
+        _compare(folder / f"{name}{suffix}", weights[name], trained_state(network))
+    return weights
+
+
+@torch.no_grad()
+def put_weights(weights: dict[str, dict[str, Tensor]], networks: dict[str, nn.Module]) -> None:
+    for name, network in networks.items():
+        for key, own in trained_state(network).items():
+            if isinstance(own, Part):
+                own.tensor.copy_(part_from(weights[name][key], own.parameter))
+            else:
+                own.copy_(like(weights[name][key], own))
+    refresh(networks, masters=True)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    for name in (DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS):
+        if (folder / name).is_file():
+            return _tensors(folder / name)
+    raise ValueError(f"{folder} holds no weights; the checkpoint is of a run with other networks")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file ({error}); the checkpoint was not written by diffloop"
+        ) from None
+
+
+def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor | Part]) -> None:
+    differing = sorted(saved.keys() ^ own.keys()) or [key for key in own if saved[key].shape != own[key].shape]
+    if differing:
+        raise ValueError(
+            f"{folder} does not fit this run's network: {len(differing)} tensors differ, first {differing[0]}"
+        )
+
+
+def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[int, dict[str, Tensor]]:
+    """The saved state of what is trained by the id of the parameter; ValueError for what this run does not train."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _tensors(folder / "optimizer.safetensors").items():
+        parameter, _, key = name.rpartition(".")
+        saved.setdefault(parameter, {})[key] = tensor
+    own = {f"{name}.{key}": p for name, network in networks.items() for key, p in trained_parameters(network).items()}
+    if not saved.keys() <= own.keys():
+        raise ValueError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
+    return {id(own[name]): values for name, values in saved.items()}
+
+
+def put_optimizer_state(
+    saved: dict[int, dict[str, Tensor]], networks: dict[str, nn.Module], optimizer: Optimizer
+) -> None:
+    for network in networks.values():
+        if zero_optimizer(network) is not None:
+            load_optimizer(network, saved)
+            return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {key: value if value.ndim == 0 else like(value, p) for key, value in saved[id(p)].items()}
+        for number, p in enumerate(parameters)
+        if id(p) in saved
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,138 @@
+"""Resuming from a checkpoint: compared with the run before anything is loaded, and loaded only if all of it fits."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from trainers.engine.checkpoint.config_diff import check_steps, harmless_changes, trajectory_changes
+from trainers.engine.checkpoint.load import (
+    compare_shape,
+    put_optimizer_state,
+    put_weights,
+    read_optimizer_state,
+    read_tensors,
+    read_weights,
+)
+from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.checkpoint.writer import FORMAT
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import RunConfig
+from trainers.engine.distributed.shared_folders import Folders
+from trainers.engine.optim.ema import EMA
+from trainers.engine.optim.nonfinite import Divergence
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.run_folder import set_metrics_aside
+from trainers.engine.tracking.meters import Meter
+from trainers.engine.tracking.wandb_tracker import ID_FILE
+
+
+def set_aside_later(
+    accelerator: Accelerator, folders: Folders, base: BaseConfig, resumed_from: Path, steps_done: int
+) -> None:
+    """Renames what is not of the run that goes on from a checkpoint: `latest` must not return to the branch it left.
+
+    That is what is later, or all of it where the checkpoint is another folder's. W&B, which cannot take logged steps
+    back, gets a new run for the new branch. Collective.
+    """
+    output_dir = Path(base.output_dir)
+    folders.on_mains(accelerator, lambda: _set_aside(output_dir, base.logging_dir, resumed_from, steps_done))
+
+
+def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_done: int) -> None:
+    own = resumed_from.resolve().parent == output_dir.resolve()
+    others = [
+        folder
+        for step, folder in list_checkpoints(output_dir)
+        if not own or (step >= steps_done and folder.resolve() != resumed_from.resolve())
+    ]
+    prefix = f"set-aside-{secrets.token_hex(2)}-"
+    for folder in others:
+        print(f"WARNING: {folder} is not of the run from {resumed_from}: renamed to {prefix}{folder.name}", flush=True)
+        folder.rename(folder.with_name(prefix + folder.name))
+    if others or not own:
+        set_metrics_aside(output_dir, prefix, keep=own)
+        (output_dir / logging_dir / ID_FILE).unlink(missing_ok=True)
+
+
+def read_state(
+    accelerator: Accelerator, folder: Path | None, run: RunConfig, clock: Clock, train_set: Any
+) -> tuple[dict[str, Any], Clock]:
+    """The saved state and the clock that goes on from it; no state and the clock as it is for a run from step 0.
+
+    Raises ValueError that lists every change which alters the training and is not in `base.allow_changes`, and for
+    another global batch size with buckets.
+    """
+    if folder is None:
+        return {}, clock
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}: written by another version of diffloop (format {state.get('format')}, not {FORMAT})"
+        )
+    clock = clock.resumed_at(state["step"], state["slot"])
+    if clock.total_steps < clock.origin_step:
+        option = f"max_train_steps = {run.base.max_train_steps}" if run.base.max_train_steps else "num_epochs"
+        raise ValueError(
+            f"base.{option}: the run would end at step {clock.total_steps}, and {folder} is later; raise it, or resume "
+            "from an earlier checkpoint"
+        )
+    check_steps(state, clock, folder)
+    changes = trajectory_changes(state, run, clock, train_set)
+    refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
+    if refused:
+        names = ",".join(dict.fromkeys([*run.base.allow_changes, *(change.names[0] for change in refused)]))
+        raise ValueError(
+            f"{folder}: the training would go on differently; undo these changes, or accept them with "
+            f"base.allow_changes=[{names}]:\n" + "\n".join(f"  {change.text}" for change in refused)
+        )
+    for text in [*harmless_changes(state, run), *(f"{change.text} (allowed)" for change in changes)]:
+        accelerator.print(f"Changed since the checkpoint: {text}")
+    if state.get("stream") and run.base.streaming:
+        for text in train_set.go_on(state["stream"], accelerator.process_index):
+            accelerator.print(text)
+    return state, clock
+
+
+def load(
+    accelerator: Accelerator,
+    folders: Folders,
+    run: RunConfig,
+    folder: Path,
+    state: dict[str, Any],
+    networks: dict[str, nn.Module],
+    ema: EMA | None,
+    optimizer: Optimizer,
+    meter: Meter,
+    divergence: Divergence,
+) -> None:
+    """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
+
+    Raises ValueError where the checkpoint holds other networks or other shapes than the run.
+    """
+    for name, network in networks.items():
+        compare_shape(folder / name, network, run.base.allow_changes)
+    weights, averages = read_weights(folder, networks), {}
+    for name in networks:
+        if ema is not None:
+            if not (folder / f"{name}_ema").is_dir():
+                raise ValueError(
+                    f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
+                )
+            averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
+    moments = read_optimizer_state(folder, networks)
+    put_weights(weights, networks)
+    if ema is not None:
+        ema.load(averages)
+    put_optimizer_state(moments, networks, optimizer)
+    if accelerator.scaler is not None and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    set_aside_later(accelerator, folders, run.base, folder, state["step"])
+    meter.load(state["meter"])
+    divergence.load(state["divergence"])

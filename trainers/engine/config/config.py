@@ -1,0 +1,215 @@
+"""From a config file and overrides to two checked dataclasses, or to one message that lists every problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainers import TRAINERS
+from trainers.base import Section, Trainer, TrainerConfig
+from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
+from trainers.engine.config.files import ConfigError, read_document
+from trainers.engine.config.schema import coerce, describe_kind, nearest, options
+
+Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
+
+
+def no_problems(base: BaseConfig) -> Iterable[tuple[str, str]]:
+    return ()
+
+
+class RunConfig(NamedTuple):
+    """A checked configuration: the task's name, both sections and the class that trains it."""
+
+    task: str
+    base: BaseConfig
+    config: TrainerConfig
+    trainer_class: type[Trainer]
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        return {"base": dataclasses.asdict(self.base), self.task: dataclasses.asdict(self.config)}
+
+    def as_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, data_problems: Check = no_problems) -> RunConfig:
+    """Reads CONFIG, applies `section.key=value` overrides and checks both sections together.
+
+    `data_problems(base)` yields what the data sets have to say; the engine does not know them.
+    Raises FileNotFoundError for a missing file and ConfigError with all problems otherwise.
+    """
+    return check_config(read_document(Path(path)), overrides, data_problems)
+
+
+def check_config(
+    document: dict[str, Any], overrides: list[str] | None = None, data_problems: Check = no_problems
+) -> RunConfig:
+    """The same of a document that was read already."""
+    given, problems = _parse_overrides(overrides or [])
+    task = _task_of(document, given)
+    trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"))
+    schemas = {"base": BaseConfig, task: trainer_class.Config}
+    document = _resolve(_merge(document, given, schemas))
+
+    sections = {}
+    for name, schema in schemas.items():
+        values, found = _check_section(name, document[name], schema, schemas)
+        problems += found
+        sections[name] = schema(**values)
+    # rules over several options would only repeat what is wrong with one of them
+    wrong = {problem.split(" = ")[0] for problem in problems}
+    found = [("base", *problem) for problem in data_problems(sections["base"])]
+    found += [(name, *problem) for name, section in sections.items() for problem in section.problems(sections["base"])]
+    if not trainer_class.Config.reads_captions:
+        condition = "a task that reads captions"
+        found += [("base", *problem) for problem in sections["base"].without_effect(OF_CAPTIONS, condition, False)]
+    if sections["base"].buckets and not trainer_class.Config.takes_buckets:
+        found.append(("base", "buckets", f"{task} takes pictures of one size; set it to false"))
+    if sections["base"].streaming:
+        caches = [name for name in ("cache_latents", "cache_text") if getattr(sections[task], name, None) is not None]
+        reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
+        found += [(task, name, reason) for name in caches]
+    for name, option, reason in found:
+        if f"{name}.{option}" not in wrong:
+            problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")
+    problems += _unknown_changes(sections["base"].allow_changes, schemas)
+    problems += resolve_launcher_values(sections["base"], os.environ)
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(task, sections["base"], sections[task], trainer_class)
+
+
+def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    well_formed = [text for text in overrides if "." in text.partition("=")[0] and "=" in text]
+    problems = [f"{text}: an override reads section.key=value" for text in overrides if text not in well_formed]
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(well_formed)), problems
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}"]) from None
+
+
+def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
+    tasks = [str(name) for name in document if name != "base"]
+    known = ", ".join(TRAINERS)
+    problems = []
+    if "base" not in document:
+        problems.append("base: this section is missing; it holds output_dir, data and durations")
+    if len(tasks) != 1:
+        found = ", ".join(tasks) or "none"
+        problems.append(f"sections: beside base exactly one section must name the task ({known}), found {found}")
+    for name in [*document, *given]:
+        if name not in document:
+            problems.append(f"{name}: an override names this section, the file has {', '.join(map(str, document))}")
+        elif not isinstance(document[name], dict | None):
+            problems.append(f"{name} = {_show(document[name])}: must be a mapping of options to values")
+    if problems:
+        raise ConfigError(problems)
+    for name in document:
+        document[name] = document[name] or {}
+    return tasks[0]
+
+
+def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
+    """The Trainer of a task: `base.trainer_class` where given, else from the table; ConfigError if there is none."""
+    if trainer_class is None and task not in TRAINERS:
+        raise ConfigError(
+            [
+                f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
+                'For your own class set base.trainer_class: "package.module:Class"'
+            ]
+        )
+    module, _, name = str(trainer_class or TRAINERS[task]).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        place = f"base.trainer_class = {trainer_class}: must be an importable package.module:Class"
+        raise ConfigError([f"{place} ({error}); is its folder on PYTHONPATH?"]) from None
+    if not (isinstance(found, type) and issubclass(found, Trainer)):
+        raise ConfigError([f"base.trainer_class = {trainer_class}: must be a subclass of trainers.base.Trainer"])
+    has_config = issubclass(getattr(found, "Config", object), TrainerConfig)
+    lacking = sorted(found.__abstractmethods__) + ([] if has_config else ["a Config derived from TrainerConfig"])
+    if lacking:
+        raise ConfigError([f"base.trainer_class = {trainer_class}: lacks {', '.join(lacking)}; see trainers/base.py"])
+    return found
+
+
+def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> dict[str, Any]:
+    """An override of one of an exclusive pair replaces the other, and what belongs to it; `x=null` replaces nothing."""
+    for name, schema in schemas.items():
+        chosen = {key for key, value in given.get(name, {}).items() if value is not None}
+        for group in schema.exclusive:
+            if chosen & set(group):
+                document[name] = {k: v for k, v in document[name].items() if k not in group}
+        gone = {key for option in chosen & schema.belonging.keys() for key in schema.belonging[option]}
+        document[name] = {k: v for k, v in document[name].items() if k not in gone}
+    return OmegaConf.to_container(OmegaConf.merge(document, given))
+
+
+def _resolve(document: dict[str, Any]) -> dict[str, Any]:
+    OmegaConf.clear_resolver("oc.env")  # a config is written to the run folder; the environment holds secrets
+    try:
+        return OmegaConf.to_container(OmegaConf.create(document), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a reference"
+        reason = str(error).splitlines()[0]
+        hint = "; environment variables are not read" if "oc.env" in reason else ""
+        raise ConfigError([f"{key}: {reason}{hint}"]) from None
+
+
+def _check_section(
+    section: str, values: dict, schema: type[Section], schemas: dict[str, type[Section]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values that fit, by name, and what is wrong with the others."""
+    known, checked, problems = options(schema), {}, []
+    for key, value in values.items():
+        shown = f"{section}.{key} = {_show(value)}"
+        if key not in known:
+            problems.append(f"{shown}: unknown option; {_place(str(key), section, known, schemas)}")
+            continue
+        try:
+            checked[key] = coerce(value, known[key].kind)
+        except ValueError as allowed:
+            problems.append(f"{shown}: must be {allowed}")
+    return checked, problems
+
+
+def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> Iterator[str]:
+    known = ["dataset", "network", "task", *(name for schema in schemas.values() for name in options(schema))]
+    for name in allowed:
+        section, _, option = name.rpartition(".")
+        if (option or name) not in known or (section and section not in schemas):
+            yield f"base.allow_changes: {name} is no option; did you mean {nearest(name, known)}?"
+
+
+def _place(key: str, section: str, known: dict, schemas: dict[str, type[Section]]) -> str:
+    for other, schema in schemas.items():
+        if other != section and key in options(schema):
+            return f"it belongs in section {other}"
+    return f"did you mean {section}.{nearest(key, known)}?"
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def describe(task: str | None) -> Iterator[str]:
+    """Yields the lines of `--describe`: the tasks, or the options of `base` and a task (or "package.module:Class")."""
+    if task is None:
+        yield from (f"{name:24} {target}" for name, target in TRAINERS.items())
+        return
+    trainer_class = find_trainer(task, task if ":" in task else None)
+    for title, schema in (("base", BaseConfig), (task, trainer_class.Config)):
+        yield f"\n{title}:"
+        for option in options(schema).values():
+            yield f"  {option.name}: {describe_kind(option.kind)} = {_show(option.default)}"
+            yield f"      {option.comment}"

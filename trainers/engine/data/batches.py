@@ -1,0 +1,169 @@
+"""From slots to batches on the device: the epoch's order, the loader, and nothing that has to be saved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.data.prefetch import to_device
+from trainers.engine.data.stream_batches import first_of_stream, stream_batches
+from trainers.engine.data.workers import Batch, Keys, SlotExamples, load_ahead
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.randomness import key_of
+from trainers.engine.run.signals import Stopping
+
+
+class EpochOrder:
+    """Which example a slot holds: a permutation of (seed, epoch), every index once per epoch."""
+
+    def __init__(self, num_examples: int, seed: int) -> None:
+        self.epoch_slots = num_examples
+        self.seed = seed
+        self._epochs: dict[int, torch.Tensor] = {}  # the two last ones asked for: a step may hold slots of both
+
+    def index(self, slot: int) -> int:
+        epoch, position = divmod(slot, self.epoch_slots)
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._indices(epoch)
+            for old in list(self._epochs)[:-2]:
+                del self._epochs[old]
+        return int(self._epochs[epoch][position])
+
+    def _indices(self, epoch: int) -> torch.Tensor:
+        """The indices of an epoch's slots, [epoch_slots]."""
+        return self._shuffle(self.epoch_slots, "order", epoch)
+
+    def _shuffle(self, count: int, *names: str | int) -> torch.Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(key_of(self.seed, *names)))
+
+
+class BucketOrder(EpochOrder):
+    """The same in groups of one bucket, each the slots of a step.
+
+    A bucket is shuffled and cut into groups, its last one filled from its next shuffles; then the groups are shuffled.
+    """
+
+    def __init__(self, members: dict[int, list[int]], group_size: int, seed: int) -> None:
+        self.members = members  # of each bucket
+        self.group_size = group_size
+        super().__init__(sum(map(self._slots, members.values())), seed)
+
+    def _slots(self, members: Sequence[int]) -> int:
+        return -(-len(members) // self.group_size) * self.group_size
+
+    def _indices(self, epoch: int) -> torch.Tensor:
+        groups = torch.cat([self._groups(bucket, epoch) for bucket in self.members])
+        return groups[self._shuffle(len(groups), "groups", epoch)].flatten()
+
+    def _groups(self, bucket: int, epoch: int) -> torch.Tensor:
+        """The indices of a bucket, [groups, group_size]."""
+        members = torch.tensor(self.members[bucket])
+        rounds = range(-(-self._slots(members) // len(members)))
+        shuffles = [self._shuffle(len(members), "order", epoch, bucket, number) for number in rounds]
+        return members[torch.cat(shuffles)[: self._slots(members)]].view(-1, self.group_size)
+
+
+def by_bucket(indices: Iterable[int], bucket_of: Callable[[int], int]) -> dict[int, list[int]]:
+    """The indices in each bucket."""
+    members: dict[int, list[int]] = {}
+    for index in indices:
+        members.setdefault(bucket_of(index), []).append(index)
+    return members
+
+
+def order_of(train_set: Any, global_batch_size: int, base: BaseConfig) -> EpochOrder:
+    """The order of a run's examples."""
+    if not base.buckets:
+        return EpochOrder(len(train_set), base.seed)
+    return BucketOrder(by_bucket(range(len(train_set)), train_set.bucket_of), global_batch_size, base.seed)
+
+
+def dealt(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[Clock, Any]:
+    """A run's clock, and what this process reads of the training set: its part of a stream, else all of it.
+
+    Raises ValueError as Clock.of_run does, for a stream with fewer shards than readers, and where the processes do not
+    see the same one. Collective.
+    """
+    if not base.streaming:
+        return Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None)), train_set
+    workers = base.dataloader_num_workers
+    if len(seen := set(gather_object([train_set.fingerprint]))) > 1:
+        raise ValueError(
+            f"the processes see {len(seen)} different lists of shards of {train_set.origin}; give each the same files, "
+            "such as those of a folder that all nodes have"
+        )
+    part = train_set.dealt(accelerator.process_index, accelerator.num_processes, workers)
+    return Clock.of_run(base, None, accelerator), part
+
+
+class SlotBatches:
+    """A batch sampler over the rest of the run: the keys of each micro-batch of this process."""
+
+    def __init__(self, order: EpochOrder, clock: Clock, process_index: int, start_step: int) -> None:
+        self.order = order
+        self.clock = clock
+        self.process_index = process_index
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[Keys]:
+        for step in range(self.start_step, self.clock.total_steps):
+            for micro_step in range(self.clock.accumulation_steps):
+                slots = self.clock.micro_batch_slots(step, micro_step, self.process_index)
+                yield [(slot, self.order.index(slot)) for slot in slots]
+
+
+def training_batches(
+    train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stopping: Stopping
+) -> Iterator[Batch]:
+    """Yields this process's micro-batches from `clock.origin_step` to the end of the run, on the device.
+
+    Close it: that ends the workers.
+    """
+    if base.streaming:
+        return stream_batches(train_set, clock, base, process_index, device, stopping)
+    batches = SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step)
+    examples = SlotExamples(train_set, base.seed, augment=True)
+    return to_device(load_ahead(examples, batches, base, device, stopping), examples.finish, device)
+
+
+def examples_once(
+    dataset: Any,
+    indices: Sequence[int],
+    base: BaseConfig,
+    process_index: int,
+    num_processes: int,
+    device: torch.device,
+    stopping: Stopping,
+) -> Iterator[tuple[Batch, float]]:
+    """Yields (batch, weight) of this process's share of some examples: batch j goes to process j mod P.
+
+    Every process gets the same number of batches, as collectives in a network's forward need it; what one is short
+    of is the first batch again, with weight 0. Nothing is random; slots are indices of the data set. With buckets the
+    examples of a batch are of one.
+    """
+    size = base.train_batch_size
+    members = by_bucket(indices, dataset.bucket_of) if base.buckets else {0: indices}
+    batches = [each[start : start + size] for each in members.values() for start in range(0, len(each), size)]
+    rounds = -(-len(batches) // num_processes)
+    mine = [number * num_processes + process_index for number in range(rounds)]
+    weights = [float(number < len(batches)) for number in mine]
+    keys = [[(i, i) for i in batches[number if number < len(batches) else 0]] for number in mine]
+    examples = SlotExamples(dataset, base.seed, augment=False)
+    batches = load_ahead(examples, keys, base, device, stopping)
+    return zip(to_device(batches, examples.finish, device), weights, strict=True)
+
+
+def first_batch(train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device) -> Batch:
+    """The micro-batch with which training_batches begins, read in this process."""
+    if base.streaming:
+        return first_of_stream(train_set, clock, base, process_index, device)
+    examples = SlotExamples(train_set, base.seed, augment=True)
+    order = order_of(train_set, clock.global_batch_size, base)
+    keys = itertools.islice(SlotBatches(order, clock, process_index, clock.origin_step), 1)
+    return next(to_device((examples.batch(each) for each in keys), examples.finish, device))

@@ -1,0 +1,166 @@
+"""Examples read ahead by worker processes, and what happens when one of these dies."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.errors import is_message
+from trainers.engine.run.randomness import example_generator
+from trainers.engine.run.signals import EXIT_CODES, FAULT, Stopping
+
+Batch = dict[str, Any]
+Keys = list[tuple[int, int]]  # (slot, index) of the examples of a batch
+CHECK_SECONDS = 2.0  # how often a wait for workers looks whether they live
+END, DEAD = object(), object()  # instead of a batch
+
+
+class SlotExamples(Dataset):
+    """Examples by (slot, index), each augmented from a generator of its own; none where `augment` is false.
+
+    Our own messages about the data are returned: torch would wrap a worker's exception in its traceback. A data set
+    whose examples are `in_memory` makes whole batches: `get_batch` on the host, `finish` on the device.
+    """
+
+    def __init__(self, examples: Any, seed: int, augment: bool) -> None:
+        self.examples = examples
+        self.seed = seed
+        self.augment = augment and getattr(examples, "random", True)
+        # of the type: what wraps a data set may pass on attributes that do not know its own `get`
+        self.in_memory = hasattr(type(examples), "get_batch") and examples.in_memory
+
+    def batch(self, keys: Keys) -> Batch | Exception:
+        """The batch of these keys, on the host and for `finish`."""
+        if not self.in_memory:
+            return collate([self[key] for key in keys])
+        generators = [self._generator(slot) for slot, _ in keys]
+        batch = self.examples.get_batch([index for _, index in keys], generators)
+        return {**batch, "slot": torch.tensor([slot for slot, _ in keys])}
+
+    def finish(self, batch: Batch) -> Batch:
+        """The examples of a batch that is on its device."""
+        return self.examples.finish(batch) if self.in_memory else batch
+
+    def _generator(self, slot: int) -> torch.Generator | None:
+        return example_generator(self.seed, slot) if self.augment else None
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | Exception:
+        slot, index = key
+        try:
+            return {**self.examples.get(index, self._generator(slot)), "slot": slot}
+        except (ValueError, OSError) as error:
+            if is_message(error):
+                return error
+            raise
+
+
+def collate(examples: list[Batch | Exception]) -> Batch | Exception:
+    """Stacks examples to a batch, or passes the first error on."""
+    return next((example for example in examples if isinstance(example, Exception)), None) or default_collate(examples)
+
+
+def load_ahead(
+    dataset: SlotExamples, batches: Iterable[Keys], base: BaseConfig, device: torch.device, stopping: Stopping
+) -> Iterator[Batch | Exception]:
+    """Yields the batches of these keys, read in `dataloader_num_workers` processes, which end with the generator.
+
+    What is in memory needs no workers.
+    """
+    if base.dataloader_num_workers == 0 or dataset.in_memory:
+        yield from map(dataset.batch, batches)
+        return
+    source = {"dataset": dataset, "batch_sampler": batches, "collate_fn": collate}
+    yield from from_workers(
+        source, lambda number: map(dataset.batch, itertools.islice(batches, number, None)), base, device, stopping
+    )
+
+
+def from_workers(
+    source: dict[str, Any],
+    rest: Callable[[int], Iterable[Batch | Exception]],
+    base: BaseConfig,
+    device: torch.device,
+    stopping: Stopping,
+) -> Iterator[Batch | Exception]:
+    """Yields the batches of a DataLoader of `source` in their order.
+
+    Where a worker dies, this process reads `rest(number)`, the batches from a number on, itself and asks all ranks to
+    stop after the step.
+    """
+    others = set(multiprocessing.active_children())
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = DataLoader(
+        **source,
+        num_workers=base.dataloader_num_workers,
+        timeout=min(CHECK_SECONDS, base.dataloader_timeout),
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else iter() draws from the main generator
+        worker_init_fn=_ignore_signals,
+    )
+    loaded = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) != before:
+        signal.signal(signal.SIGCHLD, before)  # torch's handler would raise in the middle of a step
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        for number in itertools.count():
+            batch = _next_of(loaded, workers, base.dataloader_timeout)
+            if batch is END:
+                return
+            if batch is DEAD:
+                stopping.ask(FAULT, _death_of(workers))
+                yield from rest(number)
+                return
+            yield batch
+    finally:
+        del loaded  # ends the workers that listen
+        for worker in workers:  # one that hangs ignores TERM, and Python would wait for it at exit
+            worker.kill()
+
+
+def _next_of(loaded: Iterator, workers: set, timeout_seconds: float) -> Batch | Exception | object:
+    """The next batch, END after the last one, DEAD where a worker is; OSError where nothing came for too long."""
+    began = time.monotonic()
+    while time.monotonic() - began < timeout_seconds:
+        try:
+            return next(loaded, END)
+        except RuntimeError as error:
+            if not all(worker.is_alive() for worker in workers):
+                return DEAD
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+        except (OSError, EOFError):  # it died while it handed a tensor over, and may not be gone yet
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], CHECK_SECONDS)
+            for worker in workers:
+                if worker.sentinel in ended:
+                    worker.join(CHECK_SECONDS)  # a process closes its files before it is gone
+            if all(worker.is_alive() for worker in workers):
+                raise
+            return DEAD
+    raise OSError(
+        f"no batch came from the {len(workers)} data workers in base.dataloader_timeout = {timeout_seconds:g} seconds; "
+        "look at the disk that holds the data, or raise it"
+    )
+
+
+def _death_of(workers: set) -> str:
+    dead = [f"pid {worker.pid} with exit code {worker.exitcode}" for worker in workers if not worker.is_alive()]
+    return (
+        f"a data worker of process {os.environ.get('RANK', 0)} died ({', '.join(dead)}); -9 is usually a lack of "
+        "memory: lower base.dataloader_num_workers or base.image_cache_mb"
+    )
+
+
+def _ignore_signals(worker_id: int) -> None:
+    """What asks a run to stop reaches every process of a terminal or a job; the main process decides what happens."""
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_IGN)

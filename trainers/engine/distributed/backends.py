@@ -1,0 +1,117 @@
+"""What trains on several processes (DDP, FSDP2, DeepSpeed), whether it was asked for, and what a run says of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from trainers.base import TrainerConfig
+from trainers.engine.distributed.deepspeed import check_deepspeed
+
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
+ASKED_BY = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+
+
+def check_devices() -> None:
+    """Raises ValueError where this machine has fewer GPUs than processes, and where DeepSpeed is not installed."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("the launcher chose DeepSpeed, which is not installed: pip install diffloop[deepspeed]")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "LOCAL_RANK" not in os.environ:
+        raise ValueError("ACCELERATE_USE_DEEPSPEED = true: needs a launcher; start with accelerate launch or torchrun")
+    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < count < here and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE = {here}: more processes than the {count} GPUs that are visible on this machine; start "
+            f"at most {count} (--num_processes, --nproc_per_node), or look at CUDA_VISIBLE_DEVICES"
+        )
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raises ValueError for an engine, or an option of it, that is not supported, and for one that was asked in vain.
+
+    accelerate runs DDP where FSDP was asked for and there are no GPUs, and where DeepSpeed was asked for on CPUs.
+    """
+    engine, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
+    if engine not in SUPPORTED:
+        raise ValueError(
+            f"the launcher chose {engine.value}: not supported; launch with DDP (accelerate launch --multi_gpu), or "
+            "with FSDP2 or DeepSpeed (accelerate launch --config_file configs/accelerate/fsdp2.yaml, zero2.yaml or "
+            "zero3_offload.yaml)"
+        )
+    for flag, asked in ASKED_BY.items():
+        if engine != asked and parse_flag_from_env(flag):
+            raise ValueError(
+                f"{flag} = true: {asked.value} was asked for, and accelerate runs {engine.value} on "
+                f"{accelerator.device.type} instead; launch on two GPUs or more, or without {asked.value}"
+            )
+    if engine == DistributedType.DEEPSPEED:
+        check_deepspeed(accelerator)
+    if engine != DistributedType.FSDP:
+        return
+    for refused, text in (
+        (plugin.fsdp_version != 2, f"fsdp_version = {plugin.fsdp_version}: must be 2"),
+        (
+            plugin.cpu_ram_efficient_loading,
+            "fsdp_cpu_ram_efficient_loading = true: frozen networks would be empty on all processes but the first; "
+            "set it to false",
+        ),
+        (
+            plugin.activation_checkpointing,
+            "fsdp_activation_checkpointing = true: it renames weights; set base.gradient_checkpointing instead",
+        ),
+        (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "fsdp_offload_params = true: not supported; set it to false, and base.gradient_checkpointing or "
+            "use_8bit_adam where memory is short",
+        ),
+    ):
+        if refused:
+            raise ValueError(text)
+
+
+def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
+    """Raises ValueError for 8-bit AdamW where the engine divides its state: it has no tensor for each weight."""
+    if config.use_8bit_adam and accelerator.distributed_type in ASKED_BY.values():
+        raise ValueError(
+            f"use_8bit_adam = true: not supported with {accelerator.distributed_type.value}, which divides the "
+            "optimizer's state over the processes already; set it to false, or launch with DDP"
+        )
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """What runs, for the start of a run: the engine, its processes and nodes, what is sharded, and the backend."""
+    engine, count = accelerator.distributed_type, accelerator.num_processes
+    if count == 1 and engine not in ASKED_BY.values():
+        return "one process"
+    nodes = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    name = "DDP"
+    if engine == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        blocks = ", ".join(plugin.transformer_cls_names_to_wrap or ()) or "the network"
+        kept = "" if plugin.reshard_after_forward else ", kept until the backward pass is over"
+        name = f"FSDP2, 1/{count} of the network in each process, gathered by {blocks}{kept}"
+    if engine == DistributedType.DEEPSPEED:
+        name = _deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"], count)
+    return f"{name}; {count} process{'es' * (count > 1)} on {nodes} node{'s' * (nodes > 1)}, {dist.get_backend()}"
+
+
+def _deepspeed(settings: dict[str, Any], count: int) -> str:
+    divided = {2: "gradients and optimizer state", 3: "weights, gradients and optimizer state"}[settings["stage"]]
+    parts = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    kept = [what for option, what in parts.items() if (settings.get(option) or {}).get("device") == "cpu"]
+    return f"DeepSpeed ZeRO-{settings['stage']}, 1/{count} of {divided} in each process" + (
+        f", {' and '.join(kept)} in main memory" if kept else ""
+    )

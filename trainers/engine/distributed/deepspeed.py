@@ -1,0 +1,113 @@
+"""What a run asks of DeepSpeed, and what it does not do with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from trainers.base import TrainerConfig
+from trainers.engine.config.base_options import BaseConfig
+
+DDP = "launch with DDP (accelerate launch --multi_gpu)"
+# what a configuration file of DeepSpeed's may say: sizes of buckets and what is logged; batches and precision, where
+# they are the run's
+OPTIONS = frozenset(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+     "zero_optimization", "bf16", "fp16", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
+     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+)  # fmt: skip
+ZERO_OPTIONS = frozenset(
+    ("stage", "offload_optimizer", "offload_param", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size",
+     "allgather_partitions", "reduce_scatter", "contiguous_gradients", "round_robin_gradients", "sub_group_size",
+     "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+     "stage3_param_persistence_threshold", "stage3_gather_16bit_weights_on_model_save", "memory_efficient_linear")
+)  # fmt: skip
+OFFLOAD_OPTIONS = frozenset(("device", "nvme_path", "pin_memory"))
+
+
+def check_deepspeed(accelerator: Accelerator) -> None:
+    """Raises ValueError for settings of the launcher that are not supported; networks are then built whole.
+
+    accelerate would have transformers divide every network that it loads under ZeRO-3, frozen encoders too, which
+    nothing gathers again.
+    """
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero_settings = settings["zero_optimization"]
+    stage = zero_settings.get("stage")
+    if stage not in (2, 3):
+        raise ValueError(f"zero_stage = {stage!r}: must be 2 or 3; without them {DDP}")
+    for section in ("optimizer", "scheduler"):
+        if section in settings:
+            raise ValueError(f"DeepSpeed's configuration has a section {section}: the run's own is used; take it out")
+    _refuse_unknown("", settings, OPTIONS)
+    _refuse_unknown("zero_optimization.", zero_settings, ZERO_OPTIONS)
+    for option in ("offload_optimizer", "offload_param"):
+        offload = zero_settings.get(option) or {}
+        if offload.get("device", "none") not in ("none", "cpu"):
+            raise ValueError(f"{option}_device = {offload['device']}: must be none or cpu")
+        _refuse_unknown(f"zero_optimization.{option}.", offload, OFFLOAD_OPTIONS)
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(f"base.mixed_precision = fp16: not supported with DeepSpeed; use bf16, or {DDP}")
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def _refuse_unknown(section: str, settings: dict[str, Any], allowed: frozenset[str]) -> None:
+    """DeepSpeed has settings that make numbers others, such as quantized or twice divided weights."""
+    unknown = sorted(settings.keys() - allowed)
+    if unknown:
+        raise ValueError(
+            f"DeepSpeed's configuration has {section}{unknown[0]}: not known to keep what a run promises; take it out. "
+            f"Allowed there: {', '.join(sorted(allowed))}"
+        )
+
+
+def configure_deepspeed(
+    accelerator: Accelerator, networks: dict[str, nn.Module], config: TrainerConfig, base: BaseConfig
+) -> None:
+    """Tells DeepSpeed what the run's configuration says, before it prepares the network.
+
+    Raises ValueError for what it cannot do, and where the launcher says something else.
+    """
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    _refuse(networks, base)
+    if accelerator.mixed_precision != base.mixed_precision:
+        raise ValueError(
+            f"DeepSpeed's configuration says {accelerator.mixed_precision}, and base.mixed_precision is "
+            f"{base.mixed_precision}: take its sections bf16 and fp16 out, or make them equal"
+        )
+    steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    own = {
+        "train_batch_size": base.train_batch_size * steps * processes,
+        "train_micro_batch_size_per_gpu": base.train_batch_size,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": config.max_grad_norm or 0.0,
+    }
+    for option, value in own.items():
+        said = settings.get(option, "auto")
+        if said not in ("auto", value) and (option, said) != ("gradient_accumulation_steps", 1):  # accelerate's default
+            raise ValueError(
+                f"the launcher says {option} = {said}, and the run's configuration comes to {value}: leave the "
+                "launcher's out, or make them equal"
+            )
+    # without modules of lower precision weights are gathered and gradients summed in float32; bf16 would sum in bf16
+    autocast = {"dtype": "bfloat16", "lower_precision_safe_modules": []}
+    settings |= own | {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU as well, and needs no compiler
+        "bf16": {"enabled": False},  # would make the weights bf16
+        "torch_autocast": {"enabled": base.mixed_precision == "bf16"} | autocast,
+    }
+
+
+def _refuse(networks: dict[str, nn.Module], base: BaseConfig) -> None:
+    if len(networks) > 1:
+        raise ValueError(
+            f"DeepSpeed trains one network, and this run has {len(networks)} ({', '.join(networks)}); {DDP}, or train "
+            "one of them"
+        )
+    if base.compile:
+        raise ValueError(f"base.compile = true: not supported with DeepSpeed; set it to false, or {DDP}")

@@ -1,0 +1,114 @@
+"""Which processes share a folder: found out with a file that each of them leaves there, since paths do not tell."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from trainers.engine.distributed.collectives import on_ranks
+
+PROBE = ".probe-"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders behind a path: one that all processes see, or several, each seen by some of them.
+
+    Everything is by process; `owners` is the lowest process that sees the same folder, which alone writes there.
+    """
+
+    rank: int
+    hosts: tuple[str, ...]
+    paths: tuple[str, ...]
+    owners: tuple[int, ...]
+
+    @property
+    def mains(self) -> list[int]:
+        return sorted(set(self.owners))
+
+    @property
+    def several(self) -> bool:
+        return len(self.mains) > 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.owners[self.rank] == self.rank
+
+    @property
+    def number(self) -> int:
+        """Of this process's folder, the place of its main process in `mains`."""
+        return self.mains.index(self.owners[self.rank])
+
+    @property
+    def sharing(self) -> list[int]:
+        """The processes that see this one's folder."""
+        return [rank for rank, owner in enumerate(self.owners) if owner == self.owners[self.rank]]
+
+    @property
+    def places(self) -> list[str]:
+        """HOST:FOLDER of each folder, as its main process sees it."""
+        return [f"{self.hosts[rank]}:{self.paths[rank]}" for rank in self.mains]
+
+    def on_mains(self, accelerator: Accelerator, action: Callable[[], Result]) -> list[Result]:
+        """What `action()` returns on each folder's main process, on every rank; an error is raised on all. Collective.
+
+        Where there are several folders, its text begins with the host's name.
+        """
+        where = f"on {self.hosts[self.rank]}: " if self.several else ""
+        return on_ranks(accelerator, self.mains, action, where)
+
+
+def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
+    """Makes the folder that each process calls `path`, and finds out which of them are the same. Collective.
+
+    Raises OSError on every rank where one cannot be written, or where who sees whose files makes no sense.
+    """
+    token = path / f"{PROBE}{secrets.token_hex(8)}"
+    try:
+        error = _leave(token, option)
+        found = gather_object([(error, socket.gethostname(), str(path.absolute()), token.name)])
+        errors, hosts, paths, names = zip(*found, strict=True)
+        for each in filter(None, errors):
+            raise error or each
+        # each by its new name: a network file system may list a folder as it was, and nobody has looked for these
+        seen = gather_object([tuple(rank for rank, name in enumerate(names) if (path / name).exists())])
+    finally:
+        if error is None:
+            token.unlink(missing_ok=True)
+    folders = Folders(accelerator.process_index, hosts, paths, tuple(min(ranks, default=-1) for ranks in seen))
+    _check(folders, seen, option)
+    return folders
+
+
+def _leave(token: Path, option: str) -> OSError | None:
+    try:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        return OSError(f"{option} = {token.parent}: cannot be written ({error}); choose another folder")
+    return None
+
+
+def _check(folders: Folders, seen: list[tuple[int, ...]], option: str) -> None:
+    for rank, theirs in enumerate(seen):
+        place = f"process {rank} on {folders.hosts[rank]}"
+        if rank not in theirs:
+            raise OSError(
+                f"{option} = {folders.paths[rank]}: what {place} wrote there is gone at once; wait for another run "
+                "that starts in this folder, or choose another one"
+            )
+        other = next((each for each in theirs if seen[each] != theirs), None)
+        if other is not None:
+            raise OSError(
+                f"{option} = {folders.paths[rank]}: {place} sees there what the processes {list(theirs)} wrote, and "
+                f"process {other} on {folders.hosts[other]} what {list(seen[other])} wrote; mount one folder on all "
+                "hosts, or give each host a folder of its own"
+            )

@@ -1,0 +1,164 @@
+"""A short run that stands for a whole one: its last steps on a few examples, and one each of what a run repeats."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from operator import length_hint
+from typing import Any, NamedTuple
+
+import torch
+
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import RunConfig
+from trainers.engine.data.batches import by_bucket
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.signals import Stopping
+from trainers.engine.validation.metrics import LEAST_PICTURES, spread
+
+WARM_STEPS, TIMED_STEPS = 2, 5
+WARM_ITEMS, TIMED_ITEMS = 1, 4  # of a sampler's steps
+HELD_OUT_BATCHES = 4  # of each process
+
+
+class Plan(NamedTuple):
+    """What the whole run does, by the real clock from step 0."""
+
+    steps: int
+    global_batch_size: int
+    examples: int
+    held_out: int
+    saves: int
+    validations: int
+    evaluations: int
+    exports: int
+    largest: str  # what is said of the shape of the examples
+
+    @classmethod
+    def of(cls, clock: Clock, base: BaseConfig, examples: int, held_out: int, largest: str) -> Plan:
+        def times(*cadence: int | None) -> int:
+            return sum(clock.due(done, *cadence) for done in range(1, clock.total_steps + 1))
+
+        return cls(
+            clock.total_steps,
+            clock.global_batch_size,
+            examples,
+            held_out,
+            times(base.checkpointing_steps),
+            times(base.valid_steps, base.valid_epochs),
+            times(base.eval_steps) if base.eval_steps is not None else 0,
+            times(base.save_model_steps, base.save_model_epochs),
+            largest,
+        )
+
+
+class Rehearsal:
+    """Makes a run short, and keeps what was left out: `plan` and the data sets are there once the data was read."""
+
+    def __init__(self, run: RunConfig, short: RunConfig) -> None:
+        self.run, self.short = run, short  # the whole one, and the one that is trained
+        self.plan: Plan | None = None
+        self.sets: list[tuple[Any, Any]] = []  # (whole, few) of training and of validation
+        self.stands_for: dict[str, float] = {}  # how many times longer a loop or a column of the whole is, by name
+        self.left_out = 0.0  # seconds, of the phase that runs
+        self.samples = False  # whether a sampler ran
+
+    def shorten(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
+        """Takes the few examples that the last steps need; returns the clock of these steps."""
+        base, size, measured = self.run.base, clock.global_batch_size, self.run.trainer_class.statistics_samples
+        largest = ""
+        if base.streaming:
+            few, examples, few_examples = train_set, 0, measured
+        else:
+            candidates = range(len(train_set))
+            if base.buckets:
+                candidates, largest = _largest_bucket(train_set)
+            few = _only(train_set, candidates, (WARM_STEPS + TIMED_STEPS) * size)
+            examples, few_examples = len(train_set), len(few)
+        held_out = 0 if validation_set is None else len(validation_set)
+        self.plan = Plan.of(clock, base, examples, held_out, largest)
+        self.sets = [(train_set, few), (validation_set, validation_set)]
+        if measured:
+            self.stands_for["measuring"] = min(examples or measured, measured) / min(few_examples, measured)
+        if held_out:
+            batches = HELD_OUT_BATCHES * clock.micro_batch_size * clock.num_processes
+            count = max(batches, LEAST_PICTURES, self.run.config.valid_batch_size)  # a task may draw what it is shown
+            self.sets[1] = validation_set, _only(validation_set, range(held_out), count)
+            self.stands_for["validating"] = held_out / len(self.sets[1][1])
+        for column, (whole, few_values) in _columns([each for each in self.sets if each[0] is not None]).items():
+            self.stands_for[column] = whole / few_values
+        first = max(clock.total_steps - WARM_STEPS - TIMED_STEPS, 0)
+        counts = (few_examples,) if base.buckets else ()
+        fixed = {"num_epochs": None, "max_train_steps": clock.total_steps, "bucket_counts": counts}
+        fixed["num_examples"] = None if base.streaming else few_examples
+        return clock._replace(**fixed).resumed_at(first, first * size)
+
+    def some_of(self, items: Iterable, what: str) -> Iterator:
+        """The first items of a loop whose length is known, all of another; adds up what the rest would have taken."""
+        count = length_hint(items, 0)
+        first, shown = (WARM_ITEMS, min(count, WARM_ITEMS + TIMED_ITEMS)) if count else (0, sys.maxsize)
+        began, number = _now(), 0
+        for number, item in enumerate(items, 1):
+            yield item
+            if number == first:
+                began = _now()
+            if number == shown:
+                break
+        if count:
+            self.samples = True
+            self.left_out += (_now() - began) / max(shown - first, 1) * (count - shown)
+        else:
+            self.left_out += (_now() - began) * (self.stands_for.get(what, 1.0) - 1.0)
+
+    def take_left_out(self) -> float:
+        """The seconds left out since the last call."""
+        seconds, self.left_out = self.left_out, 0.0
+        return seconds
+
+
+def shortened(rehearsal: Rehearsal | None, stopping: Stopping, clock: Clock, *sets: Any) -> tuple[Any, ...]:
+    """The clock and both data sets as they are, or where the run is a rehearsal those of a few steps."""
+    if rehearsal is None:
+        return clock, *sets
+    stopping.some_of = rehearsal.some_of
+    clock = rehearsal.shorten(clock, *sets)
+    return clock, *(few for _, few in rehearsal.sets)
+
+
+def _now() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _only(dataset: Any, candidates: Iterable[int], count: int) -> Any:
+    """So many of the candidates, evenly spread; a data set that cannot be divided stays whole."""
+    candidates = list(candidates)
+    if not hasattr(dataset, "only"):
+        return dataset
+    return dataset.only([candidates[number] for number in spread(len(candidates), count)])
+
+
+def _columns(sets: list[tuple[Any, Any]]) -> dict[str, tuple[int, int]]:
+    """How many values encoders find in each column: of the whole sets, and of the few."""
+    train_set = sets[0][0]
+    counts = {}
+    for column in getattr(train_set, "picture_columns", ()):
+        known = [pair for pair in sets if column in getattr(pair[0], "picture_columns", ())]
+        counts[column] = tuple(sum(each.image_count(column) for each in part) for part in zip(*known, strict=True))
+    if hasattr(train_set, "captions"):
+        known = [pair for pair in sets if hasattr(pair[0], "captions")]
+        counts["caption"] = tuple(
+            len({t for each in part for t in each.captions()}) for part in zip(*known, strict=True)
+        )
+    return counts
+
+
+def _largest_bucket(train_set: Any) -> tuple[list[int], str]:
+    """The examples of the bucket with the most pixels, and what is said of it."""
+    members = by_bucket(range(len(train_set)), train_set.bucket_of)
+    shapes = {number: train_set.get(each[0], None)["image"].shape for number, each in members.items()}
+    largest = max(shapes, key=lambda number: shapes[number].numel())
+    _, height, width = shapes[largest]
+    return members[largest], f"of {width} x {height} pixels, the largest of {len(members)} sizes"

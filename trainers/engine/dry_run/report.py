@@ -1,0 +1,88 @@
+"""What `train.py CONFIG --dry-run` prints: memory, speed, time and disk of the whole run, and what to change."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+from trainers.engine.dry_run.estimate import Measured, Part
+from trainers.engine.dry_run.plan import Rehearsal
+from trainers.engine.dry_run.suggestions import Remedy, Shortage, disk_remedies, memory_remedies
+
+GIB = 2**30
+
+
+def report(rehearsal: Rehearsal, shortage: Shortage | None) -> tuple[list[str], bool]:
+    """The lines, and whether the run fits."""
+    measured, run = Measured(rehearsal), rehearsal.run
+    device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
+    lines, disk = _memory(measured, device), None
+    if measured.finished:
+        disk = measured.disk()
+        lines += [*_speed(measured), *_time(measured), *_disk(measured, disk)]
+        if disk["needed"] > disk["free"]:
+            shortage = Shortage("disk", f"{disk['needed']:,} bytes are needed at once, {disk['free']:,} are free")
+    if shortage is None:
+        return [*lines, "", "It fits."], True
+    gc.collect()  # what the run held must not be in the way
+    remedies = memory_remedies(run, measured.unfinished_phase(), device)
+    if shortage.of == "disk":
+        remedies = disk_remedies(run, disk)
+    return [*lines, "", *_verdict(measured, shortage, remedies)], False
+
+
+def _verdict(measured: Measured, shortage: Shortage, remedies: list[Remedy]) -> list[str]:
+    where = "" if measured.finished or shortage.of == "disk" else f" in phase {measured.unfinished_phase()}"
+    what = {"device": "memory of the device", "host": "main memory"}.get(shortage.of, "room on the disk")
+    lines = [f"It does not fit: too little {what}{where}: {shortage.text}"]
+    if not remedies:
+        return [*lines, "No option is left that would help; take a smaller network, or a larger machine."]
+    return [*lines, "To change, what costs least first:", *(f"  {remedy}" for remedy in remedies)]
+
+
+def _memory(measured: Measured, device: torch.device) -> list[str]:
+    whose = "of this process, resident"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        whose = f"of {torch.cuda.get_device_name(device)}, which has {total:.1f} GiB"
+    plan = measured.rehearsal.plan
+    shape = f" ({plan.largest})" if plan is not None and plan.largest else ""
+    rows = [f"  {phase:16} {peak:.2f} GiB" for phase, peak in measured.peaks().items()]
+    return [f"Peak memory {whose}{shape}", *rows]
+
+
+def _speed(measured: Measured) -> list[str]:
+    plan = measured.rehearsal.plan
+    timed, all_steps = len(measured.timed), len(measured.rates)
+    steps = "1 step" if timed == 1 else f"{timed} steps"
+    how = f"{steps} of {plan.global_batch_size} examples, after {all_steps - timed} to warm up"
+    return ["", f"Speed: {measured.examples_per_second:.1f} examples/s ({how})"]
+
+
+def _time(measured: Measured) -> list[str]:
+    parts = measured.time_parts()
+    return ["", f"Time: {duration(sum(part.total for part in parts))}, from step 0", *map(_row, parts)]
+
+
+def _row(part: Part) -> str:
+    times = f"{part.times:,} x {part.seconds:.3f} s = " if part.times > 1 else ""
+    return f"  {part.name:16} {times}{part.total:.1f} s" + (f"  ({part.how})" if part.how else "")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as far as they matter."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _disk(measured: Measured, disk: dict[str, int]) -> list[str]:
+    plan, folder = measured.rehearsal.plan, Path(measured.run.base.output_dir)
+    checkpoints = f"{disk['kept']} of {plan.saves} checkpoints x {disk['checkpoint']:,} bytes"
+    rows = [f"  checkpoints      {checkpoints} = {disk['kept'] * disk['checkpoint']:,} bytes"]
+    rows += [f"  pipeline         {disk['pipeline']:,} bytes"]
+    rows += [f"  caches           {disk['caches']:,} bytes"] if disk["caches"] else []
+    rows += [f"  needed at once   {disk['needed']:,} bytes", f"  free             {disk['free']:,} bytes"]
+    return ["", f"Disk, for {folder}", *rows]

@@ -1,0 +1,96 @@
+"""Where a rehearsal takes place: in a folder of its own beside the run's, with a configuration that does all once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from trainers.engine.config.config import RunConfig
+from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, Rehearsal
+from trainers.engine.run.lock import NAME as LOCK
+from trainers.engine.run.lock import take
+from trainers.engine.run.run_folder import check_run_folder
+from trainers.engine.validation.metrics import LEAST_PICTURES
+
+PROMISE = f"the run's last {WARM_STEPS + TIMED_STEPS} steps, one validation, one save; nothing of it stays"
+SECONDS_OF_MAIN = 5.0  # to read its numbers where all processes fail
+
+
+@contextmanager
+def rehearsal_of(run: RunConfig) -> Iterator[Rehearsal]:
+    """The short run, in a folder on the run's disk that is gone afterwards; the run's own is not touched.
+
+    Raises ValueError while another dry run for the same folder goes on.
+    """
+    check_run_folder(run.base)
+    folder, main = _folder_beside(Path(run.base.output_dir).absolute()), is_main()
+    lock = _claim(folder) if main else None
+    try:
+        yield Rehearsal(run, _short(run, folder))
+    except Exception as error:
+        if not main:  # where this one fails alone, the first one waits for it and will be killed
+            time.sleep(SECONDS_OF_MAIN)
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise ValueError(f"{error}. That was in the dry run: {folder} is gone with it") from None
+        raise
+    finally:
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.close()
+        with suppress(OSError):
+            folder.rmdir()  # another machine's, which is empty
+
+
+def _claim(folder: Path) -> TextIO | None:
+    """Locks the folder, and empties it of what a dry run left that was killed."""
+    folder.mkdir(exist_ok=True)
+    lock = take(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    return lock
+
+
+def is_main() -> bool:
+    """Whether this is the first process, also where they are not connected."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _folder_beside(output_dir: Path) -> Path:
+    parent = next(parent for parent in output_dir.parents if parent.is_dir())
+    return parent / f".{output_dir.name[:200]}-dry-run"  # a file system's names have 255 bytes
+
+
+def _short(run: RunConfig, folder: Path) -> RunConfig:
+    """Everything that is done now and then comes once, after the last step; nothing leaves the folder."""
+    never, base = sys.maxsize, run.base
+    once = {
+        "checkpointing_steps": never,
+        "checkpoints_total_limit": None,
+        "save_model_epochs": None,
+        "save_model_steps": None,
+        "valid_epochs": None,
+        "valid_steps": None,
+        "eval_steps": None if base.eval_steps is None else never,
+        "eval_num_samples": min(base.eval_num_samples, max(LEAST_PICTURES, 2 * base.train_batch_size)),
+    }
+    apart = {
+        "output_dir": str(folder),
+        "encoder_cache_dir": str(folder / "encoder-cache"),
+        "resume_from_checkpoint": None,
+        "push_to_hub": False,
+        "logger": {"both": "tensorboard", "wandb": "none"}.get(base.logger, base.logger),
+        "logging_steps": 1,
+    }
+    return run._replace(base=dataclasses.replace(base, **once, **apart))

@@ -1,0 +1,146 @@
+"""What frozen encoders said, in memory or on disk, by the content of what they were asked and of their own files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainers.engine.run.files import flush, write_tensors
+
+FORMAT = 1  # raise it when encoders' inputs, or the files here, change
+KEY_DIGITS = 32
+
+
+def text_key(text: str) -> str:
+    """The key of a caption."""
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+class Cache:
+    """Rows of tensors by key; kept in memory, or in memory-mapped files of a folder.
+
+    A folder belongs to one encoder, whose `source` names it. Files appear whole or not at all, and several processes
+    may add some.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.rows_by_key: dict[str, Sequence[Tensor]] = {}
+        self.files: dict[str, Any] = {}  # key -> the open file that holds it
+        self.opened: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows_by_key or key in self.files
+
+    def rows(self, keys: list[str], columns: tuple[str, ...], device: torch.device) -> dict[str, Tensor]:
+        """The columns [B, ...] of these keys, on the device; the rows have one shape."""
+        stacked = [torch.stack(rows) for rows in zip(*map(self._rows_of, keys), strict=True)]
+        if device.type == "cuda":  # from other memory the copy would wait for the device
+            stacked = [rows.pin_memory() for rows in stacked]
+        return {name: rows.to(device, non_blocking=True) for name, rows in zip(columns, stacked, strict=True)}
+
+    def _rows_of(self, key: str) -> Sequence[Tensor]:
+        if key in self.rows_by_key:
+            return self.rows_by_key[key]
+        file, count = self.files[key]
+        return [file.get_tensor(f"{key}.{number}") for number in range(count)]
+
+    def add(self, rows: dict[str, list[Tensor]]) -> None:
+        """Keeps rows by key: in memory, or in a file that is written, flushed and then named.
+
+        Raises OSError, with what was needed and what was free, where it cannot be written.
+        """
+        if self.folder is None:
+            self.rows_by_key |= rows
+        elif rows:
+            token = secrets.token_hex(8)
+            staged = self.folder / f".tmp-{token}"
+            tensors = {f"{key}.{n}": row.contiguous() for key, each in rows.items() for n, row in enumerate(each)}
+            try:
+                write_tensors(tensors, staged)
+                flush(staged)
+                staged.rename(self.folder / f"rows-{token}.safetensors")
+                flush(self.folder)
+            except (OSError, SafetensorError) as error:
+                staged.unlink(missing_ok=True)
+                needed, free = sum(row.nbytes for row in tensors.values()), shutil.disk_usage(self.folder).free
+                space = f"it needs {needed:,} bytes, {free:,} are free"
+                raise OSError(
+                    f"{self.folder}: a cache cannot be written ({error}); {space}; what is there stays"
+                ) from None
+
+    def look(self) -> None:
+        """Finds the rows of new files in the folder; a file whose header is broken is removed, with a line.
+
+        Raises OSError for a file that may not be read.
+        """
+        for path in sorted(self.folder.glob("rows-*.safetensors")) if self.folder is not None else ():
+            if path.name in self.opened:
+                continue
+            try:
+                path.open("rb").close()  # safetensors calls everything a missing file
+            except OSError as error:
+                raise OSError(f"{path}: a cache cannot be read ({error}); see to its permissions") from None
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                print(f"WARNING: {path} cannot be read ({error}): removed, and encoded again", flush=True)
+                path.unlink(missing_ok=True)
+                continue
+            counts: dict[str, int] = {}
+            for name in file.keys():  # noqa: SIM118  # a file is no dict
+                key = name.partition(".")[0]
+                counts[key] = counts.get(key, 0) + 1
+            self.files |= {key: (file, count) for key, count in counts.items()}
+            self.opened.add(path.name)
+
+
+def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder of an encoder's rows, and whether only other encoders' are there."""
+    text = json.dumps({"format": FORMAT, **source}, sort_keys=True)
+    folder = directory / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    changed = not folder.is_dir() and any(directory.glob(f"{kind}-*"))
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        (folder / "source.json").write_text(text, encoding="utf-8")
+    return folder, changed
+
+
+class KeyedExamples:
+    """A data set whose examples have the keys of their pictures, "<column>_key", instead of the pictures."""
+
+    def __init__(self, dataset: Any, keys: dict[str, list[tuple[str, ...]]]) -> None:
+        self.whole, self.keys = dataset, keys
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("whole", "keys"):  # not there yet while a worker unpickles it
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+    def prepare(self, show_progress: bool) -> None:
+        """Nothing has to be decoded."""
+
+    def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
+        example = self.whole.without_image(index, generator)
+        for column, keys in self.keys.items():
+            prefix = column.removesuffix("image")
+            place, flipped = example.pop(f"{prefix}index", index), example.pop(f"{prefix}flipped")
+            example[f"{column}_key"] = keys[place][flipped]
+        return example
+
+
+def uncached(dataset: Any) -> Any:
+    """The data set with its pictures."""
+    return getattr(dataset, "whole", dataset)

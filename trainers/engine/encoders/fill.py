@@ -1,0 +1,174 @@
+"""Fills encoders' caches before the first step: every process encodes its share of what is not there yet."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from trainers.base import Encoder
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.distributed.collectives import on_all
+from trainers.engine.distributed.shared_folders import find_folders
+from trainers.engine.encoders.cache import KEY_DIGITS, Cache, KeyedExamples, folder_of, text_key
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.run.progress import passing_bar
+
+FILE_BYTES = 64 << 20  # of rows that are written at once
+BATCHES_AHEAD = 2  # that are decoded while one is encoded
+Rows = dict[str, list[torch.Tensor]]  # by key, a tensor for each column
+
+
+class Picture(NamedTuple):
+    """One picture of a data set: its number in a column, plain or mirrored."""
+
+    dataset: Any
+    column: str
+    number: int
+    flipped: bool
+
+    def read(self) -> torch.Tensor:
+        return self.dataset.image(self.number, self.flipped, self.column)
+
+
+def fill_caches(accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, *datasets: Any) -> list[Any]:
+    """Fills the caches that the encoders ask for; returns the data sets, with keys instead of cached pictures.
+
+    Encoders leave the device afterwards. Collective. Raises ValueError for a data set that cannot name its content.
+    """
+    keys: list[dict[str, list[tuple[str, ...]]]] = [{} for _ in datasets]
+    for name, encoder in stages.encoders.items():
+        if encoder.cache is None:
+            continue
+        began = time.perf_counter()
+        wanted: dict[str, Any] = {text_key(value): value for value in encoder.constants}
+        for dataset, columns in zip(datasets, keys, strict=True):
+            if dataset is None:
+                continue
+            if encoder.reads == "caption":
+                wanted |= {text_key(text): text for text in _ask(dataset, "captions", name)()}
+            elif encoder.reads in _ask(dataset, "picture_columns", name):
+                columns[encoder.reads] = _picture_keys(accelerator, dataset, encoder.reads)
+                wanted |= {
+                    key: Picture(dataset, encoder.reads, number, flipped)
+                    for number, both in enumerate(columns[encoder.reads])
+                    for flipped, key in enumerate(both)
+                }
+        stages.caches[name] = _filled(accelerator, stages, base, name, wanted)
+        stages.release(name)
+        seconds = time.perf_counter() - began - stages.build_seconds.get(name, 0.0)
+        stages.fill_seconds[encoder.reads] = stages.fill_seconds.get(encoder.reads, 0.0) + seconds
+    return [KeyedExamples(dataset, found) if found else dataset for dataset, found in zip(datasets, keys, strict=True)]
+
+
+def _ask(dataset: Any, attribute: str, name: str) -> Any:
+    if not hasattr(dataset, attribute):
+        lacks = f"a {type(dataset).__name__} has no `{attribute}`, as datasets_lib.dataset.ImageDataset has it"
+        raise ValueError(f"encoder {name} cannot be cached: {lacks}; set its cache to null")
+    return getattr(dataset, attribute)
+
+
+def _picture_keys(accelerator: Accelerator, dataset: Any, column: str) -> list[tuple[str, ...]]:
+    """The keys of a column's pictures by number; every process hashes its share of the files."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    numbers = range(rank, dataset.image_count(column), world)
+    bar = passing_bar(accelerator, "hashing pictures")
+    own = {n: tuple(key[:KEY_DIGITS] for key in dataset.image_keys(n, column)) for n in bar(numbers)}
+    found = {number: keys for part in gather_object([own]) for number, keys in part.items()}
+    return [found[number] for number in sorted(found)]
+
+
+def _filled(
+    accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, name: str, wanted: dict[str, Any]
+) -> Cache:
+    """The encoder's cache with all that is wanted. Raises on every rank what one of them could not read or write."""
+    cache, missing, sharing = _opened(accelerator, stages.encoders[name], base, name, wanted)
+    own = missing[sharing.index(accelerator.process_index) :: len(sharing)]
+    batches = [own[start : start + base.train_batch_size] for start in range(0, len(own), base.train_batch_size)]
+    bar = passing_bar(accelerator, f"encoding {name}")
+    encoded = (_encode(stages, name, *read) for read in bar(_read_ahead(batches, wanted), total=len(batches)))
+    if cache.folder is None:
+        rows = on_all(accelerator, lambda: {key: each for part in encoded for key, each in part.items()})
+        cache.add({key: each for part in gather_object([rows]) for key, each in part.items()})
+    else:
+        on_all(accelerator, lambda: _write(cache, encoded))
+        cache.look()
+    return cache
+
+
+def _write(cache: Cache, encoded: Iterator[Rows]) -> None:
+    rows: Rows = {}
+    try:
+        for part in encoded:
+            rows |= part
+            if sum(row.nbytes for each in rows.values() for row in each) > FILE_BYTES:
+                cache.add(rows)
+                rows = {}
+    finally:  # where a signal ends the run, the next start need not do this again
+        cache.add(rows)
+
+
+def _read_ahead(batches: list[list[str]], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[Any]]]:
+    """The values of each batch; pictures are decoded in threads while the batches before are encoded."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        ahead: deque[tuple[list[str], list[Future]]] = deque()
+        for keys in [*batches, *[None] * BATCHES_AHEAD]:
+            if keys is not None:
+                ahead.append((keys, [pool.submit(_read, wanted[key]) for key in keys]))
+            if ahead and (keys is None or len(ahead) > BATCHES_AHEAD):
+                first, values = ahead.popleft()
+                yield first, [value.result() for value in values]
+
+
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, Picture) else value
+
+
+def _opened(
+    accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: dict[str, Any]
+) -> tuple[Cache, list[str], list[int]]:
+    """The cache as it is, what it lacks, and the processes that share it and what is to be done. Collective.
+
+    Hosts may have folders of their own, each with all that is wanted.
+    """
+    said = f"cache {name}: {{:,}} of {len(wanted):,} to encode, in {{}}".format
+    if encoder.cache == "memory":
+        accelerator.print(said(len(wanted), "memory"))
+        return Cache(None), list(wanted), list(range(accelerator.num_processes))
+    directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
+    kind = encoder.reads.rpartition("_")[2]  # pictures of a class are pictures
+    folders = find_folders(accelerator, directory, "base.encoder_cache_dir")
+    opened = folders.on_mains(accelerator, lambda: folder_of(directory, kind, encoder.source()))
+    cache = Cache(directory / opened[folders.number][0].name)
+    missing = folders.on_mains(accelerator, lambda: _missing(cache, wanted))
+    for place, (folder, changed), lacks in zip(folders.places, opened, missing, strict=True):
+        if changed:
+            accelerator.print(f"cache {name}: what {directory} holds is of another encoder, precision or version")
+        accelerator.print(said(len(lacks), f"{place}/{folder.name}" if folders.several else folder))
+    return cache, missing[folders.number], folders.sharing
+
+
+def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:
+    cache.look()
+    return [key for key in wanted if key not in cache]
+
+
+def _encode(stages: FrozenStages, name: str, keys: list[str], values: list[Any]) -> Rows:
+    """The rows of a batch by key, on the CPU; pictures of different sizes are encoded one by one."""
+    if isinstance(values[0], str):
+        parts = [values]
+    elif len({value.shape for value in values}) == 1:
+        parts = [torch.stack(values)]
+    else:
+        parts = [value[None] for value in values]
+    found = [stages.run(name, part) for part in parts]
+    columns = [[row.cpu() for each in found for row in each[column]] for column in stages.encoders[name].writes]
+    return {key: list(rows) for key, *rows in zip(keys, *columns, strict=True)}

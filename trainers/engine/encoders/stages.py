@@ -1,0 +1,91 @@
+"""Runs a task's frozen stages in front of its networks; each is built when it is first needed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers.base import Encoder
+from trainers.engine.encoders.cache import Cache, text_key
+
+REMEMBERED = 1000  # constants at most: prompts of an evaluation are many
+
+
+class FrozenStages:
+    """The encoders of a run by name, on the device and without gradients.
+
+    `caches` hold what an encoder need not say again; a batch has "<column>_key" instead of pictures then.
+    """
+
+    def __init__(self, encoders: dict[str, Encoder], device: torch.device) -> None:
+        self.encoders = encoders
+        self.device = device
+        self.caches: dict[str, Cache] = {}
+        self.fill_seconds: dict[str, float] = {}  # that filling caches took by column, without building
+        self.build_seconds: dict[str, float] = {}
+        self._built: dict[str, nn.Module] = {}
+        self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the batch with the columns that the encoders write; what a data set holds already is kept.
+
+        Raises ValueError where an encoder reads a column that the data set does not have.
+        """
+        for name, encoder in self.encoders.items():
+            if batch.keys() >= set(encoder.writes):
+                continue
+            if encoder.reads not in batch and encoder.default is not None:
+                batch = {**batch, encoder.reads: [encoder.default] * len(batch["slot"])}
+            keys = self._keys(name, batch)
+            if keys is not None:
+                batch = {**batch, **self.caches[name].rows(keys, encoder.writes, self.device)}
+                continue
+            if encoder.reads not in batch:
+                if encoder.optional:
+                    continue
+                raise ValueError(f"encoder {name} reads {encoder.reads!r}; the data set has {', '.join(batch)}")
+            batch = {**batch, **self.run(name, batch[encoder.reads])}
+        return batch
+
+    def _keys(self, name: str, batch: dict[str, Any]) -> list[str] | None:
+        """The keys of a batch's values in the encoder's cache; None where they are not all there."""
+        column = self.encoders[name].reads
+        if name not in self.caches or not batch.keys() & {column, f"{column}_key"}:
+            return None
+        found = batch.get(f"{column}_key") or [text_key(text) for text in batch[column]]
+        return found if all(key in self.caches[name] for key in found) else None
+
+    def encoded(self, name: str, value: Any) -> dict[str, Tensor]:
+        """One constant, such as the empty caption, through an encoder; computed once. Columns have B = 1."""
+        key = (name, repr(value))
+        if len(self._constants) >= REMEMBERED:
+            self._constants.clear()
+        if key not in self._constants:
+            values = value[None] if isinstance(value, Tensor) else [value]
+            keys = self._keys(name, {self.encoders[name].reads: values}) if isinstance(value, str) else None
+            if keys is None:
+                self._constants[key] = self.run(name, values)
+            else:
+                self._constants[key] = self.caches[name].rows(keys, self.encoders[name].writes, self.device)
+        return self._constants[key]
+
+    @torch.no_grad()
+    def run(self, name: str, values: Any) -> dict[str, Tensor]:
+        """What an encoder says of a batch of values."""
+        encoder = self.encoders[name]
+        if name not in self._built:
+            began = time.perf_counter()
+            self._built[name] = encoder.build().to(self.device).eval().requires_grad_(False)
+            self.build_seconds[name] = time.perf_counter() - began
+        columns = encoder.encode(self._built[name], values)
+        if set(columns) != set(encoder.writes):
+            raise ValueError(f"encoder {name} wrote {sorted(columns)}; its `writes` says {sorted(encoder.writes)}")
+        return columns
+
+    def release(self, name: str) -> None:
+        """Takes an encoder off the device; it is built again where it is needed."""
+        if name in self._built:
+            self._built.pop(name).to("cpu")

@@ -1,0 +1,87 @@
+"""The run folder's README.md, which a hub page can show, and the upload of the finished pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from trainers.base import Trainer
+from trainers.engine.config.config import RunConfig
+from trainers.engine.tracking.tracker import Tracking
+
+OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that say nothing of the result
+
+
+def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking: Tracking) -> None:
+    """Writes README.md: task, data, options, final metrics, a grid, and how to load the result from `location`."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    output_dir = tracking.output_dir
+    data = run.base.dataset_name or run.base.dataset or run.base.train_data_dir
+    on_hub = run.base.dataset_name is not None and not Path(data).exists()
+    header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
+    pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracking.grids]
+    if run.config.use_ema and pictures:
+        places = ("Above", "Below") if trainer.grid_columns else ("Left", "Right")
+        pictures.append(
+            f"{places[0]}: the weights of the last step. {places[1]}: their moving average, which this pipeline holds."
+        )
+    found = [(name, value) for name, value in sorted(tracking.latest.items()) if not name.endswith(OF_THE_MACHINE)]
+    rows = [f"| {name} | {value:.6g} |" for name, value in found]
+    sections = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {output_dir.resolve().name}",
+        f"Trained with diffloop: task `{run.task}`, data `{data if on_hub else Path(data).name}`.",
+        *pictures,
+        "## Use",
+        f"```python\n{trainer.usage_of(location)}\n```",
+        "## Final metrics",
+        "\n".join(["| metric | value |", "|---|---|", *rows]),
+        "## Configuration",
+        f"```yaml\n{run.as_yaml()}```",
+    ]
+    text = "\n\n".join(sections) + "\n"
+    ModelCard(text)  # raises ValueError where a hub would refuse the header
+    replacement = output_dir / ".README.md"
+    replacement.write_text(text, encoding="utf-8")
+    replacement.replace(output_dir / "README.md")
+
+
+def check_hub_login(push_to_hub: bool) -> None:
+    """Raises ValueError before the training where the upload after it could not work."""
+    if push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise ValueError("base.push_to_hub = true: nobody is logged in; run `hf auth login`, or set it to false")
+
+
+def publish(
+    accelerator: Accelerator, run: RunConfig, trainer: Trainer, tracking: Tracking, pipeline_files: list[str]
+) -> None:
+    """Writes the card, and uploads the finished pipeline where it is asked for; only the main process does."""
+    if not accelerator.is_main_process:
+        return
+    repository = create_repository(run, tracking.output_dir) if run.base.push_to_hub else None
+    write_card(run, trainer, repository or tracking.output_dir, tracking)
+    if repository:
+        upload(repository, tracking.output_dir, pipeline_files, tracking.grids)
+
+
+def create_repository(run: RunConfig, output_dir: Path) -> str:
+    """Makes the repository where it does not exist; returns its id, owner/name."""
+    from huggingface_hub import HfApi
+
+    return HfApi().create_repo(run.base.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+
+
+def upload(repository: str, output_dir: Path, pipeline_files: list[str], grids: list[Path]) -> None:
+    """Uploads the finished pipeline, its card and grids, never checkpoints or logs."""
+    from huggingface_hub import HfApi
+
+    patterns = [pattern for name in pipeline_files for pattern in (name, f"{name}/*")]
+    patterns += ["README.md", *(f"samples/{grid.name}" for grid in grids)]
+    place = {"repo_id": repository, "folder_path": output_dir}
+    HfApi().upload_folder(**place, allow_patterns=patterns, commit_message="Upload pipeline")
+    print(f"Uploaded to {repository}")

@@ -1,0 +1,87 @@
+"""The finished pipeline: float32 CPU copies of the networks with averaged weights, staged into the run folder."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from trainers.base import Trainer
+from trainers.engine.checkpoint.snapshot import full_tensor
+from trainers.engine.distributed.sharding import is_sharded, weight_of
+from trainers.engine.optim.ema import EMA
+from trainers.engine.optim.networks import filled
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.run_folder import publish_pipeline
+from trainers.engine.run.signals import Abandoned
+from trainers.engine.tracking.tracker import Tracking
+from trainers.engine.validation.validation import Validation
+
+
+def export_pipeline(
+    accelerator: Accelerator,
+    trainer: Trainer,
+    ema: EMA | None,
+    tracking: Tracking,
+    clock: Clock,
+    validation: Validation,
+    steps_done: int,
+) -> list[str]:
+    """Writes what inference loads into the run folder, and to W&B where it is used; returns its entries. Collective.
+
+    Raises OSError on every rank where the main process could not write.
+    """
+    try:
+        with tracking.phase("export", steps_done):
+            trainer.statistics = validation.training_statistics()
+            return _export(accelerator, trainer, ema, tracking, clock, steps_done)
+    except Abandoned:
+        accelerator.print(f"The pipeline of step {steps_done} is not written: the run is asked to stop")
+        return []
+
+
+def _export(
+    accelerator: Accelerator, trainer: Trainer, ema: EMA | None, tracking: Tracking, clock: Clock, steps_done: int
+) -> list[str]:
+    live, output_dir = trainer.unwrapped, tracking.output_dir
+    wanted = accelerator.is_main_process
+    weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}
+    answer: list = [[], None]
+    if wanted:
+        staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
+        try:
+            trainer.unwrapped = {
+                name: filled(plain, weights[name]).eval() for name, plain in trainer.blueprints.items()
+            }
+            trainer.save_pipeline(staging)
+            answer = [publish_pipeline(staging, output_dir), None]
+            tracking.log_pipeline(answer[0], {"step": steps_done} | clock.epochs(steps_done))
+        except (OSError, SafetensorError) as error:
+            answer[1] = f"the pipeline could not be written to {output_dir}: {error}"
+        finally:
+            trainer.unwrapped = live
+            shutil.rmtree(staging, ignore_errors=True)
+    names, error = broadcast_object_list(answer)
+    if error:
+        raise OSError(error)
+    return names
+
+
+def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
+    """Trained weights and buffers in float32, averaged ones where there are any; frozen weights as they are."""
+    frozen = {key: p for key, p in network.named_parameters() if not p.requires_grad}
+    own = {key: weight_of(p) for key, p in network.named_parameters()} | dict(network.named_buffers())
+    own |= ema.averages_of(name) if ema is not None else {}
+    values = {key: full_tensor(tensor, wanted) for key, tensor in own.items() if key not in frozen}
+    values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
+    # a base model is large: what does not change is not copied where it is on the CPU already
+    return values | {key: _on_host(p, wanted) for key, p in frozen.items()}
+
+
+def _on_host(frozen: Tensor, wanted: bool) -> Tensor:
+    in_place = frozen.device.type == "cpu" and not is_sharded(frozen)
+    return frozen.detach().contiguous() if in_place else full_tensor(weight_of(frozen), wanted)

@@ -1,0 +1,147 @@
+"""An exponential moving average of trained weights, in float32, as a function of the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers.base import TrainerConfig
+from trainers.engine.distributed.sharding import Part, part_from, part_of, refresh, trained_parameters
+
+
+def ema_decay(step: int, config: TrainerConfig) -> float:
+    """The decay after optimizer step `step` (from 0): diffusers' EMAModel with use_ema_warmup."""
+    if step <= 0:
+        return 0.0
+    return min(1 - (1 + step / config.ema_inv_gamma) ** -config.ema_power, config.ema_max_decay)
+
+
+PIECE = 1 << 24  # numbers that are moved at once, and by a thread where there are more
+
+
+def move(averages: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
+    """averages += rate * (weights - averages) in a few kernels; CUDA's lerp has one by tensor with such a rate."""
+    for some, towards in pieces(averages, weights):
+        differences = torch._foreach_sub(towards, some)
+        torch._foreach_mul_(differences, rate)
+        torch._foreach_add_(some, differences)
+
+
+def move_on_host(averages: list[Tensor], weights: list[Tensor], rate: Tensor, ready: torch.cuda.Event) -> None:
+    """The same for averages in main memory; the copies wait for `ready` alone, on a stream of their own."""
+    with torch.cuda.stream(torch.cuda.Stream(rate.device)):
+        ready.wait()
+        factor = rate.item()
+        for some, towards in pieces(averages, weights):
+            torch._foreach_lerp_(some, [weight.to("cpu") for weight in towards], factor)
+
+
+def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Both lists in parts of at most PIECE numbers, or of one tensor."""
+    first, numbers = 0, 0
+    for end, average in enumerate(averages):
+        if end > first and numbers + average.numel() > PIECE:
+            yield averages[first:end], weights[first:end]
+            first, numbers = end, 0
+        numbers += average.numel()
+    yield averages[first:], weights[first:]
+
+
+class EMA:
+    """Averages of the trained parameters of several networks, by "network.parameter" name; of shards in their places.
+
+    Large ones in main memory move in a thread, beside the next forward and backward pass: `wait` before the weights
+    change. For small ones the thread costs more than it brings.
+    """
+
+    def __init__(self, networks: dict[str, nn.Module], config: TrainerConfig) -> None:
+        self.config, self.networks = config, networks
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="averages")
+        self.moving: Future[None] | None = None
+        self.parameters = {
+            f"{name}.{key}": parameter
+            for name, network in networks.items()
+            for key, parameter in trained_parameters(network).items()
+        }
+        self.weights = [part_of(p).tensor for p in self.parameters.values()]  # the same memory
+        self._averages = {name: self._placed(p).clone() for name, p in zip(self.parameters, self.weights, strict=True)}
+        self.large = sum(average.numel() for average in self._averages.values()) > PIECE
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to("cpu") if self.config.offload_ema else tensor
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averages after the last update."""
+        self.wait()
+        return self._averages
+
+    def wait(self) -> None:
+        """Returns when the last update is over, which reads the weights until then."""
+        if self.moving is not None:
+            moving, self.moving = self.moving, None
+            moving.result()
+
+    @torch.no_grad()
+    def update(self, step: int, applied: Tensor) -> None:
+        """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
+        averages, weights = list(self.averages.values()), self.weights
+        rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
+        on_host = averages[0].device.type == "cpu"  # by offload_ema, or as ZeRO-3 keeps the weights there
+        if rate.is_cuda and on_host:
+            ready = torch.cuda.current_stream(rate.device).record_event()
+            self.moving = self.thread.submit(move_on_host, averages, weights, rate, ready)
+        elif on_host:
+            arguments = averages, [self._placed(weight) for weight in weights], rate.item()
+            if self.large:
+                self.moving = self.thread.submit(torch._foreach_lerp_, *arguments)
+            else:
+                torch._foreach_lerp_(*arguments)
+        else:
+            move(averages, weights, rate)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The networks hold the averages inside, their own weights again after it."""
+        own = [weight.clone() for weight in self.weights]
+        try:
+            self._copy_to_networks(self.averages.values())
+            yield
+        finally:
+            self._copy_to_networks(own)
+
+    def _copy_to_networks(self, values: Iterable[Tensor]) -> None:
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
+        refresh(self.networks)
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Takes whole averages by name."""
+        for name, average in self.averages.items():
+            average.copy_(part_from(values[name], self.parameters[name]))
+
+    def averages_of(self, network: str) -> dict[str, Part]:
+        """The averages of one network, by the names of its parameters, divided as these are."""
+        prefix = f"{network}."
+        return {
+            name.removeprefix(prefix): Part(average, self.parameters[name])
+            for name, average in self.averages.items()
+            if name.startswith(prefix)
+        }
+
+    def settings(self, steps_done: int) -> dict[str, Any]:
+        """What diffusers' EMAModel.save_pretrained adds to a network's config.json."""
+        return {
+            "decay": self.config.ema_max_decay,
+            "min_decay": 0.0,
+            "optimization_step": steps_done,
+            "update_after_step": 0,
+            "use_ema_warmup": True,
+            "inv_gamma": self.config.ema_inv_gamma,
+            "power": self.config.ema_power,
+        }

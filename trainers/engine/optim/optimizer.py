@@ -1,0 +1,169 @@
+"""AdamW over the task's parameter groups, the learning rate of every step, clipping, and steps that must be skipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainers.base import TrainerConfig
+from trainers.engine.distributed.sharding import whole
+from trainers.engine.optim.ema import EMA
+from trainers.engine.run.clock import Clock
+
+LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], config: TrainerConfig, clock: Clock, device: torch.device
+) -> Optimizer:
+    """Makes AdamW, with fused kernels where they exist; scale_lr multiplies the rates by the global batch size.
+
+    Raises ValueError for a group without trainable or with half-precision parameters.
+    """
+    for group in groups:
+        if not group["params"]:
+            raise ValueError(f"network {group['name']} has no trainable parameters; set requires_grad or leave it out")
+        dtypes = {p.dtype for p in group["params"]} - {torch.float32}
+        if dtypes:
+            raise ValueError(f"network {group['name']} trains weights in {dtypes}; small updates vanish, use float32")
+        group["initial_lr"] = group["lr"] * (clock.global_batch_size if config.scale_lr else 1)
+    settings = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.use_8bit_adam:
+        return _adamw_8bit(device)(groups, **settings)
+    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda", "mps"), **settings)
+
+
+def _adamw_8bit(device: torch.device) -> type[Optimizer]:
+    if device.type != "cuda":
+        raise ValueError(f"use_8bit_adam = true: needs a CUDA device, this run is on {device.type}; set it to false")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit
+
+
+def schedule(config: TrainerConfig, total_steps: int) -> Callable[[int], float]:
+    """The learning rate's factor as a function of the optimizer step, from 0."""
+    name, warmup = config.lr_scheduler, warmup_steps(config, total_steps)
+    if name == "one_cycle":
+        return lambda step: _one_cycle(step, warmup, total_steps)
+    if name == "warmup_cosine":
+        return lambda step: _warmup_cosine(step, warmup, total_steps)
+    return _library_schedule(config, warmup, total_steps)
+
+
+def warmup_steps(config: TrainerConfig, total_steps: int) -> float:
+    """`lr_warmup_steps`, or the schedule's own: none, 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %.
+
+    Not rounded for one_cycle, as torch does it.
+    """
+    if config.lr_warmup_steps is not None:
+        return config.lr_warmup_steps
+    own = {"constant": 0, "one_cycle": 0.3 * total_steps, "warmup_cosine": round(0.15 * total_steps)}
+    return own.get(config.lr_scheduler, min(500, total_steps // 10))
+
+
+def _library_schedule(config: TrainerConfig, warmup: int, total_steps: int) -> Callable[[int], float]:
+    """Takes the function of the step out of diffusers' and transformers' schedulers."""
+    scratch = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    if config.lr_scheduler == "cosine_with_min_lr":
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+            scratch, warmup, total_steps, min_lr_rate=config.lr_min_ratio
+        )
+    else:
+        from diffusers.optimization import get_scheduler
+
+        scheduler = get_scheduler(
+            config.lr_scheduler, scratch, None, warmup, total_steps, config.lr_num_cycles, config.lr_power
+        )
+    return scheduler.lr_lambdas[0]
+
+
+def _cosine_between(high: float, low: float, part: float) -> float:
+    return low + (high - low) * (1 + math.cos(math.pi * part)) / 2
+
+
+def _one_cycle(step: int, warmup: float, total_steps: int) -> float:
+    """torch's OneCycleLR with its defaults: from 1/25 up to 1, then down to 1/25e4 at the last step."""
+    peak, last = max(warmup - 1, 0), total_steps - 1
+    if step <= peak and peak > 0:
+        return _cosine_between(1 / 25, 1.0, step / peak)
+    return _cosine_between(1.0, 1 / 25e4, (step - peak) / max(last - peak, 1))
+
+
+def _warmup_cosine(step: int, warmup: float, total_steps: int) -> float:
+    """Linear from 0.1 to 1 over the warm-up, then a cosine to 0."""
+    if step < warmup:
+        return 0.1 + 0.9 * step / warmup
+    return _cosine_between(1.0, 0.0, (step - warmup) / max(total_steps - warmup, 1))
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
+    """Sets every group's rate for this step; returns {"lr": the first one's}, and {"lr/<group>"} of the others."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    first, *others = optimizer.param_groups
+    return {"lr": first["lr"]} | {f"lr/{group['name']}": group["lr"] for group in others}
+
+
+def optimizer_step(
+    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None, ema: EMA | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clips each group, steps unless a gradient is not finite, clears the gradients; first `ema` must have moved.
+
+    Returns `applied`, a 0-dim float tensor that is 0 where the step was skipped, and the norms before clipping as
+    {"grad_norm/<group>": norm}; neither is known to the host. Averaged gradients are
+    the same on every rank, so all ranks agree.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _deepspeed_step(accelerator, optimizer, ema)
+    accelerator.unscale_gradients(optimizer)
+    norms = {f"grad_norm/{group['name']}": _clip(group["params"], max_grad_norm) for group in optimizer.param_groups}
+    applied = torch.stack(list(norms.values())).isfinite().all().float()
+    inner = optimizer.optimizer
+    if ema is not None:
+        ema.wait()
+    if accelerator.scaler is not None:
+        optimizer.step()  # the scaler skips on its own finding
+    elif applied.device.type != "cpu" and inner.defaults.get("fused"):
+        inner.found_inf = 1 - applied  # a fused kernel leaves weights and state alone where this is 1
+        inner.step()  # accelerate's own looks for packages in every call
+    elif applied.item():
+        inner.step()
+    inner.zero_grad()
+    return applied, norms
+
+
+def _deepspeed_step(
+    accelerator: Accelerator, optimizer: Optimizer, ema: EMA | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same by DeepSpeed, which clips by the norm of all groups, and skips where that is not finite."""
+    engine, device = accelerator.deepspeed_engine_wrapped.engine, accelerator.device
+    if ema is not None:
+        ema.wait()
+    engine.step()
+    norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+    applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # the host knows it already
+    return applied, {f"grad_norm/{optimizer.param_groups[0]['name']}": norm}
+
+
+def _clip(parameters: list[Tensor], max_grad_norm: float | None) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # a network whose loss is absent in this step
+        return parameters[0].new_zeros(())
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    return norm

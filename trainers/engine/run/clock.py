@@ -1,0 +1,105 @@
+"""Time is the optimizer step: which slots a step consumes, when an epoch ends, when something is due."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from trainers.engine.config.base_options import BaseConfig
+
+
+class Clock(NamedTuple):
+    """The run's fixed quantities. Step s (from 0) consumes the slots [slot_at(s), slot_at(s + 1))."""
+
+    num_examples: int | None  # N, of the training set; None: a stream, whose examples nobody counts
+    micro_batch_size: int  # examples per process and micro-batch
+    accumulation_steps: int  # micro-batches per process and optimizer step
+    num_processes: int
+    num_epochs: int | None = None
+    max_train_steps: int | None = None
+    origin_step: int = 0  # where a resumed run goes on: with another global batch size
+    origin_slot: int = 0  # its steps are counted from here
+    bucket_counts: tuple[int, ...] = ()  # examples of each bucket, each drawn in whole steps; (): without buckets
+
+    @classmethod
+    def of_run(
+        cls,
+        base: BaseConfig,
+        num_examples: int | None,
+        accelerator: Accelerator,
+        bucket_of: Callable[[int], int] | None = None,
+    ) -> Clock:
+        """`bucket_of(index)`, which `base.buckets` needs, says which examples share a size.
+
+        Raises ValueError for a data set without examples, or without buckets where they are wanted.
+        """
+        if num_examples == 0:
+            raise ValueError("the training set has 0 examples; check the data options of section base")
+        steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+        clock = cls(num_examples, base.train_batch_size, steps, processes, base.num_epochs, base.max_train_steps)
+        if not base.buckets:
+            return clock
+        if bucket_of is None:
+            raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
+        return clock._replace(bucket_counts=tuple(Counter(map(bucket_of, range(num_examples))).values()))
+
+    def resumed_at(self, step: int, slot: int) -> Clock:
+        return self._replace(origin_step=step, origin_slot=slot)
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.accumulation_steps * self.num_processes
+
+    @property
+    def epoch_slots(self) -> int:
+        """The examples drawn in an epoch: N, or with buckets whole steps of each."""
+        size = self.global_batch_size
+        return sum(-(-count // size) * size for count in self.bucket_counts) or self.num_examples
+
+    def bucket_note(self) -> str:
+        return (
+            f"buckets: {self.num_examples:,} examples in {len(self.bucket_counts)} sizes; an epoch draws "
+            f"{self.epoch_slots - self.num_examples:,} again, to fill the last step of each size"
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_train_steps or self.steps_in(self.num_epochs)
+
+    def steps_in(self, epochs: int) -> int:
+        """The step at which so many epochs have ended: ceil(epochs * epoch_slots / G) where G never changed."""
+        missing = epochs * self.epoch_slots - self.origin_slot
+        return max(self.origin_step + -(-missing // self.global_batch_size), 0)
+
+    def slot_at(self, step: int) -> int:
+        return self.origin_slot + (step - self.origin_step) * self.global_batch_size
+
+    def epochs(self, steps_done: int) -> dict[str, float]:
+        """What is logged of the epochs that are over; of a stream nothing."""
+        return {} if self.num_examples is None else {"epoch": self.epochs_done(steps_done)}
+
+    def epochs_done(self, steps_done: int) -> float:
+        return self.slot_at(steps_done) / self.epoch_slots
+
+    def due(self, steps_done: int, every_steps: int | None, every_epochs: int | None = None) -> bool:
+        """Whether the step that was just done is one of a cadence, or the last one of the run."""
+        if steps_done == self.total_steps:
+            return True
+        if every_steps is not None:
+            return steps_done % every_steps == 0
+        if every_epochs is not None:
+            period = every_epochs * self.epoch_slots
+            return self.slot_at(steps_done) // period > self.slot_at(steps_done - 1) // period
+        return False
+
+    def micro_batch(self, micro_step: int, process_index: int) -> int:
+        """The number of a micro-batch within its step: over processes first, then over accumulation."""
+        return micro_step * self.num_processes + process_index
+
+    def micro_batch_slots(self, step: int, micro_step: int, process_index: int) -> range:
+        first = self.slot_at(step) + self.micro_batch(micro_step, process_index) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)

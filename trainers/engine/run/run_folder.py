@@ -1,0 +1,131 @@
+"""The folder of a run: opened at the start, its files put in place so that a reader never sees half of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.distributed.shared_folders import PROBE, Folders, find_folders
+from trainers.engine.run.lock import take
+
+# of a finished pipeline, a single network, or an adapter
+INDEX_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
+RUN_FILES = ("metrics.jsonl", "config.yaml", *INDEX_FILES, "README.md")
+CHECKPOINT_NAME = re.compile(r"checkpoint-([1-9]\d*)")
+LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
+METRICS = "metrics.jsonl"
+SKIPPED_STEPS = "skipped_steps.jsonl"
+
+
+@contextmanager
+def open_run_folder(accelerator: Accelerator, base: BaseConfig, is_dry_run: bool) -> Iterator[Folders]:
+    """Makes the folder, finds out which processes share it, and holds the lock of each folder inside.
+
+    Raises OSError where one cannot be written, ValueError where another run uses it, where it holds a run and none is
+    to be resumed, and for a dry run in several folders; the same on every rank.
+    """
+    folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
+    if folders.several and is_dry_run:
+        raise ValueError(
+            f"--dry-run: the processes have {len(folders.mains)} output folders ({', '.join(folders.places)}); give "
+            "all of them one for it, or run it on one host"
+        )
+    with ExitStack() as locks:
+        folders.on_mains(accelerator, lambda: _take(base, locks))
+        yield folders
+
+
+def _take(base: BaseConfig, locks: ExitStack) -> None:
+    output_dir = Path(base.output_dir)
+    lock = take(output_dir)
+    if lock is not None:  # else what looks left behind may be a living run's
+        locks.enter_context(lock)
+        _sweep(output_dir)
+    _refuse_another_run(output_dir, base)
+
+
+def check_run_folder(base: BaseConfig) -> None:
+    """Raises what open_run_folder would say of the folder as it is now, and writes nothing."""
+    output_dir = Path(base.output_dir).absolute()
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        what = "is no folder" if not nearest.is_dir() else "may not be written"
+        raise OSError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
+    if nearest == output_dir:
+        _refuse_another_run(output_dir, base)
+
+
+def _sweep(output_dir: Path) -> None:
+    """Removes what a run left behind that died while it wrote; the lock says that it is dead."""
+    for path in sorted(output_dir.iterdir()):
+        if LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            print(f"Removing {path.name}, which a run left behind that did not end well", flush=True)
+            shutil.rmtree(path)
+        elif path.name.startswith(PROBE):
+            path.unlink(missing_ok=True)
+
+
+def _refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
+    held = sorted(path.name for path in output_dir.iterdir() if path.is_dir() or path.name in RUN_FILES)
+    held = [] if held == [base.logging_dir] else held  # all that a start that failed leaves behind
+    if held and not base.resume_from_checkpoint:
+        raise ValueError(
+            f"base.output_dir = {output_dir}: holds a run or other folders already ({', '.join(held[:5])}); continue "
+            "with base.resume_from_checkpoint=latest, choose another base.output_dir, or remove the folder"
+        )
+
+
+def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
+    """Moves a staged pipeline into the run folder, its index file last; returns the names of its entries."""
+    for index in INDEX_FILES:
+        (output_dir / index).unlink(missing_ok=True)  # until one is back, nothing takes a mixture for a pipeline
+    names = sorted(path.name for path in staging.iterdir())
+    for name in sorted(names, key=INDEX_FILES.__contains__):
+        _remove(output_dir / name)
+        (staging / name).rename(output_dir / name)
+    staging.rmdir()
+    return names
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; the last line of a killed run may be torn and is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict) and "step" in line]
+
+
+def cut_lines(path: Path, steps_done: int) -> None:
+    """Drops the lines of a JSON-lines file after a step: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if line["step"] <= steps_done]
+    replacement = path.with_name(f".{path.name}")
+    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    replacement.replace(path)
+
+
+def set_metrics_aside(output_dir: Path, prefix: str, keep: bool) -> None:
+    """Puts copies of the logs of a run beside them, before lines are cut off; without `keep` the logs go there."""
+    for name in (METRICS, SKIPPED_STEPS):
+        if (output_dir / name).exists():
+            (shutil.copy if keep else shutil.move)(output_dir / name, output_dir / (prefix + name))

@@ -1,0 +1,96 @@
+"""What a person sees: one block at the start, a progress bar, and where the result is at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from trainers.base import Trainer
+from trainers.engine.config.config import RunConfig
+from trainers.engine.data import stream_batches as streaming
+from trainers.engine.distributed.backends import engine_of
+from trainers.engine.distributed.sharding import shape_of
+from trainers.engine.distributed.shared_folders import Folders
+from trainers.engine.optim.optimizer import warmup_steps
+from trainers.engine.run.clock import Clock
+from trainers.engine.tracking.advice import precision_note
+
+
+def start_block(
+    accelerator: Accelerator,
+    folders: Folders,
+    run: RunConfig,
+    trainer: Trainer,
+    networks: dict[str, nn.Module],
+    clock: Clock,
+    train_set: Any,
+) -> str:
+    """The lines that say what is about to happen."""
+    base, config = run.base, run.config
+    rows = {"task": f"{run.task}, data {base.dataset_name or base.train_data_dir or base.dataset}"}
+    for name, network in networks.items():
+        trained = sum(shape_of(p).numel() for p in network.parameters() if p.requires_grad)
+        frozen = sum(shape_of(p).numel() for p in network.parameters()) - trained
+        rows[f"network {name}"] = f"{trained:,} parameters trained, {frozen:,} frozen"
+    rows["examples"] = "a stream" if clock.num_examples is None else f"{clock.num_examples:,}"
+    epochs = "".join(f" ({count:.1f} epochs)" for count in clock.epochs(clock.total_steps).values())
+    resumed = f", resumed at {clock.origin_step:,}" if clock.origin_step else ""
+    rows["steps"] = f"{clock.total_steps:,}{epochs}{resumed}"
+    parts = f"{clock.micro_batch_size} x {clock.accumulation_steps} micro-batches x {clock.num_processes} processes"
+    rows["global batch"] = f"{clock.global_batch_size} = {parts}"
+    rows["learning rate"] = (
+        f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps):.0f} warm-up"
+    )
+    rows["precision"] = {"no": "float32"}.get(base.mixed_precision, base.mixed_precision)
+    rows["devices"] = _devices(accelerator)
+    rows["engine"] = engine_of(accelerator)
+    rows["output"] = str(Path(base.output_dir))
+    if folders.several:
+        rows["output"] = f"{folders.places[0]}: checkpoints, logs, pictures, pipeline"
+        rows["output elsewhere"] = f"{', '.join(folders.places[1:])}: checkpoints"
+    notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator, base)]
+    lines = [f"  {name:16} {value}" for name, value in rows.items()]
+    lines += [f"  NOTE: {note}" for note in notes]
+    if clock.bucket_counts:
+        lines.append(f"  NOTE: {clock.bucket_note()}")
+    if clock.origin_step >= clock.total_steps:
+        lines.append("  NOTE: the run is finished already; its pipeline is written again")
+    if warmup_steps(config, clock.total_steps) >= clock.total_steps:
+        lines.append("  NOTE: the warm-up is as long as the run; the learning rate never reaches its value")
+    return "\n".join(lines)
+
+
+def _devices(accelerator: Accelerator) -> str:
+    device = accelerator.device
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{accelerator.num_processes} x {device.type}{name}"
+
+
+def end_block(trainer: Trainer, folders: Folders, output_dir: Path, train_set: Any) -> str:
+    """The lines that say where the pipeline is, how to load and sample it, and what the data lacked. Collective."""
+    usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
+    bad = getattr(train_set, "bad_count", 0)
+    if bad:
+        usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
+    if any(counts := streaming.skipped(train_set).values()):
+        shards, images = counts
+        usage += f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
+    place = folders.places[0] if folders.several else output_dir
+    return f"The pipeline is in {place}. To load and sample it:\n\n{_indented(usage)}\n"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def show_metrics(bar: tqdm, metrics: dict[str, float]) -> None:
+    if metrics["skipped"] > 0:
+        bar.write(f"WARNING: {metrics['skipped']:.0%} of the last steps were skipped: a gradient was not finite")
+    bar.set_postfix_str(
+        f"loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, {metrics['examples_per_second']:.0f} examples/s"
+    )

@@ -1,0 +1,104 @@
+"""Networks that judge pictures: features for Fréchet distances and the like, and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainers.engine.config.eval_networks import ALLOWED_FEATURES
+
+Judge = Callable[[Tensor], Tensor]  # pictures [B, C, H, W] in [0, 1] on the device -> rows [B, D]
+
+
+def load_features(spec: str, device: torch.device) -> Judge | None:
+    """The feature network of `eval_features`; None for "none".
+
+    Raises ValueError where Inception cannot be downloaded, or a file does not hold what it should.
+    """
+    if spec == "none":
+        return None
+    if spec == "inception":
+        network = _inception().to(device)
+        return lambda images: network(_bytes(_in_color(images)))[0]
+    if Path(spec).is_file():
+        script = _torchscript(spec, device)
+        extra = {"return_features": True} if "return_features" in str(script.forward.schema) else {}
+        return lambda images: script(_bytes(_in_color(images)), **extra).flatten(1)
+    return _torchvision(*spec.split(":", 1), device)
+
+
+def load_classifier(spec: str, device: torch.device) -> Judge:
+    """Logits [B, classes] of a finished noisy_classifier run, or of a TorchScript file, for pictures without noise.
+
+    A TorchScript classifier gets what a network gets in training: float32 in [-1, 1] with the run's channels.
+    """
+    if (Path(spec) / "classifier" / "config.json").is_file():
+        from diffusers import UNet2DModel
+
+        network = UNet2DModel.from_pretrained(spec, subfolder="classifier").to(device)
+        return lambda images: network(images * 2 - 1, 0).sample.mean((2, 3))
+    script = _torchscript(spec, device)
+    return lambda images: script(images * 2 - 1)
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
+
+
+def _in_color(images: Tensor) -> Tensor:
+    """Three channels: grey is repeated, alpha is dropped."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
+def _inception() -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
+        raise ValueError(
+            f"eval_features = inception: its weights cannot be downloaded ({error}); allowed: {ALLOWED_FEATURES}"
+        ) from None
+
+
+def _torchscript(path: str, device: torch.device) -> torch.jit.ScriptModule:
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: no TorchScript file ({str(error).splitlines()[0]}); make one with torch.jit.save"
+        ) from None
+
+
+def _torchvision(name: str, file: str, device: torch.device) -> Judge:
+    """The layer before the last one of a torchvision network."""
+    from safetensors.torch import load_file
+    from torchvision.models import get_model, get_model_weights
+    from torchvision.transforms.functional import normalize, resize
+
+    network = get_model(name, weights=None)
+    try:
+        weights = (
+            load_file(file)
+            if file.endswith(".safetensors")
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+        network.load_state_dict(weights)
+    except Exception as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"eval_features = {name}:{file}: these are not the weights of {name} ({first})") from None
+    linear = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"eval_features = {name}:{file}: {name} ends in no linear layer; take one such as resnet50")
+    network.set_submodule(linear[-1], nn.Identity())
+    network = network.to(device).eval()
+    preset = get_model_weights(name).DEFAULT.transforms()
+    size = [preset.crop_size[0]] * 2
+
+    def features(images: Tensor) -> Tensor:
+        return network(normalize(resize(_in_color(images), size, antialias=True), preset.mean, preset.std))
+
+    return features

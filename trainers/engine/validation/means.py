@@ -1,0 +1,36 @@
+"""Means of what a task says of examples, over a data set that all processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.run.randomness import SlotRandom
+
+OfExamples = Callable[[dict[str, Any], SlotRandom], dict[str, Tensor]]  # (batch, rng) -> {name: [B]}
+
+
+def mean_over(
+    stages: FrozenStages,
+    batches: Iterable[tuple[dict, float]],
+    seed: int,
+    measure: OfExamples,
+    add_up: Callable[[Tensor], Tensor] = lambda own: own,
+) -> dict[str, float]:
+    """Means of `measure` over weighted batches, such as feeding.examples_once, with the same noise every time.
+
+    `add_up` sums over processes.
+    """
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), device=stages.device)
+    for batch, weight in batches:
+        rng = SlotRandom(seed, batch["slot"], "validation")
+        for name, values in measure(stages.encode(batch), rng).items():
+            sums[name] = sums.get(name, 0) + weight * values.float().sum()
+        count += weight * len(batch["slot"])
+    totals = add_up(torch.stack([*sums.values(), count])).tolist()
+    return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}

@@ -1,0 +1,82 @@
+"""Pictures of a trainer, drawn in batches and dealt out over the processes; the split changes none of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trainers.base import Trainer
+from trainers.engine.run.randomness import SlotRandom
+
+
+@contextmanager
+def evaluation_mode(trainer: Trainer, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[None]:
+    """Networks in eval mode without gradients and `trainer.training` False inside; as they were after it.
+
+    What is compiled runs uncompiled inside: other modes and batch sizes would each be compiled anew.
+    """
+    modes = [(module, module.training) for network in trainer.modules.values() for module in network.modules()]
+    trainer.training, trainer.progress = False, progress
+    try:
+        for network in trainer.modules.values():
+            network.eval()
+        compiled = any(module._compiled_call_impl is not None for module, _ in modes)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        trainer.training, trainer.progress = True, iter
+        for module, mode in modes:
+            module.training = mode
+
+
+def draw(
+    trainer: Trainer, requests: list[dict], numbers: list[int], seed: int, batch_size: int, held_out: Any = None
+) -> dict[str, list[Tensor]]:
+    """Pictures of the requests with these numbers, by name: a list of batches [B, C, H, W] in [0, 1] on the CPU.
+
+    A picture depends on the seed, its request and the request's number, not on the batch. `held_out` is the data set
+    whose examples the requests name.
+    """
+    batches: dict[str, list[Tensor]] = {}
+    for first in range(0, len(numbers), batch_size):
+        chosen = numbers[first : first + batch_size]
+        slots = torch.tensor(chosen, device=trainer.device)
+        asked = [_with_example(requests[number], held_out) for number in chosen]
+        drawn = trainer.sample(asked, SlotRandom(seed, slots, "sample"))
+        for name, images in drawn.items():
+            if images.ndim != 4 or len(images) != len(chosen):
+                found = f"sample() of {type(trainer).__name__} returned {name} of shape {list(images.shape)}"
+                raise ValueError(f"{found}; it must be [{len(chosen)}, C, H, W], a picture for each request")
+            batches.setdefault(name, []).append(images.cpu())
+    return batches
+
+
+def _with_example(request: dict, held_out: Any) -> dict:
+    return held_out.get(request["example"], None) | request if "example" in request else request
+
+
+def own_share(count: int, accelerator: Accelerator) -> list[int]:
+    """The numbers of this process, as many on every process; what one is short of is number 0 again."""
+    share = math.ceil(count / accelerator.num_processes)
+    first = share * accelerator.process_index
+    return [number if number < count else 0 for number in range(first, first + share)]
+
+
+def gather(accelerator: Accelerator, rows: Tensor, count: int) -> Tensor:
+    """The rows of own_share of all processes in the order of their numbers, [count, ...] on the CPU. Collective."""
+    return accelerator.gather(rows.to(accelerator.device).contiguous())[:count].cpu()
+
+
+def draw_samples(
+    accelerator: Accelerator, trainer: Trainer, requests: list[dict], seed: int, held_out: Any
+) -> dict[str, Tensor]:
+    """Pictures [N, C, H, W] in [0, 1] of all requests by name, each process drawing its share. Collective."""
+    numbers = own_share(len(requests), accelerator)
+    drawn = draw(trainer, requests, numbers, seed, trainer.sample_batch_size or max(1, len(numbers)), held_out)
+    return {name: gather(accelerator, torch.cat(images), len(requests)) for name, images in drawn.items()}

@@ -1,0 +1,154 @@
+"""Validation on every rank: metrics on held-out examples, pictures of fixed noise, and metrics of many pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from trainers.base import Trainer
+from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.data.batches import examples_once
+from trainers.engine.encoders.cache import uncached
+from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.optim.ema import EMA
+from trainers.engine.run.clock import Clock
+from trainers.engine.run.progress import passing_bar
+from trainers.engine.run.signals import Abandoned, Stopping
+from trainers.engine.tracking.tracker import EVALUATION_TIME, VALIDATION_TIME, Tracking
+from trainers.engine.validation.evaluation import Evaluation
+from trainers.engine.validation.grids import grid_of
+from trainers.engine.validation.means import OfExamples, mean_over
+from trainers.engine.validation.metrics import spread
+from trainers.engine.validation.sampling import draw_samples, evaluation_mode
+
+STREAMED = 2000  # examples of a stream at most, which are held in memory while they are measured
+
+
+class Validation:
+    """Validates and evaluates a run when it is due. Every call is collective.
+
+    Where the run is asked to stop in the middle, nothing of the validation is logged, and a resumed run makes it up.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        trainer: Trainer,
+        ema: EMA | None,
+        stages: FrozenStages,
+        sets: tuple[Any, Any | None],
+        clock: Clock,
+        stopping: Stopping,
+        saving: Saving,
+        tracking: Tracking,
+    ) -> None:
+        self.accelerator, self.trainer, self.ema, self.stages = accelerator, trainer, ema, stages
+        self.train_set, self.validation_set = sets
+        self.clock, self.stopping, self.saving, self.tracking = clock, stopping, saving, tracking
+        self.base = trainer.base
+        if self.base.eval_steps is not None:
+            self.evaluation = Evaluation(accelerator, trainer, *map(uncached, sets), self._watched)
+
+    def make_up(self, steps_done: int) -> None:
+        """What the run that wrote the checkpoint did not get to."""
+        if steps_done > 0:
+            self._run_due(steps_done, lambda name: self.tracking.logged_at.get(name, 0) < steps_done)
+
+    def after_step(self, steps_done: int) -> None:
+        self._run_due(steps_done, lambda name: True)
+
+    def _run_due(self, steps_done: int, wanted: Callable[[str], bool]) -> None:
+        due, base = self.clock.due, self.base
+        if wanted(VALIDATION_TIME) and due(steps_done, base.valid_steps, base.valid_epochs):
+            self._unless_stopped("valid", steps_done, self.validate)
+        if wanted(EVALUATION_TIME) and base.eval_steps is not None and due(steps_done, base.eval_steps):
+            self._unless_stopped("eval", steps_done, self.evaluate)
+
+    def _unless_stopped(self, what: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
+        try:
+            if self.stopping.agreed(wait=True):
+                raise Abandoned
+            watched = self._watched("sampling")
+            with evaluation_mode(self.trainer, watched), self.tracking.phase(what, steps_done) as found:
+                found.update(action(steps_done))
+        except Abandoned:
+            name = {"valid": "validation", "eval": "evaluation"}[what]
+            self.accelerator.print(f"The {name} at step {steps_done} is abandoned; a resumed run makes it up")
+
+    def _watched(self, what: str) -> Callable[[Iterable], Iterable]:
+        """A bar around steps that are as many on every rank, and that a signal ends; a checkpoint may be sealed."""
+        return lambda steps: self.saving.watch(self.stopping.watch(passing_bar(self.accelerator, what)(steps), what))
+
+    def validate(self, steps_done: int) -> dict[str, float]:
+        """Metrics ("valid/loss", with averaged weights "valid_ema/loss"); logs grids of pictures.
+
+        The raw weights' pictures come first, left or above, the averaged ones' second.
+        """
+        weights = {"valid": nullcontext()} | ({"valid_ema": self._averaged_weights()} if self.ema is not None else {})
+        metrics, pictures = {}, []
+        requests = self.trainer.sample_requests(self.validation_set)
+        for prefix, applied in weights.items():
+            with applied:
+                if self.validation_set is not None:
+                    found = self.held_out_metrics()
+                    metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+                if requests:
+                    pictures.append(self._draw(requests))
+                    if self.accelerator.is_main_process:
+                        judged = self.trainer.sample_metrics(requests, pictures[-1])
+                        metrics |= {f"{prefix}/{name}": value for name, value in judged.items()}
+        names = list(pictures[0]) if pictures else []
+        texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
+        columns = self.trainer.grid_columns
+        grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in names}
+        self.tracking.log_grids(grids, steps_done)
+        if requests:
+            self.tracking.log_table([self._readable(request) for request in requests], pictures, steps_done)
+        return metrics
+
+    def _draw(self, requests: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return draw_samples(self.accelerator, self.trainer, requests, self.base.seed, self.validation_set)
+
+    def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A request with the name of its class."""
+        names = self.trainer.label_names
+        return request | ({"label": names[request["label"]]} if names and "label" in request else {})
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """What the task says of the validation set."""
+        share = self._share(self.validation_set, range(len(self.validation_set)))
+        means = self._mean_over(self._watched("validating")(share), self.trainer.validation_metrics)
+        return self.trainer.validation_summary(means)
+
+    def training_statistics(self) -> dict[str, float]:
+        """Means of the task's data_statistics with the weights that the pipeline will hold; Abandoned by a signal."""
+        wanted = self.trainer.statistics_samples
+        if wanted == 0:
+            return {}
+        train_set = self.train_set.held(min(wanted, STREAMED)) if self.base.streaming else self.train_set
+        share = self._share(train_set, spread(len(train_set), wanted))
+        bar = self._watched if self.stopping.waits else partial(passing_bar, self.accelerator)  # at the end it is done
+        examples = self.stopping.some_of(bar("measuring")(share), "measuring")
+        with self._averaged_weights(), evaluation_mode(self.trainer):
+            return self._mean_over(examples, self.trainer.data_statistics)
+
+    def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
+        add_up = partial(self.accelerator.reduce, reduction="sum")
+        return mean_over(self.stages, batches, self.base.seed, measure, add_up)
+
+    def _share(self, dataset: Any, indices: Sequence[int]) -> Iterable[tuple[dict, float]]:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return examples_once(dataset, indices, self.base, rank, world, self.accelerator.device, self.stopping)
+
+    def _averaged_weights(self) -> AbstractContextManager:
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def evaluate(self, steps_done: int) -> dict[str, float]:
+        """Metrics of `eval_num_samples` pictures ("eval/fid") with the weights that the pipeline will hold."""
+        with self._averaged_weights():
+            return {f"eval/{name}": value for name, value in self.evaluation.metrics().items()}
