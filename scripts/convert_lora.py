@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainers.common.lora_files import (
+from trainers.common.lora.files import (
     SETTINGS_KEY,
     LoraFile,
     Settings,

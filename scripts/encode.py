@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from datasets_lib.latents import FORMAT, INDEX
 from datasets_lib.source import digest
-from trainers.common.latents import LatentSpace, encode, latents_problems
+from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
-from trainers.engine.inference import find_device
 from trainers.engine.run.files import sha256
-from trainers.engine.sampling_arguments import DTYPES, positive
+from trainers.inference.arguments import DTYPES, positive
+from trainers.inference.saved_run import find_device
 
 
 class Encoded(NamedTuple):

@@ -29,8 +29,6 @@ import datasets_lib
 from trainers.base import Trainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.encoders.stages import FrozenStages
-from trainers.engine.inference import find_device
-from trainers.engine.sampling_arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
 from trainers.engine.validation.feature_networks import (
     ALLOWED_FEATURES,
     classifier_problem,
@@ -54,6 +52,8 @@ from trainers.engine.validation.metrics import (
     train_classifier,
 )
 from trainers.engine.validation.sampling import draw, evaluation_mode
+from trainers.inference.arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
+from trainers.inference.saved_run import find_device
 
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainers.engine.sampling_arguments import DTYPES, positive
+from trainers.inference.arguments import DTYPES, positive
 
 SETTINGS = ".class_images.json"  # hidden, so that it is no part of the data
 

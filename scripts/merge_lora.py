@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainers.common.lora_files import make_readable, read_lora
-from trainers.common.lora_pipeline import add_loras, load_pipeline, parse_lora
-from trainers.engine.sampling_arguments import DTYPES
+from trainers.common.lora.files import make_readable, read_lora
+from trainers.inference.arguments import DTYPES
+from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_lora
 
 
 def merge(base: str, loras: list[tuple[Path, float]]) -> Any:

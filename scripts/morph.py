@@ -28,22 +28,22 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets_lib.images import read_picture
-from scripts.single_picture import single_picture_lora
-from trainers.common.autoencoder_config import latent_grid, perceptual_problem
-from trainers.common.base_model import BaseModel, base_model_problems
-from trainers.common.fitting import Fitted, fit, size_between, unfit
-from trainers.common.inversion import ddim_schedulers
-from trainers.common.latents import vae_config
-from trainers.common.lora_files import find_lora, read_lora
-from trainers.common.lora_pipeline import load_pipeline
-from trainers.common.morphing import Morph, check_morph, evenly_distant
-from trainers.common.perceptual import load_perceptual
-from trainers.engine.animation import centred, contact_sheet, write_gif, write_mp4
+from trainers.common.autoencoder.latents import vae_config
+from trainers.common.autoencoder.options import latent_grid, perceptual_problem
+from trainers.common.autoencoder.perceptual import load_perceptual
+from trainers.common.lora.files import find_lora, read_lora
+from trainers.common.text_to_image.base_model import BaseModel, base_model_problems
 from trainers.engine.config.errors import Interrupted
-from trainers.engine.inference import find_device
-from trainers.engine.output_folder import output_folder
-from trainers.engine.picture_files import as_pil, save_picture, settings_of
-from trainers.engine.sampling_arguments import DTYPES, positive
+from trainers.inference.animation import centred, contact_sheet, write_gif, write_mp4
+from trainers.inference.arguments import DTYPES, positive
+from trainers.inference.fitting import Fitted, fit, size_between, unfit
+from trainers.inference.inversion import ddim_schedulers
+from trainers.inference.lora_pipeline import load_pipeline
+from trainers.inference.morphing import Morph, check_morph, evenly_distant
+from trainers.inference.output_folder import output_folder
+from trainers.inference.picture_files import as_pil, save_picture, settings_of
+from trainers.inference.saved_run import find_device
+from trainers.inference.single_picture import single_picture_lora
 
 SHEET_COLUMNS = 6
 

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 # threads that wait must not spin: on a busy machine a step would take 20 times as long
 export OMP_WAIT_POLICY=PASSIVE
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python scripts/probe_threads.py)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python scripts/benchmarks/probe_threads.py)}
 exec .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no \
     --num_cpu_threads_per_process "$OMP_NUM_THREADS" \
     train.py configs/digits.yaml base.resume_from_checkpoint=latest "$@"

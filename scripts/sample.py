@@ -22,17 +22,17 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from scripts.again import again
-from scripts.prompts import Drawing, add_prompt_arguments, is_pipeline, of_prompts, refuse_prompts, row_names
 from trainers.base import Trainer
-from trainers.common.stable_diffusion import StableDiffusionTrainer
-from trainers.engine.inference import SavedRun, load_trainer, open_run
-from trainers.engine.output_folder import output_folder
-from trainers.engine.picture_files import as_pil, save_picture, settings_of, write_settings
-from trainers.engine.sampling_arguments import add_sampling_arguments, overrides_of, positive
+from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.engine.validation.grids import grid_of, labelled_grid
 from trainers.engine.validation.metrics import spread
 from trainers.engine.validation.sampling import draw, evaluation_mode
+from trainers.inference.again import again
+from trainers.inference.arguments import add_sampling_arguments, overrides_of, positive
+from trainers.inference.output_folder import output_folder
+from trainers.inference.picture_files import as_pil, save_picture, settings_of, write_settings
+from trainers.inference.prompts import Drawing, add_prompt_arguments, is_pipeline, of_prompts, refuse_prompts, row_names
+from trainers.inference.saved_run import SavedRun, load_trainer, open_run
 
 BATCH_SIZE = 64  # pictures at once, where a task does not say
 GIF_FRAMES = 40  # at most, of the steps of the sampler

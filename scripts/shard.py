@@ -29,13 +29,13 @@ import datasets_lib
 from datasets_lib.dataset import ImageDataset
 from datasets_lib.shard_writing import SUFFIXES, Written, example_of, write_shard
 from datasets_lib.shards import FORMAT, INDEX, SETTINGS
-from trainers.common.latents import LatentSpace, encode, latents_problems
+from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.distributed.collectives import on_all, on_main
 from trainers.engine.run import lock
 from trainers.engine.run.files import flush
-from trainers.engine.sampling_arguments import DTYPES, positive
+from trainers.inference.arguments import DTYPES, positive
 
 
 def read_base(source: Path, overrides: list[str]) -> BaseConfig:

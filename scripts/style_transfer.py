@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets_lib.folder import EXTENSIONS
 from datasets_lib.images import read_picture
-from trainers.common.canny import canny
-from trainers.common.lora_files import find_lora, read_lora
-from trainers.common.lora_pipeline import (
+from trainers.common.lora.files import find_lora, read_lora
+from trainers.engine.run.randomness import SlotRandom
+from trainers.inference.arguments import positive
+from trainers.inference.canny import canny
+from trainers.inference.lora_pipeline import (
     add_loras,
     check_finite,
     check_negative_prompt,
@@ -32,12 +34,10 @@ from trainers.common.lora_pipeline import (
     parse_lora,
     weigh_loras,
 )
-from trainers.common.prompted_drawing import SAMPLERS, use_sampler
-from trainers.engine.inference import find_device
-from trainers.engine.output_folder import output_folder
-from trainers.engine.picture_files import as_pil, save_picture, settings_of
-from trainers.engine.run.randomness import SlotRandom
-from trainers.engine.sampling_arguments import positive
+from trainers.inference.output_folder import output_folder
+from trainers.inference.picture_files import as_pil, save_picture, settings_of
+from trainers.inference.prompted_drawing import SAMPLERS, use_sampler
+from trainers.inference.saved_run import find_device
 
 # what says how pictures look, beside the base, the ControlNet and the LoRAs
 OPTIONS = (

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.inference import AVERAGED, RAW, open_run
-from trainers.engine.sampling_arguments import add_sampling_arguments, overrides_of, positive, trainer_of
 from trainers.engine.validation.metrics import describe, measure, nearest, pictures_of, train_classifier
+from trainers.inference.arguments import add_sampling_arguments, overrides_of, positive, trainer_of
+from trainers.inference.saved_run import AVERAGED, RAW, open_run
 
 COLUMNS = {
     "class_accuracy": "recognised",

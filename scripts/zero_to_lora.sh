@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 # threads that wait must not spin: on a busy machine a step would take 20 times as long
 export OMP_WAIT_POLICY=PASSIVE
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python scripts/probe_threads.py)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python scripts/benchmarks/probe_threads.py)}
 overrides=("$@")
 
 train() { # STAGE SECTION.KEY=VALUE...: configs/zero_STAGE.yaml in OUTPUT/STAGE
@@ -39,10 +39,10 @@ once() { # FOLDER COMMAND...: unless FOLDER is there; the command makes FOLDER.p
 }
 
 mkdir -p "$out"
-once "$out/data" .venv/bin/python scripts/make_digits.py "$out/data.part"
+once "$out/data" .venv/bin/python scripts/data/make_digits.py "$out/data.part"
 train vae base.train_data_dir="$out/data/colors"
-once "$out/blank" .venv/bin/python scripts/make_base.py "$out/vae" configs/zero_base.yaml "$out/blank.part" \
+once "$out/blank" .venv/bin/python scripts/data/make_base.py "$out/vae" configs/zero_base.yaml "$out/blank.part" \
     --max-length 8 base.train_data_dir="$out/data/plain"
 train base base.train_data_dir="$out/data/plain" text_to_image.pretrained_model_name_or_path="$out/blank"
 train lora base.train_data_dir="$out/data/paper" lora.pretrained_model_name_or_path="$out/base"
-.venv/bin/python scripts/measure_style.py "$out/base" "$out/lora" ${fast:+--number 10}
+.venv/bin/python scripts/benchmarks/measure_style.py "$out/base" "$out/lora" ${fast:+--number 10}

@@ -24,7 +24,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["faulty", "train", "trainers.ddpm", "trainers.vae", "trainers.sd_lora", "trainers.text_to_image",
      "trainers.engine.checkpoint.saver", "trainers.engine.validation.evaluation", "trainers.engine.tracking.tracker",
-     "trainers.common.autoencoder_loss", "sklearn.datasets", "torchvision.utils", "huggingface_hub", "peft", "deepspeed",
+     "trainers.common.autoencoder.loss", "sklearn.datasets", "torchvision.utils", "huggingface_hub", "peft", "deepspeed",
      "transformers.models.clip.modeling_clip", "diffusers.optimization",
      "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"]
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""scripts/make_alphabet.py on real and broken fonts; the shipped configs, on small local data of the same layout."""
+"""scripts/data/make_alphabet.py on real and broken fonts; the shipped configs, on small local data of the same layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import ROOT, read_metrics
 from PIL import Image
 
 import datasets_lib
-from scripts import make_alphabet
+from scripts.data import make_alphabet
 from train import main
 from trainers.engine.config.config import load_config
 

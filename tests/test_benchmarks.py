@@ -1,4 +1,4 @@
-"""Tables of scripts/bench.py: what they count, and where they are written. Nothing here asserts a speed."""
+"""Tables of scripts/benchmarks/bench.py: what they count, and where they are written. Nothing here asserts a speed."""
 
 from __future__ import annotations
 
@@ -19,28 +19,34 @@ def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     document = tmp_path / "performance.md"
     document.write_text("before\n<!-- loop -->\nold\n<!-- end of loop -->\nafter\n")
-    path = report.write("loop", ROWS, "scripts/bench.py loop", document)
+    path = report.write("loop", ROWS, "scripts/benchmarks/bench.py loop", document)
     result = json.loads(path.read_text())
     assert result["rows"] == ROWS
     assert result["versions"]["torch"] == torch.__version__
     lines = document.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "old" not in lines
-    assert lines[2].startswith("`scripts/bench.py loop`: ")
+    assert lines[2].startswith("`scripts/benchmarks/bench.py loop`: ")
     assert lines[4:8] == [
         "| task | median ratio | ms per step |",
         "| --- | --- | --- |",
         "| ddpm | 0.988 | data 0.5, all 123 |",
         "| vae | 1 | data 1, all 1,234 |",
     ]
-    report.write("loop", [{"engine": "DDP", "held_mib": ("-", 2.5)}], "scripts/bench.py loop", document, "assumed much")
+    report.write(
+        "loop",
+        [{"engine": "DDP", "held_mib": ("-", 2.5)}],
+        "scripts/benchmarks/bench.py loop",
+        document,
+        "assumed much",
+    )
     lines = document.read_text().splitlines()
-    assert lines[2].startswith("`scripts/bench.py loop`: assumed much, torch ")
+    assert lines[2].startswith("`scripts/benchmarks/bench.py loop`: assumed much, torch ")
     assert lines[4:7] == ["| engine | held mib |", "| --- | --- |", "| DDP | - / 2.5 |"]
     with pytest.raises(
         ValueError, match="has no place for the table; write <!-- data --> and <!-- end of data --> where"
     ):
-        report.write("data", ROWS, "scripts/bench.py data", document)
+        report.write("data", ROWS, "scripts/benchmarks/bench.py data", document)
 
 
 @pytest.mark.parametrize("task", ["conditional_ddpm", "vae", "lora"])

@@ -368,7 +368,7 @@ def options(folder, tmp_path):
 @pytest.fixture
 def seen(monkeypatch):
     """The shapes of the latents of every batch that a loss is computed of in training."""
-    from trainers.common.stable_diffusion import StableDiffusionTrainer
+    from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 
     shapes, compute = [], StableDiffusionTrainer.compute_loss
 

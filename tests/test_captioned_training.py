@@ -13,7 +13,7 @@ from PIL import Image
 
 import datasets_lib
 from scripts import make_class_images
-from trainers.common.stable_diffusion import StableDiffusionTrainer
+from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 
 COLUMNS = ["caption", "mask", "original_size"]
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from train import main
 from trainers.common.class_pipeline import ClassConditionalPipeline
-from trainers.common.guidance import Guidance, noise_levels
-from trainers.common.sampling import build_sampler
+from trainers.common.diffusion.guidance import Guidance, noise_levels
+from trainers.common.diffusion.sampling import build_sampler
 from trainers.conditional_ddpm import ConditionalDDPMConfig, ConditionalDDPMTrainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import ConfigError, load_config

@@ -12,13 +12,13 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DM
 
 from train import main
 from trainers.common.class_pipeline import ClassConditionalPipeline
-from trainers.common.dit_transformer import PATCHES, build_dit, default_dit, dit_problems
+from trainers.common.diffusion.dit_transformer import PATCHES, build_dit, default_dit, dit_problems
 from trainers.common.model_files import Grid
 from trainers.dit import DiTConfig, DiTTrainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import ConfigError, load_config
-from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.run.randomness import SlotRandom
+from trainers.inference.saved_run import load_trainer, open_run
 
 TASK = "dit"
 TINY = "configs/tests/dit_transformer.json"

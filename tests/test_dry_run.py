@@ -147,7 +147,7 @@ def test_the_real_cadences_are_counted():
 
 
 def test_the_last_steps_are_run_on_examples_of_the_largest_bucket(dry_run, tmp_path, monkeypatch):
-    from trainers.common.stable_diffusion import StableDiffusionTrainer
+    from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 
     shapes, steps, compute = [], [], StableDiffusionTrainer.compute_loss
 

@@ -1,4 +1,4 @@
-"""scripts/make_emoji.py on fonts of coloured bitmaps that are made here; the autoencoders' configs on small data."""
+"""scripts/data/make_emoji.py on fonts of coloured bitmaps that are made here; the autoencoders' configs on small data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw
 
-from scripts import make_emoji
+from scripts.data import make_emoji
 from train import main
 
 PICTURES = {0x1F600: "red", 0x1F415: "green", 0x1F416: "green", 0x1F1E6: "blue", 0x1F3FB: "yellow", 0x41: "black"}

@@ -17,7 +17,7 @@ from scripts import evaluate, sample, sweep
 from train import main
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.config.config import ConfigError, load_config
-from trainers.engine.inference import load_trainer, open_run
+from trainers.inference.saved_run import load_trainer, open_run
 
 TASK = "conditional_ddpm"
 EVALUATION = {"base.eval_steps": 3, "base.eval_num_samples": 20, "base.validation_split": 0.1}

@@ -9,12 +9,12 @@ from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from test_resume import check_resume
 
 from trainers.common.class_pipeline import ClassConditionalPipeline
-from trainers.common.objective import RectifiedFlow
-from trainers.common.sampling import build_sampler, denoise
+from trainers.common.diffusion.objective import RectifiedFlow
+from trainers.common.diffusion.sampling import build_sampler, denoise
 from trainers.ddpm import DDPMConfig
 from trainers.engine.config.config import ConfigError, load_config
-from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.run.randomness import SlotRandom
+from trainers.inference.saved_run import load_trainer, open_run
 
 FLOW = {"objective": "rectified_flow", "time_shift": 2.0, "time_distribution": "logit_normal"}
 

@@ -16,12 +16,12 @@ import datasets_lib
 from datasets_lib.latents import INDEX
 from scripts import encode, evaluate, replay, sample
 from train import main
+from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.class_pipeline import ClassConditionalPipeline
-from trainers.common.latents import LatentSpace
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import ConfigError, load_config
-from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.run.randomness import SlotRandom
+from trainers.inference.saved_run import load_trainer, open_run
 
 TASK = "conditional_ddpm"
 

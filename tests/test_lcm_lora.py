@@ -13,16 +13,16 @@ from conftest import launch, losses
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 
 from train import main
-from trainers.common.consistency import ConsistencyObjective, Networks, guided
-from trainers.common.lora import lora_scaled
-from trainers.common.objective import Part
-from trainers.common.prompts import EMBEDS
+from trainers.common.diffusion.consistency import ConsistencyObjective, Networks, guided
+from trainers.common.diffusion.objective import Part
+from trainers.common.lora.adapters import lora_scaled
+from trainers.common.text_to_image.prompts import EMBEDS
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.encoders.stages import FrozenStages
-from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.validation.sampling import evaluation_mode
 from trainers.engine.validation.validation import Validation
+from trainers.inference.saved_run import load_trainer, open_run
 from trainers.lcm_lora import LCMLoRAConfig, LCMLoRATrainer
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import model
 
 from scripts import convert_lora, merge_lora
-from trainers.common import lora_files
-from trainers.common.lora_files import FILE_NAME, SETTINGS_KEY, adapter_settings, load_lora, read_about, save_lora
+from trainers.common.lora import files as lora_files
+from trainers.common.lora.files import FILE_NAME, SETTINGS_KEY, adapter_settings, load_lora, read_about, save_lora
 
 # linear and convolution, inside blocks and at the top, and one that occurs in both kinds of networks' names
 UNET = ["to_q", "to_k", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "conv_in", "time_emb_proj", "linear_1"]

@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from tiny_models import model
 
 from scripts import morph as script
-from scripts import sample, single_picture
-from trainers.common.fitting import fit, size_between, unfit
-from trainers.common.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
-from trainers.common.lora_files import save_lora
-from trainers.common.lora_pipeline import load_pipeline
-from trainers.common.morphing import Morph, SharedAttention, check_morph, evenly_distant
-from trainers.common.sampling import denoise
-from trainers.engine import animation
+from scripts import sample
+from trainers.common.diffusion.sampling import denoise
+from trainers.common.lora.files import save_lora
 from trainers.engine.config.errors import Interrupted
-from trainers.engine.picture_files import read_settings
+from trainers.inference import animation, single_picture
+from trainers.inference.fitting import fit, size_between, unfit
+from trainers.inference.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
+from trainers.inference.lora_pipeline import load_pipeline
+from trainers.inference.morphing import Morph, SharedAttention, check_morph, evenly_distant
+from trainers.inference.picture_files import read_settings
 
 PROMPTS = ("a photo of a cat", "a photo of a dog")
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

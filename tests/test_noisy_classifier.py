@@ -11,7 +11,7 @@ from conftest import read_metrics
 from diffusers import DDPMScheduler, UNet2DModel
 
 from train import main
-from trainers.common.guidance import ClassifierGuidance
+from trainers.common.diffusion.guidance import ClassifierGuidance
 from trainers.conditional_ddpm import ConditionalDDPMTrainer
 from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.run.randomness import SlotRandom

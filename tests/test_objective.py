@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from trainers.common.objective import DDPMObjective, Part, RectifiedFlow, Timesteps
+from trainers.common.diffusion.objective import DDPMObjective, Part, RectifiedFlow, Timesteps
 from trainers.engine.run.randomness import SlotRandom
 
 TYPES = ["epsilon", "sample", "v_prediction"]

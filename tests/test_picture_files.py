@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from trainers.engine.picture_files import read_settings, save_picture
+from trainers.inference.picture_files import read_settings, save_picture
 
 
 def test_a_picture_carries_its_settings(tmp_path):

@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import lora_file, model
 
 from scripts import merge_lora, sample
-from scripts.prompts import row_names
 from train import main
-from trainers.common.consistency import lcm_scheduler
-from trainers.common.lora_pipeline import parse_lora
-from trainers.common.prompted_drawing import for_pipelines
-from trainers.engine.inference import load_trainer, open_run
-from trainers.engine.picture_files import read_settings, save_picture
+from trainers.common.diffusion.consistency import lcm_scheduler
 from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.sampling import evaluation_mode
+from trainers.inference.lora_pipeline import parse_lora
+from trainers.inference.picture_files import read_settings, save_picture
+from trainers.inference.prompted_drawing import for_pipelines
+from trainers.inference.prompts import row_names
+from trainers.inference.saved_run import load_trainer, open_run
 
 CAT, DOG = "a photo of a cat", "a photo of a dog"
 BOTH = ["--prompt", CAT, "--prompt", DOG]

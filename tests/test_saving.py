@@ -11,7 +11,7 @@ from conftest import logged_steps, losses, read_metrics, start, wait_for
 from test_resume import final_state
 
 from train import main, train
-from trainers.common import lora_files
+from trainers.common.lora import files as lora_files
 from trainers.engine.checkpoint import saver as saving
 from trainers.engine.checkpoint import writer as checkpoint
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify

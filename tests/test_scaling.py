@@ -15,7 +15,7 @@ from scripts.benchmarks import engines, measured, predictions, scaling
 from scripts.benchmarks.counting import Network, Passes, bytes_of, count, passes_of, saving, units_of
 from scripts.benchmarks.predictions import CASES, dit_inputs
 from scripts.benchmarks.scaling import Collective, Hardware, exchanged, held, part, step
-from trainers.common.dit_transformer import build_dit
+from trainers.common.diffusion.dit_transformer import build_dit
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d
 

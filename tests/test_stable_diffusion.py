@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from train import main
-from trainers.common.base_model import BaseModel
-from trainers.common.prompts import EMBEDS, POOLED, Prompts, size_conditions
+from trainers.common.text_to_image.base_model import BaseModel
+from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, size_conditions
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.encoders.stages import FrozenStages
-from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.validation.sampling import evaluation_mode
 from trainers.engine.validation.validation import Validation
+from trainers.inference.saved_run import load_trainer, open_run
 from trainers.sd_lora import LoRAConfig, LoRATrainer
 from trainers.text_to_image import TextToImageConfig, TextToImageTrainer
 
@@ -374,7 +374,7 @@ def test_a_checkpoint_of_stable_diffusions_shape():
     """Weights and two moments of a rank-8 adapter, and never the 860 million weights of the UNet."""
     from diffusers import UNet2DConditionModel
 
-    from trainers.common.lora import add_lora
+    from trainers.common.lora.adapters import add_lora
     from trainers.engine.checkpoint.snapshot import snapshot
 
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(torch.bfloat16)
@@ -524,7 +524,7 @@ def test_a_changed_prediction_type_is_saved(run_in_process):
 def test_clip_score_against_its_definition(run_in_process):
     from transformers import CLIPModel, CLIPProcessor
 
-    from trainers.common.clip_score import ClipScore
+    from trainers.common.text_to_image.clip_score import ClipScore
 
     folder = tiny_models.model("clip")
     pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -737,7 +737,7 @@ def test_an_autoencoder_on_the_hub_keeps_its_precision(monkeypatch):
     """Its config says that half precision overflows; a file that is silent does not."""
     import diffusers
 
-    from trainers.common import latents
+    from trainers.common.autoencoder import latents
 
     base = BaseConfig(resolution=32, num_epochs=1, dataset="digits")
     for family, dtype in (("sdxl", torch.float32), ("sd1", torch.bfloat16)):

@@ -15,9 +15,9 @@ from scipy import ndimage
 from tiny_models import lora_file, model
 
 from scripts import merge_lora, sample, style_transfer
-from trainers.common.canny import canny
-from trainers.engine.picture_files import read_settings
 from trainers.engine.run.randomness import SlotRandom
+from trainers.inference.canny import canny
+from trainers.inference.picture_files import read_settings
 
 CAT = "a photo of a cat"
 

@@ -597,7 +597,7 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     }
     run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.1, "ddpm.snr_gamma": 5.0})
     assert readers.pop("trainers.engine.validation.means tolist") == 2  # validation metrics, raw and averaged
-    assert readers.pop("trainers.common.guidance tolist") == 1  # the noise levels, before the first step
+    assert readers.pop("trainers.common.diffusion.guidance tolist") == 1  # the noise levels, before the first step
     assert readers.pop("trainers.engine.optim.nonfinite tolist") == 6  # of copies on the host, once the device is done
     assert readers.pop("trainers.engine.checkpoint.snapshot tolist") == 1  # one save
     assert readers.pop("trainers.engine.optim.optimizer item") == 6  # where the device is the CPU, which has no queue

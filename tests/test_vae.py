@@ -22,11 +22,11 @@ import datasets_lib
 from scripts import evaluate, sample
 from train import main, train
 from trainers.base import Section
-from trainers.common.autoencoder import AutoencoderKL, LatentStatistics, latent_moments
+from trainers.common.autoencoder.autoencoder import AutoencoderKL, LatentStatistics, latent_moments
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import ConfigError, load_config
-from trainers.engine.inference import load_trainer, open_run
 from trainers.engine.run.randomness import SlotRandom
+from trainers.inference.saved_run import load_trainer, open_run
 from trainers.vae import VAEConfig, VAETrainer
 
 CONFIG = "configs/tests/vae.json"

@@ -14,12 +14,12 @@ from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import get_model, vgg16
 
-from scripts.research_loss import perceptual_term, research_loss
-from trainers.common import adversarial
-from trainers.common.autoencoder_config import perceptual_problem, smallest_picture
-from trainers.common.autoencoder_loss import AutoencoderLoss, quality
-from trainers.common.discriminator import LogitAverages, PatchDiscriminator
-from trainers.common.perceptual import load_perceptual
+from scripts.benchmarks.research_loss import perceptual_term, research_loss
+from trainers.common.autoencoder import adversarial
+from trainers.common.autoencoder.discriminator import LogitAverages, PatchDiscriminator
+from trainers.common.autoencoder.loss import AutoencoderLoss, quality
+from trainers.common.autoencoder.options import perceptual_problem, smallest_picture
+from trainers.common.autoencoder.perceptual import load_perceptual
 from trainers.vae import VAEConfig
 
 CPU = torch.device("cpu")
@@ -406,7 +406,7 @@ def test_frozen_parameters_stay_frozen_and_come_back_after_an_error():
 
 
 def test_the_perceptual_term_of_the_research_script_has_no_gradient():
-    """What scripts/compare_autoencoders.py trains with: its gradient is the one without that term, ours is not."""
+    """What scripts/benchmarks/compare_autoencoders.py trains with: its gradient is the one without that term, ours is not."""
     distance = load_perceptual("ms_ssim", 16)
     images, reconstruction = pictures(), pictures().requires_grad_()
     assert not perceptual_term(distance, reconstruction, images).requires_grad

@@ -1,4 +1,4 @@
-"""From nothing to a LoRA: the pictures that scripts/make_digits.py writes, all stages in a few steps, and the judges."""
+"""From nothing to a LoRA: the pictures that scripts/data/make_digits.py writes, all stages in a few steps, and the judges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from scripts import make_base, make_digits, measure_steps, measure_style
+from scripts.benchmarks import measure_steps, measure_style
+from scripts.data import make_base, make_digits
 from train import main
 from trainers.engine.config.config import load_config
 

@@ -40,7 +40,7 @@ def lora_file(folder, family="sd1", seed=0, **settings):
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
-    from trainers.common.lora_files import save_lora
+    from trainers.common.lora.files import save_lora
 
     unet = UNet2DConditionModel.from_pretrained(model(family) / "unet")
     torch.manual_seed(seed)
@@ -152,7 +152,7 @@ def _text(folder, kind):
 
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    from scripts.make_base import build_text_encoder, write_tokenizer
+    from scripts.data.make_base import build_text_encoder, write_tokenizer
 
     torch.manual_seed(2 if kind == "CLIPTextModel" else 3)
     tokenizer = write_tokenizer(folder, CAPTIONS, max_length=16)

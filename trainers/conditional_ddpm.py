@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.common.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
+from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.base import RandomSource
-from trainers.common.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
+from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 
 if TYPE_CHECKING:
     from torch import Tensor

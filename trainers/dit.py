@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainers.common.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
-from trainers.common.dit_transformer import build_dit, dit_problems
+from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
+from trainers.common.diffusion.dit_transformer import build_dit, dit_problems
 from trainers.common.model_files import Grid
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.base import NonNegativeFloat, Positive, PositiveFloat, Section
-from trainers.common.lora_training import ATTENTION, AdapterConfig, AdapterTrainer
-from trainers.common.stable_diffusion_objective import Learned
+from trainers.common.lora.training import ATTENTION, AdapterConfig, AdapterTrainer
+from trainers.common.text_to_image.objective import Learned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainers.common.consistency import Networks
-    from trainers.common.guidance import Condition
+    from trainers.common.diffusion.consistency import Networks
+    from trainers.common.diffusion.guidance import Condition
 
 # all that computes in the UNet but its first and last layer, as the published adapters have it
 EVERYWHERE = [
@@ -69,7 +69,7 @@ class LCMLoRATrainer(AdapterTrainer):
     )
 
     def build_objective(self) -> Learned:
-        from trainers.common.consistency import ConsistencyObjective, lcm_scheduler
+        from trainers.common.diffusion.consistency import ConsistencyObjective, lcm_scheduler
 
         config, base_model = self.config, self.base_model
         huber_c = config.huber_c if config.loss_type == "huber" else None
@@ -83,8 +83,8 @@ class LCMLoRATrainer(AdapterTrainer):
     def _asking(self, condition: Condition) -> Networks:
         import torch
 
-        from trainers.common.consistency import Networks
-        from trainers.common.lora import lora_scaled
+        from trainers.common.diffusion.consistency import Networks
+        from trainers.common.lora.adapters import lora_scaled
 
         empty = {name: rows.to(condition[name].dtype).expand_as(condition[name]) for name, rows in self.empty().items()}
         both = {name: torch.cat([rows, empty.get(name, rows)]) for name, rows in condition.items()}
@@ -103,8 +103,8 @@ class LCMLoRATrainer(AdapterTrainer):
     @classmethod
     def load_pipeline(cls, output_dir: str | Path) -> Any:
         """The base model with the adapter and LCM's scheduler."""
-        from trainers.common.consistency import lcm_scheduler
-        from trainers.common.lora_files import read_about
+        from trainers.common.diffusion.consistency import lcm_scheduler
+        from trainers.common.lora.files import read_about
 
         pipeline, steps = super().load_pipeline(output_dir), int(read_about(Path(output_dir))["num_ddim_timesteps"])
         pipeline.scheduler = lcm_scheduler(pipeline.scheduler, steps)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainers.base import Positive, RandomSource, Trainer
-from trainers.common.classes import count_classes, labels_of
-from trainers.common.latents import images_of
+from trainers.common.autoencoder.latents import images_of
+from trainers.common.diffusion.classes import count_classes, labels_of
+from trainers.common.diffusion.pixel_diffusion import NoisyPixelsConfig, build_schedule
 from trainers.common.model_files import Grid
-from trainers.common.pixel_diffusion import NoisyPixelsConfig, build_schedule
 from trainers.common.unet2d import build_unet2d
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainers.base import Section
-from trainers.common.lora_training import AdapterConfig, AdapterTrainer, target_problems
+from trainers.common.lora.training import AdapterConfig, AdapterTrainer, target_problems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +39,7 @@ class LoRATrainer(AdapterTrainer):
     task = "lora"
 
     def add_adapters(self) -> dict[str, nn.Module]:
-        from trainers.common.lora import add_lora
+        from trainers.common.lora.adapters import add_lora
 
         config, networks = self.config, super().add_adapters()
         for name in self.base_model.text_encoder_names if config.train_text_encoder else ():

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trainers.base import PositiveFloat, Section
-from trainers.common.stable_diffusion import StableDiffusionTrainer
-from trainers.common.stable_diffusion_config import StableDiffusionConfig
-from trainers.common.stable_diffusion_objective import Learned, build_flow
-from trainers.common.unet2d_condition import build_unet, unet_problems
+from trainers.common.text_to_image.objective import Learned, build_flow
+from trainers.common.text_to_image.options import StableDiffusionConfig
+from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
+from trainers.common.text_to_image.unet2d_condition import build_unet, unet_problems
 
 if TYPE_CHECKING:
     from torch import nn

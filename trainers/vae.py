@@ -17,7 +17,8 @@ from trainers.base import (
     Trainer,
     TrainerConfig,
 )
-from trainers.common.autoencoder_config import (
+from trainers.common.autoencoder.latents import images_of
+from trainers.common.autoencoder.options import (
     autoencoder_problems,
     build_autoencoder,
     latent_grid,
@@ -25,14 +26,13 @@ from trainers.common.autoencoder_config import (
     perceptual_problem,
     smallest_picture,
 )
-from trainers.common.latents import images_of
+from trainers.common.diffusion.sampling import to_unit_range
 from trainers.common.model_files import Grid
-from trainers.common.sampling import to_unit_range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trainers.common.autoencoder import LatentStatistics
+    from trainers.common.autoencoder.autoencoder import LatentStatistics
 
 ADVERSARIAL = (
     "adversarial_weight", "adversarial_start_step", "adaptive_weight", "discriminator_layers",
@@ -127,8 +127,8 @@ class VAETrainer(Trainer):
     latent_statistics: LatentStatistics | None = None  # of the newest validation
 
     def init_modules(self) -> dict[str, nn.Module]:
-        from trainers.common.autoencoder_loss import AutoencoderLoss
-        from trainers.common.discriminator import PatchDiscriminator
+        from trainers.common.autoencoder.discriminator import PatchDiscriminator
+        from trainers.common.autoencoder.loss import AutoencoderLoss
 
         config, grid = self.config, Grid.of(self.base)
         if config.pretrained_model_name_or_path is None:
@@ -166,7 +166,7 @@ class VAETrainer(Trainer):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _adversarial(self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int) -> Any:
-        from trainers.common.adversarial import adversarial_losses
+        from trainers.common.autoencoder.adversarial import adversarial_losses
 
         networks = self.modules["discriminator"], self.raw("discriminator").averages
         last_layer = self.raw("vae").decoder.conv_out.weight
@@ -174,8 +174,8 @@ class VAETrainer(Trainer):
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """The loss without its adversarial part, its terms, PSNR and SSIM, all with the posterior's mode."""
-        from trainers.common.autoencoder import latent_moments
-        from trainers.common.autoencoder_loss import quality
+        from trainers.common.autoencoder.autoencoder import latent_moments
+        from trainers.common.autoencoder.loss import quality
 
         images = batch["image"]
         reconstruction, moments = self.modules["vae"](images)
@@ -186,7 +186,7 @@ class VAETrainer(Trainer):
 
     def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
         """The latents' standard deviations, per channel and over all, in place of their mean squares."""
-        from trainers.common.autoencoder import LatentStatistics
+        from trainers.common.autoencoder.autoencoder import LatentStatistics
 
         self.latent_statistics = LatentStatistics(means)
         kept = {name: value for name, value in means.items() if not name.startswith("latent_square/")}
@@ -238,12 +238,12 @@ class VAETrainer(Trainer):
 
     def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """What the scaling factor is estimated from."""
-        from trainers.common.autoencoder import latent_moments
+        from trainers.common.autoencoder.autoencoder import latent_moments
 
         return latent_moments(self.modules["vae"](batch["image"], decode=False)[1])
 
     def save_pipeline(self, output_dir: Path) -> None:
-        from trainers.common.autoencoder import LatentStatistics
+        from trainers.common.autoencoder.autoencoder import LatentStatistics
 
         vae = self.raw("vae")
         if self.statistics:

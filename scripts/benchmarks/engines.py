@@ -18,7 +18,7 @@ from scripts.benchmarks.measured import ENGINES
 from scripts.benchmarks.predictions import dit_inputs, timesteps
 from scripts.benchmarks.runs import in_processes
 from scripts.benchmarks.scaling import GLOO, Collective, Hardware, activations, exchanged, flops_of, held, step
-from trainers.common.dit_transformer import build_dit
+from trainers.common.diffusion.dit_transformer import build_dit
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import datasets_lib
 from scripts.benchmarks.runs import DEVICE, configured, in_turns, synchronize

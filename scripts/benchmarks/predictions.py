@@ -10,9 +10,9 @@ from torch import Tensor
 
 from scripts.benchmarks.counting import Inputs, Network, count
 from scripts.benchmarks.scaling import FLOAT, Hardware, activations, exchanged, flops_of, held, step
-from trainers.common.dit_transformer import build_dit
+from trainers.common.diffusion.dit_transformer import build_dit
 from trainers.common.model_files import Grid
-from trainers.common.unet2d_condition import build_unet
+from trainers.common.text_to_image.unet2d_condition import build_unet
 
 # the precision of the passes, by engine
 ENGINES = {"DDP": "autocast", "FSDP2": "bf16", "ZeRO-2": "autocast", "ZeRO-3": "autocast"}

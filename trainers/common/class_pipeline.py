@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from trainers.common.guidance import Condition, Guidance, noise_levels
-from trainers.common.latents import decode
-from trainers.common.sampling import build_sampler, to_unit_range
+from trainers.common.autoencoder.latents import decode
+from trainers.common.diffusion.guidance import Condition, Guidance, noise_levels
+from trainers.common.diffusion.sampling import build_sampler, to_unit_range
 
 
 class ClassConditionalPipeline(DiffusionPipeline):

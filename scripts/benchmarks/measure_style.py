@@ -1,0 +1,168 @@
+"""Measures what a text-to-image model and its LoRA draw: scripts/benchmarks/measure_style.py BASE_RUN LORA_RUN
+
+Both runs were trained on captions of labelled pictures, the LoRA's in a style of its own. Support vector machines on
+these pictures judge as many drawings of each model, by diffusers' pipeline: whether they show what the caption asked
+for, whether they are in the LoRA's style, and, by the shapes alone without colours, whether these are. What each judge
+gets right on held-out real pictures stands beside it. Prints JSON and writes it with a grid (in each pair of rows the
+base above, the LoRA below) to LORA_RUN/evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import datasets_lib
+from trainers.engine.config.config import RunConfig
+from trainers.engine.validation.grids import grid_of
+from trainers.engine.validation.metrics import Described, class_accuracy, describe, pictures_of, train_classifier
+from trainers.inference.arguments import positive
+from trainers.inference.saved_run import open_run
+
+CPU = torch.device("cpu")
+ROWS = 2  # pairs of rows in the grid
+ZOOM = 3  # of its pictures
+GAP = 2  # pixels between them
+
+
+class Real(NamedTuple):
+    """Pictures that a run was trained on, all of them, and those held out."""
+
+    train: Described
+    held_out: Described
+    captions: dict[int, str]  # by label
+
+    @classmethod
+    def of(cls, run: RunConfig) -> Real:
+        """Raises ValueError where the pictures have no labels, or none are held out."""
+        if run.base.validation_split is None:
+            raise ValueError(f"{run.base.output_dir}: base.validation_split = null: judges need held-out pictures")
+        train, held_out = (datasets_lib.build(run.base, split) for split in ("train", "validation"))
+        examples = [held_out.without_image(number, None) for number in range(len(held_out))]
+        if "label" not in examples[0]:
+            raise ValueError(f"{run.base.output_dir}: its pictures have no labels; judges need them")
+        captions = {example["label"]: example["caption"] for example in examples}
+        sets = (describe(pictures_of(each, list(range(len(each))), 100), CPU) for each in (train, held_out))
+        return cls(*sets, dict(sorted(captions.items())))
+
+
+class Judge:
+    """A support vector machine on real pictures, and the part of the held-out ones that it gets right."""
+
+    def __init__(self, train: Described, held_out: Described) -> None:
+        self.recognise = train_classifier(train)
+        self.held_out = class_accuracy(self(held_out.thumbnails), held_out.labels)["class_accuracy"]
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return self.recognise(pictures.flatten(1))
+
+
+def either(base: Tensor, styled: Tensor) -> Described:
+    """Pictures of both kinds, labelled 0 and 1."""
+    return describe([(rows, torch.full((len(rows),), label)) for label, rows in enumerate((base, styled))], CPU)
+
+
+def shapes(pictures: Tensor) -> Tensor:
+    """What differs from the corners' colour, from 0 to 1 in each picture: [N, C, H, W] -> [N, 1, H, W]."""
+    corners = pictures[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].median(2).values
+    distance = (pictures - corners[:, :, None, None]).norm(dim=1, keepdim=True)
+    return distance / distance.amax((2, 3), keepdim=True).clamp(min=1e-6)
+
+
+def draw(pipeline: Any, prompts: list[str], seed: int, batch_size: int, **options: Any) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1]; each depends on its prompt, its number and the seed."""
+    drawn = []
+    for first in tqdm(range(0, len(prompts), batch_size), desc="drawing"):
+        asked = prompts[first : first + batch_size]
+        numbers = range(first, first + len(asked))
+        generators = [torch.Generator().manual_seed(seed * len(prompts) + number) for number in numbers]
+        drawn.append(pipeline(asked, generator=generators, output_type="pt", **options).images.float())
+    return torch.cat(drawn)
+
+
+def measure(base: Real, style: Real, drawn: Tensor, styled: Tensor, labels: Tensor) -> dict[str, float]:
+    """The base's pictures `drawn` and the LoRA's `styled` before all judges."""
+    own, others = Judge(*base[:2]), Judge(*style[:2])
+    kinds = [either(a.thumbnails, b.thumbnails) for a, b in zip(base[:2], style[:2], strict=True)]
+    of_style = Judge(*kinds)
+    kinds = [either(shapes(a.thumbnails), shapes(b.thumbnails)) for a, b in zip(base[:2], style[:2], strict=True)]
+    of_shape = Judge(*kinds)
+    found: dict[str, float] = {}
+    for name, judge, pictures in (("base", own, drawn), ("lora", others, styled)):
+        accuracy = class_accuracy(judge(pictures), labels)
+        found |= {f"{name}_accuracy": accuracy["class_accuracy"], f"{name}_worst": accuracy["worst_class_accuracy"]}
+        found[f"{name}_judge_held_out"] = judge.held_out
+    for name, judge, seen in (("styled", of_style, lambda rows: rows), ("styled_shape", of_shape, shapes)):
+        found |= {name: _part(judge(seen(styled))), f"base_{name}": _part(judge(seen(drawn)))}
+        found[f"{name}_judge_held_out"] = judge.held_out
+    return found
+
+
+def _part(votes: Tensor) -> float:
+    return votes.double().mean().item()
+
+
+def pairs(drawn: Tensor, styled: Tensor, captions: list[str]) -> Tensor:
+    """A column per caption, below each other the base's and the LoRA's pictures of the same noise."""
+    rows = torch.stack([drawn, styled], 1).unflatten(0, (-1, len(captions)))[:ROWS]  # [R, captions, 2, C, H, W]
+    rows = rows.permute(1, 3, 0, 2, 4, 5).repeat_interleave(ZOOM, 4).repeat_interleave(ZOOM, 5)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, GAP), value=1.0)
+    return grid_of([rows.flatten(2, 4)], len(captions), captions)
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+    """All numbers, and the grid."""
+    saved = [open_run(path) for path in (arguments.base, arguments.lora)]
+    configs = [each.config(["base.max_train_samples=null"]) for each in saved]
+    base, style = (Real.of(config) for config in configs)
+    captions = list(base.captions.values())
+    rounds = -(-arguments.number // len(captions))
+    labels, config = torch.tensor(list(base.captions) * rounds), configs[1].config
+    how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+
+    pipeline = DiffusionPipeline.from_pretrained(saved[0].folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def drawing(**options: Any) -> Tensor:
+        return draw(pipeline, captions * rounds, arguments.seed, arguments.batch_size, **how, **options)
+
+    drawn = drawing()
+    pipeline.load_lora_weights(saved[1].folder)
+    styled, without = drawing(), drawing(cross_attention_kwargs={"scale": 0.0})
+    metrics = {"pictures": len(drawn), **measure(base, style, drawn, styled, labels)}
+    return metrics | {"scale_0_is_base": torch.equal(without, drawn)}, pairs(drawn, styled, captions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="a finished text_to_image run")
+    parser.add_argument("lora", type=Path, help="a finished lora run on it")
+    parser.add_argument("--number", type=positive, default=500, help="of drawings, captions equally often")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=positive, default=50, help="drawings at once")
+    parser.add_argument("--output-dir", type=Path, help="default: LORA_RUN/evaluation")
+    arguments = parser.parse_args()
+    try:
+        metrics, picture = run(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    folder = arguments.output_dir or arguments.lora / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    save_image(picture, folder / "base_and_lora.png")
+    print(json.dumps(metrics, indent=1))
+
+
+if __name__ == "__main__":
+    main()

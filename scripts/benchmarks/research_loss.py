@@ -1,0 +1,51 @@
+"""The objective of diffusers' research script for autoencoders, written anew from its behaviour, to compare with.
+
+Only compare_autoencoders.py and the tests use it. What it does (train_autoencoderkl.py, read in November 2026):
+sums over pixels, a perceptual distance that is added to every pixel but computed without gradient, a discriminator that
+is never updated, and an autoencoder that is updated in every other step only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def perceptual_term(distance: Distance, reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Its perceptual distance: a constant to the autoencoder."""
+    with torch.no_grad():
+        return distance(reconstruction, images)
+
+
+def research_loss(
+    vae: nn.Module,
+    discriminator: nn.Module,
+    distance: Distance,
+    images: Tensor,
+    noise: Tensor,
+    step: int,
+    start_step: int,
+    kl_scale: float = 1e-6,
+    discriminator_scale: float = 1.0,
+) -> Tensor | None:
+    """The autoencoder's loss in a step; None in the steps that leave it alone."""
+    if step % 2 and step >= start_step:
+        return None
+    reconstruction, moments = vae(images, noise)
+    mean, logvar = moments.chunk(2, dim=1)
+    perceptual = perceptual_term(distance, reconstruction, images).reshape(-1, 1, 1, 1)
+    errors = functional.l1_loss(reconstruction, images, reduction="none") + perceptual
+    summed = errors.sum() / len(images)
+    kl = (mean.square() + logvar.exp() - 1 - logvar).sum() / 2 / len(images)
+    loss = summed + kl_scale * kl
+    if step >= start_step:
+        adversarial = -discriminator(reconstruction).mean()
+        last_layer = vae.decoder.conv_out.weight
+        norms = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm() for term in (summed, adversarial)]
+        loss = loss + discriminator_scale * (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * adversarial
+    return loss

@@ -1,0 +1,63 @@
+"""What an autoencoder is trained on beside a discriminator, and how its pictures are measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from trainers.common.autoencoder.options import SSIM_WINDOW
+from trainers.common.autoencoder.perceptual import load_perceptual
+
+
+class AutoencoderLoss:
+    """Reconstruction, perceptual distance and KL of examples, as the options of the section `vae` say."""
+
+    def __init__(self, config: Any, resolution: int, device: torch.device) -> None:
+        self.config = config
+        self.perceptual = None
+        if config.perceptual_loss is not None:
+            self.perceptual = load_perceptual(config.perceptual_loss, resolution).to(device)
+
+    def distances(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """How far each reconstruction [B, C, H, W] is from its picture, [B]: by pixels, and as a network sees it."""
+        kind, choice = self.config.reconstruction_loss, {"reduction": "none"}
+        if kind == "huber":
+            errors = functional.huber_loss(reconstruction, images, **choice, delta=self.config.huber_delta)
+        else:
+            errors = (functional.l1_loss if kind == "l1" else functional.mse_loss)(reconstruction, images, **choice)
+        distances = {"reconstruction": errors.mean((1, 2, 3))}
+        if self.perceptual is not None:
+            distances["perceptual"] = self.perceptual(reconstruction, images)
+        return distances
+
+    def weighted(self, distances: dict[str, Tensor]) -> Tensor:
+        return distances["reconstruction"] + self.config.perceptual_weight * distances.get("perceptual", 0.0)
+
+    def kl(self, moments: Tensor) -> Tensor:
+        """The KL of posteriors to the standard normal distribution in nats, summed over the latents, [B]."""
+        return DiagonalGaussianDistribution(moments).kl()
+
+    def kl_weight(self, step: int) -> float:
+        """The weight in a step, which rises; 0 where the encoder is frozen, and the KL with it."""
+        if self.config.decoder_only:
+            return 0.0
+        warmup = self.config.kl_warmup_steps
+        return self.config.kl_weight * (min(1.0, step / warmup) if warmup else 1.0)
+
+
+def quality(images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+    """PSNR in dB and SSIM of pictures [B, C, H, W] in [-1, 1], as 8-bit files would hold them but unrounded, [B].
+
+    Without SSIM where its window does not fit.
+    """
+    pictures = [(pixels / 2 + 0.5).clamp(0, 1) for pixels in (reconstruction, images)]
+    metrics = {"psnr": peak_signal_noise_ratio(*pictures, data_range=1.0, reduction="none", dim=(1, 2, 3))}
+    if images.shape[-1] > SSIM_WINDOW:
+        found = structural_similarity_index_measure(*pictures, data_range=1.0, reduction="none")
+        metrics["ssim"] = found.reshape(len(images))
+    return metrics

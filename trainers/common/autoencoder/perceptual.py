@@ -1,0 +1,155 @@
+"""Distances of pictures that see structure instead of pixels: LPIPS, a torchvision network's features, SSIM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers.common.autoencoder.options import ALLOWED, SSIM_WINDOW
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # per scale, of the paper (Wang et al. 2003)
+
+
+def load_perceptual(spec: str, resolution: int) -> nn.Module:
+    """The distance of `perceptual_loss`: (pictures, pictures), each [B, C, H, W] in [-1, 1], -> [B].
+
+    Frozen, in float32; a gradient goes through to the pictures. Raises ValueError where its weights cannot be had.
+    """
+    name, _, file = spec.partition(":")
+    distance = MultiScaleSSIM(resolution) if spec == "ms_ssim" else None
+    if name == "lpips":
+        distance = LPIPS(file or None)
+    return (distance or FeatureDistance(name, file, resolution)).eval().requires_grad_(False)
+
+
+class MultiScaleSSIM(nn.Module):
+    """1 - MS-SSIM over as many scales as fit, at most five; in [0, 1]."""
+
+    def __init__(self, resolution: int) -> None:
+        super().__init__()
+        # the window must fit into the smallest scale, and what torchmetrics asks for is more for three scales and more
+        fitting = [s for s in range(5) if min(resolution >> s, resolution // max(1, s * s)) >= SSIM_WINDOW]
+        weights = MS_SSIM_WEIGHTS[: len(fitting)]
+        self.weights = tuple(weight / sum(weights) for weight in weights)
+
+    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
+        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+        # "simple" maps a scale's similarity to [0, 1]: cut off at 0, its power would have an infinite gradient there
+        similarity = multiscale_structural_similarity_index_measure(
+            pictures / 2 + 0.5,
+            others / 2 + 0.5,
+            data_range=1.0,
+            betas=self.weights,
+            reduction="none",
+            normalize="simple",
+        )
+        return 1 - similarity
+
+
+class LPIPS(nn.Module):
+    """LPIPS of VGG16 (arXiv 1801.03924): torchmetrics' network, whose heads come with it."""
+
+    def __init__(self, file: str | None) -> None:
+        super().__init__()
+        from torchmetrics.functional.image.lpips import _LPIPS
+
+        try:
+            self.network = _LPIPS(net="vgg", pnet_rand=file is not None)
+        except OSError as error:  # urllib's errors are OSErrors
+            raise ValueError(
+                f"perceptual_loss = lpips: VGG16's weights cannot be downloaded ({error}); fetch vgg16-397923af.pth "
+                f"where there is a network and give it as lpips:FILE; allowed: {ALLOWED}"
+            ) from None
+        if file is not None:
+            weights = read_weights("lpips", file)
+            slices = {key: self.network.net.get_parameter(key) for key, _ in self.network.net.named_parameters()}
+            put_weights("lpips", file, slices, {key: f"features.{key.partition('.')[2]}" for key in slices}, weights)
+
+    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
+        return self.network(_in_color(pictures), _in_color(others)).flatten()
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS without trained heads: features of unit length, their squared difference, the mean over positions.
+
+    Summed over the last activation at each size that the network reaches, down to 2 pixels.
+    """
+
+    def __init__(self, name: str, file: str, resolution: int) -> None:
+        super().__init__()
+        from torchvision.models import get_model, get_model_weights
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        network = get_model(name, weights=None).eval()
+        self.network = create_feature_extractor(network, _last_of_each_size(network, resolution))
+        own = self.network.state_dict()  # without the head, which a file may lack
+        put_weights(name, file, own, {key: key for key in own}, read_weights(name, file))
+        preset = get_model_weights(name).DEFAULT.transforms()
+        for key, values in (("mean", preset.mean), ("std", preset.std)):
+            self.register_buffer(key, torch.tensor(values)[:, None, None])
+
+    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
+        features, of_others = [
+            self.network((_in_color(x) / 2 + 0.5 - self.mean) / self.std) for x in (pictures, others)
+        ]
+        distances = [_unit(rows) - _unit(of_others[node]) for node, rows in features.items()]
+        return sum(distance.square().sum(1).mean((1, 2)) for distance in distances)
+
+
+def _last_of_each_size(network: nn.Module, resolution: int) -> list[str]:
+    """The activations behind which pictures of this size get smaller; those of one pixel are left out."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    nodes = get_graph_node_names(network)[1][1:]  # the first is the picture
+    with torch.no_grad():
+        found = create_feature_extractor(network, nodes)(torch.zeros(1, 3, resolution, resolution))
+    last: dict[int, str] = {}
+    for node, rows in found.items():
+        if rows.ndim == 4 and 1 < rows.shape[-1] <= min(last, default=resolution):  # a head's pooling may enlarge
+            last[rows.shape[-1]] = node
+    return list(last.values())
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
+
+
+def _in_color(pictures: Tensor) -> Tensor:
+    return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
+
+
+def read_weights(name: str, file: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file, which is not unpickled; ValueError where it holds something else."""
+    from safetensors.torch import load_file
+
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"perceptual_loss = {name}:{file}: no file of weights ({reason})") from None
+    if not isinstance(weights, dict):
+        raise ValueError(f"perceptual_loss = {name}:{file}: holds a {type(weights).__name__}, expected named weights")
+    return weights
+
+
+@torch.no_grad()
+def put_weights(
+    name: str, file: str, own: dict[str, Tensor], names_in_file: dict[str, str], weights: dict[str, Any]
+) -> None:
+    """Copies the weights of a file; ValueError where one is not there or has another shape."""
+    for key, tensor in own.items():
+        found = weights.get(names_in_file[key])
+        if key.endswith("num_batches_tracked"):  # older files lack it, and it matters in training only
+            continue
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            shape = list(found.shape) if isinstance(found, Tensor) else "missing"
+            raise ValueError(
+                f"perceptual_loss = {name}:{file}: not the weights of torchvision's {name.replace('lpips', 'vgg16')}: "
+                f"{names_in_file[key]} is {shape}, expected {list(tensor.shape)}"
+            )
+        tensor.copy_(found)

@@ -1,0 +1,166 @@
+"""What class-conditional diffusion shares: labels and their dropout, guidance, pictures by class, the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.common.autoencoder.latents import LatentSpace, latents_problems, vae_config
+from trainers.common.autoencoder.options import latent_grid
+from trainers.common.diffusion.classes import count_classes, labels_of
+from trainers.common.diffusion.guidance import ClassifierGuidance, Condition, Guidance, classifier_problems
+from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
+from trainers.common.model_files import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ClassNumber = Annotated[int, Bounds(0)]
+
+
+@dataclass(kw_only=True)
+class ClassDiffusionConfig(PixelDiffusionConfig):
+    """Latents, classes and guidance."""
+
+    passive: ClassVar[tuple[str, ...]] = (
+        *PixelDiffusionConfig.passive, "guidance_scale", "guidance_rescale", "guidance_interval", "valid_classes",
+        "classifier", "classifier_scale",
+    )  # fmt: skip
+
+    vae: str | None = None  # a finished vae run, or a hub name of an AutoencoderKL: diffuse its latents; null: pixels
+    num_classes: Positive | None = None  # null: as many as the data set names
+    label_dropout: Fraction = 0.1  # part of the examples whose class is hidden in training
+    guidance_scale: NonNegativeFloat = 1.0  # of the pictures at validations; 1: conditional alone, 0: no class
+    guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
+    guidance_interval: list[float] | None = None  # [low, high] of the noise level sigma to guide in; null: all
+    classifier: str | None = None  # a finished noisy_classifier run, for classifier guidance; null: none
+    classifier_scale: PositiveFloat = 1.0  # how strongly it guides, beside or instead of guidance_scale
+    valid_classes: list[str | ClassNumber] | None = None  # one column each, by name or number; null: all classes
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        if self.vae is not None:
+            yield from (("vae", problem) for problem in latents_problems(self.vae))
+            if self.classifier is not None:
+                yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
+        if self.classifier is not None and self.objective == "rectified_flow":
+            yield "classifier", "has seen another noise than a flow's; leave it null"
+        interval = self.guidance_interval
+        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+            yield "guidance_interval", "must be [low, high] with 0 <= low < high"
+        for option in ("guidance_rescale", "guidance_interval"):
+            if getattr(self, option) and self.guidance_scale in (0.0, 1.0):
+                yield option, "has an effect with a guidance_scale other than 0 and 1 only"
+        if self.classifier is None and self.classifier_scale != 1.0:
+            yield "classifier_scale", "has an effect with classifier only"
+        if self.classifier is not None:
+            yield from (("classifier", problem) for problem in classifier_problems(self.classifier, base))
+        if self.valid_classes == []:
+            yield "valid_classes", "must name at least one class, or be null"
+
+    def seen(self, base: Section) -> Grid | None:
+        settings = vae_config(self.vae) if self.vae is not None else None
+        return super().seen(base) if self.vae is None else settings and latent_grid(settings, base.resolution)
+
+
+class ClassDiffusionTrainer(PixelDiffusionTrainer):
+    """Trains a network that is told a class, or the number after the last one for "no class"; a task says which."""
+
+    config: ClassDiffusionConfig
+    task: ClassVar[str]  # the section's name, for messages
+    classifier: ClassifierGuidance | None = None
+    usage = (
+        "from trainers.common.class_pipeline import ClassConditionalPipeline\n"
+        'pipeline = ClassConditionalPipeline.from_pretrained("{output_dir}")\n'
+        "images = pipeline([0, 1], {guidance_scale}, num_inference_steps={ddpm_num_inference_steps}).images\n"
+        'images[0].save("sample.png")'
+    )
+
+    def find_latents(self) -> LatentSpace | None:
+        vae = self.config.vae
+        if vae is None:
+            return None
+        return LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.encoded_by)
+
+    def init_modules(self) -> dict[str, nn.Module]:
+        config = self.config
+        self.num_classes = count_classes(self.task, self, config.num_classes)
+        self.columns = self._class_numbers(config.valid_classes or list(range(self.num_classes)))
+        self.grid_columns = len(self.columns)
+        networks = super().init_modules()
+        if config.classifier is not None:
+            self.classifier = ClassifierGuidance.load(
+                config.classifier, config.classifier_scale, self.scheduler, self.num_classes, self.device
+            )
+        return networks
+
+    def _class_numbers(self, classes: list[str | int]) -> list[int]:
+        """Names win over numbers: with the names "1" and "0" the class "1" is number 0."""
+        names = self.label_names or []
+        known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
+        for item in classes:
+            if item not in (known if isinstance(item, str) else range(self.num_classes)):
+                allowed = f"0 to {self.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
+                raise ValueError(f"{self.task}.valid_classes: {item!r} is no class; allowed: {allowed}")
+        return [item if isinstance(item, int) else known[item] for item in classes]
+
+    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = labels_of(self.task, batch)
+        if self.training:  # per example, so that a batch has both
+            labels = labels.masked_fill(rng.bernoulli("label_dropout", self.config.label_dropout), self.num_classes)
+        return self.objective.loss(self._asking(labels), self.clean(batch, rng), rng).mean(), {}
+
+    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        labels = labels_of(self.task, batch)
+        return {"loss": self.objective.loss(self._asking(labels), self.clean(batch, rng), rng)}
+
+    def _asking(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda noisy, timesteps: self._network(noisy, timesteps, {"class_labels": labels})
+
+    def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        timesteps = timesteps.to(noisy.device).expand(len(noisy))  # a sampler's is one for all
+        return self.modules[self.network_name](noisy, timesteps, **condition).sample
+
+    def sample_requests(self, validation_set: Any) -> list[dict]:
+        """One picture of each class, then again, `valid_batch_size` in all but at least one of each."""
+        count = max(self.config.valid_batch_size, len(self.columns))
+        return [{"label": self.columns[number % len(self.columns)]} for number in range(count)]
+
+    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+        return [{"label": number % self.num_classes} for number in range(count)]
+
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        import torch
+
+        config = self.config
+        labels = torch.tensor([request["label"] for request in requests], device=self.device)
+        interval = tuple(config.guidance_interval) if config.guidance_interval else None
+        guidance = Guidance(config.guidance_scale, config.guidance_rescale, interval)
+        asked, none = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.num_classes)}
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            prediction = guidance.predict(self._network, noisy, timestep, asked, none, self.sigma_of(timestep))
+            if self.classifier is not None:
+                prediction = self.classifier.guide(prediction, noisy, timestep, labels)
+            return prediction
+
+        return {"samples": self.draw(predict, rng)}
+
+    def save_pipeline(self, output_dir: Path) -> None:
+        from trainers.common.class_pipeline import ClassConditionalPipeline
+
+        network = {self.network_name: self.raw(self.network_name)}
+        id2label = dict(enumerate(self.label_names)) if self.label_names else None
+        vae = None if self.latents is None else self.latents.load()  # the one in use may be in half precision
+        sampler = self.config.chosen_sampler
+        pipeline = ClassConditionalPipeline(self.scheduler, **network, id2label=id2label, sampler=sampler, vae=vae)
+        pipeline.save_pretrained(output_dir)
+
+    @classmethod
+    def load_pipeline(cls, output_dir: str | Path) -> Any:
+        from trainers.common.class_pipeline import ClassConditionalPipeline
+
+        return ClassConditionalPipeline.from_pretrained(output_dir)

@@ -1,0 +1,178 @@
+"""What diffusion models of pixels or latents share: a network, a noise schedule, an objective and a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from trainers.base import Encoder, Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+from trainers.common.autoencoder.latents import LatentSpace, images_of
+from trainers.common.diffusion.guidance import noise_levels
+from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
+from trainers.common.model_files import Grid
+from trainers.common.unet2d import build_unet2d, unet2d_problems
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+    from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class NoisyPixelsConfig(TrainerConfig):
+    """A network that sees pixels with noise: its shape, and how much noise there is at which timestep."""
+
+    passive: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
+        *TrainerConfig.passive, "model_config", "pretrained_model_name_or_path",
+    )  # fmt: skip
+
+    decided: ClassVar[tuple[str, ...]] = ()  # what the task sets in the network's config, as many as channels elsewhere
+
+    model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
+    pretrained_model_name_or_path: str | None = (
+        None  # initial weights: folder or hub name of a UNet2DModel; null: random
+    )
+    ddpm_num_steps: Positive = 1000  # timesteps of the forward process
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # its noise per timestep
+    rescale_betas_zero_snr: bool = False  # last timestep is pure noise (arXiv 2305.08891); not with epsilon
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        if self.pretrained_model_name_or_path is None:
+            grid = self.seen(base)
+            found = self.network_problems(grid) if grid else ()
+            yield from (("model_config", problem) for problem in found)
+        elif self.model_config is not None:
+            yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
+
+    def seen(self, base: Section) -> Grid | None:
+        """What the network sees; None where that is not known yet."""
+        return Grid.of(base)
+
+    def network_problems(self, grid: Grid) -> Iterator[str]:
+        """What keeps the network that model_config says from working on the grid."""
+        return unet2d_problems(self.model_config, grid, self.decided)
+
+
+def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
+    """The noise schedule of a config; `settings` such as the prediction type are the scheduler's own."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
+        **settings,
+    )
+
+
+@dataclass(kw_only=True)
+class PixelDiffusionConfig(NoisyPixelsConfig):
+    """Objective and sampler."""
+
+    passive: ClassVar[tuple[str, ...]] = (*NoisyPixelsConfig.passive, "sampler", "ddpm_num_inference_steps")
+
+    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # what is learned; a flow predicts noise minus picture
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of the times that a flow is trained at
+    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures
+    time_logit_std: PositiveFloat = 1.0  # of logit_normal
+    time_shift: PositiveFloat = 1.0  # moves a flow's times towards noise, in training and sampling; 3 at 1024 pixels
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
+    snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: ddpm, or euler of a flow
+    ddpm_num_inference_steps: Positive = 1000  # steps of the sampler
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"
+        yield from self._objective_problems()
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            yield "ddpm_num_inference_steps", f"must be at most ddpm_num_steps = {self.ddpm_num_steps}"
+
+    def _objective_problems(self) -> Iterator[tuple[str, str]]:
+        """Options and samplers of the objective that was not chosen."""
+        flow, logit_normal = self.objective == "rectified_flow", self.time_distribution == "logit_normal"
+        of_diffusion = ("prediction_type", "snr_gamma", "ddpm_beta_schedule", "rescale_betas_zero_snr")
+        yield from self.without_effect(of_diffusion, "objective: ddpm", not flow)
+        yield from self.without_effect(("time_distribution", "time_shift"), "objective: rectified_flow", flow)
+        of_logit = ("time_logit_mean", "time_logit_std")
+        yield from self.without_effect(of_logit, "time_distribution: logit_normal", logit_normal)
+        allowed = ("euler", "dpmsolver++") if flow else ("ddpm", "ddim", "dpmsolver++")
+        if self.sampler not in (None, *allowed):
+            yield "sampler", f"must be {', '.join(allowed)} or null with objective: {self.objective}"
+
+    @property
+    def chosen_sampler(self) -> str:
+        """The sampler's name, where it is null too."""
+        return self.sampler or ("euler" if self.objective == "rectified_flow" else "ddpm")
+
+
+class PixelDiffusionTrainer(Trainer):
+    """Trains a network, a UNet2DModel unless the task says otherwise, on pixels, or on an autoencoder's latents.
+
+    A task says how its network is asked.
+    """
+
+    config: PixelDiffusionConfig
+    network_name: ClassVar[str] = "unet"  # of its folder, as in diffusers' pipelines
+    latents: LatentSpace | None = None
+
+    def init_modules(self) -> dict[str, nn.Module]:
+        config = self.config
+        self.latents = self.find_latents()
+        grid = Grid.of(self.base) if self.latents is None else self.latents.grid
+        self.scheduler, self.objective = self._flow() if config.objective == "rectified_flow" else self._diffusion()
+        self.sigma_of = noise_levels(self.scheduler)
+        return {self.network_name: self.build_network(grid)}
+
+    def _diffusion(self) -> tuple[DDPMScheduler, DDPMObjective]:
+        clip_sample = self.latents is None  # latents have no bounds
+        options = {"prediction_type": self.config.prediction_type, "clip_sample": clip_sample}
+        scheduler = build_schedule(self.config, **options)
+        return scheduler, DDPMObjective(scheduler, self.config.snr_gamma)
+
+    def _flow(self) -> tuple[FlowMatchEulerDiscreteScheduler, RectifiedFlow]:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = self.config
+        # by keyword: diffusers' from_config takes what came by position for a default, and drops it
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.ddpm_num_steps, shift=config.time_shift)
+        logit = (config.time_logit_mean, config.time_logit_std) if config.time_distribution == "logit_normal" else None
+        return scheduler, RectifiedFlow(scheduler, logit)
+
+    def find_latents(self) -> LatentSpace | None:
+        """The latents that the network sees instead of pixels."""
+        return None
+
+    def encoders(self) -> dict[str, Encoder]:
+        return {} if self.latents is None else {"latents": self.latents.encoder()}
+
+    def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
+        """What noise is added to, [B, c, h, w]."""
+        return images_of(batch) if self.latents is None else self.latents.draw(batch, rng)
+
+    def build_network(self, grid: Grid) -> nn.Module:
+        """The network that sees such a grid, in float32."""
+        config = self.config
+        settings = self.network_settings()
+        return build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)
+
+    def network_settings(self) -> dict[str, Any]:
+        """What the task sets in a UNet2DModel's config, whatever the file says."""
+        return {}
+
+    def draw(self, predict: Any, rng: RandomSource) -> Tensor:
+        """Pictures [B, C, H, W] in [0, 1]; `predict(noisy, timestep)` asks the network."""
+        generators, size = rng.generators(), self.base.resolution
+        shape = (self.base.channels, size, size) if self.latents is None else self.latents.shape
+        noise = initial_noise(shape, generators, self.device)
+        scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)
+        steps = self.config.ddpm_num_inference_steps
+        frames, show = self.frames, self._as_pictures
+        return show(denoise(predict, scheduler, noise, steps, generators, self.progress, frames, show))
+
+    def _as_pictures(self, sample: Tensor) -> Tensor:
+        return to_unit_range(sample if self.latents is None else self.latents.decode(sample))

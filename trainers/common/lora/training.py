@@ -1,0 +1,158 @@
+"""What tasks that train low-rank adapters share: their shape, pictures beside the base model's, the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from trainers.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.common.text_to_image.options import StableDiffusionConfig
+from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+@dataclass(kw_only=True)
+class AdapterConfig(StableDiffusionConfig):
+    """The adapter of the UNet: arXiv 2106.09685."""
+
+    passive: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.passive, "lora_scale")
+    training_only: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.training_only, "lora_weights")
+
+    rank: Positive = 16  # r: columns of A, rows of B
+    lora_alpha: PositiveFloat | None = None  # the adapter acts alpha / r times; null: as rank, which is once
+    lora_dropout: Fraction = 0.0  # part of the adapters' inputs that is dropped in training
+    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or one pattern; null: its attention
+    use_rslora: bool = False  # act alpha / sqrt(r) times (arXiv 2312.03732)
+    use_dora: bool = False  # train the length of each row of weights, too (arXiv 2402.09353)
+    init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"  # of A; B starts at 0
+    lora_weights: str | None = None  # a LoRA file, or its folder, to continue from; null: a new adapter
+    use_ema: bool = False  # average the adapter's weights
+    lora_scale: NonNegativeFloat = 1.0  # how strongly the adapter acts in validation pictures; 0: not at all
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds all
+        if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
+            yield "lora_weights", "there is no such file or folder"
+        yield from (("target_modules", problem) for problem in target_problems(self.target_modules))
+
+
+def target_problems(targets: list[str] | str | None) -> Iterator[str]:
+    """Yields what is wrong with endings of modules' names, or one pattern."""
+    if targets in ([], ""):
+        yield "must name at least one module, or be null"
+    elif isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield f"is no pattern (a regular expression that matches modules' names): {error}"
+
+
+class AdapterTrainer(StableDiffusionTrainer):
+    """Trains an adapter; the result is a LoRA file that every diffusers pipeline of the same family can load."""
+
+    config: AdapterConfig
+    usual_targets = ATTENTION  # where target_modules is null
+    usage = (
+        "from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
+        'pipeline.load_lora_weights("{output_dir}")\n'
+        'pipeline("a prompt").images[0].save("sample.png")'
+    )
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        from trainers.common.lora.files import load_lora
+
+        networks = self.add_adapters()
+        if self.config.lora_weights is not None and self.start_step == 0:
+            load_lora(Path(self.config.lora_weights), networks)
+        self.base_pictures: dict[str, Tensor] = {}  # they never change
+        return networks
+
+    def add_adapters(self) -> dict[str, nn.Module]:
+        """The frozen networks with their new adapters."""
+        from trainers.common.lora.adapters import add_lora
+
+        option, unet = f"{self.task}.target_modules", self.base_model.unet(self.weight_dtype)
+        return {"unet": add_lora(option, unet, self.targets(), self.adapter())}
+
+    def targets(self) -> list[str] | str:
+        return self.config.target_modules or self.usual_targets
+
+    def adapter(self) -> dict[str, Any]:
+        """peft's settings."""
+        config, names = self.config, ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+        alpha = config.lora_alpha if config.lora_alpha is not None else config.rank
+        return {"r": config.rank, "lora_alpha": alpha} | {name: getattr(config, name) for name in names}
+
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        """Pictures, and at validations strips "base model | LoRA" [N, 3, H, 2W] of the same noise."""
+        import torch
+
+        from trainers.common.lora.adapters import lora_scaled
+
+        generators = rng.generators()
+        states = [generator.get_state() for generator in generators]
+        with lora_scaled(self.modules.values(), self.config.lora_scale):
+            drawn = self.draw(requests, generators)
+        if not all(request.get("beside_base") for request in requests):
+            return {"samples": drawn}
+        key = repr((requests, [state.sum().item() for state in states]))
+        if key not in self.base_pictures:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            frames, self.frames = self.frames, None  # an animation shows the adapter's pictures
+            with lora_scaled(self.modules.values(), 0.0):
+                self.base_pictures[key] = self.draw(requests, generators).cpu()
+            self.frames = frames
+        base = self.base_pictures[key].to(drawn.device)
+        return {"samples": drawn, "base_and_lora": torch.cat([base, drawn], dim=3)}
+
+    def sample_requests(self, validation_set: Any) -> list[dict]:
+        return [request | {"beside_base": True} for request in super().sample_requests(validation_set)]
+
+    def usage_of(self, location: str | Path) -> str:
+        config, place = self.config, f'"{self.config.pretrained_model_name_or_path}"'
+        for name in ("revision", "variant"):
+            place += f', {name}="{getattr(config, name)}"' if getattr(config, name) else ""
+        return self.usage.format(**vars(config) | {"base_model": place, "output_dir": location})
+
+    def save_pipeline(self, output_dir: Path) -> None:
+        from trainers.common.lora.files import save_lora
+
+        save_lora(output_dir, self.unwrapped, self.about())
+
+    def about(self) -> dict[str, str]:
+        """The texts in the file's header."""
+        adapter = self.adapter()
+        return {
+            "base_model": self.config.pretrained_model_name_or_path,
+            "base_revision": self.config.revision or "",
+            "base_variant": self.config.variant or "",
+            "rank": str(adapter["r"]),
+            "alpha": f"{adapter['lora_alpha']:g}",
+            "target_modules": str(self.targets()),
+            "trigger_word": self.base.trigger_word or "",
+            "diffloop_version": version("diffloop"),
+        }
+
+    @classmethod
+    def load_pipeline(cls, output_dir: str | Path) -> Any:
+        """The base model with the adapter, as the file's metadata names it."""
+        from diffusers import DiffusionPipeline
+
+        from trainers.common.lora.files import read_about
+
+        about = read_about(Path(output_dir))
+        place = {name: about[f"base_{name}"] or None for name in ("revision", "variant")}
+        pipeline = DiffusionPipeline.from_pretrained(about["base_model"], safety_checker=None, **place)
+        pipeline.load_lora_weights(output_dir, adapter_name="default")
+        return pipeline

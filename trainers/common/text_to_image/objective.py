@@ -1,0 +1,86 @@
+"""What the UNet of a Stable Diffusion pipeline learns, from the base model's noise and the run's options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow, Timesteps
+from trainers.common.diffusion.sampling import build_sampler
+from trainers.common.text_to_image.base_model import BaseModel
+from trainers.common.text_to_image.options import StableDiffusionConfig
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, SchedulerMixin
+
+    from trainers.common.diffusion.consistency import ConsistencyObjective
+
+TRAINING_ONLY = ("snr_gamma", "noise_offset", "input_perturbation", "dream_detail_preservation")
+
+
+class Learned(NamedTuple):
+    """An objective and the schedulers that belong to it."""
+
+    objective: DDPMObjective | RectifiedFlow | ConsistencyObjective
+    plain: DDPMObjective | RectifiedFlow | ConsistencyObjective  # without what only training needs: for validation
+    scheduler: SchedulerMixin  # the noise that is trained with
+    sampler: SchedulerMixin  # of the finished pipeline
+
+
+def build_diffusion(task: str, config: StableDiffusionConfig, base_model: BaseModel) -> Learned:
+    """The base model's noise schedule; its own sampler, but for one that cannot do what the config asks for.
+
+    Raises ValueError where the base model does not fit the config.
+    """
+    changes = {}
+    if config.prediction_type is not None:
+        changes["prediction_type"] = config.prediction_type
+    if config.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = base_model.training_scheduler(**changes)
+    _check_prediction(task, config, scheduler)
+    timesteps = build_timesteps(task, config, scheduler.config.num_train_timesteps)
+    objective = DDPMObjective(
+        scheduler,
+        **{name: getattr(config, name) for name in TRAINING_ONLY},
+        huber_c=config.huber_c if config.loss_type == "huber" else None,
+        timesteps=timesteps,
+    )
+    own = base_model.sampler
+    if config.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in own.config:
+        own = build_sampler("ddim", scheduler)  # such as PNDM, which does not know of it
+    own = type(own).from_config(own.config, **changes)
+    return Learned(objective, DDPMObjective(scheduler, timesteps=timesteps), scheduler, own)
+
+
+def _check_prediction(task: str, config: StableDiffusionConfig, scheduler: DDPMScheduler) -> None:
+    """What the base model predicts is known only now."""
+    predicts, source = scheduler.config.prediction_type, config.pretrained_model_name_or_path
+    if predicts == "epsilon" and config.rescale_betas_zero_snr:
+        found = "needs prediction_type: v_prediction, and the base model predicts epsilon"
+        raise ValueError(f"{task}.rescale_betas_zero_snr = true: {found} ({source})")
+    if predicts != "epsilon" and config.dream_detail_preservation is not None:
+        found = f"is defined for epsilon, and the base model predicts {predicts}"
+        raise ValueError(f"{task}.dream_detail_preservation = {config.dream_detail_preservation}: {found} ({source})")
+
+
+def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Timesteps:
+    low, high = config.timestep_range or (0, total)
+    if high > total:
+        raise ValueError(f"{task}.timestep_range = {[low, high]}: the base model has {total} timesteps")
+    weights = config.timestep_weights(low, high)
+    if weights is not None and len(set(weights)) == 1:
+        found = f"favours none of the timesteps {low} to {high - 1} over another"
+        raise ValueError(f"{task}.timestep_bias_strategy = {config.timestep_bias_strategy}: {found}; change its limits")
+    return Timesteps(low, high, None if weights is None else torch.tensor(weights))
+
+
+def build_flow(config: Any) -> Learned:
+    """Rectified flow with the `time_` options of a config; pipelines follow it with DPM-Solver++."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.time_shift)
+    logit = (config.time_logit_mean, config.time_logit_std) if config.time_distribution == "logit_normal" else None
+    own = build_sampler("dpmsolver++", scheduler)  # StableDiffusionPipeline cannot use the Euler method of flows
+    return Learned(RectifiedFlow(scheduler, logit), RectifiedFlow(scheduler), scheduler, own)

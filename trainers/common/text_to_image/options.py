@@ -1,0 +1,145 @@
+"""The options that tasks on a Stable Diffusion pipeline share: base model, captions, objective, caches, validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from trainers.base import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    TrainerConfig,
+)
+from trainers.common.autoencoder.latents import latents_problems
+from trainers.common.text_to_image.base_model import base_model_problems
+
+BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end")
+
+
+@dataclass(kw_only=True)
+class StableDiffusionConfig(TrainerConfig):
+    """A pipeline to start from, what its UNet learns, and how it is shown."""
+
+    passive: ClassVar[tuple[str, ...]] = (
+        *TrainerConfig.passive, "cache_latents", "cache_text", "validation_prompts", "negative_prompt", "sampler",
+        "num_inference_steps", "guidance_scale", "guidance_rescale", "clip_score_model",
+    )  # fmt: skip
+    takes_buckets: ClassVar[bool] = True
+    reads_captions: ClassVar[bool] = True
+    needed_parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer")  # of the base model
+    training_only: ClassVar[tuple[str, ...]] = ("cache_latents", "cache_text", "clip_score_model")
+
+    pretrained_model_name_or_path: str | None = None  # folder or hub name of a pipeline: Stable Diffusion 1, 2 or XL
+    revision: str | None = None  # of the base model on the hub; null: the newest
+    variant: str | None = None  # of its weight files, such as fp16; null: none
+    vae: str | None = None  # another AutoencoderKL, such as one that works in half precision; null: the base model's
+
+    caption_dropout: Fraction = (
+        0.0  # part of the examples whose caption is hidden in training, for guidance; 0.1 is usual
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None  # what the UNet predicts; null: the base model's
+    snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
+    loss_type: Literal["l2", "huber"] = "l2"  # huber: 2 c (sqrt(e^2 + c^2) - c), for data with outliers
+    huber_c: PositiveFloat = 0.1  # c of huber
+    noise_offset: NonNegativeFloat = (
+        0.0  # adds this times one number per channel to the noise: darker, brighter pictures
+    )
+    input_perturbation: NonNegativeFloat = 0.0  # the UNet sees this much noise more than it has to find; 0.1 is usual
+    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise (arXiv 2305.08891); needs v_prediction
+    dream_detail_preservation: PositiveFloat | None = None  # p of DREAM (arXiv 2312.00210), 1 is usual; null: without
+    timestep_range: list[NonNegative] | None = None  # [low, high): the timesteps to train at; null: all
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"  # timesteps to train at more often
+    timestep_bias_multiplier: PositiveFloat = 1.0  # how much more often
+    timestep_bias_portion: Fraction = 0.25  # of all timesteps: the part at the earlier or later end
+    timestep_bias_begin: NonNegative = 0  # of range: the first timestep
+    timestep_bias_end: Positive = 1000  # of range: the one after the last
+    prior_loss_weight: NonNegativeFloat = 1.0  # of the pictures in base.class_data_dir (prior preservation)
+
+    cache_latents: Literal["memory", "disk"] | None = None  # encode each picture once; null: in every step
+    cache_text: Literal["memory", "disk"] | None = None  # encode each caption once; null: in every step
+
+    validation_prompts: list[str] | None = None  # texts to draw; null: captions of the data, held-out first; []: none
+    negative_prompt: str | None = None  # what pictures are pushed away from; null: the empty text
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: the base model's own
+    num_inference_steps: Positive = 30  # steps of the sampler
+    guidance_scale: NonNegativeFloat = 7.5  # 1: none
+    guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
+    clip_score_model: str | None = None  # folder or hub name of a CLIP that scores validation pictures; null: none
+
+    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        yield from super().problems(base)
+        for problem in base_model_problems(self.pretrained_model_name_or_path, self.parts_needed()):
+            yield "pretrained_model_name_or_path", problem
+        if self.vae is not None:
+            yield from (("vae", problem) for problem in latents_problems(self.vae))
+        if self.revision is not None and Path(self.pretrained_model_name_or_path or "").is_dir():
+            yield "revision", "has an effect with a name on the hub only, and this is a folder"
+        yield from self._objective_problems()
+        yield from self._timestep_problems()
+        yield from self._cache_problems(base)
+        if base.channels != 3:
+            yield (
+                "pretrained_model_name_or_path",
+                f"sees pictures with 3 channels, and base.channels is {base.channels}",
+            )
+        guided = ("guidance_rescale", "negative_prompt")
+        yield from self.without_effect(guided, "a guidance_scale above 1", self.guidance_scale > 1)
+        drawn = self.validation_prompts != []
+        yield from self.without_effect(("clip_score_model",), "pictures, and validation_prompts is empty", drawn)
+        with_prior = base.class_data_dir is not None
+        yield from self.without_effect(("prior_loss_weight",), "base.class_data_dir", with_prior)
+
+    def parts_needed(self) -> tuple[str, ...]:
+        """Folders that the base model must have."""
+        return tuple(part for part in self.needed_parts if part != "vae" or self.vae is None)
+
+    def _objective_problems(self) -> Iterator[tuple[str, str]]:
+        yield from self.without_effect(("huber_c",), "loss_type: huber", self.loss_type == "huber")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction; noise says nothing at SNR 0"
+        if self.dream_detail_preservation is not None and self.prediction_type == "v_prediction":
+            yield "dream_detail_preservation", "is defined for prediction_type: epsilon only"
+
+    def _timestep_problems(self) -> Iterator[tuple[str, str]]:
+        limits = self.timestep_range
+        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
+            yield "timestep_range", "must be [low, high] with 0 <= low < high"
+        strategy = self.timestep_bias_strategy
+        yield from self.without_effect(BIAS[:1], "a timestep_bias_strategy", strategy != "none")
+        ends = strategy in ("earlier", "later")
+        yield from self.without_effect(BIAS[1:2], "timestep_bias_strategy: earlier or later", ends)
+        yield from self.without_effect(BIAS[2:], "timestep_bias_strategy: range", strategy == "range")
+        if strategy == "range" and self.timestep_bias_begin >= self.timestep_bias_end:
+            yield "timestep_bias_begin", f"must be below timestep_bias_end = {self.timestep_bias_end}"
+        if strategy != "none" and self.timestep_bias_multiplier == 1.0:
+            yield "timestep_bias_strategy", "has an effect with a timestep_bias_multiplier other than 1 only"
+
+    def _cache_problems(self, base: Section) -> Iterator[tuple[str, str]]:
+        """Where every example would need another entry than the one that is kept."""
+        if self.cache_latents is not None and not base.center_crop:
+            yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
+        if self.cache_latents is not None and base.dataset == "latents":
+            yield "cache_latents", "has no effect with base.dataset: latents"
+        if base.encoder_cache_dir is not None and "disk" not in (self.cache_latents, self.cache_text):
+            yield "cache_latents", "base.encoder_cache_dir has an effect with cache_latents or cache_text: disk only"
+        if self.cache_text is not None and base.shuffle_tags:
+            yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
+
+    def timestep_weights(self, low: int, high: int) -> list[float] | None:
+        """How often each timestep in [low, high) is drawn, relative to the others; None: equally often."""
+        if self.timestep_bias_strategy == "none":
+            return None
+        biased = math.floor(self.timestep_bias_portion * (high - low))
+        first, last = {
+            "earlier": (low, low + biased),
+            "later": (high - biased, high),
+            "range": (self.timestep_bias_begin, self.timestep_bias_end),
+        }[self.timestep_bias_strategy]
+        return [self.timestep_bias_multiplier if first <= t < last else 1.0 for t in range(low, high)]

@@ -1,0 +1,257 @@
+"""What tasks on a Stable Diffusion pipeline share: latents, captions, an objective on its UNet, and its pictures."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers.base import Encoder, RandomSource, Trainer
+from trainers.common.autoencoder.latents import LatentSpace
+from trainers.common.diffusion.guidance import Condition, Guidance
+from trainers.common.diffusion.objective import Part, Predict
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
+from trainers.common.text_to_image.base_model import BaseModel
+from trainers.common.text_to_image.objective import Learned, build_diffusion
+from trainers.common.text_to_image.options import StableDiffusionConfig
+from trainers.common.text_to_image.prompt_requests import captions_and_labels, held_out_captions, prompt_requests
+from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, constant_rows, size_conditions
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from trainers.common.text_to_image.clip_score import ClipScore
+
+QUARTERS = 4  # parts of the time in which the validation loss is given
+
+
+class StableDiffusionTrainer(Trainer):
+    """Trains the UNet of a pipeline, whole or by adapters, on pictures with captions; a task says which weights."""
+
+    config: StableDiffusionConfig
+    sample_batch_size = 4  # pictures at once: they are large
+    task: str  # the section's name, for messages
+
+    def init_modules(self) -> dict[str, nn.Module]:
+        config = self.config
+        option, source = f"{self.task}.pretrained_model_name_or_path", config.pretrained_model_name_or_path
+        self.base_model = BaseModel(option, source, config.revision, config.variant)
+        vae = (option, str(self.base_model.folder)) if config.vae is None else (f"{self.task}.vae", config.vae)
+        variant = config.variant if config.vae is None else None
+        self.latents = LatentSpace(*vae, self.base, self.device, self.weight_dtype, self.encoded_by, variant)
+        self.latents.offloaded = config.cache_latents is not None
+        self.prompts = Prompts(self.base_model)
+        self.learned = self.build_objective()
+        if config.clip_score_model is not None:
+            from trainers.common.text_to_image.clip_score import check_clip
+
+            check_clip(f"{self.task}.clip_score_model", config.clip_score_model)
+        networks = self.build_networks()
+        channels, wanted = networks["unet"].config.in_channels, self.latents.grid.channels
+        if channels != wanted:  # such as 9 of one for inpainting
+            found = f"its UNet sees {channels} channels, and latents have {wanted}"
+            raise ValueError(f"{option} = {source}: {found}; give a text-to-image model")
+        return networks
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        """The networks to train: "unet", and text encoders by the names of their folders."""
+        raise NotImplementedError
+
+    def build_objective(self) -> Learned:
+        return build_diffusion(self.task, self.config, self.base_model)
+
+    # --- data
+
+    def encoders(self) -> dict[str, Encoder]:
+        cache = self.config.cache_latents
+        found = {"latents": self.latents.encoder(cache)}
+        if self.base.class_data_dir is not None:
+            found["class_latents"] = self.latents.encoder(cache, "class_")
+        if not self.trains_text():
+            cached = self.config.cache_text, self._constant_texts()
+            found["text"] = self.prompts.encoder(self.device, self.weight_dtype, *cached, self._fixed_caption())
+        return found
+
+    def _constant_texts(self) -> tuple[str, ...]:
+        """What is asked for beside the captions of the data."""
+        texts = ["", self._fixed_caption(), self.base.class_caption, self.config.negative_prompt]
+        return tuple(
+            dict.fromkeys(text for text in [*texts, *(self.config.validation_prompts or [])] if text is not None)
+        )
+
+    def trains_text(self) -> bool:
+        """Whether text encoders are trained, so that captions are encoded in every step."""
+        return False
+
+    def notes(self, train_set: Any) -> list[str]:
+        """Data without captions, and captions that are too long for the text encoder."""
+        if hasattr(train_set, "caption_note"):
+            found = [train_set.caption_note]
+        else:
+            note = f"the data set has no captions: every example has base.caption = {self._fixed_caption()!r}"
+            found = [None if "caption" in train_set.get(0, None) else note]
+        lost, end = self.prompts.truncated(train_set.captions()) if hasattr(train_set, "captions") else (0, None)
+        if lost:
+            limit = self.prompts.tokenizers[0].model_max_length
+            found.append(
+                f"{lost:,} captions are longer than the text encoder's {limit} tokens: the first loses {end!r}"
+            )
+        return [note for note in found if note]
+
+    # --- training
+
+    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        clean = self.latents.draw(batch, rng)
+        asked = self._asked(batch, clean, rng)
+        loss = self.learned.objective.loss(self._asking(asked), clean, rng, self._mask(batch, clean)).mean()
+        if "class_caption" not in batch or not self.training:
+            return loss, {}
+        prior = self._prior_loss(batch, rng).mean()
+        values = {"instance_loss": loss.detach(), "prior_loss": prior.detach()}
+        return loss + self.config.prior_loss_weight * prior, values
+
+    def _prior_loss(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
+        """The loss [B] of the pictures of the class, which keeps the model's idea of it."""
+        clean = self.latents.draw(batch, rng, "class_")
+        condition = self._condition(self.embed(batch["class_caption"]), clean.shape, batch, "class_")
+        return self.learned.objective.loss(self._asking(condition), clean, rng, prefix="class_")
+
+    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        """The squared error at one timestep in each quarter of the time, without weights, and their mean."""
+        clean = self.latents.draw(batch, rng)
+        ask, mask = self._asking(self._asked(batch, clean, rng)), self._mask(batch, clean)
+        quarters = {
+            f"loss_quarter_{n + 1}": self.learned.plain.loss(ask, clean, rng, mask, Part(n, QUARTERS), f"quarter_{n}_")
+            for n in range(QUARTERS)
+        }
+        return {"loss": torch.stack(list(quarters.values())).mean(0)} | quarters
+
+    def _asked(self, batch: dict[str, Any], clean: Tensor, rng: RandomSource) -> Condition:
+        """What the UNet is asked for: captions, of which training hides some."""
+        if EMBEDS in batch:
+            embeds = {name: batch[name] for name in self.prompts.columns}
+        else:
+            embeds = self.embed(batch.get("caption") or [self._fixed_caption()] * len(clean))
+        if self.training and self.config.caption_dropout:
+            hidden, empty = rng.bernoulli("caption_dropout", self.config.caption_dropout), self.empty()
+            embeds = {
+                name: torch.where(hidden.reshape(-1, *[1] * (rows.ndim - 1)), empty[name].to(rows.dtype), rows)
+                for name, rows in embeds.items()
+            }
+        return self._condition(embeds, clean.shape, batch)
+
+    def embed(self, captions: list[str]) -> dict[str, Tensor]:
+        """The embeddings of texts that are no column of a batch."""
+        found = [self.encoded("text", caption) for caption in captions]
+        return {name: torch.cat([each[name].to(self.device) for each in found]) for name in self.prompts.columns}
+
+    def empty(self) -> dict[str, Tensor]:
+        """The embeddings, B = 1, of no text, as the pipeline asks without one."""
+        embeds = self.embed([""])
+        return {n: torch.zeros_like(rows) for n, rows in embeds.items()} if self.base_model.zeros_for_empty else embeds
+
+    def _condition(
+        self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any] | None, prefix: str = ""
+    ) -> Condition:
+        """With Stable Diffusion XL's sizes, those of the examples or, without any, of a whole picture."""
+        if not self.base_model.is_xl:
+            return embeds
+        target = tuple(side * self.latents.factor for side in shape[2:])
+        whole = constant_rows(target, shape[0], self.device)
+        known = {} if batch is None else batch
+        sizes = known.get(f"{prefix}original_size", whole)
+        corners = known.get(f"{prefix}crop_top_left", torch.zeros_like(whole))
+        return embeds | {"time_ids": size_conditions(sizes, corners, target)}
+
+    @staticmethod
+    def _mask(batch: dict[str, Any], clean: Tensor) -> Tensor | None:
+        """The mask of a batch at the size of its latents."""
+        if "mask" not in batch:
+            return None
+        return nn.functional.interpolate(batch["mask"], size=clean.shape[2:], mode="area")
+
+    def _asking(self, condition: Condition) -> Predict:
+        """What the objective asks about the examples."""
+        return lambda noisy, timesteps: self._network(noisy, timesteps, condition)
+
+    def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        dtype = self.weight_dtype
+        embeds = condition[EMBEDS].to(dtype)
+        added = None
+        if POOLED in condition:
+            added = {"text_embeds": condition[POOLED].to(dtype), "time_ids": condition["time_ids"]}
+        return self.modules["unet"](noisy.to(dtype), timesteps, embeds, added_cond_kwargs=added).sample
+
+    # --- pictures
+
+    def sample_requests(self, validation_set: Any) -> list[dict]:
+        """The prompts in turn, `valid_batch_size` in all; without any, captions of held-out examples."""
+        prompts, count = self.config.validation_prompts, self.config.valid_batch_size
+        if prompts is None:
+            prompts = held_out_captions(validation_set, count) or self._known_prompts()[:count]
+        return prompt_requests([{"prompt": prompt} for prompt in prompts], max(count, len(prompts)))
+
+    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+        """Captions of held-out examples in turn, with their labels; without a validation set the prompts."""
+        if validation_set is not None:
+            return prompt_requests(captions_and_labels(validation_set, count), count)
+        prompts = self.config.validation_prompts or self._known_prompts()
+        return prompt_requests([{"prompt": prompt} for prompt in prompts], count)
+
+    def _known_prompts(self) -> list[str]:
+        """Captions of the training set, where they are known, or the one that all of its examples have."""
+        return self.captions or [self._fixed_caption()]
+
+    def _fixed_caption(self) -> str:
+        return ", ".join(part for part in (self.base.trigger_word, self.base.caption) if part)
+
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        return {"samples": self.draw(requests, rng.generators())}
+
+    def draw(self, requests: list[dict], generators: list[torch.Generator]) -> Tensor:
+        """Pictures [N, 3, H, W] in [0, 1], as the pipeline draws them from the same generators."""
+        config = self.config
+        noise = initial_noise(self.latents.shape, generators, self.device)
+        asked = self._condition(self.embed([request["prompt"] for request in requests]), noise.shape, None)
+        negative = [request.get("negative_prompt", config.negative_prompt) for request in requests]
+        none = [self.empty() if text is None else self.embed([text]) for text in negative]
+        none = {name: torch.cat([each[name] for each in none]) for name in self.prompts.columns}
+        none = self._condition(none, noise.shape, None)
+        # pipelines take a scale of at most 1 for no guidance
+        guidance = Guidance(max(config.guidance_scale, 1.0), config.guidance_rescale)
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            return guidance.predict(self._network, noisy, timestep, asked, none, sigma=0.0)
+
+        sampler, steps, show = self.chosen_sampler(), config.num_inference_steps, self._as_pictures
+        return show(denoise(predict, sampler, noise, steps, generators, self.progress, self.frames, show))
+
+    def pipeline(self) -> Any:
+        """diffusers' pipeline of the networks as they are, with its own copies of all else, on the CPU."""
+        networks = {name: self.raw(name) for name in self.unwrapped}
+        return self.base_model.pipeline(**networks, vae=self.latents.load(), scheduler=self.learned.sampler)
+
+    def chosen_sampler(self) -> SchedulerMixin:
+        """The one that the config names, or the finished pipeline's."""
+        name = self.config.sampler
+        return self.learned.sampler if name is None else build_sampler(name, self.learned.scheduler)
+
+    def _as_pictures(self, sample: Tensor) -> Tensor:
+        """One at a time: decoding takes more memory than all the rest."""
+        pictures = torch.cat([to_unit_range(self.latents.decode(row[None])) for row in sample])
+        self.latents.offload()
+        return pictures
+
+    def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
+        """The CLIP score, cosine times 100 of picture and prompt, where a CLIP is given."""
+        if self.config.clip_score_model is None:
+            return {}
+        return {"clip_score": self.clip_score(images["samples"], [request["prompt"] for request in requests])}
+
+    @cached_property
+    def clip_score(self) -> ClipScore:
+        from trainers.common.text_to_image.clip_score import ClipScore
+
+        return ClipScore(f"{self.task}.clip_score_model", self.config.clip_score_model, self.device)

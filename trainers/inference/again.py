@@ -1,0 +1,78 @@
+"""A picture once more, from the settings that it carries: what scripts/sample.py --again does."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trainers.inference.picture_files import check_files, read_settings, save_picture
+
+# each has parse(words) and run(arguments), which draws into arguments.output_dir; a picture's settings say which words,
+# and what of the arguments they left open is "pinned": a checkpoint, or the number of the only picture that is wanted
+SCRIPTS = {
+    "sample": {"path", "only"},
+    "style_transfer": {"pictures", "names", "only"},
+    "morph": {"lora_a", "lora_b", "weights", "seed", "config", "overrides"},
+}
+KINDS = {
+    "command": list, "file": str, "files": dict, "pinned": dict, "threads": int, "device": str, "versions": dict,
+}  # fmt: skip
+IMPORTS = ("base.trainer_class=", "base.dataset=")  # which name code: a picture from elsewhere must not choose any
+
+
+def again(picture: Path) -> Path:
+    """Draws it as it was drawn, into a file beside it, and returns that.
+
+    Raises FileNotFoundError and ValueError where what it was made from is not there, and where the pixels differ.
+    """
+    settings = read_settings(picture)
+    script, words, file = _checked(picture, settings)
+    check_files(picture, settings)
+    torch.set_num_threads(settings["threads"])  # another number sums in another order
+    module = importlib.import_module(f"scripts.{script}")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = module.parse(words)
+        vars(arguments).update(settings["pinned"], output_dir=Path(folder))
+        module.run(arguments)
+        made, path = Image.open(Path(folder) / file), picture.with_stem(f"{picture.stem}-again")
+        save_picture(made, path, read_settings(Path(folder) / file))
+    with Image.open(picture) as before:
+        _compare(picture, path, np.asarray(before), np.asarray(made), settings)
+    return path
+
+
+def _checked(picture: Path, settings: dict[str, Any]) -> tuple[str, list[str], Path]:
+    """Script, words and file; ValueError for settings that none of the scripts wrote."""
+    if not _fits(settings):
+        scripts = ", ".join(SCRIPTS)
+        raise ValueError(f"{picture}: has other settings than those of this version's {scripts}; it cannot be repeated")
+    script, *words = map(str, settings["command"])
+    named = [*words, *map(str, settings["pinned"].get("overrides", []))]
+    if any(word.startswith(IMPORTS) for word in named):
+        raise ValueError(f"{picture}: its settings name code ({', '.join(IMPORTS)}); draw it by its own command")
+    return script, words, Path(settings["file"])
+
+
+def _fits(settings: dict[str, Any]) -> bool:
+    """Whether each has the kind of value that the script wrote, and the file lies in the script's folder."""
+    if not all(isinstance(settings.get(name), kind) for name, kind in KINDS.items()) or not settings["command"]:
+        return False
+    script, file, pinned = str(settings["command"][0]), Path(settings["file"]), settings["pinned"]
+    known = script in SCRIPTS and pinned.keys() == SCRIPTS[script] and isinstance(pinned.get("overrides", []), list)
+    return known and settings["threads"] > 0 and not file.is_absolute() and ".." not in file.parts
+
+
+def _compare(picture: Path, path: Path, before: np.ndarray, now: np.ndarray, settings: dict[str, Any]) -> None:
+    if before.shape == now.shape and (before == now).all():
+        return
+    made = f"it was made on {settings['device']} with torch {settings['versions']['torch']}"
+    if before.shape != now.shape:
+        raise ValueError(f"{path}: has another size than {picture}; {made}")
+    difference = np.abs(before.astype(int) - now.astype(int)).max()
+    raise ValueError(f"{path}: differs from {picture} by up to {difference} of 255; {made}")

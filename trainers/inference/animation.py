@@ -1,0 +1,82 @@
+"""Pictures one after the other: contact sheet, GIF, and MP4 where a library that writes it is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from trainers.engine.validation.grids import grid_of
+from trainers.inference.picture_files import as_pil
+
+FRAMES_PER_SECOND = 10
+HELD_SECONDS = 1.0  # the first and the last frame of a GIF
+SHEET_SIDE = 256  # pixels; larger pictures are made smaller in a contact sheet
+
+
+def centred(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Pictures of one size: each in the middle of white of their largest sides."""
+    width, height = (max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
+    found = []
+    for picture in pictures:
+        found.append(Image.new("RGB", (width, height), "white"))
+        found[-1].paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+    return found
+
+
+def contact_sheet(pictures: list[Image.Image], columns: int, texts: list[str]) -> Image.Image:
+    """Pictures of one size in rows, made smaller where they are large, with texts below them."""
+    width, height = pictures[0].size
+    scale = min(1.0, SHEET_SIDE / max(width, height))
+    small = [picture.resize((max(1, round(width * scale)), max(1, round(height * scale)))) for picture in pictures]
+    rows = torch.stack([torch.from_numpy(np.array(picture)) for picture in small]).permute(0, 3, 1, 2) / 255
+    return as_pil(grid_of([rows], columns, texts))
+
+
+def write_gif(frames: list[Image.Image], path: Path, text: str) -> None:
+    """An endless animation of pictures of one size; the text is its comment."""
+    shortest = 1000 // FRAMES_PER_SECOND
+    durations = [shortest] * len(frames)
+    durations[0] = durations[-1] = int(HELD_SECONDS * 1000)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=text)
+
+
+def write_mp4(frames: list[Image.Image], path: Path, text: str) -> bool:
+    """H.264 of RGB pictures of one size, with sides made even; the text is its comment.
+
+    False, and no file, where neither imageio with ffmpeg nor av is installed.
+    """
+    if find_spec("imageio") and find_spec("imageio_ffmpeg"):
+        write = _by_imageio
+    elif find_spec("av"):
+        write = _by_av
+    else:
+        return False
+    width, height = frames[0].size
+    even = [ImageOps.expand(frame, (0, 0, width % 2, height % 2), "white") for frame in frames]
+    write([np.asarray(frame) for frame in even], path, text)
+    return True
+
+
+def _by_imageio(frames: list[np.ndarray], path: Path, text: str) -> None:
+    import imageio
+
+    options: dict[str, Any] = {"macro_block_size": 2, "output_params": ["-metadata", f"comment={text}"]}
+    imageio.mimwrite(path, frames, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, **options)
+
+
+def _by_av(frames: list[np.ndarray], path: Path, text: str) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        container.metadata["comment"] = text
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,112 @@
+"""DDIM inversion: from a picture to the noise from which DDIM draws it again, and what lies between two such noises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from inspect import signature
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainers.common.autoencoder.latents import decode, encode
+from trainers.common.diffusion.sampling import to_unit_range
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, SchedulerMixin
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents [B, c, h, w] and a timestep -> what the network predicts
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PARALLEL = 1e-6  # sine of an angle below which directions are one line
+
+
+def ddim_schedulers(scheduler: SchedulerMixin, steps: int) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
+    """DDIM (arXiv 2010.02502) over the noise of a pipeline's scheduler, and its inverse with the same steps.
+
+    A pipeline's own may be another: PNDM's list of steps has a duplicate, and neither Euler's can be gone back by DDIM.
+    Raises ValueError for a flow, and for a number of steps that the timesteps do not hold.
+    """
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+    config = scheduler.config
+    predicts, total = config.get("prediction_type", "epsilon"), config.num_train_timesteps
+    if "Flow" in type(scheduler).__name__ or predicts not in PREDICTIONS:
+        found = f"{type(scheduler).__name__}, {predicts}"
+        raise ValueError(f"the base's scheduler is of a flow ({found}); DDIM inversion needs {', '.join(PREDICTIONS)}")
+    spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"
+    # clipping, which both do unless told not to, is for pixels and cannot be undone
+    changes = {"clip_sample": False, "thresholding": False, "timestep_spacing": spacing}
+    forward = DDIMScheduler.from_config(config, **changes)
+    known = signature(DDIMInverseScheduler.__init__).parameters  # of the others it would warn
+    back = DDIMInverseScheduler(**{name: value for name, value in forward.config.items() if name in known})
+    allowed = f"give 1 to {total - 1}"
+    if not 0 < steps < total:
+        raise ValueError(f"steps = {steps}: {allowed}")
+    for each in (forward, back):
+        each.set_timesteps(steps)
+    times = forward.timesteps
+    if len(times) != steps or times.min() < 0 or times.max() >= total or not torch.equal(times, back.timesteps.flip(0)):
+        raise ValueError(f"steps = {steps}: the {total} timesteps cannot be divided so; {allowed}, such as 50")
+    return forward, back
+
+
+@torch.no_grad()
+def picture_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """The scaled mode of the posterior of pictures [B, C, H, W] in [-1, 1]: nothing is drawn."""
+    mean = encode(vae, pictures)["mean"].float()
+    return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def latent_pictures(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures [B, C, H, W] in [0, 1] of scaled latents, one at a time, which saves memory."""
+    return torch.cat([to_unit_range(decode(vae, row[None])) for row in latents])
+
+
+@torch.no_grad()
+def invert(
+    predict: Predict,
+    inverse: DDIMInverseScheduler,
+    latents: Tensor,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Tensor:
+    """The noise of latents, in their shape: each step of DDIM is gone back with what is predicted before it.
+
+    DDIM would predict after it, which is not known yet. So what it draws from this noise differs from the latents, by
+    less the more steps there are. `predict` must be without guidance, which makes this difference grow.
+    """
+    for timestep in progress(inverse.timesteps):
+        latents = inverse.step(predict(latents, timestep).float(), timestep, latents).prev_sample
+    return latents
+
+
+def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation: sin((1 - w) a) / sin(a) first + sin(w a) / sin(a) last, a the angle between them.
+
+    All of a tensor is one vector; computed in float64, returned in the dtype of `first`. Parallel vectors are
+    interpolated linearly, the limit of the formula. Raises ValueError for opposite ones: no way is the shortest.
+    """
+    a, b = first.double(), last.double()
+    # Kahan's form: an arc cosine would lose half of the digits of small angles
+    scaled, other = a * b.norm(), b * a.norm()
+    angle = 2 * torch.atan2((scaled - other).norm(), (scaled + other).norm())
+    sine = angle.sin()
+    if sine < PARALLEL and angle > 1:
+        raise ValueError("the two noises point in opposite directions: between them no way is the shortest")
+    if sine < PARALLEL:
+        return torch.lerp(a, b, weight).to(first.dtype)
+    return (((1 - weight) * angle).sin() / sine * a + (weight * angle).sin() / sine * b).to(first.dtype)
+
+
+def with_statistics_between(latents: Tensor, first: Tensor, last: Tensor, weight: float) -> Tensor:
+    """AdaIN (arXiv 1703.06868): `latents` with channel means and deviations between those of two others.
+
+    All are [B, c, h, w]; (1 - weight) times the first's, weight times the last's.
+    """
+
+    def statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.mean((2, 3), keepdim=True), rows.std((2, 3), keepdim=True)
+
+    mean, deviation = (torch.lerp(a, b, weight) for a, b in zip(statistics(first), statistics(last), strict=True))
+    own_mean, own_deviation = statistics(latents)
+    return (latents - own_mean) / own_deviation * deviation + mean

@@ -1,0 +1,118 @@
+"""Stable Diffusion pipelines with weighted LoRAs on them, for scripts that draw with, or change, a whole pipeline."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainers.common.lora.files import LoraFile, find_lora, read_lora
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """File and weight of FILE[:WEIGHT]; what follows the last colon belongs to the path unless it is a number."""
+    if Path(text).exists():
+        return Path(text), 1.0
+    path, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon else None
+    except ValueError:
+        if Path(path).exists():
+            raise ValueError(f"--lora {text}: {number} is no weight; give a number, such as {path}:0.8") from None
+        weight = None
+    if weight is None:
+        return Path(text), 1.0
+    if not math.isfinite(weight):
+        raise ValueError(f"--lora {text}: the weight must be finite")
+    return Path(path), weight
+
+
+def load_pipeline(
+    base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, kind: Any = None, **components: Any
+) -> Any:
+    """A pipeline from a folder or the hub, without a safety checker, safetensors only.
+
+    `kind` is a pipeline class of diffusers, by default the one that the base names; `components` replace the base's.
+    `dtype` may differ by component: {"default": torch.bfloat16, "vae": torch.float32}.
+    Raises ValueError for one that takes no LoRA, FileNotFoundError where none can be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+    try:
+        pipeline = (kind or DiffusionPipeline).from_pretrained(base, torch_dtype=dtype, **options, **components)
+    except OSError as error:
+        advice = "give a pipeline's local folder, or a hub name that can be reached"
+        raise FileNotFoundError(f"{base}: no pipeline could be read; {advice} ({str(error).splitlines()[0]})") from None
+    if not hasattr(pipeline, "fuse_lora"):
+        raise ValueError(f"{base}: is a {type(pipeline).__name__}; give Stable Diffusion or SDXL")
+    return pipeline
+
+
+def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> list[str]:
+    """Loads LoRA files as adapters lora_0, lora_1, ... and makes all of them act with their weights; returns the names.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that does not fit the pipeline.
+    """
+    files = [(find_lora(path), read_lora(path)) for path, _ in loras]
+    names = [f"lora_{number}" for number in range(len(files))]
+    for name, (file, lora) in zip(names, files, strict=True):
+        check_fit(file, lora, pipeline)
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        for network in lora.tensors:
+            getattr(pipeline, network).eval()  # a LoRA's dropout would act on pictures
+    if names:
+        pipeline.set_adapters(names, [weight for _, weight in loras])  # only the last one is active after loading
+    return names
+
+
+def weigh_loras(pipeline: Any, weights: dict[str, float]) -> None:
+    """Makes adapters by name act with these weights.
+
+    One of weight 0 is left out, as a DoRA would act with it; without any the base's pictures come back exactly.
+    """
+    acting = {name: weight for name, weight in weights.items() if weight != 0.0}
+    if acting:
+        pipeline.enable_lora()
+        pipeline.set_adapters(list(acting), list(acting.values()))
+    elif weights:
+        pipeline.disable_lora()
+
+
+def check_negative_prompt(text: str | None, guidance: float) -> None:
+    if text is not None and guidance <= 1:
+        raise ValueError(f"--negative-prompt: has no effect with guidance {guidance:g}; give --guidance above 1")
+
+
+def check_finite(images: Tensor) -> None:
+    """ValueError where a pipeline drew what is no picture; diffusers' postprocessing makes NaN black, if anything."""
+    if not images.isfinite().all():
+        raise ValueError("the pictures are not finite; the LoRAs' weights are too large, or the precision is too low")
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """ValueError for a part of the sampler's steps in which nothing would be drawn, or that is none."""
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"--strength {strength:g}: must be above 0 and at most 1, the part of the steps that is drawn")
+    if int(steps * strength) < 1:
+        raise ValueError(f"--strength {strength:g}: leaves none of {steps} steps; raise it or --steps")
+
+
+def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
+    """ValueError where the pipeline has not what the LoRA changes, which diffusers only warns about."""
+    for network, state in lora.tensors.items():
+        owner = getattr(pipeline, network, None)
+        if owner is None:
+            raise ValueError(f"{file}: changes {network}, and the base has none; take the base that it was trained on")
+        layers = dict(owner.named_modules())
+        for module in lora.ranks(network):
+            layer = layers.get(module, layers.get(module.removeprefix("text_model.")))
+            layer = getattr(layer, "base_layer", layer)  # an adapter is there already
+            shape = [len(state[f"{module}.lora_B.weight"]), *state[f"{module}.lora_A.weight"].shape[1:]]
+            found = list(layer.weight.shape) if hasattr(layer, "weight") else "missing"
+            if found != shape:
+                advice = "take the base that it was trained on"
+                raise ValueError(f"{file}: changes {network}.{module} {shape}, which in the base is {found}; {advice}")

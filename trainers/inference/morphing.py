@@ -1,0 +1,177 @@
+"""From one picture to another through the networks of two single-picture LoRAs: DiffMorpher, arXiv 2312.07409."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainers.common.lora.files import adapter_settings, read_lora
+from trainers.common.text_to_image.prompts import EMBEDS, POOLED, size_conditions
+from trainers.inference.inversion import (
+    Predict,
+    ddim_schedulers,
+    invert,
+    latent_pictures,
+    picture_latents,
+    slerp,
+    with_statistics_between,
+)
+from trainers.inference.lora_pipeline import add_loras, check_fit
+
+Progress = Callable[[Iterable, str], Iterable]  # steps and what they do
+
+
+class Morph:
+    """Two pictures in a pipeline of Stable Diffusion, each with its LoRA and prompt; no guidance anywhere.
+
+    What is mixed are weights of the *differences*: at w both LoRAs act, and a weight W is W + (1 - w) D_1 + w D_2 with
+    D = alpha / r B A. The factors B and A themselves are not mixed, whose product would hold B_1 A_2 and B_2 A_1, too.
+    Raises what check_morph does.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        loras: tuple[Path, Path],
+        prompts: tuple[str, str],
+        steps: int,
+        attention: float,
+        adain: bool,
+    ) -> None:
+        self.pipeline, self.unet, self.adain = pipeline, pipeline.unet, adain
+        self.sampler, self.inverse = ddim_schedulers(pipeline.scheduler, steps)
+        check_morph(pipeline, loras, attention)
+        self.names = add_loras(pipeline, [(lora, 1.0) for lora in loras])
+        self.shared = SharedAttention(self.unet) if attention else None
+        self.shared_steps = round(attention * steps)
+        self.asked = [self._embedded(number, prompt) for number, prompt in enumerate(prompts)]
+
+    def mix(self, weight: float) -> None:
+        """Makes the LoRAs act 1 - weight and weight times; at 0 and 1 the other one is not even active."""
+        mixed = {name: share for name, share in zip(self.names, (1 - weight, weight), strict=True) if share}
+        self.pipeline.set_adapters(list(mixed), list(mixed.values()))
+
+    @torch.no_grad()
+    def invert(self, pictures: Tensor, progress: Progress) -> None:
+        """Finds the noises [1, c, h, w] of two pictures [2, 3, H, W] in [-1, 1], each with its own LoRA alone."""
+        self.noises = []
+        for number, picture in enumerate(pictures):
+            self.mix(number)
+            latents = picture_latents(self.pipeline.vae, picture[None])
+            following = f"inverting picture {number + 1}"
+            self.noises.append(
+                invert(self.predict(number), self.inverse, latents, lambda steps, text=following: progress(steps, text))
+            )
+
+    def noise(self, weight: float) -> Tensor:
+        """Between the noises of the pictures, [1, c, h, w]."""
+        first, last = (noise.double() for noise in self.noises)
+        noise = slerp(first, last, weight)
+        return (with_statistics_between(noise, first, last, weight) if self.adain else noise).float()
+
+    @torch.no_grad()
+    def frames(self, weights: list[float], progress: Progress) -> Tensor:
+        """Pictures [N, 3, H, W] in [0, 1], on the CPU, for weights from 0 (the first picture) to 1 (the other).
+
+        All frames take a step before any takes the next one, the two ends first: so keys and values of one step are
+        all that attention has to keep.
+        """
+        samples = [self.noise(weight) for weight in weights]
+        ends_first = sorted(range(len(weights)), key=lambda number: weights[number] not in (0.0, 1.0))
+        for step, timestep in enumerate(progress(self.sampler.timesteps, f"{len(weights)} frames")):
+            for number in ends_first:
+                weight = weights[number]
+                self.mix(weight)
+                with self.shared.at(weight) if self.shared and step < self.shared_steps else nullcontext():
+                    predicted = self.predict(weight)(samples[number], timestep).float()
+                samples[number] = self.sampler.step(predicted, timestep, samples[number]).prev_sample
+        return torch.cat([latent_pictures(self.pipeline.vae, sample).cpu() for sample in samples])
+
+    def predict(self, weight: float) -> Predict:
+        """Asks the UNet, with the LoRAs that act, for what is between the prompts."""
+        first, last = self.asked
+        asked = {name: torch.lerp(first[name], last[name], weight) for name in first}
+        embeds, pooled = asked[EMBEDS], asked.get(POOLED)
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            added = None
+            if pooled is not None:
+                target = tuple(side * self.pipeline.vae_scale_factor for side in noisy.shape[2:])
+                whole = torch.tensor([target], device=noisy.device)
+                added = {"text_embeds": pooled, "time_ids": size_conditions(whole, torch.zeros_like(whole), target)}
+            return self.unet(noisy.to(self.unet.dtype), timestep, embeds, added_cond_kwargs=added).sample
+
+        return predict
+
+    @torch.no_grad()
+    def _embedded(self, number: int, prompt: str) -> dict[str, Tensor]:
+        """A picture's prompt, read by the text encoders with its own LoRA: it may have changed them, too."""
+        self.mix(number)
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        found = self.pipeline.encode_prompt(prompt, device=self.pipeline.device, **options)
+        return {EMBEDS: found[0]} | ({POOLED: found[2]} if hasattr(self.pipeline, "text_encoder_2") else {})
+
+
+def check_morph(pipeline: Any, loras: Iterable[Path], attention: float) -> None:
+    """ValueError for a base that cannot be morphed in, and for a LoRA that does not fit or is no difference (DoRA)."""
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise ValueError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
+    if attention and not shared_layers(pipeline.unet):
+        raise ValueError("the base's UNet has no self-attention in its up blocks; give --attention 0")
+    for lora in loras:
+        if any(settings["use_dora"] for settings in adapter_settings(lora).values()):
+            raise ValueError(f"{lora}: is a DoRA, whose weights are no sum that can be mixed; train without use_dora")
+        check_fit(lora, read_lora(lora), pipeline)
+
+
+def shared_layers(unet: nn.Module) -> list[nn.Module]:
+    """What makes keys and values in the self-attention of its up blocks."""
+    names = [name for name, _ in unet.named_modules() if name.startswith("up_blocks") and name.endswith("attn1")]
+    return [unet.get_submodule(f"{name}.{kind}") for name in names for kind in ("to_k", "to_v")]
+
+
+class SharedAttention:
+    """Self-attention of a UNet's up blocks: keys and values of the ends are kept, those of a frame mixed from them."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.layers = shared_layers(unet)
+        self.ends: dict[float, list[Tensor]] = {}
+
+    @contextmanager
+    def at(self, weight: float) -> Iterator[None]:
+        """Inside, the UNet is asked once: for an end (0 or 1), or for what is between the last two of them."""
+        keep = weight in (0.0, 1.0)
+        kept: list[Tensor] = []
+        if keep:
+            self.ends[weight] = kept
+            hooks = [layer.register_forward_hook(lambda _, __, rows: kept.append(rows)) for layer in self.layers]
+        else:
+            mixed = [torch.lerp(a, b, weight) for a, b in zip(self.ends[0.0], self.ends[1.0], strict=True)]
+            hooks = [
+                layer.register_forward_hook(lambda _, __, ___, rows=rows: rows)
+                for layer, rows in zip(self.layers, mixed, strict=True)
+            ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def evenly_distant(weights: list[float], distances: list[float]) -> list[float]:
+    """As many weights such that neighbours are about equally far apart; `distances` are those of the old neighbours.
+
+    Along the frames that were measured the distance grows linearly from one to the next. ValueError where all are 0.
+    """
+    way = np.concatenate([[0.0], np.cumsum(distances)])
+    if not way[-1] > 0:
+        raise ValueError("rescheduling: all frames look the same; the two pictures must differ")
+    found = np.interp(np.linspace(0, way[-1], len(weights)), way, weights)
+    return [weights[0], *found[1:-1].tolist(), weights[-1]]

@@ -1,0 +1,193 @@
+"""Pictures of prompts by diffusers' pipelines: LoRAs at several scales, clip skip, inpainting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from trainers.base import RandomSource
+from trainers.common.diffusion.consistency import lcm_scheduler
+from trainers.common.diffusion.sampling import build_sampler, trained_with
+from trainers.common.lora.files import read_about
+from trainers.inference.lora_pipeline import check_finite, check_negative_prompt, check_strength, weigh_loras
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "euler", "lcm")
+DDIM_TIMESTEPS = 50  # of the teacher, in the published LCM-LoRAs
+WHITE = 128  # of 255: from here on a mask's pixel is drawn anew
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """A picture (RGB) of which is drawn anew what is white in a mask (L) of its size."""
+
+    image: Image.Image
+    mask: Image.Image
+    strength: float  # in (0, 1]: part of the sampler's steps; 1 starts from noise alone
+
+    def __post_init__(self) -> None:
+        if self.image.size != self.mask.size:
+            (width, height), (w, h) = self.image.size, self.mask.size
+            raise ValueError(f"--mask: has {w} x {h} pixels, and --image {width} x {height}; give one of the same size")
+        if self.mask.getextrema()[1] < WHITE:
+            raise ValueError("--mask: nothing in it is white, so nothing would be drawn")
+
+    def composed(self, drawn: Tensor) -> Tensor:
+        """The picture [N, 3, H, W] in its own size, with drawn ones where the mask is white: the rest is as it was."""
+        width, height = self.image.size
+        if drawn.shape[2:] != (height, width):
+            drawn = nn.functional.interpolate(drawn, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        return torch.where(pil_to_tensor(self.mask) >= WHITE, drawn, pil_to_tensor(self.image) / 255)
+
+
+@dataclass(kw_only=True)
+class PromptSettings:
+    """How prompts are drawn; guidance_scale of at most 1 is none, as in diffusers."""
+
+    size: tuple[int, int] | None = None  # height and width in pixels; None: what the pipeline was trained at
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    negative_prompt: str | None = None
+    clip_skip: int | None = None  # last layers of the text encoders that are left out
+    lora_scales: list[float] | None = None  # each picture with the LoRAs' weights times each of these
+
+
+class PromptedPipeline:
+    """Draws as a trainer does, `sample(requests, rng)`: a picture depends on its request and its generator alone."""
+
+    draws_held_out, grid_columns, sample_batch_size = False, None, 4  # as of a trainer
+    frames: list[Tensor] | None = None  # where a list, pictures [N, 3, H, W] after every step are appended
+    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # the pipeline shows its own
+    training = False
+
+    def __init__(
+        self, pipeline: Any, loras: dict[str, float], settings: PromptSettings, inpainting: Inpainting | None = None
+    ) -> None:
+        """`loras` are the weights of the pipeline's adapters by name."""
+        from diffusers import AutoPipelineForInpainting
+
+        self.loras, self.settings, self.inpainting = loras, settings, inpainting
+        self.pipeline = AutoPipelineForInpainting.from_pipe(pipeline) if inpainting else pipeline
+        self.modules = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        self.pipeline.set_progress_bar_config(desc="sampling", leave=False)
+        self.pipeline.vae.enable_slicing()  # decoding takes more memory than all the rest
+        self._check()
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    def _check(self) -> None:
+        settings, pipeline = self.settings, self.pipeline
+        if settings.lora_scales is not None and not self.loras:
+            raise ValueError("--lora-scales: there is no LoRA; give one with --lora, or a run of task lora")
+        columns = [self.column(scale) for scale in settings.lora_scales or []]
+        if columns and (len(set(columns)) < len(columns) or not any(self.loras.values())):
+            shown = ", ".join(columns)
+            raise ValueError(f"--lora-scales: {shown}: the columns are alike; give weights and scales that differ")
+        check_negative_prompt(settings.negative_prompt, settings.guidance_scale)
+        if settings.guidance_rescale and settings.guidance_scale <= 1:
+            found = f"has no effect with guidance {settings.guidance_scale:g}"
+            raise ValueError(f"--guidance-rescale {settings.guidance_rescale:g}: {found}; give --guidance above 1")
+        if settings.clip_skip is not None:
+            encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+            self._make_skippable([encoder for encoder in encoders if encoder is not None])
+        if self.inpainting is None and pipeline.unet.config.in_channels == 9:
+            raise ValueError("the pipeline is one for inpainting; give --image and --mask")
+        if self.inpainting is not None:
+            check_strength(self.inpainting.strength, settings.num_inference_steps)
+            if settings.guidance_rescale and "XL" not in type(pipeline).__name__:
+                raise ValueError(
+                    "--guidance-rescale: diffusers' inpainting has it for Stable Diffusion XL alone; set 0"
+                )
+
+    def _make_skippable(self, encoders: list[nn.Module]) -> None:
+        layers = min(encoder.config.num_hidden_layers for encoder in encoders)
+        if self.settings.clip_skip >= layers:
+            found = f"the text encoder has {layers} layers"
+            raise ValueError(f"--clip-skip {self.settings.clip_skip}: {found}; give at most {layers - 1}")
+        for encoder in encoders:
+            if not hasattr(encoder, "text_model"):  # diffusers asks for it there, and transformers 5 has it no more
+                object.__setattr__(encoder, "text_model", encoder)  # as a module it would contain itself
+
+    def column(self, scale: float) -> str:
+        """What a scale is called: the weight of a single LoRA, the scale of several."""
+        weights = list(self.loras.values())
+        return f"weight {weights[0] * scale + 0.0:g}" if len(weights) == 1 else f"scale {scale:g}"  # + 0.0: never -0
+
+    def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
+        """{"samples": pictures [N, 3, H, W] in [0, 1]}, or, where there are scales, those of each by its column."""
+        scales, generators = self.settings.lora_scales, rng.generators()
+        states = [generator.get_state() for generator in generators]
+        found = {}
+        for scale in scales or [1.0]:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)  # the same noise for every scale
+            weigh_loras(self.pipeline, {name: weight * scale for name, weight in self.loras.items()})
+            found["samples" if scales is None else self.column(scale)] = self._draw(requests, generators)
+        return found
+
+    def _draw(self, requests: list[dict], generators: list[torch.Generator]) -> Tensor:
+        settings, count = self.settings, len(requests)
+        asked = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "clip_skip")}
+        asked |= {"guidance_rescale": settings.guidance_rescale} if settings.guidance_rescale else {}
+        asked["prompt"] = [request["prompt"] for request in requests]
+        asked["negative_prompt"] = None if settings.negative_prompt is None else [settings.negative_prompt] * count
+        asked |= dict(zip(("height", "width"), self._size(), strict=True))
+        if self.inpainting is not None:  # one for each picture, or the first generator would encode for all
+            asked |= {"image": [self.inpainting.image] * count, "mask_image": [self.inpainting.mask] * count}
+            asked["strength"] = self.inpainting.strength
+        if self.frames is not None:
+            asked["callback_on_step_end"] = self._keep_frame
+        return self._finished(self.pipeline(**asked, generator=generators, output_type="pt").images)
+
+    def _size(self) -> tuple[int, int]:
+        """Height and width, multiples of the pixels per latent."""
+        factor, unet = self.pipeline.vae_scale_factor, self.pipeline.unet
+        if self.inpainting is not None:
+            return tuple(max(factor, round(side / factor) * factor) for side in self.inpainting.image.size[::-1])
+        return self.settings.size or (unet.config.sample_size * factor,) * 2
+
+    def _finished(self, images: Tensor) -> Tensor:
+        images = images.float().cpu()
+        check_finite(images)
+        return images if self.inpainting is None else self.inpainting.composed(images)
+
+    def _keep_frame(self, pipeline: Any, step: int, timestep: Tensor, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        scaling, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor or 0.0
+        images = pipeline.vae.decode(known["latents"] / scaling + shift, return_dict=False)[0]
+        self.frames.append(self._finished(pipeline.image_processor.postprocess(images, "pt")))
+        return known
+
+
+def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
+    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm over the noise that it was trained with.
+
+    lcm divides the time as the LoRA among these files was distilled, or else in 50.
+    """
+    noise = trained_with(pipeline.scheduler)
+    if name == "lcm" and noise.config.get("beta_schedule"):
+        said = [read_about(path).get("num_ddim_timesteps") for path in loras]
+        pipeline.scheduler = lcm_scheduler(noise, int(next(filter(None, said), DDIM_TIMESTEPS)))
+    else:
+        pipeline.scheduler = for_pipelines(build_sampler(name, noise))
+
+
+def for_pipelines(sampler: SchedulerMixin) -> SchedulerMixin:
+    """The sampler with what Stable Diffusion's pipelines ask for, and the Euler method of flows lacks."""
+    if not hasattr(sampler, "init_noise_sigma"):
+        sampler.init_noise_sigma = 1.0
+        sampler.scale_model_input = lambda sample, timestep: sample
+        sampler.add_noise = lambda sample, noise, timesteps: sampler.scale_noise(sample, timesteps, noise)
+    return sampler
