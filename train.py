@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine.checkpoint import find as candidates
-    from trainers.engine.checkpoint import resume
+    from trainers.engine.checkpoint import find, resume
     from trainers.engine.checkpoint.saver import Saving
     from trainers.engine.checkpoint.warm_up import warm_up
     from trainers.engine.data import batches as feeding
@@ -34,8 +33,7 @@ def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
     from trainers.engine.dry_run import plan as rehearsal
     from trainers.engine.encoders.fill import fill_caches
     from trainers.engine.encoders.stages import FrozenStages
-    from trainers.engine.export import model_card as card
-    from trainers.engine.export import pipeline as export
+    from trainers.engine.export import model_card, pipeline
     from trainers.engine.optim import optimizer as optimization
     from trainers.engine.optim.ema import EMA
     from trainers.engine.optim.networks import build_trainer, prepare_networks
@@ -45,18 +43,18 @@ def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
     from trainers.engine.run.randomness import SlotRandom, seed_network
     from trainers.engine.run.run_folder import open_run_folder
     from trainers.engine.run.signals import Stopping
-    from trainers.engine.tracking import console as reporting
+    from trainers.engine.tracking import console
     from trainers.engine.tracking.meters import Meter, Speed
     from trainers.engine.tracking.tracker import Tracking
     from trainers.engine.validation.validation import Validation
 
     base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
-    card.check_hub_login(base.push_to_hub)
+    model_card.check_hub_login(base.push_to_hub)
     accelerator = launch.start_accelerator(base)
     device, rank = accelerator.device, accelerator.process_index
     folder = open_run_folder(accelerator, base, dry_run is not None)
     with Stopping(accelerator, base) as stopping, folder as folders, launch.numerics(base):
-        resume_from = candidates.find_checkpoint(accelerator, folders, output_dir, base.resume_from_checkpoint)
+        resume_from = find.find_checkpoint(accelerator, folders, output_dir, base.resume_from_checkpoint)
 
         # data
         with accelerator.main_process_first():  # it downloads, the others find the files
@@ -90,8 +88,8 @@ def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
         trained = networks, ema, optimizer
         saving = Saving(accelerator, folders, tracking, clock, *trained, train_set, meter, divergence, stopping)
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
-        export_pipeline = partial(export.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
-        accelerator.print(reporting.start_block(accelerator, folders, run, trainer, networks, clock, train_set))
+        export_pipeline = partial(pipeline.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
+        accelerator.print(console.start_block(accelerator, folders, run, trainer, networks, clock, train_set))
         with tracking, saving, closing(batches), progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)
             done, speed = clock.origin_step, Speed()
@@ -116,7 +114,7 @@ def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
                 if clock.due(done, base.logging_steps):
                     metrics = clock.epochs(done) | learning_rates | meter.means() | skipped(train_set)
                     tracking.log_steps(metrics | {"examples_per_second": speed.examples_per_second()}, done)
-                    reporting.show_metrics(bar, tracking.latest)
+                    console.show_metrics(bar, tracking.latest)
                 with speed.paused():
                     saving.after_step(done)
                     if stopping.agreed():
@@ -130,8 +128,8 @@ def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
 
             # finish
             pipeline_files = export_pipeline(done)
-            card.publish(accelerator, run, trainer, tracking, pipeline_files)
-            accelerator.print(reporting.end_block(trainer, folders, output_dir, train_set))
+            model_card.publish(accelerator, run, trainer, tracking, pipeline_files)
+            accelerator.print(console.end_block(trainer, folders, output_dir, train_set))
     return output_dir
 
 
@@ -179,9 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dry_run(run: RunConfig) -> int:
     """Trains the last steps in a folder of their own and prints what the whole run takes: 0 where it fits, else 1."""
-    from trainers.engine.dry_run import report as preflight
+    from trainers.engine.dry_run import report, suggestions
     from trainers.engine.dry_run import sandbox as dry_run
-    from trainers.engine.dry_run import suggestions as remedies
 
     if dry_run.is_main():
         print(f"dry run: {dry_run.PROMISE}", file=sys.stderr, flush=True)
@@ -191,14 +188,14 @@ def _dry_run(run: RunConfig) -> int:
             with redirect_stdout(io.StringIO()):  # what a run says of itself is not true of this one
                 train(rehearsal.short, rehearsal)
         except (MemoryError, RuntimeError, OSError) as error:
-            shortage = remedies.shortage_of(error)
+            shortage = suggestions.shortage_of(error)
             if shortage is None:
                 raise
         if not dry_run.is_main():
             if shortage is not None:
                 raise OSError(shortage.text)
             return 0
-        lines, fits = preflight.report(rehearsal, shortage)
+        lines, fits = report.report(rehearsal, shortage)
     print("\n".join(lines), flush=True)
     return 0 if fits else 1
 

@@ -77,30 +77,30 @@ def slow_steps(seconds):
 
 
 def slow_write(seconds):
-    from trainers.engine.checkpoint import writer as checkpoint
+    from trainers.engine.checkpoint import writer
 
-    original = checkpoint.write
+    original = writer.write
 
     def slow(taken, folder):
         folder.mkdir()
         time.sleep(seconds)
         original(taken, folder)
 
-    checkpoint.write = slow
+    writer.write = slow
 
 
 def fail_write(step_and_rank):
     """The files of this step's checkpoint cannot be written by one rank."""
-    from trainers.engine.checkpoint import writer as checkpoint
+    from trainers.engine.checkpoint import writer
 
-    (step, rank), original = step_and_rank, checkpoint.write
+    (step, rank), original = step_and_rank, writer.write
 
     def failing(taken, folder):
         original(taken, folder)
         if (taken.step, own_rank()) == (step, rank):
             raise OSError(28, "No space left on device")
 
-    checkpoint.write = failing
+    writer.write = failing
 
 
 def fail_rename(step_and_rank):

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainers.engine.encoders import fill as cache_filling
+from trainers.engine.encoders import fill
 from trainers.engine.encoders.cache import Cache, folder_of, text_key
 from trainers.engine.encoders.stages import FrozenStages
 from trainers.engine.run import files as durable
@@ -182,7 +182,7 @@ def test_a_half_written_cache_is_completed_and_a_broken_file_replaced(run_in_pro
 
 def test_an_interrupted_start_goes_on_where_it_was(run_in_process, options, monkeypatch, capsys):
     options = {**options, **cached("disk")}
-    monkeypatch.setattr(cache_filling, "FILE_BYTES", 1)  # a file after every batch
+    monkeypatch.setattr(fill, "FILE_BYTES", 1)  # a file after every batch
     run, calls = FrozenStages.run, []
 
     def interrupted(self, name, values):

@@ -12,7 +12,7 @@ from test_resume import final_state
 
 from train import main, train
 from trainers import TRAINERS
-from trainers.engine.checkpoint import config_diff as changes
+from trainers.engine.checkpoint import config_diff
 from trainers.engine.checkpoint.config_diff import option_changes
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.writer import sha256
@@ -187,13 +187,13 @@ def test_a_checkpoint_of_another_version(begun, capsys):
 def test_an_option_that_is_new_had_its_default(begun, capsys, monkeypatch):
     """A checkpoint of before an option existed: compared with the option's default."""
     _, resume = begun
-    original = changes.option_changes
+    original = config_diff.option_changes
 
     def older(saved, run):
         del saved["ddpm"]["snr_gamma"], saved["base"]["valid_steps"]
         return original(saved, run)
 
-    monkeypatch.setattr(changes, "option_changes", lambda saved, run: older(json.loads(json.dumps(saved)), run))
+    monkeypatch.setattr(config_diff, "option_changes", lambda saved, run: older(json.loads(json.dumps(saved)), run))
     assert resume() == 0
     assert resume(**{"base.resume_from_checkpoint": "checkpoint-3", "ddpm.snr_gamma": 5.0}) == 1
     assert "ddpm.snr_gamma: null -> 5.0" in capsys.readouterr().err

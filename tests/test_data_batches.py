@@ -15,8 +15,7 @@ from datasets_lib.dataset import ImageDataset
 from datasets_lib.prior import PriorDataset
 from datasets_lib.transforms import mirror, normalize, scale
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.data import prefetch as transfer
-from trainers.engine.data import workers as loading
+from trainers.engine.data import prefetch, workers
 from trainers.engine.data.batches import examples_once, first_batch, training_batches
 from trainers.engine.encoders.cache import KeyedExamples
 from trainers.engine.run.clock import Clock
@@ -160,7 +159,7 @@ def test_a_message_about_the_data_reaches_the_loop(stopping):
 def test_what_is_in_memory_needs_no_workers(stopping, monkeypatch):
     base = base_of(random_flip=True, dataloader_num_workers=2)
     with_workers = batches_of(build(IMAGES, {}, base, prepare=False), base, stopping)
-    monkeypatch.setattr(loading, "DataLoader", None)
+    monkeypatch.setattr(workers, "DataLoader", None)
     assert_same(batches_of(build(IMAGES, {}, base), base, stopping), with_workers)
 
 
@@ -261,12 +260,12 @@ class Recorded:
 
 def test_the_next_copy_begins_before_a_step():
     stream = Recorded()
-    batches = transfer.copied_ahead(iter([{"slot": number} for number in range(3)]), stream)
+    batches = prefetch.copied_ahead(iter([{"slot": number} for number in range(3)]), stream)
     assert next(batches) == {"slot": 0}
     assert stream.calls == ["begin 0", "begin 1", "finish 0"]
     assert [batch["slot"] for batch in batches] == [1, 2]
     assert stream.calls[3:] == ["begin 2", "finish 1", "finish 2"]
-    assert list(transfer.copied_ahead(iter([]), stream)) == []
+    assert list(prefetch.copied_ahead(iter([]), stream)) == []
 
 
 def failing():
@@ -283,7 +282,7 @@ def failing():
     ],
 )
 def test_an_error_waits_for_its_turn(batches, error):
-    copies = transfer.copied_ahead(batches, Recorded())
+    copies = prefetch.copied_ahead(batches, Recorded())
     assert next(copies) == {"slot": 0}
     with pytest.raises(error):
         next(copies)
@@ -300,8 +299,8 @@ def test_what_is_read_is_closed(kind, monkeypatch):
         finally:
             closed.append(True)
 
-    monkeypatch.setattr(transfer, "CopyStream", lambda *arguments: Recorded())
-    batches = transfer.to_device(reading(), lambda batch: batch, torch.device(kind))
+    monkeypatch.setattr(prefetch, "CopyStream", lambda *arguments: Recorded())
+    batches = prefetch.to_device(reading(), lambda batch: batch, torch.device(kind))
     next(batches)
     batches.close()
     assert closed == [True]
@@ -329,7 +328,7 @@ def test_the_current_stream_waits_for_a_copy_and_keeps_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append(stream))
-    stream = transfer.CopyStream(lambda batch: {**batch, "image": batch["image"] + 1}, CPU)
+    stream = prefetch.CopyStream(lambda batch: {**batch, "image": batch["image"] + 1}, CPU)
     batch, copied = stream.begin({"image": torch.zeros(2), "caption": ["a", "b"]})
     assert current.waited == []
     assert stream.finished(batch, copied)["image"].tolist() == [1, 1]

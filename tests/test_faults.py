@@ -22,12 +22,11 @@ from processes import Forked
 from test_resume import final_state
 
 from train import main, train
-from trainers.engine.checkpoint import load as restore
-from trainers.engine.checkpoint import writer as checkpoint
+from trainers.engine.checkpoint import load, writer
 from trainers.engine.checkpoint.find import find_checkpoint
 from trainers.engine.checkpoint.manifest import DamagedCheckpoint, list_checkpoints, verify
 from trainers.engine.config.config import load_config
-from trainers.engine.data import workers as loading
+from trainers.engine.data import workers
 from trainers.engine.distributed.shared_folders import find_folders
 
 KILLED = [
@@ -142,7 +141,7 @@ def two_checkpoints(run_in_process):
 
 def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monkeypatch, capsys):
     """Each is found before a tensor is loaded, and `latest` takes the checkpoint before with a loud line."""
-    monkeypatch.setattr(restore, "load_file", lambda path: pytest.fail(f"{path} was loaded"))
+    monkeypatch.setattr(load, "load_file", lambda path: pytest.fail(f"{path} was loaded"))
     accelerator, rng, found = Accelerator(), random.Random(0), 0
     newest, folders = two_checkpoints / "checkpoint-6", find_folders(accelerator, two_checkpoints, "base.output_dir")
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
@@ -171,7 +170,7 @@ def test_no_bit_of_a_manifest_can_flip(two_checkpoints):
     for path in list(newest.rglob("*.safetensors")):  # the manifest's own bits are the point; hash little
         path.write_bytes(b"x")
     digest = {
-        str(p.relative_to(newest)): [p.stat().st_size, checkpoint.sha256(p)]
+        str(p.relative_to(newest)): [p.stat().st_size, writer.sha256(p)]
         for p in newest.rglob("*")
         if p.is_file() and p.name != "manifest.json"
     }
@@ -209,7 +208,7 @@ def test_pickles_are_refused_and_never_run(two_checkpoints, tmp_path, tiny_confi
     weights = newest / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(attack)  # with a manifest that agrees
     manifest = json.loads((newest / "manifest.json").read_text())
-    manifest["unet/diffusion_pytorch_model.safetensors"] = [len(attack), checkpoint.sha256(weights)]
+    manifest["unet/diffusion_pytorch_model.safetensors"] = [len(attack), writer.sha256(weights)]
     (newest / "manifest.json").write_text(json.dumps(manifest))
     shutil.copytree(two_checkpoints, tmp_path / "again")
     assert main([str(tiny_config(name="again", **{"base.resume_from_checkpoint": "latest"}))]) == 1
@@ -235,7 +234,7 @@ def test_a_file_that_could_run_code_is_refused_although_the_manifest_names_it(tw
     newest = two_checkpoints / "checkpoint-6"
     (newest / "extra.bin").write_bytes(b"x")
     manifest = json.loads((newest / "manifest.json").read_text())
-    manifest["extra.bin"] = [1, checkpoint.sha256(newest / "extra.bin")]
+    manifest["extra.bin"] = [1, writer.sha256(newest / "extra.bin")]
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DamagedCheckpoint, match=r"holds extra.bin, which diffloop does not write there"):
         verify(newest)
@@ -308,7 +307,7 @@ def test_left_over_folders_are_swept_and_nothing_else(two_checkpoints, tiny_conf
 @pytest.mark.parametrize("limit", [20_000, 250_000])
 def test_a_disk_that_is_full_leaves_older_checkpoints_intact(tiny_config, capsys, monkeypatch, limit):
     """With a limit on the size of a file, so that the real writers fail: of weights, and of the optimizer's state."""
-    original = checkpoint.write
+    original = writer.write
 
     def fail_at_6(taken, folder):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -318,7 +317,7 @@ def test_a_disk_that_is_full_leaves_older_checkpoints_intact(tiny_config, capsys
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(checkpoint, "write", fail_at_6)
+    monkeypatch.setattr(writer, "write", fail_at_6)
     path = tiny_config(**{"base.checkpointing_steps": 3})
     assert main([str(path)]) == 1
     text = capsys.readouterr().err
@@ -331,9 +330,7 @@ def test_a_disk_that_is_full_leaves_older_checkpoints_intact(tiny_config, capsys
 
 
 def test_space_is_looked_at_before_a_save(tiny_config, capsys, monkeypatch):
-    monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)
-    )
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     path = tiny_config()
     assert main([str(path)]) == 1
     text = capsys.readouterr().err
@@ -344,7 +341,7 @@ def test_space_is_looked_at_before_a_save(tiny_config, capsys, monkeypatch):
     assert "5,000 were free" in text
     assert main([str(tiny_config(**{"base.resume_from_checkpoint": "latest"}))]) == 0
     written = sum(file.stat().st_size for file in (folder / "checkpoint-6").rglob("*") if file.is_file())
-    assert written < needed < written + 2 * checkpoint.SPARE_BYTES
+    assert written < needed < written + 2 * writer.SPARE_BYTES
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tiny_config, capsys, monkeypatch):
@@ -371,11 +368,11 @@ def test_a_data_worker_that_dies_while_it_hands_a_tensor_over(error):
 
     worker = multiprocessing.Process(target=time.sleep, args=(0.3,))
     worker.start()
-    assert loading._next_of(broken(), {worker}, 5) is loading.DEAD
+    assert workers._next_of(broken(), {worker}, 5) is workers.DEAD
     living = multiprocessing.Process(target=time.sleep, args=(30,))
     living.start()
     with pytest.raises(error):
-        loading._next_of(broken(), {living}, 5)
+        workers._next_of(broken(), {living}, 5)
     living.kill()
 
 

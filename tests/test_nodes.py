@@ -22,7 +22,7 @@ from test_saving import hidden, steps_of
 from train import main
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.errors import is_message
-from trainers.engine.distributed import collectives as agreement
+from trainers.engine.distributed import collectives
 from trainers.engine.distributed.shared_folders import Folders, find_folders
 from trainers.engine.run.files import sha256
 from trainers.engine.run.lock import take
@@ -214,12 +214,14 @@ def test_several_processes_in_each_folder():
 def test_what_one_process_sends_of_its_errors(monkeypatch):
     """A bug may hold what cannot be sent; a library's full disk is a message, with the host's name."""
     sent = []
-    monkeypatch.setattr(agreement, "broadcast_object_list", lambda answer, from_process: sent.append(answer) or answer)
+    monkeypatch.setattr(
+        collectives, "broadcast_object_list", lambda answer, from_process: sent.append(answer) or answer
+    )
     process = SimpleNamespace(process_index=0)
     with pytest.raises(ZeroDivisionError):
-        agreement.on_ranks(process, [0], lambda: 1 / 0)
+        collectives.on_ranks(process, [0], lambda: 1 / 0)
     with pytest.raises(OSError, match=r"on a: \[Errno 2\] No such file") as caught:
-        agreement.on_ranks(process, [0], lambda: os.stat("/none"), "on a: ")
+        collectives.on_ranks(process, [0], lambda: os.stat("/none"), "on a: ")
     assert [str(error) for _, error in sent] == [
         "process 0 failed: ZeroDivisionError('division by zero')",
         "on a: [Errno 2] No such file or directory: '/none'",

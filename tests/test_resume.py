@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from train import main, train
 from trainers import TRAINERS
-from trainers.engine.checkpoint import load as restore
-from trainers.engine.checkpoint import resume
+from trainers.engine.checkpoint import load, resume
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.config.config import load_config
 
@@ -230,10 +229,10 @@ def test_a_run_that_has_lost_its_checkpoints_keeps_its_log(tiny_config):
 
 def test_checkpoints_of_another_run(tmp_path):
     with pytest.raises(ValueError, match="unet holds no weights; the checkpoint is of a run with other networks"):
-        restore.read_weights(tmp_path, {"unet": torch.nn.Linear(1, 1)})
+        load.read_weights(tmp_path, {"unet": torch.nn.Linear(1, 1)})
     save_file({"net.old.exp_avg": torch.zeros(1)}, tmp_path / "optimizer.safetensors")
     with pytest.raises(ValueError, match="has state for parameters that this run does not train"):
-        restore.read_optimizer_state(tmp_path, {"net": torch.nn.Linear(1, 1)})
+        load.read_optimizer_state(tmp_path, {"net": torch.nn.Linear(1, 1)})
 
 
 def test_names_that_are_no_checkpoint(tmp_path):

@@ -12,14 +12,13 @@ from test_resume import final_state
 
 from train import main, train
 from trainers.common.lora import files as lora_files
-from trainers.engine.checkpoint import saver as saving
-from trainers.engine.checkpoint import writer as checkpoint
+from trainers.engine.checkpoint import saver, writer
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.checkpoint.saver import Saving
 from trainers.engine.config.config import load_config
-from trainers.engine.export import pipeline as export
-from trainers.engine.optim import optimizer as optimization
-from trainers.engine.run import files as durable
+from trainers.engine.export import pipeline
+from trainers.engine.optim import optimizer
+from trainers.engine.run import files
 from trainers.engine.validation import validation
 
 EVERY_THIRD = {"base.checkpointing_steps": 3}
@@ -38,13 +37,13 @@ def write_when(monkeypatch):
     """write_when(condition): from now on the thread writes once it holds for (snapshot, output_dir)."""
 
     def patch(condition):
-        original = checkpoint.write
+        original = writer.write
 
         def waiting(taken, folder):
             wait_for(lambda: condition(taken, folder.parent), seconds=30)
             original(taken, folder)
 
-        monkeypatch.setattr(checkpoint, "write", waiting)
+        monkeypatch.setattr(writer, "write", waiting)
 
     return patch
 
@@ -66,7 +65,7 @@ def test_a_checkpoint_holds_its_own_step_although_the_training_goes_on(run_in_pr
 def test_saves_closer_than_a_write_takes_wait_for_each_other(run_in_process, monkeypatch):
     """One at a time; the next copy is made in the memory of the one before."""
     events, copies, places = [], [], []
-    write, snapshot = checkpoint.write, saving.snapshot
+    write, snapshot = writer.write, saver.snapshot
 
     def slow(taken, folder):
         events.append(f"write {taken.step}")
@@ -81,8 +80,8 @@ def test_saves_closer_than_a_write_takes_wait_for_each_other(run_in_process, mon
         places.append({tensor.data_ptr() for values in taken.tensors.values() for tensor in values.values()})
         return taken
 
-    monkeypatch.setattr(checkpoint, "write", slow)
-    monkeypatch.setattr(saving, "snapshot", copy)
+    monkeypatch.setattr(writer, "write", slow)
+    monkeypatch.setattr(saver, "snapshot", copy)
     folder = run_in_process(**{"base.checkpointing_steps": 1, "base.checkpoints_total_limit": 2})
     assert events == [f"{what} {step}" for step in range(1, 7) for what in ("write", "written")]
     assert all(place == places[0] for place in places)
@@ -94,14 +93,14 @@ def test_saves_closer_than_a_write_takes_wait_for_each_other(run_in_process, mon
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
 def test_a_write_that_fails_beside_the_training_ends_the_run(tiny_config, monkeypatch, capsys, error):
     """At the next step or the one after, with the same message; the half checkpoint is removed, older ones stay."""
-    write = checkpoint.write
+    write = writer.write
 
     def fail(taken, folder):
         write(taken, folder)
         if taken.step == 4:
             raise error
 
-    monkeypatch.setattr(checkpoint, "write", fail)
+    monkeypatch.setattr(writer, "write", fail)
     path = tiny_config(**{"base.checkpointing_steps": 2, "base.max_train_steps": 40})
     assert main([str(path)]) == 1
     text, folder = capsys.readouterr().err, path.with_suffix("")
@@ -114,14 +113,14 @@ def test_a_write_that_fails_beside_the_training_ends_the_run(tiny_config, monkey
 
 
 def test_a_bug_in_the_thread_is_shown_with_its_place(tiny_config, monkeypatch):
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: 1 / 0)
+    monkeypatch.setattr(writer, "sha256", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         main([str(tiny_config())])
     assert "<lambda>" in [entry.name for entry in caught.traceback]
 
 
 def test_a_checkpoint_that_cannot_get_its_name(tiny_config, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint.Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    monkeypatch.setattr(writer.Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError(5, "I/O error")))
     path = tiny_config()
     assert main([str(path)]) == 1
     assert "checkpoint-6 could not be written to" in capsys.readouterr().err
@@ -162,13 +161,13 @@ def test_kill_9_while_a_checkpoint_is_written(tmp_path, processes):
 
 def test_a_run_that_ends_while_its_last_checkpoint_is_written(run_in_process, write_when, monkeypatch):
     """The pipeline is written after it: what follows finds the checkpoint sealed."""
-    found, original = [], export.export_pipeline
+    found, original = [], pipeline.export_pipeline
 
     def look(accelerator, trainer, ema, tracking, *others):
         found.extend(steps_of(tracking.output_dir))
         return original(accelerator, trainer, ema, tracking, *others)
 
-    monkeypatch.setattr(export, "export_pipeline", look)
+    monkeypatch.setattr(pipeline, "export_pipeline", look)
     began = time.monotonic()
     write_when(lambda taken, folder: time.monotonic() > began + 1)
     run_in_process()
@@ -177,7 +176,7 @@ def test_a_run_that_ends_while_its_last_checkpoint_is_written(run_in_process, wr
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_error_in_the_loop_does_not_lose_what_is_in_flight(tiny_config, monkeypatch, capsys, fails):
-    write, failed = checkpoint.write, threading.Event()
+    write, failed = writer.write, threading.Event()
 
     def late(taken, folder):
         failed.wait(30)
@@ -185,15 +184,15 @@ def test_an_error_in_the_loop_does_not_lose_what_is_in_flight(tiny_config, monke
         if fails:
             raise OSError(28, "No space left on device")
 
-    def broken_step(*arguments, original=optimization.optimizer_step, done=[]):  # noqa: B006
+    def broken_step(*arguments, original=optimizer.optimizer_step, done=[]):  # noqa: B006
         done.append(1)
         if len(done) == 5:
             failed.set()
             raise RuntimeError("a bug")
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write", late)
-    monkeypatch.setattr(optimization, "optimizer_step", broken_step)
+    monkeypatch.setattr(writer, "write", late)
+    monkeypatch.setattr(optimizer, "optimizer_step", broken_step)
     path = tiny_config(**EVERY_THIRD)
     with pytest.raises(RuntimeError, match="a bug"):
         train(load_config(path))
@@ -232,7 +231,7 @@ def test_a_long_validation_does_not_keep_a_checkpoint_open(run_in_process, monke
 def test_the_mode_of_files_is_found_without_a_change_that_all_threads_would_see(tmp_path, monkeypatch):
     monkeypatch.setattr("os.umask", lambda mask: pytest.fail("another thread may create a file now"))
     (tmp_path / "plain").touch()
-    durable.write_tensors({}, tmp_path / "tensors")
+    files.write_tensors({}, tmp_path / "tensors")
     (tmp_path / "private").touch(0o600)
     lora_files.make_readable(tmp_path / "private")
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1

@@ -20,7 +20,7 @@ from datasets_lib.inspect import main as inspect
 from datasets_lib.stream import Stream
 from train import main, train
 from trainers.engine.config.config import load_config
-from trainers.engine.data import batches as feeding
+from trainers.engine.data import batches
 from trainers.engine.optim.nonfinite import Divergence
 
 
@@ -286,11 +286,11 @@ def test_validation_examples_are_read_as_a_whole(tmp_path):
 
 def test_processes_that_see_other_shards(folder, monkeypatch):
     stream, accelerator = stream_of(folder), SimpleNamespace(process_index=0, num_processes=2)
-    monkeypatch.setattr(feeding, "gather_object", lambda mine: [*mine, "another"])
+    monkeypatch.setattr(batches, "gather_object", lambda mine: [*mine, "another"])
     with pytest.raises(
         ValueError, match="the processes see 2 different lists of shards of .*; give each the same files"
     ):
-        feeding.dealt(accelerator, base_of(folder), stream)
+        batches.dealt(accelerator, base_of(folder), stream)
 
 
 def test_messages_of_workers_end_the_run_without_a_traceback(tmp_path, error_of):

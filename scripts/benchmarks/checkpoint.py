@@ -16,7 +16,7 @@ from scripts.benchmarks.runs import fresh_accelerate, synchronize
 from train import train
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.config.config import load_config
-from trainers.engine.optim import optimizer as optimization
+from trainers.engine.optim import optimizer
 
 
 def table(config: str, repetitions: int) -> list[dict[str, Any]]:
@@ -44,14 +44,14 @@ def table(config: str, repetitions: int) -> list[dict[str, Any]]:
 def checkpoint_times(config: str, folder: str, overrides: list[str], repetitions: int, period: int) -> dict:
     """One save every `period` steps; the first save pays for its memory and does not count."""
     starts = []  # of the steps
-    original = optimization.set_learning_rates
+    original = optimizer.set_learning_rates
 
     def timed(*arguments) -> dict:
         synchronize()
         starts.append(time.perf_counter())
         return original(*arguments)
 
-    optimization.set_learning_rates = timed
+    optimizer.set_learning_rates = timed
     options = [
         f"base.output_dir={folder}", "ddpm.lr_scheduler=constant", "ddpm.lr_warmup_steps=null", "base.valid_steps=null",
         f"base.checkpointing_steps={period}", "base.checkpoints_total_limit=1", "base.resume_from_checkpoint=latest",
@@ -67,7 +67,7 @@ def checkpoint_times(config: str, folder: str, overrides: list[str], repetitions
         with fresh_accelerate():
             train(load_config(config, [*options, f"base.max_train_steps={last + 1}"]))
     finally:
-        optimization.set_learning_rates = original
+        optimizer.set_learning_rates = original
     periods = [seconds[first - 1 : first - 1 + period] for first in range(2 * period, last, period)]
     half = period // 2
     normal = [statistics.median(each[half:]) for each in periods]

@@ -23,13 +23,11 @@ from scripts.benchmarks.runs import DEVICE, configured, examples_per_second, in_
 from trainers.engine.checkpoint.saver import Saving
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data import batches as feeding
-from trainers.engine.data import prefetch as transfer
-from trainers.engine.data import workers as loading
+from trainers.engine.data import prefetch, workers
 from trainers.engine.optim import ema
 from trainers.engine.optim import optimizer as optimization
 from trainers.engine.run import randomness
-from trainers.engine.tracking import meters as metering
-from trainers.engine.tracking import tracker as tracking
+from trainers.engine.tracking import meters, tracker
 
 TASKS = ("ddpm", "conditional_ddpm", "vae", "lora", "text_to_image")
 # the smallest have no dropout on their weights, no second network and cached frozen stages: as the bare side
@@ -184,11 +182,11 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
             ("randomness", randomness.SlotRandom, "normal"),
             ("randomness", randomness.SlotRandom, "integers"),
             ("reseeding", randomness, "seed_network"),
-            ("metering", metering.Meter, "add"),
-            ("logging", tracking.Tracking, "log_steps"),
-            ("logging", metering.Meter, "means"),
-            ("transfer", transfer, "_moved"),
-            ("transfer", loading.SlotExamples, "finish"),
+            ("metering", meters.Meter, "add"),
+            ("logging", tracker.Tracking, "log_steps"),
+            ("logging", meters.Meter, "means"),
+            ("transfer", prefetch, "_moved"),
+            ("transfer", workers.SlotExamples, "finish"),
         ):
             patches.enter_context(patch.object(owner, method, timed(getattr(owner, method), name, seconds)))
         patches.enter_context(patch.object(feeding, "training_batches", _timed_batches(seconds)))

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.engine.checkpoint import writer as checkpoint
+from trainers.engine.checkpoint import writer
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.snapshot import Snapshot, find_not_finite, snapshot
-from trainers.engine.data import stream_batches as streaming
+from trainers.engine.data import stream_batches
 from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.nonfinite import Divergence
@@ -146,31 +146,31 @@ class Saving:
             self.wait()
 
     def _seal(self) -> None:
-        checkpoint.seal(self.staged.result())
+        writer.seal(self.staged.result())
 
     def _prune(self) -> None:
         limit = self.run.base.checkpoints_total_limit
         for _, folder in list_checkpoints(self.output_dir)[limit:] if limit is not None else []:
-            checkpoint.remove(folder, self.thread)
+            writer.remove(folder, self.thread)
 
     def _write(self, taken: Snapshot) -> Path:
         """The thread's part; this process tells the other ranks that it is over, well or not."""
         try:
-            return checkpoint.stage(taken, self.output_dir)
+            return writer.stage(taken, self.output_dir)
         finally:
             self.stopping.wrote = taken.step
 
     def _state(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
         scaler, train_set = self.accelerator.scaler, self.train_set
         return {
-            "format": checkpoint.FORMAT,
+            "format": writer.FORMAT,
             "step": steps_done,
             "slot": self.clock.slot_at(steps_done),
             "global_batch_size": self.clock.global_batch_size,
             "total_steps": self.clock.total_steps,
             "num_examples": self.clock.num_examples,
             "fingerprint": train_set.fingerprint,
-            "stream": streaming.positions(train_set) if self.run.base.streaming else None,
+            "stream": stream_batches.positions(train_set) if self.run.base.streaming else None,
             "label_names": getattr(train_set, "label_names", None),
             "meter": self.meter.state(),
             "divergence": counts,

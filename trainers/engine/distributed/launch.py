@@ -17,7 +17,7 @@ from accelerate.utils import (
 )
 
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.distributed import backends as engines
+from trainers.engine.distributed import backends
 
 TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "both": ["tensorboard", "wandb"], "none": None}
 
@@ -29,7 +29,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
     they do not divide, and where the device cannot run the precision.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    engines.check_devices()
+    backends.check_devices()
     if base.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
     accelerator = Accelerator(
@@ -42,7 +42,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
         ),
         kwargs_handlers=[InitProcessGroupKwargs(_backend(), timeout=timedelta(seconds=base.collective_timeout))],
     )
-    engines.check_engine(accelerator)
+    backends.check_engine(accelerator)
     if launched != accelerator.num_processes:
         raise ValueError(
             f"WORLD_SIZE = {launched}: the launcher started these, {accelerator.num_processes} are connected, "

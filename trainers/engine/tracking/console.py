@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig
-from trainers.engine.data import stream_batches as streaming
+from trainers.engine.data import stream_batches
 from trainers.engine.distributed.backends import engine_of
 from trainers.engine.distributed.sharding import shape_of
 from trainers.engine.distributed.shared_folders import Folders
@@ -77,7 +77,7 @@ def end_block(trainer: Trainer, folders: Folders, output_dir: Path, train_set: A
     bad = getattr(train_set, "bad_count", 0)
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
-    if any(counts := streaming.skipped(train_set).values()):
+    if any(counts := stream_batches.skipped(train_set).values()):
         shards, images = counts
         usage += f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
     place = folders.places[0] if folders.several else output_dir

@@ -20,7 +20,7 @@ from trainers.engine.config.config import RunConfig
 from trainers.engine.distributed.collectives import on_main
 from trainers.engine.dry_run.plan import Rehearsal
 from trainers.engine.run.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
-from trainers.engine.tracking import wandb_tracker as weights_and_biases
+from trainers.engine.tracking import wandb_tracker
 from trainers.engine.tracking.memory import PeakMemory
 
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
@@ -159,12 +159,12 @@ class Tracking:
             pixels = [
                 {name: [opaque_pixels(image) for image in images[name]] for name in images} for images in pictures
             ]
-            weights_and_biases.log_table(tracker, requests, pixels, step)
+            wandb_tracker.log_table(tracker, requests, pixels, step)
 
     def log_pipeline(self, names: list[str], metadata: dict[str, Any]) -> None:
         """Keeps the finished pipeline as an artifact with `metadata` where W&B is used."""
         for tracker in self._wandb():
-            weights_and_biases.log_pipeline(tracker, [self.output_dir / name for name in names], metadata)
+            wandb_tracker.log_pipeline(tracker, [self.output_dir / name for name in names], metadata)
 
     def _wandb(self) -> list[Any]:
         return [t for t in self.accelerator.trackers if t.name == "wandb" and self.accelerator.is_main_process]
@@ -186,7 +186,7 @@ def _tracker_arguments(run: RunConfig, output_dir: Path, start_step: int) -> dic
     wandb = {
         "name": run.base.run_name or output_dir.resolve().name,
         "dir": str(logging_dir),
-        "id": weights_and_biases.run_id(logging_dir, start_step),
+        "id": wandb_tracker.run_id(logging_dir, start_step),
         "resume": "allow",
     }
     return {"tensorboard": _tensorboard_arguments(start_step), "wandb": wandb}
