@@ -19,33 +19,33 @@ from trainers.engine.config.errors import Interrupted, is_message
 from trainers.engine.config.files import ConfigError
 
 if TYPE_CHECKING:
-    from trainers.engine.dry_run.plan import Rehearsal
+    from trainers.engine.dry_run.plan import DryRun
 
 
-def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
+def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
     from trainers.engine.checkpoint import find, resume
-    from trainers.engine.checkpoint.saver import Saving
+    from trainers.engine.checkpoint.saver import Saver
     from trainers.engine.checkpoint.warm_up import warm_up
     from trainers.engine.data import batches as feeding
     from trainers.engine.data.stream_batches import skipped
     from trainers.engine.distributed import launch
     from trainers.engine.dry_run import plan as rehearsal
     from trainers.engine.encoders.fill import fill_caches
-    from trainers.engine.encoders.stages import FrozenStages
+    from trainers.engine.encoders.stages import FrozenEncoders
     from trainers.engine.export import model_card, pipeline
     from trainers.engine.optim import optimizer as optimization
     from trainers.engine.optim.ema import EMA
     from trainers.engine.optim.networks import build_trainer, prepare_networks
-    from trainers.engine.optim.nonfinite import Divergence
-    from trainers.engine.optim.sanity_checks import Watches
+    from trainers.engine.optim.nonfinite import NonFiniteSteps
+    from trainers.engine.optim.sanity_checks import SanityChecks
     from trainers.engine.run.progress import progress_bar
     from trainers.engine.run.randomness import SlotRandom, seed_network
     from trainers.engine.run.run_folder import open_run_folder
     from trainers.engine.run.signals import Stopping
     from trainers.engine.tracking import console
     from trainers.engine.tracking.meters import Meter, Speed
-    from trainers.engine.tracking.tracker import Tracking
+    from trainers.engine.tracking.tracker import Tracker
     from trainers.engine.validation.validation import Validation
 
     base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
@@ -59,7 +59,7 @@ def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
         # data
         with accelerator.main_process_first():  # it downloads, the others find the files
             train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
-        clock, train_set = feeding.dealt(accelerator, base, train_set)
+        clock, train_set = feeding.shard_for_rank(accelerator, base, train_set)
         clock, train_set, validation_set = rehearsal.shortened(dry_run, stopping, clock, train_set, validation_set)
         datasets_lib.check_example(datasets_lib.first_example(train_set), base)
         saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
@@ -71,22 +71,22 @@ def train(run: RunConfig, dry_run: Rehearsal | None = None) -> Path:
         optimizer = prepare_networks(accelerator, trainer, networks, optimizer, base)
         rate_factor = optimization.schedule(config, clock.total_steps)
         ema = EMA(networks, config) if config.use_ema else None
-        stages = FrozenStages(trainer.encoders(), device)
+        stages = FrozenEncoders(trainer.encoders(), device)
         trainer.encoded = stages.encoded
         train_set, validation_set = sets = fill_caches(accelerator, stages, base, train_set, validation_set)
         meter = Meter(accelerator)
-        divergence = Divergence(accelerator, output_dir, base, clock, stopping)
+        divergence = NonFiniteSteps(accelerator, output_dir, base, clock, stopping)
         if resume_from:
             warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
             resume.load(accelerator, folders, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
-        watches = Watches(accelerator, networks, optimizer, clock, rate_factor)
+        watches = SanityChecks(accelerator, networks, optimizer, clock, rate_factor)
         datasets_lib.prepare(*sets, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
 
         # steps
-        tracking = Tracking(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds, dry_run)
+        tracking = Tracker(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds, dry_run)
         batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
         trained = networks, ema, optimizer
-        saving = Saving(accelerator, folders, tracking, clock, *trained, train_set, meter, divergence, stopping)
+        saving = Saver(accelerator, folders, tracking, clock, *trained, train_set, meter, divergence, stopping)
         validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
         export_pipeline = partial(pipeline.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
         accelerator.print(console.start_block(accelerator, folders, run, trainer, networks, clock, train_set))
@@ -182,13 +182,13 @@ def _dry_run(run: RunConfig) -> int:
 
     if dry_run.is_main():
         print(f"dry run: {dry_run.PROMISE}", file=sys.stderr, flush=True)
-    with dry_run.rehearsal_of(run) as rehearsal:
+    with dry_run.open_dry_run(run) as rehearsal:
         shortage = None
         try:
             with redirect_stdout(io.StringIO()):  # what a run says of itself is not true of this one
                 train(rehearsal.short, rehearsal)
         except (MemoryError, RuntimeError, OSError) as error:
-            shortage = suggestions.shortage_of(error)
+            shortage = suggestions.out_of_resources(error)
             if shortage is None:
                 raise
         if not dry_run.is_main():

@@ -25,8 +25,8 @@ TRIED_SHARDS = 8  # until one tells which columns there are
 class Stream:
     """A training set without length or order. Its examples have the columns of ImageDataset, or those of latents.
 
-    A reader is one data worker of one process. `dealt` gives a process its readers, and `readers` has the position
-    after the last example that was trained on, for each of them; None at the start.
+    A reader is one data worker of one process. `shard_for_rank` gives a process its readers, and `readers` has the
+    position after the last example that was trained on, for each of them; None at the start.
     """
 
     random = True
@@ -115,7 +115,7 @@ class Stream:
         """Return an example, nothing of it random."""
         return StreamReader(self, 0, 1).next(None)
 
-    def dealt(self, process_index: int, num_processes: int, workers: int) -> Stream:
+    def shard_for_rank(self, process_index: int, num_processes: int, workers: int) -> Stream:
         """Return the stream with the readers of one process: as many as workers, which may be 0, and at least one.
 
         Raises ValueError where there are more readers than shards.

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from trainers.base import Trainer
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.validation.feature_networks import (
     ALLOWED_FEATURES,
     classifier_problem,
@@ -85,7 +85,7 @@ def held_out_metrics(trainer: Trainer, held_out: Any, numbers: list[int], size: 
             batch = default_collate([{**held_out.get(number, None), "slot": number} for number in chosen])
             yield {k: v.to(trainer.device) if isinstance(v, Tensor) else v for k, v in batch.items()}, 1.0
 
-    stages = FrozenStages(trainer.encoders(), trainer.device)
+    stages = FrozenEncoders(trainer.encoders(), trainer.device)
     with evaluation_mode(trainer):
         means = mean_over(stages, batches(), 0, trainer.validation_metrics)
     means = trainer.validation_summary(means)

@@ -24,7 +24,7 @@ from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.data.batches import order_of
 from trainers.engine.data.workers import SlotExamples, collate
 from trainers.engine.distributed import launch
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.optim.networks import build_trainer, prepare_networks
 from trainers.engine.optim.optimizer import build_optimizer
 from trainers.engine.run.clock import Clock
@@ -64,7 +64,7 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     networks = trainer.init_modules()
     optimizer = build_optimizer(trainer.param_groups(networks), run.config, clock, accelerator.device)
     prepare_networks(accelerator, trainer, networks, optimizer, base)
-    stages = FrozenStages(trainer.encoders(), accelerator.device)
+    stages = FrozenEncoders(trainer.encoders(), accelerator.device)
     trainer.encoded = stages.encoded
     before = next((path for done, path in list_checkpoints(folder) if done < step), None)
     if before is not None:

@@ -32,7 +32,7 @@ from datasets_lib.shards import FORMAT, INDEX, SETTINGS
 from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
-from trainers.engine.distributed.collectives import on_all, on_main
+from trainers.engine.distributed.collectives import run_on_all, run_on_main
 from trainers.engine.run import lock
 from trainers.engine.run.files import flush
 from trainers.inference.arguments import DTYPES, positive
@@ -71,7 +71,7 @@ def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         held.append(lock.take(folder, "--output-dir"))
 
-    on_main(accelerator, take)
+    run_on_main(accelerator, take)
     try:
         yield
     finally:
@@ -166,10 +166,10 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
     name = base.validation_split if isinstance(base.validation_split, str) else "validation"
     folder = options.output_dir if split == "train" else options.output_dir / name
     settings = settings_of(dataset, base, space, options)
-    on_main(accelerator, lambda: prepare_folder(folder, settings))
-    on_all(accelerator, lambda: write_shards(accelerator, dataset, space, folder, options, base.seed))
+    run_on_main(accelerator, lambda: prepare_folder(folder, settings))
+    run_on_all(accelerator, lambda: write_shards(accelerator, dataset, space, folder, options, base.seed))
     shape = None if space is None else list(space.shape)
-    on_main(accelerator, lambda: write_index(folder, dataset, settings, shape))
+    run_on_main(accelerator, lambda: write_index(folder, dataset, settings, shape))
     accelerator.print(f"{folder}: {len(dataset):,} examples")
 
 

@@ -153,15 +153,15 @@ def note_errors(path):
 
 def nan_loss_at(step_and_rank):
     """The loss of this step is not a number on one rank."""
-    from trainers.engine.optim.nonfinite import Divergence
+    from trainers.engine.optim.nonfinite import NonFiniteSteps
 
-    (step, rank), original, done = step_and_rank, Divergence.checked, [0]
+    (step, rank), original, done = step_and_rank, NonFiniteSteps.checked, [0]
 
     def broken(self, loss):
         done[0] += 1
         return original(self, loss * float("nan") if done[0] == step and rank == own_rank() else loss)
 
-    Divergence.checked = broken
+    NonFiniteSteps.checked = broken
 
 
 def break_weight_at(step_and_rank):
@@ -184,17 +184,17 @@ def break_weight_at(step_and_rank):
 
 def kill_in_save(step_and_rank):
     """The rank is killed a while after all ranks began the checkpoint of this step."""
-    from trainers.engine.checkpoint.saver import Saving
+    from trainers.engine.checkpoint.saver import Saver
 
     step, rank = step_and_rank
-    original = Saving.begin
+    original = Saver.begin
 
     def killing(self, steps_done):
         original(self, steps_done)
         if steps_done == step and rank == own_rank():
             threading.Timer(1.0, die).start()
 
-    Saving.begin = killing
+    Saver.begin = killing
 
 
 def kill_at_line(number):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from trainers.engine.encoders import fill
 from trainers.engine.encoders.cache import Cache, folder_of, text_key
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run import files as durable
 
 WORDS = ["cat", "dog", "three", "photo"]
@@ -117,8 +117,8 @@ def test_encoders_are_not_loaded_where_everything_is_cached(run_in_process, opti
     options = {**options, **cached("disk"), "text_to_image.validation_prompts": []}
     run_in_process("first", "text_to_image", **options)
     built = []
-    run = FrozenStages.run
-    monkeypatch.setattr(FrozenStages, "run", lambda self, name, values: built.append(name) or run(self, name, values))
+    run = FrozenEncoders.run
+    monkeypatch.setattr(FrozenEncoders, "run", lambda self, name, values: built.append(name) or run(self, name, values))
     run_in_process("second", "text_to_image", **options)
     assert built == []
 
@@ -183,7 +183,7 @@ def test_a_half_written_cache_is_completed_and_a_broken_file_replaced(run_in_pro
 def test_an_interrupted_start_goes_on_where_it_was(run_in_process, options, monkeypatch, capsys):
     options = {**options, **cached("disk")}
     monkeypatch.setattr(fill, "FILE_BYTES", 1)  # a file after every batch
-    run, calls = FrozenStages.run, []
+    run, calls = FrozenEncoders.run, []
 
     def interrupted(self, name, values):
         calls.append(name)
@@ -191,18 +191,18 @@ def test_an_interrupted_start_goes_on_where_it_was(run_in_process, options, monk
             raise KeyboardInterrupt
         return run(self, name, values)
 
-    monkeypatch.setattr(FrozenStages, "run", interrupted)
+    monkeypatch.setattr(FrozenEncoders, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_in_process("interrupted", "text_to_image", **options)
     capsys.readouterr()
-    monkeypatch.setattr(FrozenStages, "run", run)
+    monkeypatch.setattr(FrozenEncoders, "run", run)
     run_in_process("again", "text_to_image", **options)
     assert encoded(capsys)["latents"] == 21 - 3 * 4
 
 
 def test_a_signal_loses_no_row(run_in_process, options, monkeypatch, capsys, tmp_path):
     """What was encoded before the end is written, however little it is."""
-    options, run, calls = {**options, **cached("disk")}, FrozenStages.run, []
+    options, run, calls = {**options, **cached("disk")}, FrozenEncoders.run, []
 
     def interrupted(self, name, values):
         calls.append(name)
@@ -210,7 +210,7 @@ def test_a_signal_loses_no_row(run_in_process, options, monkeypatch, capsys, tmp
             raise KeyboardInterrupt
         return run(self, name, values)
 
-    monkeypatch.setattr(FrozenStages, "run", interrupted)
+    monkeypatch.setattr(FrozenEncoders, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_in_process("interrupted", "text_to_image", **options)
     [file] = (tmp_path / "encoder-cache").glob("image-*/rows-*")

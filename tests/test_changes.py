@@ -116,8 +116,8 @@ def test_what_does_not_alter_it_passes_with_a_line_and_alters_nothing(tiny_confi
 @pytest.mark.parametrize("task", TRAINERS)
 def test_passive_options_exist(task):
     for schema in (BaseConfig, find_trainer(task).Config):
-        assert set(schema.passive) <= set(options(schema))
-        assert len(schema.passive) == len(set(schema.passive))
+        assert set(schema.free_on_resume) <= set(options(schema))
+        assert len(schema.free_on_resume) == len(set(schema.free_on_resume))
 
 
 def test_the_same_global_batch_may_be_split_in_another_way(begun, capsys):

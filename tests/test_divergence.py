@@ -26,8 +26,8 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import find_trainer, load_config
 from trainers.engine.data.batches import EpochOrder
 from trainers.engine.optim import optimizer as optimization
-from trainers.engine.optim.nonfinite import SCALE_HALVINGS, Divergence
-from trainers.engine.optim.sanity_checks import Watches
+from trainers.engine.optim.nonfinite import SCALE_HALVINGS, NonFiniteSteps
+from trainers.engine.optim.sanity_checks import SanityChecks
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.signals import DIVERGED, Stopping
 
@@ -227,14 +227,14 @@ def test_replay_says_what_it_cannot_do(tmp_path, run_in_process, monkeypatch):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """A Divergence that has an fp16 scaler."""
+    """A NonFiniteSteps that has an fp16 scaler."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     stopping = Stopping(accelerator, BaseConfig())
 
     def make(tmp_path):
         base = BaseConfig(output_dir=str(tmp_path), max_skipped_steps=2)
-        return Divergence(accelerator, tmp_path, base, Clock(8, 1, 1, 1, max_train_steps=9), stopping), stopping
+        return NonFiniteSteps(accelerator, tmp_path, base, Clock(8, 1, 1, 1, max_train_steps=9), stopping), stopping
 
     return make
 
@@ -303,5 +303,5 @@ def test_two_ranks_that_draw_the_same_are_told(tmp_path):
 
 def test_the_watches_change_no_draw(run_in_process, monkeypatch):
     with_watches = run_in_process("with")
-    monkeypatch.setattr(Watches, "after_step", lambda *arguments: None)
+    monkeypatch.setattr(SanityChecks, "after_step", lambda *arguments: None)
     assert losses(run_in_process("without")) == losses(with_watches)

@@ -22,9 +22,9 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import find_trainer, load_config
 from trainers.engine.dry_run import plan as rehearsal
 from trainers.engine.dry_run import sandbox as dry_runs
-from trainers.engine.dry_run.plan import Plan, Rehearsal
+from trainers.engine.dry_run.plan import DryRun, Plan
 from trainers.engine.dry_run.report import duration
-from trainers.engine.dry_run.suggestions import disk_remedies, memory_remedies, shortage_of
+from trainers.engine.dry_run.suggestions import disk_suggestions, memory_suggestions, out_of_resources
 from trainers.engine.run.clock import Clock
 from trainers.engine.tracking import memory
 from trainers.engine.tracking.memory import PeakMemory
@@ -228,7 +228,7 @@ def test_without_an_option_that_helps(tiny_config):
     run = load_config(
         tiny_config(**{"base.train_batch_size": 1, "base.gradient_checkpointing": True, "base.mixed_precision": "bf16"})
     )
-    assert memory_remedies(run, "steps", CPU) == []
+    assert memory_suggestions(run, "steps", CPU) == []
 
 
 def test_all_remedies_in_the_order_of_their_cost(tiny_config, monkeypatch):
@@ -237,7 +237,9 @@ def test_all_remedies_in_the_order_of_their_cost(tiny_config, monkeypatch):
 
     def changes(**more):
         run = load_config(tiny_config("lora", **options | more))
-        return [" ".join(f"{k}={v}" for k, v in each.changes.items()) for each in memory_remedies(run, "steps", CUDA)]
+        return [
+            " ".join(f"{k}={v}" for k, v in each.changes.items()) for each in memory_suggestions(run, "steps", CUDA)
+        ]
 
     everything = [
         "lora.cache_latents=disk",
@@ -259,7 +261,7 @@ def test_all_remedies_in_the_order_of_their_cost(tiny_config, monkeypatch):
 
 def test_each_advice_is_one_that_the_configuration_takes(tiny_config):
     path = tiny_config(**{"base.train_batch_size": 6})
-    for remedy in memory_remedies(load_config(path), "validation", CUDA):
+    for remedy in memory_suggestions(load_config(path), "validation", CUDA):
         changed = load_config(path, [f"{key}={value}" for key, value in remedy.changes.items()])
         assert changed.as_dict() != load_config(path).as_dict()
 
@@ -272,10 +274,10 @@ def test_a_host_without_memory(dry_run, monkeypatch):
     code, printed, _ = dry_run()
     assert code == 1
     assert "It does not fit: too little main memory in phase steps: [enforce fail at" in printed
-    assert shortage_of(MemoryError()).text == "MemoryError"
-    assert shortage_of(OSError(12, "Cannot allocate memory")).of == "host"
-    assert shortage_of(RuntimeError("another")) is None
-    assert shortage_of(OSError("another")) is None
+    assert out_of_resources(MemoryError()).text == "MemoryError"
+    assert out_of_resources(OSError(12, "Cannot allocate memory")).of == "host"
+    assert out_of_resources(RuntimeError("another")) is None
+    assert out_of_resources(OSError("another")) is None
 
 
 def test_other_errors_stay_what_they_are(dry_run, monkeypatch):
@@ -310,7 +312,7 @@ def test_disk_remedies(tiny_config, checkpoints, limit, advice):
     if advice is None:
         assert disk["needed"] <= disk["free"]
     else:
-        assert "\n".join(f"  {remedy}" for remedy in disk_remedies(run, disk)).startswith(
+        assert "\n".join(f"  {remedy}" for remedy in disk_suggestions(run, disk)).startswith(
             advice.replace("2,0", "2,000")
         )
 
@@ -416,17 +418,18 @@ def test_it_makes_no_folder_above(dry_run, tmp_path):
 def test_loops_are_cut_short_and_the_rest_is_added_up(monkeypatch):
     clock = iter(range(0, 1000))
     monkeypatch.setattr(rehearsal, "_now", lambda: next(clock))
-    short = Rehearsal(None, None)
-    assert list(short.some_of(range(20), "sampling")) == [0, 1, 2, 3, 4]
-    assert short.take_left_out() == pytest.approx(1 / 4 * 15)  # looks at the clock after the first and the last one
-    assert list(short.some_of(range(3), "sampling")) == [0, 1, 2]
-    assert short.take_left_out() == 0
-    short.stands_for["validating"] = 10
-    assert list(short.some_of((each for each in "abcdefg"), "validating")) == list("abcdefg")
-    assert short.take_left_out() == pytest.approx(9)
-    assert list(short.some_of((each for each in "ab"), "another")) == ["a", "b"]
-    assert list(short.some_of(range(0), "none")) == []
-    assert short.take_left_out() == 0
+    short = DryRun(None, None)
+    assert list(short.limited(range(20), "sampling")) == [0, 1, 2, 3, 4]
+    # looks at the clock after the first and the last one
+    assert short.take_skipped_seconds() == pytest.approx(1 / 4 * 15)
+    assert list(short.limited(range(3), "sampling")) == [0, 1, 2]
+    assert short.take_skipped_seconds() == 0
+    short.scale["validating"] = 10
+    assert list(short.limited((each for each in "abcdefg"), "validating")) == list("abcdefg")
+    assert short.take_skipped_seconds() == pytest.approx(9)
+    assert list(short.limited((each for each in "ab"), "another")) == ["a", "b"]
+    assert list(short.limited(range(0), "none")) == []
+    assert short.take_skipped_seconds() == 0
 
 
 def test_peak_memory_is_of_the_time_since_the_last_look():

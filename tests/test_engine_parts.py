@@ -14,7 +14,7 @@ from trainers.engine.checkpoint.snapshot import trained_state
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.launch import numerics
 from trainers.engine.distributed.sharding import Part
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.optim.networks import filled
 from trainers.engine.optim.optimizer import build_optimizer, optimizer_step
 from trainers.engine.run.clock import Clock
@@ -35,7 +35,7 @@ def doubling(built, writes=("latent",)):
 
 def test_frozen_stages_are_built_once_and_when_needed():
     built = []
-    stages = FrozenStages({"vae": doubling(built)}, CPU)
+    stages = FrozenEncoders({"vae": doubling(built)}, CPU)
     assert built == []
     batch = {"image": torch.ones(3, 2, requires_grad=True), "slot": torch.arange(3)}
     encoded = stages.encode(batch)
@@ -52,7 +52,7 @@ def test_frozen_stages_are_built_once_and_when_needed():
 
 def test_a_released_encoder_is_built_again_where_it_is_needed():
     built = []
-    stages = FrozenStages({"vae": doubling(built)}, CPU)
+    stages = FrozenEncoders({"vae": doubling(built)}, CPU)
     stages.run("vae", torch.ones(1))
     stages.release("vae")
     stages.release("vae")  # nothing is there any more
@@ -62,13 +62,13 @@ def test_a_released_encoder_is_built_again_where_it_is_needed():
 
 
 def test_errors_of_frozen_stages():
-    stages = FrozenStages({"vae": doubling([])}, CPU)
+    stages = FrozenEncoders({"vae": doubling([])}, CPU)
     with pytest.raises(ValueError, match="encoder vae reads 'image'; the data set has caption"):
         stages.encode({"caption": ["a"]})
     stages.encoders["vae"].optional = True
     assert stages.encode({"caption": ["a"]}) == {"caption": ["a"]}
     with pytest.raises(ValueError, match=r"encoder vae wrote \['mean'\]; its `writes` says \['latent'\]"):
-        FrozenStages({"vae": doubling([], writes=("mean",))}, CPU).encode({"image": torch.ones(1)})
+        FrozenEncoders({"vae": doubling([], writes=("mean",))}, CPU).encode({"image": torch.ones(1)})
 
 
 def test_the_meter_leaves_out_what_is_not_finite():

@@ -18,7 +18,7 @@ from trainers.common.diffusion.objective import Part
 from trainers.common.lora.adapters import lora_scaled
 from trainers.common.text_to_image.prompts import EMBEDS
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.validation.sampling import evaluation_mode
 from trainers.engine.validation.validation import Validation
@@ -155,7 +155,7 @@ def make(family="sd1", dtype=torch.float32, **options):
     trainer.device, trainer.weight_dtype = CPU, dtype
     torch.manual_seed(0)
     trainer.modules = trainer.unwrapped = trainer.init_modules()
-    trainer.encoded = FrozenStages(trainer.encoders(), CPU).encoded
+    trainer.encoded = FrozenEncoders(trainer.encoders(), CPU).encoded
     for name, parameter in trainer.raw("unet").named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -219,9 +219,9 @@ def test_what_one_process_sends_of_its_errors(monkeypatch):
     )
     process = SimpleNamespace(process_index=0)
     with pytest.raises(ZeroDivisionError):
-        collectives.on_ranks(process, [0], lambda: 1 / 0)
+        collectives.run_on_ranks(process, [0], lambda: 1 / 0)
     with pytest.raises(OSError, match=r"on a: \[Errno 2\] No such file") as caught:
-        collectives.on_ranks(process, [0], lambda: os.stat("/none"), "on a: ")
+        collectives.run_on_ranks(process, [0], lambda: os.stat("/none"), "on a: ")
     assert [str(error) for _, error in sent] == [
         "process 0 failed: ZeroDivisionError('division by zero')",
         "on a: [Errno 2] No such file or directory: '/none'",

@@ -14,7 +14,7 @@ from train import main, train
 from trainers.common.lora import files as lora_files
 from trainers.engine.checkpoint import saver, writer
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
-from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.config.config import load_config
 from trainers.engine.export import pipeline
 from trainers.engine.optim import optimizer
@@ -50,7 +50,7 @@ def write_when(monkeypatch):
 
 def test_a_checkpoint_holds_its_own_step_although_the_training_goes_on(run_in_process, write_when, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Saving, "begin", lambda self, step, begin=Saving.begin: (begin(self, step), self.wait()))
+        patch.setattr(Saver, "begin", lambda self, step, begin=Saver.begin: (begin(self, step), self.wait()))
         at_once = run_in_process("at_once", **EVERY_THIRD)
     write_when(lambda taken, folder: taken.step == 6 or 5 in logged_steps(folder))
     beside = run_in_process("beside", **EVERY_THIRD)
@@ -204,7 +204,7 @@ def test_an_error_in_the_loop_does_not_lose_what_is_in_flight(tiny_config, monke
 def test_a_long_validation_does_not_keep_a_checkpoint_open(run_in_process, monkeypatch):
     """What is written while pictures are drawn is sealed then: the validation may take longer than all steps."""
     found, written = [], threading.Event()
-    original, log_grids = Saving._write, validation.Tracking.log_grids
+    original, log_grids = Saver._write, validation.Tracker.log_grids
 
     def write(self, taken):
         try:
@@ -219,9 +219,9 @@ def test_a_long_validation_does_not_keep_a_checkpoint_open(run_in_process, monke
         found.append((step, steps_of(self.output_dir)))
         log_grids(self, grids, step)
 
-    monkeypatch.setattr(Saving, "_write", write)
+    monkeypatch.setattr(Saver, "_write", write)
     monkeypatch.setattr(validation, "passing_bar", bar)
-    monkeypatch.setattr(validation.Tracking, "log_grids", look)
+    monkeypatch.setattr(validation.Tracker, "log_grids", look)
     folder = run_in_process(**EVERY_THIRD, **{"base.valid_steps": 3, "ddpm.ddpm_num_inference_steps": 5})
     assert found[0] == (3, [3])
     assert steps_of(folder) == [6, 3]

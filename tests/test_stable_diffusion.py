@@ -18,7 +18,7 @@ from train import main
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, size_conditions
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.validation.sampling import evaluation_mode
 from trainers.engine.validation.validation import Validation
@@ -40,7 +40,7 @@ def make(task="text_to_image", family="sd1", base=None, dtype=torch.float32, **o
     trainer.device, trainer.weight_dtype = CPU, dtype
     torch.manual_seed(0)
     trainer.modules = trainer.unwrapped = trainer.init_modules()
-    trainer.encoded = FrozenStages(trainer.encoders(), CPU).encoded
+    trainer.encoded = FrozenEncoders(trainer.encoders(), CPU).encoded
     return trainer
 
 

@@ -233,7 +233,7 @@ def test_readers_share_an_epoch_without_overlap(folder, processes, workers):
     for epoch in range(2):
         seen = []
         for process, worker in itertools.product(range(processes), range(max(workers, 1))):
-            part = stream.dealt(process, processes, workers)
+            part = stream.shard_for_rank(process, processes, workers)
             reader = part.open_reader(worker, {"place": (epoch, 0, 0)})
             while reader.place.epoch == epoch:
                 seen.append(number_of(reader.next(None)))
@@ -263,7 +263,7 @@ def test_epochs_have_orders_of_their_own(folder):
 @pytest.mark.parametrize("buffer", [None, 1, 4, 50])
 def test_a_reader_goes_on_from_every_position(folder, buffer):
     """Through JSON, as a checkpoint keeps it; with a buffer by reading again what was in it."""
-    stream = stream_of(folder, shuffle_buffer_size=buffer).dealt(1, 2, 1)
+    stream = stream_of(folder, shuffle_buffer_size=buffer).shard_for_rank(1, 2, 1)
     reader = stream.open_reader(0, None)
     whole, positions = [], [None]
     for _ in range(40):
@@ -291,12 +291,12 @@ def test_a_place_is_reached_without_reading_what_is_before(tmp_path, monkeypatch
 
 def test_fewer_shards_than_readers(folder):
     stream = stream_of(folder)
-    assert stream.dealt(0, 5, 0).reader_count == 5
+    assert stream.shard_for_rank(0, 5, 0).reader_count == 5
     message = (
         r"has 5 shards, and 2 processes with 3 readers each \(base.dataloader_num_workers = 3\) need 6, one each; lower"
     )
     with pytest.raises(ValueError, match=message):
-        stream.dealt(0, 2, 3)
+        stream.shard_for_rank(0, 2, 3)
 
 
 # --- runs

@@ -21,7 +21,7 @@ from datasets_lib.stream import Stream
 from train import main, train
 from trainers.engine.config.config import load_config
 from trainers.engine.data import batches
-from trainers.engine.optim.nonfinite import Divergence
+from trainers.engine.optim.nonfinite import NonFiniteSteps
 
 
 @pytest.fixture(params=KINDS)
@@ -165,7 +165,7 @@ def test_a_dry_run_of_a_stream(folder, tiny_config, capsys):
 
 
 def test_a_diverged_stream_is_not_sent_to_a_script_that_needs_numbers(folder, tiny_config, capsys, monkeypatch):
-    monkeypatch.setattr(Divergence, "checked", lambda self, loss: loss * math.nan)
+    monkeypatch.setattr(NonFiniteSteps, "checked", lambda self, loss: loss * math.nan)
     path = tiny_config(**run_options(folder, **{"base.max_skipped_steps": 2}))
     assert main([str(path)]) == 1
     error = capsys.readouterr().err
@@ -290,7 +290,7 @@ def test_processes_that_see_other_shards(folder, monkeypatch):
     with pytest.raises(
         ValueError, match="the processes see 2 different lists of shards of .*; give each the same files"
     ):
-        batches.dealt(accelerator, base_of(folder), stream)
+        batches.shard_for_rank(accelerator, base_of(folder), stream)
 
 
 def test_messages_of_workers_end_the_run_without_a_traceback(tmp_path, error_of):

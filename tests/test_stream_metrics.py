@@ -82,7 +82,7 @@ def left_out(stream, *done, processes):
     """What is said of readers that each gave so many examples."""
     saved = []
     for process, count in enumerate(done):
-        reader = stream.dealt(process, processes, 1).open_reader(0, None)
+        reader = stream.shard_for_rank(process, processes, 1).open_reader(0, None)
         numbers(reader, count)
         saved.append({"turn": 0, "readers": [json.loads(json.dumps(reader.position())) if count else None]})
     return stream.left_out(saved)

@@ -264,7 +264,7 @@ def test_tensorboard_shows_each_step_once_where_there_was_no_checkpoint_yet(run_
 
     options = {"base.logger": "tensorboard", "base.resume_from_checkpoint": "latest"}
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.engine.checkpoint.saver.Saving.begin", die)
+        patch.setattr("trainers.engine.checkpoint.saver.Saver.begin", die)
         with pytest.raises(RuntimeError):
             run_in_process(**options)
     folder = run_in_process(**options)

@@ -48,8 +48,8 @@ class Section:
     """
 
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
-    belonging: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that go when another one is overridden
-    passive: ClassVar[tuple[str, ...]] = ()  # options that change nothing that is trained: free to change on resume
+    reset_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that go when another one is overridden
+    free_on_resume: ClassVar[tuple[str, ...]] = ()  # options that may change on resume: nothing trained depends on them
 
     def __init_subclass__(cls) -> None:
         for name, value in vars(cls).items():
@@ -74,10 +74,10 @@ class Section:
 class TrainerConfig(Section):
     """The options that every task has: optimizer, learning rate, averaging of the weights."""
 
-    passive: ClassVar[tuple[str, ...]] = ("valid_batch_size", "offload_ema")
+    free_on_resume: ClassVar[tuple[str, ...]] = ("valid_batch_size", "offload_ema")
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use for a trained network: left out where one is loaded
     initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # likewise, where it is whole
-    result_is_base: ClassVar[bool] = False  # whether a finished run can stand for pretrained_model_name_or_path
+    export_is_base_model: ClassVar[bool] = False  # whether a finished run can stand for pretrained_model_name_or_path
     reads_captions: ClassVar[bool] = False  # whether texts of examples, and pictures of their class, are of use
     takes_buckets: ClassVar[bool] = False  # whether batches may have pictures of different height and width
 
@@ -176,7 +176,7 @@ class Trainer(ABC):
     # set by the loop before compute_loss, sample or encode are called
     modules: dict[str, nn.Module]  # prepared networks: call only their forward, DDP and FSDP hook there
     unwrapped: dict[str, nn.Module]  # what raw() returns
-    blueprints: dict[str, nn.Module]  # the networks without numbers, as they were before wrappers and shards
+    meta_networks: dict[str, nn.Module]  # the networks without numbers, as they were before wrappers and shards
     device: torch.device
     weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
     training: bool = True  # False in validation: no label or caption dropout

@@ -23,7 +23,7 @@ TASK = "noisy_classifier"
 class NoisyClassifierConfig(NoisyPixelsConfig):
     """Options of the section `noisy_classifier`; the noise must be that of the diffusion model which it is to guide."""
 
-    decided: ClassVar[tuple[str, ...]] = ("out_channels",)
+    fixed_by_task: ClassVar[tuple[str, ...]] = ("out_channels",)
 
     num_classes: Positive | None = None  # null: as many as the data set names
 

@@ -27,9 +27,9 @@ OF_DIFFUSION = (
 class TextToImageConfig(StableDiffusionConfig):
     """Options of the section `text_to_image`."""
 
-    passive: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.passive, "model_config")
+    free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "model_config")
     initial_weights: ClassVar[tuple[str, ...]] = ()  # of the base model, its other parts are needed, too
-    result_is_base: ClassVar[bool] = True
+    export_is_base_model: ClassVar[bool] = True
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-5  # at the top of the schedule
     model_config: str | None = (

@@ -44,8 +44,8 @@ ADVERSARIAL = (
 class VAEConfig(TrainerConfig):
     """Options of the section `vae`. The loss of a picture is a mean over its pixels, its KL a sum over its latents."""
 
-    passive: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
-        *TrainerConfig.passive, "model_config",
+    free_on_resume: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
+        *TrainerConfig.free_on_resume, "model_config",
     )  # fmt: skip
     training_only: ClassVar[tuple[str, ...]] = (
         "perceptual_loss", "perceptual_weight", "adversarial_loss", *ADVERSARIAL,

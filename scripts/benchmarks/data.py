@@ -23,7 +23,7 @@ from trainers.base import Encoder
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data.batches import training_batches
 from trainers.engine.encoders.fill import fill_caches
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.signals import Stopping
 
@@ -100,7 +100,7 @@ def batches_of(source: str, workers: int, folder: Path) -> Iterator[dict[str, An
         dataloader_num_workers=workers, **{option: f"{folder}/{name}"},
     )  # fmt: skip
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    stages = FrozenStages({"latents": LATENTS} if source == "latents cache" else {}, accelerator.device)
+    stages = FrozenEncoders({"latents": LATENTS} if source == "latents cache" else {}, accelerator.device)
     [examples] = fill_caches(accelerator, stages, base, datasets_lib.build(base, "train"))
     datasets_lib.prepare(examples, show_progress=False)
     clock = Clock(len(examples), BATCH, 1, 1, max_train_steps=10**9)

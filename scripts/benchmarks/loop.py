@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.runs import DEVICE, configured, examples_per_second, in_turns, quiet, synchronize
-from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data import batches as feeding
 from trainers.engine.data import prefetch, workers
@@ -167,7 +167,7 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
     seconds: dict[str, list[float]] = {}
     found: dict[str, float] = {}
 
-    def keep_second_window(saving: Saving, steps_done: int) -> None:
+    def keep_second_window(saving: Saver, steps_done: int) -> None:
         if steps_done == run.base.logging_steps:
             seconds.clear()
         if steps_done == 2 * run.base.logging_steps:  # after the steps a task may look at its data once more
@@ -183,14 +183,14 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
             ("randomness", randomness.SlotRandom, "integers"),
             ("reseeding", randomness, "seed_network"),
             ("metering", meters.Meter, "add"),
-            ("logging", tracker.Tracking, "log_steps"),
+            ("logging", tracker.Tracker, "log_steps"),
             ("logging", meters.Meter, "means"),
             ("transfer", prefetch, "_moved"),
             ("transfer", workers.SlotExamples, "finish"),
         ):
             patches.enter_context(patch.object(owner, method, timed(getattr(owner, method), name, seconds)))
         patches.enter_context(patch.object(feeding, "training_batches", _timed_batches(seconds)))
-        patches.enter_context(patch.object(Saving, "after_step", keep_second_window))
+        patches.enter_context(patch.object(Saver, "after_step", keep_second_window))
         [rate] = examples_per_second(run)
     found["forward"] -= found.get("randomness", 0.0)  # which is a part of it
     found["data"] -= found["transfer"]

@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from train import train
-from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.run.run_folder import METRICS, read_lines
 from trainers.engine.validation.validation import Validation
@@ -73,12 +73,12 @@ def in_turns(run: RunConfig, others: dict[str, Callable[[int], float]]) -> dict[
     """
     rates: dict[str, list[float]] = {name: [] for name in others}
 
-    def take_turns(saving: Saving, steps_done: int) -> None:
+    def take_turns(saving: Saver, steps_done: int) -> None:
         if steps_done % run.base.logging_steps == 0:
             for name, train_steps in others.items():
                 rates[name].append(train_steps(run.base.logging_steps))
 
-    with patch.object(Saving, "after_step", take_turns):
+    with patch.object(Saver, "after_step", take_turns):
         ours = examples_per_second(run)
     return {"diffloop": ours} | {name: found[1:] for name, found in rates.items()}
 

@@ -96,7 +96,7 @@ def place_of(kind: str, example: int) -> tuple[int, int, int]:
 
 def batches_of(base: BaseConfig, position: dict[str, Any] | None) -> Any:
     """A process's batches from a position on, as a run of one process without workers has them."""
-    stream = datasets_lib.build(base, "train").dealt(0, 1, 0)
+    stream = datasets_lib.build(base, "train").shard_for_rank(0, 1, 0)
     stream.readers = (position,)
     return iter(StreamBatches(stream, Clock(None, BATCH, 1, 1, max_train_steps=10**9), base, 0))
 

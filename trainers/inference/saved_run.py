@@ -14,8 +14,8 @@ from trainers.base import Trainer
 from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.config import RunConfig, check_config, find_trainer
-from trainers.engine.config.files import read_document
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.config.files import read_config_file
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.run_folder import INDEX_FILES
 
 RAW, AVERAGED = "raw", "ema"
@@ -59,7 +59,7 @@ def open_run(path: Path) -> SavedRun:
     if (path / "config.yaml").is_file() and indices:
         index = json.loads(indices[0].read_text(encoding="utf-8")) if indices[0].suffix == ".json" else {}
         names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
-        document = _for_inference(read_document(path / "config.yaml"), path, path)
+        document = _for_inference(read_config_file(path / "config.yaml"), path, path)
         return SavedRun(document, [names[number] for number in sorted(names)] or None, path, None)
     raise FileNotFoundError(f"{path}: is no checkpoint, and holds no run with checkpoints or a finished pipeline")
 
@@ -85,7 +85,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     if finished and not whole:  # what the checkpoint leaves out is in the finished network
         replaced = {name: None for name in ("subfolder", "revision") if name in kept[task]}
         kept[task] |= replaced | {"pretrained_model_name_or_path": str(run)}
-    if schema.result_is_base and (folder / "model_index.json").is_file():
+    if schema.export_is_base_model and (folder / "model_index.json").is_file():
         kept[task] |= {"pretrained_model_name_or_path": str(run), "model_config": None}
     if kept[task].get("vae") and (run / "vae" / "config.json").is_file():
         kept[task]["vae"] = str(run / "vae")  # the pipeline's own
@@ -115,7 +115,7 @@ def load_trainer(
     else:
         _put_pipeline(run.trainer_class.load_pipeline(saved.folder), networks)
     trainer.unwrapped = trainer.modules = {k: network.to(trainer.device).eval() for k, network in networks.items()}
-    trainer.encoded = FrozenStages(trainer.encoders(), trainer.device).encoded
+    trainer.encoded = FrozenEncoders(trainer.encoders(), trainer.device).encoded
     return trainer
 
 

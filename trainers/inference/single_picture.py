@@ -11,7 +11,7 @@ import datasets_lib
 from train import train
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.engine.config.config import check_config
-from trainers.engine.config.files import read_document
+from trainers.engine.config.files import read_config_file
 from trainers.inference.fitting import Fitted
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lora_single_image.yaml"
@@ -34,7 +34,7 @@ def single_picture_lora(
     for override in arguments.overrides:
         if override.split("=")[0] in OWN:
             raise ValueError(f"{override}: scripts/morph.py sets it from its own options; leave it out")
-    document = read_document(arguments.config or CONFIG)
+    document = read_config_file(arguments.config or CONFIG)
     base = {"caption": prompt, "resolution": picture.square.width, "mixed_precision": PRECISIONS[arguments.dtype]}
     base |= {"seed": arguments.seed or 0, "resume_from_checkpoint": "latest"}
     document["base"] = (document.get("base") or {}) | base

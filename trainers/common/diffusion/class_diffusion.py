@@ -25,9 +25,9 @@ ClassNumber = Annotated[int, Bounds(0)]
 class ClassDiffusionConfig(PixelDiffusionConfig):
     """Latents, classes and guidance."""
 
-    passive: ClassVar[tuple[str, ...]] = (
-        *PixelDiffusionConfig.passive, "guidance_scale", "guidance_rescale", "guidance_interval", "valid_classes",
-        "classifier", "classifier_scale",
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *PixelDiffusionConfig.free_on_resume, "guidance_scale", "guidance_rescale", "guidance_interval",
+        "valid_classes", "classifier", "classifier_scale",
     )  # fmt: skip
 
     vae: str | None = None  # a finished vae run, or a hub name of an AutoencoderKL: diffuse its latents; null: pixels

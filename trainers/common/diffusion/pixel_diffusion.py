@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class NoisyPixelsConfig(TrainerConfig):
     """A network that sees pixels with noise: its shape, and how much noise there is at which timestep."""
 
-    passive: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
-        *TrainerConfig.passive, "model_config", "pretrained_model_name_or_path",
+    free_on_resume: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
+        *TrainerConfig.free_on_resume, "model_config", "pretrained_model_name_or_path",
     )  # fmt: skip
 
-    decided: ClassVar[tuple[str, ...]] = ()  # what the task sets in the network's config, as many as channels elsewhere
+    fixed_by_task: ClassVar[tuple[str, ...]] = ()  # settings of the network that the task decides, such as out_channels
 
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
     pretrained_model_name_or_path: str | None = (
@@ -52,7 +52,7 @@ class NoisyPixelsConfig(TrainerConfig):
 
     def network_problems(self, grid: Grid) -> Iterator[str]:
         """What keeps the network that model_config says from working on the grid."""
-        return unet2d_problems(self.model_config, grid, self.decided)
+        return unet2d_problems(self.model_config, grid, self.fixed_by_task)
 
 
 def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
@@ -72,7 +72,11 @@ def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
 class PixelDiffusionConfig(NoisyPixelsConfig):
     """Objective and sampler."""
 
-    passive: ClassVar[tuple[str, ...]] = (*NoisyPixelsConfig.passive, "sampler", "ddpm_num_inference_steps")
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *NoisyPixelsConfig.free_on_resume,
+        "sampler",
+        "ddpm_num_inference_steps",
+    )
 
     objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # what is learned; a flow predicts noise minus picture
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of the times that a flow is trained at

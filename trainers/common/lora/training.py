@@ -23,7 +23,7 @@ ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 class AdapterConfig(StableDiffusionConfig):
     """The adapter of the UNet: arXiv 2106.09685."""
 
-    passive: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.passive, "lora_scale")
+    free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "lora_scale")
     training_only: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.training_only, "lora_weights")
 
     rank: Positive = 16  # r: columns of A, rows of B

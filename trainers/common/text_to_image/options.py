@@ -27,9 +27,9 @@ BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begi
 class StableDiffusionConfig(TrainerConfig):
     """A pipeline to start from, what its UNet learns, and how it is shown."""
 
-    passive: ClassVar[tuple[str, ...]] = (
-        *TrainerConfig.passive, "cache_latents", "cache_text", "validation_prompts", "negative_prompt", "sampler",
-        "num_inference_steps", "guidance_scale", "guidance_rescale", "clip_score_model",
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *TrainerConfig.free_on_resume, "cache_latents", "cache_text", "validation_prompts", "negative_prompt",
+        "sampler", "num_inference_steps", "guidance_scale", "guidance_rescale", "clip_score_model",
     )  # fmt: skip
     takes_buckets: ClassVar[bool] = True
     reads_captions: ClassVar[bool] = True

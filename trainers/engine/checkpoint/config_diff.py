@@ -24,7 +24,7 @@ class Change(NamedTuple):
     text: str
 
 
-def trajectory_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: Any) -> list[Change]:
+def breaking_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: Any) -> list[Change]:
     """Everything that makes the rest of the run another one than the uninterrupted run would have been."""
     found = [
         Change((key.partition(".")[2], key), f"{key}: {show(before)} -> {show(now)}")
@@ -88,7 +88,7 @@ def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator
 
 
 def _passive(run: RunConfig, key: str) -> tuple[str, ...]:
-    return (run.base if key.startswith("base.") else run.config).passive
+    return (run.base if key.startswith("base.") else run.config).free_on_resume
 
 
 def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Iterator[Change]:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from trainers.engine.checkpoint.config_diff import check_steps, harmless_changes, trajectory_changes
+from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes
 from trainers.engine.checkpoint.load import (
     compare_shape,
     put_optimizer_state,
@@ -26,7 +26,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.optim.ema import EMA
-from trainers.engine.optim.nonfinite import Divergence
+from trainers.engine.optim.nonfinite import NonFiniteSteps
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.run_folder import set_metrics_aside
 from trainers.engine.tracking.meters import Meter
@@ -84,7 +84,7 @@ def read_state(
             "from an earlier checkpoint"
         )
     check_steps(state, clock, folder)
-    changes = trajectory_changes(state, run, clock, train_set)
+    changes = breaking_changes(state, run, clock, train_set)
     refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
     if refused:
         names = ",".join(dict.fromkeys([*run.base.allow_changes, *(change.names[0] for change in refused)]))
@@ -110,7 +110,7 @@ def load(
     ema: EMA | None,
     optimizer: Optimizer,
     meter: Meter,
-    divergence: Divergence,
+    divergence: NonFiniteSteps,
 ) -> None:
     """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
 

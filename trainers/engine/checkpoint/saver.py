@@ -1,4 +1,4 @@
-"""Saving beside the training: a copy at the step, a thread that writes it, a name given by the main thread.
+"""Saves beside the training: a copy at the step, a thread that writes it, a name given by the main thread.
 
 Where the processes have several output folders, each holds every checkpoint whole.
 """
@@ -21,16 +21,16 @@ from trainers.engine.checkpoint.snapshot import Snapshot, find_not_finite, snaps
 from trainers.engine.data import stream_batches
 from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.optim.ema import EMA
-from trainers.engine.optim.nonfinite import Divergence
+from trainers.engine.optim.nonfinite import NonFiniteSteps
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.signals import Stopping
 from trainers.engine.tracking.meters import Meter
-from trainers.engine.tracking.tracker import Tracking
+from trainers.engine.tracking.tracker import Tracker
 
 Result = TypeVar("Result")
 
 
-class Saving:
+class Saver:
     """The checkpoints of a run, one at a time: begun at a step, written by a thread for each folder, then sealed.
 
     Every call is collective. All ranks seal, or raise, after the same step, agreed on with the reduce of `stopping`.
@@ -41,14 +41,14 @@ class Saving:
         self,
         accelerator: Accelerator,
         folders: Folders,
-        tracking: Tracking,
+        tracking: Tracker,
         clock: Clock,
         networks: dict[str, nn.Module],
         ema: EMA | None,
         optimizer: Optimizer,
         train_set: Any,
         meter: Meter,
-        divergence: Divergence,
+        divergence: NonFiniteSteps,
         stopping: Stopping,
     ) -> None:
         self.accelerator, self.run, self.clock, self.train_set = accelerator, tracking.run, clock, train_set
@@ -62,7 +62,7 @@ class Saving:
         if folders.is_main:
             stopping.wrote = 0
 
-    def __enter__(self) -> Saving:
+    def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -104,7 +104,7 @@ class Saving:
         self.wait()
         counts = self.divergence.state()
         final = self.output_dir / f"checkpoint-{steps_done}"
-        if self.divergence.hopeless or all(self._on_mains(final.exists)):
+        if self.divergence.gave_up or all(self._on_mains(final.exists)):
             return
         broken = find_not_finite(self.networks, self.ema, self.optimizer)
         if broken is not None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from trainers.base import Trainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data.batches import first_batch
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.randomness import SlotRandom
 
@@ -19,7 +19,7 @@ from trainers.engine.run.randomness import SlotRandom
 def warm_up(
     accelerator: Accelerator,
     trainer: Trainer,
-    stages: FrozenStages,
+    stages: FrozenEncoders,
     optimizer: Optimizer,
     train_set: Any,
     clock: Clock,

@@ -30,10 +30,10 @@ class BaseConfig(Section):
         ("save_model_epochs", "save_model_steps"),
         ("gradient_accumulation_steps", "global_batch_size"),
     )
-    belonging: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
+    reset_with: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
         ("dataset_name", "train_data_dir", "dataset"), ("dataset_config_name", "dataset_args")
     )
-    passive: ClassVar[tuple[str, ...]] = (
+    free_on_resume: ClassVar[tuple[str, ...]] = (
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
         "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs",
         "save_model_steps", "push_to_hub", "hub_model_id", "valid_epochs", "valid_steps", "logging_dir", "logger",

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trainers import TRAINERS
 from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
-from trainers.engine.config.files import ConfigError, read_document
+from trainers.engine.config.files import ConfigError, read_config_file
 from trainers.engine.config.schema import coerce, describe_kind, nearest, options
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, data_probl
     `data_problems(base)` yields what the data sets have to say; the engine does not know them.
     Raises FileNotFoundError for a missing file and ConfigError with all problems otherwise.
     """
-    return check_config(read_document(Path(path)), overrides, data_problems)
+    return check_config(read_config_file(Path(path)), overrides, data_problems)
 
 
 def check_config(
@@ -150,7 +150,7 @@ def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> di
         for group in schema.exclusive:
             if chosen & set(group):
                 document[name] = {k: v for k, v in document[name].items() if k not in group}
-        gone = {key for option in chosen & schema.belonging.keys() for key in schema.belonging[option]}
+        gone = {key for option in chosen & schema.reset_with.keys() for key in schema.reset_with[option]}
         document[name] = {k: v for k, v in document[name].items() if k not in gone}
     return OmegaConf.to_container(OmegaConf.merge(document, given))
 

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """Returns the mapping that a JSON or YAML file holds.
 
     Raises FileNotFoundError, or ConfigError for a file that is too large, malformed, or no mapping.

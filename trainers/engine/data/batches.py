@@ -84,7 +84,7 @@ def order_of(train_set: Any, global_batch_size: int, base: BaseConfig) -> EpochO
     return BucketOrder(by_bucket(range(len(train_set)), train_set.bucket_of), global_batch_size, base.seed)
 
 
-def dealt(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[Clock, Any]:
+def shard_for_rank(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[Clock, Any]:
     """A run's clock, and what this process reads of the training set: its part of a stream, else all of it.
 
     Raises ValueError as Clock.of_run does, for a stream with fewer shards than readers, and where the processes do not
@@ -98,7 +98,7 @@ def dealt(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[C
             f"the processes see {len(seen)} different lists of shards of {train_set.origin}; give each the same files, "
             "such as those of a folder that all nodes have"
         )
-    part = train_set.dealt(accelerator.process_index, accelerator.num_processes, workers)
+    part = train_set.shard_for_rank(accelerator.process_index, accelerator.num_processes, workers)
     return Clock.of_run(base, None, accelerator), part
 
 

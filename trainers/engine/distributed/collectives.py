@@ -13,13 +13,13 @@ from trainers.engine.config.errors import is_message
 Result = TypeVar("Result")
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+def run_on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """What `action()` returns, or raises, on the main process, on every rank. Collective."""
-    [result] = on_ranks(accelerator, [0], action)
+    [result] = run_on_ranks(accelerator, [0], action)
     return result
 
 
-def on_ranks(
+def run_on_ranks(
     accelerator: Accelerator, ranks: Sequence[int], action: Callable[[], Result], where: str = ""
 ) -> list[Result]:
     """What `action()` returns on each of these ranks, on every rank; the first error is raised on all. Collective.
@@ -57,7 +57,7 @@ def _to_send(failure: Exception | None, rank: int) -> Exception | None:
     return RuntimeError(f"process {rank} failed: {failure!r}")  # others may hold what cannot be sent
 
 
-def on_all(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+def run_on_all(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """What `action()` returns on this rank; an error that one rank met is raised on every rank. Collective."""
     result, error = None, None
     try:

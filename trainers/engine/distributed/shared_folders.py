@@ -12,7 +12,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trainers.engine.distributed.collectives import on_ranks
+from trainers.engine.distributed.collectives import run_on_ranks
 
 PROBE = ".probe-"
 Result = TypeVar("Result")
@@ -63,7 +63,7 @@ class Folders:
         Where there are several folders, its text begins with the host's name.
         """
         where = f"on {self.hosts[self.rank]}: " if self.several else ""
-        return on_ranks(accelerator, self.mains, action, where)
+        return run_on_ranks(accelerator, self.mains, action, where)
 
 
 def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:

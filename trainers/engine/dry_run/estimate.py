@@ -11,7 +11,7 @@ from typing import NamedTuple
 import psutil
 
 from trainers.engine.checkpoint.writer import SPARE_BYTES
-from trainers.engine.dry_run.plan import WARM_STEPS, Rehearsal
+from trainers.engine.dry_run.plan import WARM_STEPS, DryRun
 from trainers.engine.encoders.cache import Cache
 from trainers.engine.run.run_folder import METRICS, read_lines
 
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 class Measured:
     """What a rehearsal logged, as far as it came."""
 
-    def __init__(self, rehearsal: Rehearsal) -> None:
+    def __init__(self, rehearsal: DryRun) -> None:
         self.rehearsal, self.run, self.short = rehearsal, rehearsal.run, rehearsal.short
         self.folder = Path(self.short.base.output_dir)
         self.lines = read_lines(self.folder / METRICS)
@@ -74,15 +74,15 @@ class Measured:
         return statistics.harmonic_mean(self.timed)
 
     def _seconds(self, phase: str) -> float:
-        return self.values[f"{phase}/seconds"] + self.values[f"{phase}/left_out_seconds"]
+        return self.values[f"{phase}/seconds"] + self.values[f"{phase}/skipped_seconds"]
 
     def time_parts(self) -> list[Part]:
         """What the whole run's time is made of."""
-        plan, stands_for = self.rehearsal.plan, self.rehearsal.stands_for
+        plan, scale = self.rehearsal.plan, self.rehearsal.scale
         parts = [Part("start and end", 1, self._rest())]
         for column, seconds in self._fill_seconds().items():
-            share, what = self._missing(column), f"{stands_for.get(column, 1):.4g} times what was encoded here"
-            parts.append(Part(f"cache of {column}", 1, seconds * stands_for.get(column, 1.0) * share, what))
+            share, what = self._missing(column), f"{scale.get(column, 1):.4g} times what was encoded here"
+            parts.append(Part(f"cache of {column}", 1, seconds * scale.get(column, 1.0) * share, what))
         decoded = [pair for pair in self.rehearsal.sets if _prepare_seconds(pair[1])]
         decoding = sum(_prepare_seconds(few) * len(whole) / len(few) for whole, few in decoded)
         parts += [Part("decoding ahead", 1, decoding, f"{plan.examples + plan.held_out:,} pictures")]
@@ -133,7 +133,7 @@ class Measured:
         caches = 0
         for kind, column in kinds.items():
             encoded = sum(_bytes_in(path) for path in (self.folder / "encoder-cache").glob(f"{kind}-*"))
-            caches += round(encoded * self.rehearsal.stands_for.get(column, 1.0) * self._missing(column))
+            caches += round(encoded * self.rehearsal.scale.get(column, 1.0) * self._missing(column))
         kept = min(plan.saves, limit or plan.saves)
         at_once = min(plan.saves, kept + 1)  # an old one goes after the new one is there
         pipelines = min(plan.exports, 2)

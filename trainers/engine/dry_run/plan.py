@@ -53,15 +53,15 @@ class Plan(NamedTuple):
         )
 
 
-class Rehearsal:
+class DryRun:
     """Makes a run short, and keeps what was left out: `plan` and the data sets are there once the data was read."""
 
     def __init__(self, run: RunConfig, short: RunConfig) -> None:
         self.run, self.short = run, short  # the whole one, and the one that is trained
         self.plan: Plan | None = None
         self.sets: list[tuple[Any, Any]] = []  # (whole, few) of training and of validation
-        self.stands_for: dict[str, float] = {}  # how many times longer a loop or a column of the whole is, by name
-        self.left_out = 0.0  # seconds, of the phase that runs
+        self.scale: dict[str, float] = {}  # how many times longer a loop or a column of the whole is, by name
+        self.skipped = 0.0  # seconds, of the phase that runs
         self.samples = False  # whether a sampler ran
 
     def shorten(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
@@ -80,21 +80,21 @@ class Rehearsal:
         self.plan = Plan.of(clock, base, examples, held_out, largest)
         self.sets = [(train_set, few), (validation_set, validation_set)]
         if measured:
-            self.stands_for["measuring"] = min(examples or measured, measured) / min(few_examples, measured)
+            self.scale["measuring"] = min(examples or measured, measured) / min(few_examples, measured)
         if held_out:
             batches = HELD_OUT_BATCHES * clock.micro_batch_size * clock.num_processes
             count = max(batches, LEAST_PICTURES, self.run.config.valid_batch_size)  # a task may draw what it is shown
             self.sets[1] = validation_set, _only(validation_set, range(held_out), count)
-            self.stands_for["validating"] = held_out / len(self.sets[1][1])
+            self.scale["validating"] = held_out / len(self.sets[1][1])
         for column, (whole, few_values) in _columns([each for each in self.sets if each[0] is not None]).items():
-            self.stands_for[column] = whole / few_values
+            self.scale[column] = whole / few_values
         first = max(clock.total_steps - WARM_STEPS - TIMED_STEPS, 0)
         counts = (few_examples,) if base.buckets else ()
         fixed = {"num_epochs": None, "max_train_steps": clock.total_steps, "bucket_counts": counts}
         fixed["num_examples"] = None if base.streaming else few_examples
         return clock._replace(**fixed).resumed_at(first, first * size)
 
-    def some_of(self, items: Iterable, what: str) -> Iterator:
+    def limited(self, items: Iterable, what: str) -> Iterator:
         """The first items of a loop whose length is known, all of another; adds up what the rest would have taken."""
         count = length_hint(items, 0)
         first, shown = (WARM_ITEMS, min(count, WARM_ITEMS + TIMED_ITEMS)) if count else (0, sys.maxsize)
@@ -107,21 +107,21 @@ class Rehearsal:
                 break
         if count:
             self.samples = True
-            self.left_out += (_now() - began) / max(shown - first, 1) * (count - shown)
+            self.skipped += (_now() - began) / max(shown - first, 1) * (count - shown)
         else:
-            self.left_out += (_now() - began) * (self.stands_for.get(what, 1.0) - 1.0)
+            self.skipped += (_now() - began) * (self.scale.get(what, 1.0) - 1.0)
 
-    def take_left_out(self) -> float:
+    def take_skipped_seconds(self) -> float:
         """The seconds left out since the last call."""
-        seconds, self.left_out = self.left_out, 0.0
+        seconds, self.skipped = self.skipped, 0.0
         return seconds
 
 
-def shortened(rehearsal: Rehearsal | None, stopping: Stopping, clock: Clock, *sets: Any) -> tuple[Any, ...]:
+def shortened(rehearsal: DryRun | None, stopping: Stopping, clock: Clock, *sets: Any) -> tuple[Any, ...]:
     """The clock and both data sets as they are, or where the run is a rehearsal those of a few steps."""
     if rehearsal is None:
         return clock, *sets
-    stopping.some_of = rehearsal.some_of
+    stopping.limited = rehearsal.limited
     clock = rehearsal.shorten(clock, *sets)
     return clock, *(few for _, few in rehearsal.sets)
 

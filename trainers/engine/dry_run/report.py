@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from trainers.engine.dry_run.estimate import Measured, Part
-from trainers.engine.dry_run.plan import Rehearsal
-from trainers.engine.dry_run.suggestions import Remedy, Shortage, disk_remedies, memory_remedies
+from trainers.engine.dry_run.plan import DryRun
+from trainers.engine.dry_run.suggestions import OutOfResources, Suggestion, disk_suggestions, memory_suggestions
 
 GIB = 2**30
 
 
-def report(rehearsal: Rehearsal, shortage: Shortage | None) -> tuple[list[str], bool]:
+def report(rehearsal: DryRun, shortage: OutOfResources | None) -> tuple[list[str], bool]:
     """The lines, and whether the run fits."""
     measured, run = Measured(rehearsal), rehearsal.run
     device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
@@ -23,17 +23,17 @@ def report(rehearsal: Rehearsal, shortage: Shortage | None) -> tuple[list[str], 
         disk = measured.disk()
         lines += [*_speed(measured), *_time(measured), *_disk(measured, disk)]
         if disk["needed"] > disk["free"]:
-            shortage = Shortage("disk", f"{disk['needed']:,} bytes are needed at once, {disk['free']:,} are free")
+            shortage = OutOfResources("disk", f"{disk['needed']:,} bytes are needed at once, {disk['free']:,} are free")
     if shortage is None:
         return [*lines, "", "It fits."], True
     gc.collect()  # what the run held must not be in the way
-    remedies = memory_remedies(run, measured.unfinished_phase(), device)
+    remedies = memory_suggestions(run, measured.unfinished_phase(), device)
     if shortage.of == "disk":
-        remedies = disk_remedies(run, disk)
+        remedies = disk_suggestions(run, disk)
     return [*lines, "", *_verdict(measured, shortage, remedies)], False
 
 
-def _verdict(measured: Measured, shortage: Shortage, remedies: list[Remedy]) -> list[str]:
+def _verdict(measured: Measured, shortage: OutOfResources, remedies: list[Suggestion]) -> list[str]:
     where = "" if measured.finished or shortage.of == "disk" else f" in phase {measured.unfinished_phase()}"
     what = {"device": "memory of the device", "host": "main memory"}.get(shortage.of, "room on the disk")
     lines = [f"It does not fit: too little {what}{where}: {shortage.text}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trainers.engine.config.config import RunConfig
-from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, Rehearsal
+from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, DryRun
 from trainers.engine.run.lock import NAME as LOCK
 from trainers.engine.run.lock import take
 from trainers.engine.run.run_folder import check_run_folder
@@ -24,7 +24,7 @@ SECONDS_OF_MAIN = 5.0  # to read its numbers where all processes fail
 
 
 @contextmanager
-def rehearsal_of(run: RunConfig) -> Iterator[Rehearsal]:
+def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
     """The short run, in a folder on the run's disk that is gone afterwards; the run's own is not touched.
 
     Raises ValueError while another dry run for the same folder goes on.
@@ -33,7 +33,7 @@ def rehearsal_of(run: RunConfig) -> Iterator[Rehearsal]:
     folder, main = _folder_beside(Path(run.base.output_dir).absolute()), is_main()
     lock = _claim(folder) if main else None
     try:
-        yield Rehearsal(run, _short(run, folder))
+        yield DryRun(run, _short(run, folder))
     except Exception as error:
         if not main:  # where this one fails alone, the first one waits for it and will be killed
             time.sleep(SECONDS_OF_MAIN)

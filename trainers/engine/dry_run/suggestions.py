@@ -17,7 +17,7 @@ ALLOCATION_TEXTS = ("DefaultCPUAllocator", "can't allocate memory", "out of memo
 DISK_TEXTS = ("does not fit in", "No space left", "quota exceeded")
 
 
-class Shortage(NamedTuple):
+class OutOfResources(NamedTuple):
     """What a run has too little of: memory of the "device" or the "host", or "disk"."""
 
     of: str
@@ -27,23 +27,23 @@ class Shortage(NamedTuple):
         return self.text
 
 
-def shortage_of(error: Exception) -> Shortage | None:
+def out_of_resources(error: Exception) -> OutOfResources | None:
     """What an error says is too little; None for an error of another kind."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
-        return Shortage("device", text)
+        return OutOfResources("device", text)
     if (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and any(each in text for each in ALLOCATION_TEXTS))
     ):
-        return Shortage("host", text)
+        return OutOfResources("host", text)
     if isinstance(error, OSError) and any(each in text for each in DISK_TEXTS):
-        return Shortage("disk", text.partition("; older checkpoints")[0])
+        return OutOfResources("disk", text.partition("; older checkpoints")[0])
     return None
 
 
-class Remedy(NamedTuple):
+class Suggestion(NamedTuple):
     """Options to change, by dotted key, and what that does."""
 
     changes: dict[str, Any]
@@ -53,30 +53,32 @@ class Remedy(NamedTuple):
         return " ".join(f"{key}={value}" for key, value in self.changes.items()) + f"  {self.effect}"
 
 
-def memory_remedies(run: RunConfig, phase: str, device: torch.device) -> list[Remedy]:
+def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list[Suggestion]:
     """For a run whose memory did not last through a phase of it."""
     base, task, found = run.base, run.task, []
     if phase in ("validation", "evaluation") and run.config.valid_batch_size > 1:
         fewer = run.config.valid_batch_size // 2
-        found.append(Remedy({f"{task}.valid_batch_size": fewer}, "half the pictures at once"))
+        found.append(Suggestion({f"{task}.valid_batch_size": fewer}, "half the pictures at once"))
     found += [
-        Remedy({f"{task}.cache_latents": "disk"}, "pictures are encoded once, and the encoder leaves the device"),
-        Remedy({f"{task}.cache_text": "disk"}, "captions are encoded once, and the encoder leaves the device"),
+        Suggestion({f"{task}.cache_latents": "disk"}, "pictures are encoded once, and the encoder leaves the device"),
+        Suggestion({f"{task}.cache_text": "disk"}, "captions are encoded once, and the encoder leaves the device"),
     ]
     speedup = bf16_speedup(device) if base.mixed_precision == "no" else 0.0
     if speedup >= 1:
         effect = f"activations of 2 bytes instead of 4; a convolution was {speedup:.1f} times faster here"
-        found.append(Remedy({"base.mixed_precision": "bf16"}, effect))
+        found.append(Suggestion({"base.mixed_precision": "bf16"}, effect))
     found.append(
-        Remedy({"base.gradient_checkpointing": "true"}, "activations are computed twice instead of kept; slower steps")
+        Suggestion(
+            {"base.gradient_checkpointing": "true"}, "activations are computed twice instead of kept; slower steps"
+        )
     )
     found += _smaller_batches(base)
     if device.type == "cuda":
-        found.append(Remedy({f"{task}.offload_ema": "true"}, "averages in main memory; a copy in every step"))
+        found.append(Suggestion({f"{task}.offload_ema": "true"}, "averages in main memory; a copy in every step"))
     return [remedy for remedy in found if _possible(run, remedy)]
 
 
-def disk_remedies(run: RunConfig, disk: dict[str, int] | None) -> list[Remedy]:
+def disk_suggestions(run: RunConfig, disk: dict[str, int] | None) -> list[Suggestion]:
     """For a run whose files do not fit; with the sizes of a rehearsal that got to its end, the number that fits."""
     if disk is None:
         return _without_numbers(run)
@@ -85,18 +87,18 @@ def disk_remedies(run: RunConfig, disk: dict[str, int] | None) -> list[Remedy]:
     fitting = (disk["free"] - others) // checkpoint - 1  # an old one goes after the new one is there
     if 1 <= fitting < disk["kept"]:
         saved = (disk["kept"] - fitting) * checkpoint
-        return [Remedy({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
+        return [Suggestion({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
     return _without_numbers(run)
 
 
-def _without_numbers(run: RunConfig) -> list[Remedy]:
+def _without_numbers(run: RunConfig) -> list[Suggestion]:
     found = []
     if run.base.checkpoints_total_limit is None:
-        found.append(Remedy({"base.checkpoints_total_limit": 1}, "only the newest checkpoint is kept"))
-    return [*found, Remedy({"base.output_dir": "FOLDER"}, "one on another disk")]
+        found.append(Suggestion({"base.checkpoints_total_limit": 1}, "only the newest checkpoint is kept"))
+    return [*found, Suggestion({"base.output_dir": "FOLDER"}, "one on another disk")]
 
 
-def _smaller_batches(base: BaseConfig) -> list[Remedy]:
+def _smaller_batches(base: BaseConfig) -> list[Suggestion]:
     """The batch cut by its smallest divisor; the global batch, and so what is learned, stays."""
     size = base.train_batch_size
     divisor = next((number for number in range(2, size + 1) if size % number == 0), None)
@@ -105,10 +107,10 @@ def _smaller_batches(base: BaseConfig) -> list[Remedy]:
     changes = {"base.train_batch_size": size // divisor}
     if base.global_batch_size is None:
         changes["base.gradient_accumulation_steps"] = base.gradient_accumulation_steps * divisor
-    return [Remedy(changes, f"1/{divisor} of the examples at once, the same global batch; slower steps")]
+    return [Suggestion(changes, f"1/{divisor} of the examples at once, the same global batch; slower steps")]
 
 
-def _possible(run: RunConfig, remedy: Remedy) -> bool:
+def _possible(run: RunConfig, remedy: Suggestion) -> bool:
     """Whether each option exists, has another value now, and the configuration stays without a problem."""
     changed: dict[str, Section] = {"base": run.base, run.task: run.config}
     for key, value in remedy.changes.items():

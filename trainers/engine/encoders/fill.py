@@ -16,10 +16,10 @@ from accelerate.utils import gather_object
 
 from trainers.base import Encoder
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.distributed.collectives import on_all
+from trainers.engine.distributed.collectives import run_on_all
 from trainers.engine.distributed.shared_folders import find_folders
 from trainers.engine.encoders.cache import KEY_DIGITS, Cache, KeyedExamples, folder_of, text_key
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.progress import passing_bar
 
 FILE_BYTES = 64 << 20  # of rows that are written at once
@@ -39,7 +39,7 @@ class Picture(NamedTuple):
         return self.dataset.image(self.number, self.flipped, self.column)
 
 
-def fill_caches(accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, *datasets: Any) -> list[Any]:
+def fill_caches(accelerator: Accelerator, stages: FrozenEncoders, base: BaseConfig, *datasets: Any) -> list[Any]:
     """Fills the caches that the encoders ask for; returns the data sets, with keys instead of cached pictures.
 
     Encoders leave the device afterwards. Collective. Raises ValueError for a data set that cannot name its content.
@@ -87,7 +87,7 @@ def _picture_keys(accelerator: Accelerator, dataset: Any, column: str) -> list[t
 
 
 def _filled(
-    accelerator: Accelerator, stages: FrozenStages, base: BaseConfig, name: str, wanted: dict[str, Any]
+    accelerator: Accelerator, stages: FrozenEncoders, base: BaseConfig, name: str, wanted: dict[str, Any]
 ) -> Cache:
     """The encoder's cache with all that is wanted. Raises on every rank what one of them could not read or write."""
     cache, missing, sharing = _opened(accelerator, stages.encoders[name], base, name, wanted)
@@ -96,10 +96,10 @@ def _filled(
     bar = passing_bar(accelerator, f"encoding {name}")
     encoded = (_encode(stages, name, *read) for read in bar(_read_ahead(batches, wanted), total=len(batches)))
     if cache.folder is None:
-        rows = on_all(accelerator, lambda: {key: each for part in encoded for key, each in part.items()})
+        rows = run_on_all(accelerator, lambda: {key: each for part in encoded for key, each in part.items()})
         cache.add({key: each for part in gather_object([rows]) for key, each in part.items()})
     else:
-        on_all(accelerator, lambda: _write(cache, encoded))
+        run_on_all(accelerator, lambda: _write(cache, encoded))
         cache.look()
     return cache
 
@@ -161,7 +161,7 @@ def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:
     return [key for key in wanted if key not in cache]
 
 
-def _encode(stages: FrozenStages, name: str, keys: list[str], values: list[Any]) -> Rows:
+def _encode(stages: FrozenEncoders, name: str, keys: list[str], values: list[Any]) -> Rows:
     """The rows of a batch by key, on the CPU; pictures of different sizes are encoded one by one."""
     if isinstance(values[0], str):
         parts = [values]

@@ -14,7 +14,7 @@ from trainers.engine.encoders.cache import Cache, text_key
 REMEMBERED = 1000  # constants at most: prompts of an evaluation are many
 
 
-class FrozenStages:
+class FrozenEncoders:
     """The encoders of a run by name, on the device and without gradients.
 
     `caches` hold what an encoder need not say again; a batch has "<column>_key" instead of pictures then.

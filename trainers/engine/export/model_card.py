@@ -8,12 +8,12 @@ from accelerate import Accelerator
 
 from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig
-from trainers.engine.tracking.tracker import Tracking
+from trainers.engine.tracking.tracker import Tracker
 
 OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that say nothing of the result
 
 
-def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking: Tracking) -> None:
+def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking: Tracker) -> None:
     """Writes README.md: task, data, options, final metrics, a grid, and how to load the result from `location`."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -58,7 +58,7 @@ def check_hub_login(push_to_hub: bool) -> None:
 
 
 def publish(
-    accelerator: Accelerator, run: RunConfig, trainer: Trainer, tracking: Tracking, pipeline_files: list[str]
+    accelerator: Accelerator, run: RunConfig, trainer: Trainer, tracking: Tracker, pipeline_files: list[str]
 ) -> None:
     """Writes the card, and uploads the finished pipeline where it is asked for; only the main process does."""
     if not accelerator.is_main_process:

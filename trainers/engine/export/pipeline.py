@@ -18,7 +18,7 @@ from trainers.engine.optim.networks import filled
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.run_folder import publish_pipeline
 from trainers.engine.run.signals import Abandoned
-from trainers.engine.tracking.tracker import Tracking
+from trainers.engine.tracking.tracker import Tracker
 from trainers.engine.validation.validation import Validation
 
 
@@ -26,7 +26,7 @@ def export_pipeline(
     accelerator: Accelerator,
     trainer: Trainer,
     ema: EMA | None,
-    tracking: Tracking,
+    tracking: Tracker,
     clock: Clock,
     validation: Validation,
     steps_done: int,
@@ -45,7 +45,7 @@ def export_pipeline(
 
 
 def _export(
-    accelerator: Accelerator, trainer: Trainer, ema: EMA | None, tracking: Tracking, clock: Clock, steps_done: int
+    accelerator: Accelerator, trainer: Trainer, ema: EMA | None, tracking: Tracker, clock: Clock, steps_done: int
 ) -> list[str]:
     live, output_dir = trainer.unwrapped, tracking.output_dir
     wanted = accelerator.is_main_process
@@ -55,7 +55,7 @@ def _export(
         staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
         try:
             trainer.unwrapped = {
-                name: filled(plain, weights[name]).eval() for name, plain in trainer.blueprints.items()
+                name: filled(plain, weights[name]).eval() for name, plain in trainer.meta_networks.items()
             }
             trainer.save_pipeline(staging)
             answer = [publish_pipeline(staging, output_dir), None]

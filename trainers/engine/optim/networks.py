@@ -48,7 +48,7 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, *datas
 def prepare_networks(
     accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer, base: BaseConfig
 ) -> Optimizer:
-    """Sets the trainer's `modules`, `unwrapped` and `blueprints`; returns the prepared optimizer.
+    """Sets the trainer's `modules`, `unwrapped` and `meta_networks`; returns the prepared optimizer.
 
     Raises ValueError for an option that a network does not support, and for a network named like a folder of the run.
     """
@@ -67,7 +67,7 @@ def prepare_networks(
             option = "enable_xformers_memory_efficient_attention"
             _method(network, name, option, option)()
     check_optimizer(accelerator, trainer.config)
-    trainer.blueprints = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
+    trainer.meta_networks = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_by_blocks(accelerator, networks)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -18,7 +18,7 @@ from trainers.engine.run.signals import DIVERGED, Stopping
 SCALE_HALVINGS = 24  # fp16: after so many overflows in a row the loss scale is about 1, and the cause is another
 
 
-class Divergence:
+class NonFiniteSteps:
     """Counts skipped steps in a row, writes each to skipped_steps.jsonl, and asks to stop after `max_skipped_steps`."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Divergence:
         self.finite = torch.ones((), device=accelerator.device)  # whether the losses of this step are
         self.pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self.skipped_in_a_row = self.overflows_in_a_row = 0
-        self.hopeless = False  # the run stops, and is not saved any more
+        self.gave_up = False  # the run stops, and is not saved any more
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss, times NaN where it is not finite: an infinite loss can have a finite gradient.
@@ -93,7 +93,7 @@ class Divergence:
             what = f"fp16 gradients overflowed in {self.overflows_in_a_row} steps in a row, whatever the loss scale"
         else:
             return
-        self.hopeless = True
+        self.gave_up = True
         replay = f"Look at the batch with `python scripts/replay.py {self.base.output_dir} {step + 1}`; "
         self.stopping.ask(
             DIVERGED,

@@ -15,7 +15,7 @@ from trainers.engine.run.clock import Clock
 MOVED_AFTER_STEPS = 10
 
 
-class Watches:
+class SanityChecks:
     """Prints a warning where a run does something else than it seems to do."""
 
     def __init__(

@@ -58,7 +58,7 @@ class Stopping:
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
         self.launcher = launcher_pid()
-        self.some_of = all_of  # a rehearsal puts its own here
+        self.limited = all_of  # a rehearsal puts its own here
 
     def __enter__(self) -> Stopping:
         self.handlers: dict[int, Any] = {}
@@ -125,7 +125,7 @@ class Stopping:
 
         A rehearsal sees the first ones; `what` they are says for how many they stand.
         """
-        for item in self.some_of(items, what):
+        for item in self.limited(items, what):
             yield item
             if self.agreed():
                 raise Abandoned

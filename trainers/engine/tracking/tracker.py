@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.engine.config.config import RunConfig
-from trainers.engine.distributed.collectives import on_main
-from trainers.engine.dry_run.plan import Rehearsal
+from trainers.engine.distributed.collectives import run_on_main
+from trainers.engine.dry_run.plan import DryRun
 from trainers.engine.run.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 from trainers.engine.tracking import wandb_tracker
 from trainers.engine.tracking.memory import PeakMemory
@@ -27,7 +27,7 @@ VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can b
 EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
 
 
-class Tracking:
+class Tracker:
     """Writes on the main process; other ranks only remember the newest values."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Tracking:
         output_dir: Path,
         start_step: int,
         fill_seconds: dict[str, float],
-        rehearsal: Rehearsal | None = None,
+        rehearsal: DryRun | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.output_dir, self.start_step = output_dir, start_step
@@ -46,7 +46,7 @@ class Tracking:
         self.filled = {f"cache_{column}/seconds": seconds for column, seconds in fill_seconds.items()}
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
-        self.logged_at = on_main(accelerator, lambda: self._take_up(start_step, run.base.logging_dir))
+        self.logged_at = run_on_main(accelerator, lambda: self._take_up(start_step, run.base.logging_dir))
         self._start_trackers(run, start_step)
         if accelerator.is_main_process:
             (output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
@@ -89,7 +89,7 @@ class Tracking:
             elif start_step == 0:  # TensorBoard's hparams take no lists and dicts, and make a run of their own
                 tracker.tracker.add_text("config", f"```yaml\n{run.as_yaml()}```", 0)
 
-    def __enter__(self) -> Tracking:
+    def __enter__(self) -> Tracker:
         self.log(self.filled | {"start/peak_memory_gib": self.memory.take()}, self.start_step)
         return self
 
@@ -116,7 +116,7 @@ class Tracking:
         yield values
         values |= {f"{name}/seconds": time.perf_counter() - began, f"{name}/peak_memory_gib": self.memory.take()}
         if self.rehearsal is not None:
-            values[f"{name}/left_out_seconds"] = self.rehearsal.take_left_out()
+            values[f"{name}/skipped_seconds"] = self.rehearsal.take_skipped_seconds()
         self.log(values, step)
 
     def log_steps(self, values: dict[str, float], step: int) -> None:

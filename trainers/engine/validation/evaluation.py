@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.base import Trainer
-from trainers.engine.distributed.collectives import on_main
+from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.validation.feature_networks import load_classifier, load_features
 from trainers.engine.validation.metrics import (
     LEAST_PICTURES,
@@ -80,18 +80,18 @@ class Evaluation:
             return self._reconstruction_metrics()
         if self.real is None:
             real, held_out = [self._describe_real(dataset) for dataset in self.sets]
-            on_main(self.accelerator, lambda: self._prepare(real, held_out))
+            run_on_main(self.accelerator, lambda: self._prepare(real, held_out))
             self.real = real
         drawn = self._describe(self._drawn(), len(self.requests))
         compare = lambda: measure(drawn, self.real, self.held_out_distances, self.recognise) | self.fixed  # noqa: E731
-        return on_main(self.accelerator, compare)
+        return run_on_main(self.accelerator, compare)
 
     def _reconstruction_metrics(self) -> dict[str, float]:
         """Those of held-out pictures' reconstructions, compared with these pictures."""
         if self.real is None:
             self.real = self._describe_real(self.sets[1], [request["example"] for request in self.requests])
         drawn = self._describe(self._drawn(), len(self.requests))
-        return on_main(self.accelerator, lambda: measure_reconstructions(drawn, self.real))
+        return run_on_main(self.accelerator, lambda: measure_reconstructions(drawn, self.real))
 
     def _prepare(self, real: Described, held_out: Described | None) -> None:
         """Once: the classifier, where none is given, and what real held-out pictures would get."""

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.randomness import SlotRandom
 
 OfExamples = Callable[[dict[str, Any], SlotRandom], dict[str, Tensor]]  # (batch, rng) -> {name: [B]}
 
 
 def mean_over(
-    stages: FrozenStages,
+    stages: FrozenEncoders,
     batches: Iterable[tuple[dict, float]],
     seed: int,
     measure: OfExamples,

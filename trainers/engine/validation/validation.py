@@ -11,15 +11,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.base import Trainer
-from trainers.engine.checkpoint.saver import Saving
+from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.data.batches import examples_once
 from trainers.engine.encoders.cache import uncached
-from trainers.engine.encoders.stages import FrozenStages
+from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.optim.ema import EMA
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.progress import passing_bar
 from trainers.engine.run.signals import Abandoned, Stopping
-from trainers.engine.tracking.tracker import EVALUATION_TIME, VALIDATION_TIME, Tracking
+from trainers.engine.tracking.tracker import EVALUATION_TIME, VALIDATION_TIME, Tracker
 from trainers.engine.validation.evaluation import Evaluation
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import OfExamples, mean_over
@@ -40,12 +40,12 @@ class Validation:
         accelerator: Accelerator,
         trainer: Trainer,
         ema: EMA | None,
-        stages: FrozenStages,
+        stages: FrozenEncoders,
         sets: tuple[Any, Any | None],
         clock: Clock,
         stopping: Stopping,
-        saving: Saving,
-        tracking: Tracking,
+        saving: Saver,
+        tracking: Tracker,
     ) -> None:
         self.accelerator, self.trainer, self.ema, self.stages = accelerator, trainer, ema, stages
         self.train_set, self.validation_set = sets
@@ -133,7 +133,7 @@ class Validation:
         train_set = self.train_set.held(min(wanted, STREAMED)) if self.base.streaming else self.train_set
         share = self._share(train_set, spread(len(train_set), wanted))
         bar = self._watched if self.stopping.waits else partial(passing_bar, self.accelerator)  # at the end it is done
-        examples = self.stopping.some_of(bar("measuring")(share), "measuring")
+        examples = self.stopping.limited(bar("measuring")(share), "measuring")
         with self._averaged_weights(), evaluation_mode(self.trainer):
             return self._mean_over(examples, self.trainer.data_statistics)
 
