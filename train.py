@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,118 +18,128 @@ from trainers.engine.config.errors import Interrupted, is_message
 from trainers.engine.config.files import ConfigError
 
 if TYPE_CHECKING:
+    from trainers.base import Trainer
+    from trainers.engine.checkpoint.train_state import TrainState
     from trainers.engine.dry_run.plan import DryRun
+    from trainers.engine.run.context import DataSets, RunContext
 
 
 def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
-    from trainers.engine.checkpoint import find, resume
-    from trainers.engine.checkpoint.saver import Saver
-    from trainers.engine.checkpoint.warm_up import warm_up
-    from trainers.engine.data import batches as feeding
-    from trainers.engine.data.stream_batches import skipped
-    from trainers.engine.distributed import launch
-    from trainers.engine.dry_run import plan as rehearsal
-    from trainers.engine.encoders.fill import fill_caches
-    from trainers.engine.encoders.stages import FrozenEncoders
+    from trainers.engine.checkpoint import find, resume, saver  # not at the top: a config is checked in milliseconds
+    from trainers.engine.data import batches
+    from trainers.engine.encoders import fill, stages
     from trainers.engine.export import model_card, pipeline
-    from trainers.engine.optim import optimizer as optimization
-    from trainers.engine.optim.ema import EMA
-    from trainers.engine.optim.networks import build_trainer, prepare_networks
-    from trainers.engine.optim.nonfinite import NonFiniteSteps
-    from trainers.engine.optim.sanity_checks import SanityChecks
-    from trainers.engine.run.progress import progress_bar
+    from trainers.engine.optim import networks, optimizer, sanity_checks
+    from trainers.engine.run import context, progress
     from trainers.engine.run.randomness import SlotRandom, seed_network
-    from trainers.engine.run.run_folder import open_run_folder
-    from trainers.engine.run.signals import Stopping
-    from trainers.engine.tracking import console
-    from trainers.engine.tracking.meters import Meter, Speed
-    from trainers.engine.tracking.tracker import Tracker
+    from trainers.engine.tracking import console, meters, tracker
     from trainers.engine.validation.validation import Validation
 
-    base, config, output_dir = run.base, run.config, Path(run.base.output_dir)
-    model_card.check_hub_login(base.push_to_hub)
-    accelerator = launch.start_accelerator(base)
-    device, rank = accelerator.device, accelerator.process_index
-    folder = open_run_folder(accelerator, base, dry_run is not None)
-    with Stopping(accelerator, base) as stopping, folder as folders, launch.numerics(base):
-        resume_from = find.find_checkpoint(accelerator, folders, output_dir, base.resume_from_checkpoint)
+    model_card.check_hub_login(run.base.push_to_hub)
+    with context.start(run) as ctx:  # the launched processes, signals, the run folder and its lock
+        base, accelerator, stop = run.base, ctx.accelerator, ctx.stop
+        resume_from = find.find_checkpoint(ctx)
 
-        # data
-        with accelerator.main_process_first():  # it downloads, the others find the files
-            train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
-        clock, train_set = feeding.shard_for_rank(accelerator, base, train_set)
-        clock, train_set, validation_set = rehearsal.shortened(dry_run, stopping, clock, train_set, validation_set)
-        datasets_lib.check_example(datasets_lib.first_example(train_set), base)
-        saved, clock = resume.read_state(accelerator, resume_from, run, clock, train_set)
+        # data first: the clock counts its examples, and a checkpoint is compared with both before it moves the clock
+        loaded = load_data(ctx, dry_run)
+        saved = resume.read_state(ctx, resume_from, loaded.train)
+        clock = ctx.clock
 
-        # networks and optimizer
-        trainer = build_trainer(accelerator, run, clock, train_set, validation_set)
-        networks = trainer.init_modules()
-        optimizer = optimization.build_optimizer(trainer.param_groups(networks), config, clock, device)
-        optimizer = prepare_networks(accelerator, trainer, networks, optimizer, base)
-        rate_factor = optimization.schedule(config, clock.total_steps)
-        ema = EMA(networks, config) if config.use_ema else None
-        stages = FrozenEncoders(trainer.encoders(), device)
-        trainer.encoded = stages.encoded
-        train_set, validation_set = sets = fill_caches(accelerator, stages, base, train_set, validation_set)
-        meter = Meter(accelerator)
-        divergence = NonFiniteSteps(accelerator, output_dir, base, clock, stopping)
+        # frozen encoders fill their caches and leave the device before the network comes: a large one needs the room
+        trainer = networks.build_trainer(accelerator, run, clock, loaded)
+        encoders = stages.build_encoders(trainer)
+        data = fill.fill_caches(accelerator, encoders, base, loaded)
+
+        # networks, optimizer and averages; loader workers start last, as what is decoded before is shared with them
+        state = build_state(ctx, trainer, data)
         if resume_from:
-            warm_up(accelerator, trainer, stages, optimizer, train_set, clock, base)
-            resume.load(accelerator, folders, run, resume_from, saved, networks, ema, optimizer, meter, divergence)
-        watches = SanityChecks(accelerator, networks, optimizer, clock, rate_factor)
-        datasets_lib.prepare(*sets, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
-
-        # steps
-        tracking = Tracker(accelerator, run, output_dir, clock.origin_step, stages.fill_seconds, dry_run)
-        batches = feeding.training_batches(train_set, clock, base, rank, device, stopping)
-        trained = networks, ema, optimizer
-        saving = Saver(accelerator, folders, tracking, clock, *trained, train_set, meter, divergence, stopping)
-        validation = Validation(accelerator, trainer, ema, stages, sets, clock, stopping, saving, tracking)
-        export_pipeline = partial(pipeline.export_pipeline, accelerator, trainer, ema, tracking, clock, validation)
-        accelerator.print(console.start_block(accelerator, folders, run, trainer, networks, clock, train_set))
-        with tracking, saving, closing(batches), progress_bar(accelerator, clock) as bar:
-            validation.make_up(clock.origin_step)
-            done, speed = clock.origin_step, Speed()
-            for step in stopping.steps(clock.origin_step, clock.total_steps):
-                learning_rates = optimization.set_learning_rates(optimizer, rate_factor(step))
+            resume.load(ctx, trainer, encoders, state, resume_from, saved)
+        rate_factor = optimizer.learning_rate_schedule(run.config, clock.total_steps)
+        checks = sanity_checks.SanityChecks(ctx, state.networks, state.optimizer, rate_factor)
+        datasets_lib.prepare(*data, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
+        micro_batches = batches.training_batches(data.train, clock, base, accelerator.process_index, ctx.device, stop)
+        tracking = tracker.Tracker(ctx, encoders.fill_seconds)
+        checkpoints = saver.Saver(ctx, state, tracking)
+        validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
+        accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
+        with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
+            validation.make_up(clock.origin_step)  # one that the run was stopped in
+            speed = meters.Speed()
+            for step in stop.steps(clock.origin_step, clock.total_steps):
+                rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
-                    batch = stages.encode(next(batches))
-                    seed_network(base.seed, step, clock.micro_batch(micro_step, rank), device)
+                    batch = encoders.encode(next(micro_batches))
+                    seed_network(base.seed, step, clock.micro_batch(micro_step, accelerator.process_index), ctx.device)
                     with accelerator.accumulate(*trainer.modules.values()):
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
-                        accelerator.backward(divergence.checked(loss))
-                    meter.add({"loss": loss} | values)
-                applied, norms = optimization.optimizer_step(accelerator, optimizer, config.max_grad_norm, ema)
-                if ema is not None:
-                    ema.update(step, applied)
-                meter.add(divergence.after_step(step, applied, norms) | norms)
+                        accelerator.backward(state.nonfinite.poison_if_nonfinite(loss))
+                    state.meter.add({"loss": loss} | values)
+                applied, norms = optimizer.optimizer_step(
+                    accelerator, state.optimizer, run.config.max_grad_norm, state.ema
+                )
+                if state.ema is not None:
+                    state.ema.update(step, applied)
+                state.meter.add(state.nonfinite.after_step(step, applied, norms) | norms)
                 speed.examples += clock.global_batch_size
                 bar.update()
 
                 done = step + 1
-                watches.after_step(done, batch["slot"])
+                checks.after_step(done, batch["slot"])
                 if clock.due(done, base.logging_steps):
-                    metrics = clock.epochs(done) | learning_rates | meter.means() | skipped(train_set)
-                    tracking.log_steps(metrics | {"examples_per_second": speed.examples_per_second()}, done)
+                    means = state.meter.means() | batches.skipped(data.train) | speed.metrics()
+                    tracking.log_steps(clock.epochs(done) | rates | means, done)
                     console.show_metrics(bar, tracking.latest)
                 with speed.paused():
-                    saving.after_step(done)
-                    if stopping.agreed():
+                    checkpoints.after_step(done)
+                    if stop.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
-                        export_pipeline(done)
+                        pipeline.export_pipeline(ctx, trainer, state.ema, tracking, validation)
                     validation.after_step(done)
             bar.close()
-            saving.wait()
-            stopping.finish(done, saving.save, tracking.close)
+            checkpoints.wait()
+            stop.finish(checkpoints.save, tracking.close)
+            files = pipeline.export_pipeline(ctx, trainer, state.ema, tracking, validation)
+            model_card.publish(ctx, trainer, tracking, files)
+            accelerator.print(console.end_block(ctx, trainer, data.train))
+    return ctx.output_dir
 
-            # finish
-            pipeline_files = export_pipeline(done)
-            model_card.publish(accelerator, run, trainer, tracking, pipeline_files)
-            accelerator.print(console.end_block(trainer, folders, output_dir, train_set))
-    return output_dir
+
+def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
+    """Builds both data sets and the clock that counts them; in a dry run a few examples and the last steps."""
+    from trainers.engine.data.batches import shard_for_rank
+    from trainers.engine.run.context import DataSets
+
+    base = ctx.run.base
+    with ctx.accelerator.main_process_first():  # it downloads, the others find the files
+        train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
+    ctx.clock, train_set = shard_for_rank(ctx.accelerator, base, train_set)
+    data = DataSets(train_set, validation_set)
+    if dry_run is not None:
+        data = dry_run.shorten(ctx, data)
+    datasets_lib.check_example(datasets_lib.first_example(data.train), base)
+    return data
+
+
+def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState:
+    """Builds the task's networks, their optimizer and averages, and what counts the steps."""
+    import torch
+
+    from trainers.engine.checkpoint.train_state import TrainState
+    from trainers.engine.optim.ema import EMA
+    from trainers.engine.optim.networks import prepare_networks
+    from trainers.engine.optim.nonfinite import NonFiniteSteps
+    from trainers.engine.optim.optimizer import build_optimizer
+    from trainers.engine.tracking.meters import Meter
+
+    config = ctx.run.config
+    torch.manual_seed(ctx.run.base.seed)  # of the initial weights
+    networks = trainer.init_modules()
+    optimizer = build_optimizer(trainer.param_groups(networks), config, ctx.clock, ctx.device)
+    optimizer = prepare_networks(ctx.accelerator, trainer, networks, optimizer, ctx.run.base)
+    ema = EMA(networks, config) if config.use_ema else None
+    return TrainState(networks, optimizer, ema, Meter(ctx.accelerator), NonFiniteSteps(ctx), data.train)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

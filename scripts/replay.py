@@ -24,10 +24,11 @@ from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.data.batches import order_of
 from trainers.engine.data.workers import SlotExamples, collate
 from trainers.engine.distributed import launch
-from trainers.engine.encoders.stages import FrozenEncoders
+from trainers.engine.encoders.stages import build_encoders
 from trainers.engine.optim.networks import build_trainer, prepare_networks
 from trainers.engine.optim.optimizer import build_optimizer
 from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import DataSets
 from trainers.engine.run.randomness import SlotRandom, seed_network
 from trainers.engine.run.run_folder import SKIPPED_STEPS, read_lines
 
@@ -60,12 +61,11 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     order, examples = order_of(train_set, len(slots), base), SlotExamples(train_set, base.seed, augment=True)
 
     clock = Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None))
-    trainer = build_trainer(accelerator, run, clock, train_set)
+    trainer = build_trainer(accelerator, run, clock, DataSets(train_set, None))
     networks = trainer.init_modules()
     optimizer = build_optimizer(trainer.param_groups(networks), run.config, clock, accelerator.device)
     prepare_networks(accelerator, trainer, networks, optimizer, base)
-    stages = FrozenEncoders(trainer.encoders(), accelerator.device)
-    trainer.encoded = stages.encoded
+    encoders = build_encoders(trainer)
     before = next((path for done, path in list_checkpoints(folder) if done < step), None)
     if before is not None:
         verify(before)
@@ -81,7 +81,7 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
         pictures += [batch["image"]] if "image" in batch else []
         batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         seed_network(base.seed, step - 1, number, accelerator.device)
-        loss, _ = trainer.compute_loss(stages.encode(batch), SlotRandom(base.seed, batch["slot"]), step - 1)
+        loss, _ = trainer.compute_loss(encoders.encode(batch), SlotRandom(base.seed, batch["slot"]), step - 1)
         loss.backward()
         norm = torch.nn.utils.get_total_norm(
             [p.grad for network in networks.values() for p in network.parameters() if p.grad is not None]

@@ -155,13 +155,13 @@ def nan_loss_at(step_and_rank):
     """The loss of this step is not a number on one rank."""
     from trainers.engine.optim.nonfinite import NonFiniteSteps
 
-    (step, rank), original, done = step_and_rank, NonFiniteSteps.checked, [0]
+    (step, rank), original, done = step_and_rank, NonFiniteSteps.poison_if_nonfinite, [0]
 
     def broken(self, loss):
         done[0] += 1
         return original(self, loss * float("nan") if done[0] == step and rank == own_rank() else loss)
 
-    NonFiniteSteps.checked = broken
+    NonFiniteSteps.poison_if_nonfinite = broken
 
 
 def break_weight_at(step_and_rank):

@@ -28,7 +28,7 @@ from trainers.engine.config.config import check_config
 from trainers.engine.config.files import ConfigError
 from trainers.engine.data.batches import BucketOrder, SlotBatches, by_bucket, examples_once, order_of
 from trainers.engine.run.clock import Clock
-from trainers.engine.run.signals import Stopping
+from trainers.engine.run.signals import StopSignals
 
 CPU = torch.device("cpu")
 BUCKETS = {"buckets": True, "resolution": 16, "bucket_step": 4}  # 12 x 20, 16 x 16, 20 x 12
@@ -321,7 +321,7 @@ def test_epochs_are_counted_in_whole_steps():
 @pytest.mark.parametrize("counts", [(1,), (5, 1), (9, 2, 4)])
 def test_validation_counts_every_example_once_in_batches_of_one_bucket(processes, counts):
     base, dataset = BaseConfig(train_batch_size=4, buckets=True), Sized(counts)
-    with Stopping(Accelerator(cpu=True), base) as stopping:
+    with StopSignals(Accelerator(cpu=True), base) as stopping:
         shares = [
             list(examples_once(dataset, range(len(dataset)), base, rank, processes, CPU, stopping))
             for rank in range(processes)

@@ -77,6 +77,7 @@ def make(names=NAMES, **options):
     options = {"model_config": "configs/tests/unet2d.json", "ddpm_num_steps": 20} | options
     trainer = ConditionalDDPMTrainer(ConditionalDDPMConfig(**options), BaseConfig(resolution=16, channels=1))
     trainer.label_names = names
+    trainer.setup()
     trainer.modules = trainer.init_modules()
     return trainer
 

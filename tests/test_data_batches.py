@@ -19,7 +19,7 @@ from trainers.engine.data import prefetch, workers
 from trainers.engine.data.batches import examples_once, first_batch, training_batches
 from trainers.engine.encoders.cache import KeyedExamples
 from trainers.engine.run.clock import Clock
-from trainers.engine.run.signals import Stopping
+from trainers.engine.run.signals import StopSignals
 
 CPU = torch.device("cpu")
 IMAGES = random_images(11)
@@ -53,7 +53,7 @@ CASES = {
 
 @pytest.fixture
 def stopping():
-    with Stopping(Accelerator(cpu=True), BaseConfig()) as found:
+    with StopSignals(Accelerator(cpu=True), BaseConfig()) as found:
         yield found
 
 

@@ -32,6 +32,7 @@ def make(**options):
     options = {"model_config": TINY, "ddpm_num_steps": 20, "ddpm_num_inference_steps": 4} | options
     trainer = DiTTrainer(DiTConfig(**options), BaseConfig(resolution=16, channels=1))
     trainer.label_names, trainer.device = [str(digit) for digit in range(10)], torch.device("cpu")
+    trainer.setup()
     trainer.modules = trainer.unwrapped = trainer.init_modules()
     torch.manual_seed(0)
     for weights in trainer.modules["transformer"].parameters():

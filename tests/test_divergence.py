@@ -29,7 +29,7 @@ from trainers.engine.optim import optimizer as optimization
 from trainers.engine.optim.nonfinite import SCALE_HALVINGS, NonFiniteSteps
 from trainers.engine.optim.sanity_checks import SanityChecks
 from trainers.engine.run.clock import Clock
-from trainers.engine.run.signals import DIVERGED, Stopping
+from trainers.engine.run.signals import DIVERGED, StopSignals
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def watched(monkeypatch):
     """A NonFiniteSteps that has an fp16 scaler."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    stopping = Stopping(accelerator, BaseConfig())
+    stopping = StopSignals(accelerator, BaseConfig())
 
     def make(tmp_path):
         base = BaseConfig(output_dir=str(tmp_path), max_skipped_steps=2)

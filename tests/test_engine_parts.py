@@ -118,7 +118,7 @@ def test_speed_does_not_count_pauses(monkeypatch):
     speed.examples += 30
     with speed.paused():
         pass
-    assert speed.examples_per_second() == 30 / (6 - 3)
+    assert speed.metrics() == {"examples_per_second": 30 / (6 - 3)}
 
 
 def test_tied_weights_are_saved_by_all_of_their_names_and_frozen_ones_by_none():

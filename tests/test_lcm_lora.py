@@ -154,6 +154,7 @@ def make(family="sd1", dtype=torch.float32, **options):
     trainer = LCMLoRATrainer(LCMLoRAConfig(**options), base)
     trainer.device, trainer.weight_dtype = CPU, dtype
     torch.manual_seed(0)
+    trainer.setup()
     trainer.modules = trainer.unwrapped = trainer.init_modules()
     trainer.encoded = FrozenEncoders(trainer.encoders(), CPU).encoded
     for name, parameter in trainer.raw("unet").named_parameters():

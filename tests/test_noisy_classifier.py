@@ -45,6 +45,7 @@ def test_loss_and_accuracy_against_their_definitions(monkeypatch):
         load_config("configs/tests/noisy_classifier.json").base,
     )
     trainer.label_names = list("0123456789")
+    trainer.setup()
     trainer.modules = trainer.init_modules()
     logits = torch.randn(64, 10)
     seen = []

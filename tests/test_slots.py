@@ -15,9 +15,9 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import is_message
 from trainers.engine.data.batches import EpochOrder, SlotBatches, examples_once, training_batches
 from trainers.engine.run.clock import Clock
-from trainers.engine.run.signals import Stopping
+from trainers.engine.run.signals import StopSignals
 
-STOPPING = Stopping(Accelerator(cpu=True), BaseConfig())
+STOPPING = StopSignals(Accelerator(cpu=True), BaseConfig())
 
 
 class Numbers:

@@ -39,6 +39,7 @@ def make(task="text_to_image", family="sd1", base=None, dtype=torch.float32, **o
     trainer = trainer_class(config(**options), base)
     trainer.device, trainer.weight_dtype = CPU, dtype
     torch.manual_seed(0)
+    trainer.setup()
     trainer.modules = trainer.unwrapped = trainer.init_modules()
     trainer.encoded = FrozenEncoders(trainer.encoders(), CPU).encoded
     return trainer

@@ -19,7 +19,7 @@ from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.config.errors import Interrupted
-from trainers.engine.run.signals import DIVERGED, FAULT, Abandoned, Stopping, launcher_pid
+from trainers.engine.run.signals import DIVERGED, FAULT, Abandoned, StopSignals, launcher_pid
 
 STEPS = 40
 MEASURED = ("seconds", "per_second", "memory_gib")  # ends of the names of what differs between runs
@@ -183,13 +183,13 @@ def test_a_validation_that_was_interrupted_is_made_up(tiny_config, monkeypatch):
 
 @pytest.fixture
 def stopping():
-    with Stopping(Accelerator(cpu=True), BaseConfig()) as found:
+    with StopSignals(Accelerator(cpu=True), BaseConfig()) as found:
         yield found
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in CODES]
-    with Stopping(Accelerator(cpu=True), BaseConfig()):
+    with StopSignals(Accelerator(cpu=True), BaseConfig()):
         assert [signal.getsignal(number) for number in CODES] != before
     assert [signal.getsignal(number) for number in CODES] == before
 

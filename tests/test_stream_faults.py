@@ -165,7 +165,7 @@ def test_a_dry_run_of_a_stream(folder, tiny_config, capsys):
 
 
 def test_a_diverged_stream_is_not_sent_to_a_script_that_needs_numbers(folder, tiny_config, capsys, monkeypatch):
-    monkeypatch.setattr(NonFiniteSteps, "checked", lambda self, loss: loss * math.nan)
+    monkeypatch.setattr(NonFiniteSteps, "poison_if_nonfinite", lambda self, loss: loss * math.nan)
     path = tiny_config(**run_options(folder, **{"base.max_skipped_steps": 2}))
     assert main([str(path)]) == 1
     error = capsys.readouterr().err

@@ -201,6 +201,10 @@ class Trainer(ABC):
         self.config = config
         self.base = base
 
+    def setup(self) -> None:
+        """Finds, and checks, what encoders and networks share, such as the base model; called once, before both."""
+        return None
+
     @abstractmethod
     def init_modules(self) -> dict[str, nn.Module]:
         """Returns the networks to train by name: parameter group, checkpoint folder and metric prefix.

@@ -38,11 +38,12 @@ class NoisyClassifierTrainer(Trainer):
         "logits = classifier(pictures, 0).sample.mean((2, 3))  # pictures in [-1, 1], without noise"
     )
 
+    def setup(self) -> None:
+        self.scheduler = build_schedule(self.config)
+        self.num_classes = count_classes(TASK, self, self.config.num_classes)
+
     def init_modules(self) -> dict[str, nn.Module]:
-        config = self.config
-        self.scheduler = build_schedule(config)
-        self.num_classes = count_classes(TASK, self, config.num_classes)
-        settings = {"out_channels": self.num_classes}
+        config, settings = self.config, {"out_channels": self.num_classes}
         pretrained, grid = config.pretrained_model_name_or_path, Grid.of(self.base)
         return {"classifier": build_unet2d(config.model_config, pretrained, grid, settings)}
 

@@ -25,7 +25,8 @@ from trainers.engine.data.batches import training_batches
 from trainers.engine.encoders.fill import fill_caches
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.clock import Clock
-from trainers.engine.run.signals import Stopping
+from trainers.engine.run.context import DataSets
+from trainers.engine.run.signals import StopSignals
 
 IMAGES, SIDE, RESOLUTION, BATCH = 500, 512, 32, 64
 READ_AHEAD = 2  # batches, of each worker
@@ -101,10 +102,10 @@ def batches_of(source: str, workers: int, folder: Path) -> Iterator[dict[str, An
     )  # fmt: skip
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     stages = FrozenEncoders({"latents": LATENTS} if source == "latents cache" else {}, accelerator.device)
-    [examples] = fill_caches(accelerator, stages, base, datasets_lib.build(base, "train"))
+    examples, _ = fill_caches(accelerator, stages, base, DataSets(datasets_lib.build(base, "train"), None))
     datasets_lib.prepare(examples, show_progress=False)
     clock = Clock(len(examples), BATCH, 1, 1, max_train_steps=10**9)
-    batches = training_batches(examples, clock, base, 0, accelerator.device, Stopping(accelerator, base))
+    batches = training_batches(examples, clock, base, 0, accelerator.device, StopSignals(accelerator, base))
     with closing(batches):
         yield from map(stages.encode, batches)
 

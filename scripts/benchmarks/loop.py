@@ -83,6 +83,7 @@ def bare_loop(run: RunConfig) -> Callable[[int], float]:
         trainer = run.trainer_class(run.config, run.base)
         trainer.device, trainer.weight_dtype = DEVICE, torch.float32
         trainer.label_names, trainer.total_steps, trainer.start_step = list("0123456789"), 1, 0
+        trainer.setup()
         [network] = trainer.init_modules().values()
     network.train().to(DEVICE)
     if DEVICE.type == "cuda":  # as train() does there

@@ -15,7 +15,7 @@ from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.config import RunConfig, check_config, find_trainer
 from trainers.engine.config.files import read_config_file
-from trainers.engine.encoders.stages import FrozenEncoders
+from trainers.engine.encoders.stages import build_encoders
 from trainers.engine.run.run_folder import INDEX_FILES
 
 RAW, AVERAGED = "raw", "ema"
@@ -103,6 +103,7 @@ def load_trainer(
     trainer = run.trainer_class(run.config, run.base)
     trainer.device = find_device(device)
     trainer.weight_dtype, trainer.label_names = torch.float32, saved.label_names
+    trainer.setup()
     networks = trainer.init_modules()
     held = AVERAGED if run.config.use_ema else RAW
     if saved.checkpoint is not None:
@@ -115,7 +116,7 @@ def load_trainer(
     else:
         _put_pipeline(run.trainer_class.load_pipeline(saved.folder), networks)
     trainer.unwrapped = trainer.modules = {k: network.to(trainer.device).eval() for k, network in networks.items()}
-    trainer.encoded = FrozenEncoders(trainer.encoders(), trainer.device).encoded
+    build_encoders(trainer)
     return trainer
 
 

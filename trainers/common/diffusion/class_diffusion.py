@@ -16,7 +16,7 @@ from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, Pixe
 from trainers.common.model_files import Grid
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 ClassNumber = Annotated[int, Bounds(0)]
 
@@ -85,17 +85,16 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
             return None
         return LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.encoded_by)
 
-    def init_modules(self) -> dict[str, nn.Module]:
+    def setup(self) -> None:
+        super().setup()
         config = self.config
         self.num_classes = count_classes(self.task, self, config.num_classes)
         self.columns = self._class_numbers(config.valid_classes or list(range(self.num_classes)))
         self.grid_columns = len(self.columns)
-        networks = super().init_modules()
         if config.classifier is not None:
             self.classifier = ClassifierGuidance.load(
                 config.classifier, config.classifier_scale, self.scheduler, self.num_classes, self.device
             )
-        return networks
 
     def _class_numbers(self, classes: list[str | int]) -> list[int]:
         """Names win over numbers: with the names "1" and "0" the class "1" is number 0."""

@@ -124,12 +124,14 @@ class PixelDiffusionTrainer(Trainer):
     network_name: ClassVar[str] = "unet"  # of its folder, as in diffusers' pipelines
     latents: LatentSpace | None = None
 
-    def init_modules(self) -> dict[str, nn.Module]:
-        config = self.config
+    def setup(self) -> None:
         self.latents = self.find_latents()
-        grid = Grid.of(self.base) if self.latents is None else self.latents.grid
-        self.scheduler, self.objective = self._flow() if config.objective == "rectified_flow" else self._diffusion()
+        flow = self.config.objective == "rectified_flow"
+        self.scheduler, self.objective = self._flow() if flow else self._diffusion()
         self.sigma_of = noise_levels(self.scheduler)
+
+    def init_modules(self) -> dict[str, nn.Module]:
+        grid = Grid.of(self.base) if self.latents is None else self.latents.grid
         return {self.network_name: self.build_network(grid)}
 
     def _diffusion(self) -> tuple[DDPMScheduler, DDPMObjective]:

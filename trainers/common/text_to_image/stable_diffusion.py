@@ -34,7 +34,7 @@ class StableDiffusionTrainer(Trainer):
     sample_batch_size = 4  # pictures at once: they are large
     task: str  # the section's name, for messages
 
-    def init_modules(self) -> dict[str, nn.Module]:
+    def setup(self) -> None:
         config = self.config
         option, source = f"{self.task}.pretrained_model_name_or_path", config.pretrained_model_name_or_path
         self.base_model = BaseModel(option, source, config.revision, config.variant)
@@ -48,9 +48,12 @@ class StableDiffusionTrainer(Trainer):
             from trainers.common.text_to_image.clip_score import check_clip
 
             check_clip(f"{self.task}.clip_score_model", config.clip_score_model)
+
+    def init_modules(self) -> dict[str, nn.Module]:
         networks = self.build_networks()
         channels, wanted = networks["unet"].config.in_channels, self.latents.grid.channels
         if channels != wanted:  # such as 9 of one for inpainting
+            option, source = f"{self.task}.pretrained_model_name_or_path", self.config.pretrained_model_name_or_path
             found = f"its UNet sees {channels} channels, and latents have {wanted}"
             raise ValueError(f"{option} = {source}: {found}; give a text-to-image model")
         return networks

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from trainers.engine.config.config import RunConfig
 from trainers.engine.config.schema import options
-from trainers.engine.optim.optimizer import schedule
+from trainers.engine.optim.optimizer import learning_rate_schedule
 from trainers.engine.run.clock import Clock
 
 OWN_TO_A_RUN = {"base.output_dir", "base.resume_from_checkpoint", "base.allow_changes"}
@@ -94,7 +94,7 @@ def _passive(run: RunConfig, key: str) -> tuple[str, ...]:
 def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Iterator[Change]:
     """Another number of steps matters only where the learning rate depends on it."""
     before, now, done = state["total_steps"], clock.total_steps, clock.origin_step
-    old, new = schedule(run.config, before), schedule(run.config, now)
+    old, new = learning_rate_schedule(run.config, before), learning_rate_schedule(run.config, now)
     steps = range(done, max(before, now) + 1, max(1, (max(before, now) - done) // COMPARED_RATES))
     if before != now and any(old(step) != new(step) for step in steps):
         option = "num_epochs" if run.base.num_epochs else "max_train_steps"
@@ -108,7 +108,9 @@ def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
     """The learning rate of a step under the configuration, the length and the batch size of a state."""
     saved = next(values for section, values in state["config"].items() if section != "base")
     config = dataclasses.replace(run.config, **{k: v for k, v in saved.items() if hasattr(run.config, k)})
-    factor = schedule(config, state["total_steps"])(step) * (state["global_batch_size"] if config.scale_lr else 1)
+    factor = learning_rate_schedule(config, state["total_steps"])(step) * (
+        state["global_batch_size"] if config.scale_lr else 1
+    )
     if isinstance(config.learning_rate, dict):
         return ", ".join(f"{rate * factor:.4g} ({name})" for name, rate in config.learning_rate.items())
     return f"{config.learning_rate * factor:.4g}"

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from trainers.engine.checkpoint.manifest import DamagedCheckpoint, list_checkpoints, tensor_digests, verify
 from trainers.engine.distributed.shared_folders import Folders
+from trainers.engine.run.context import RunContext
 
 
 class Copy(NamedTuple):
@@ -19,14 +20,14 @@ class Copy(NamedTuple):
     fault: str = ""
 
 
-def find_checkpoint(
-    accelerator: Accelerator, folders: Folders, output_dir: Path, resume: str | bool | None
-) -> Path | None:
+def find_checkpoint(ctx: RunContext) -> Path | None:
     """The checkpoint to resume from, in this process's folder; None where none is asked for or none exists. Collective.
 
     Raises FileNotFoundError for a name or path that is not there, DamagedCheckpoint where no folder has an intact one,
     ValueError where not all folders have the same one.
     """
+    accelerator, folders, output_dir = ctx.accelerator, ctx.folders, ctx.output_dir
+    resume = ctx.run.base.resume_from_checkpoint
     if not resume:
         return None
     if resume in (True, "latest"):

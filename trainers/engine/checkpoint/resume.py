@@ -7,10 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from torch import nn
-from torch.optim import Optimizer
-
+from trainers.base import Trainer
 from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes
 from trainers.engine.checkpoint.load import (
     compare_shape,
@@ -21,28 +18,23 @@ from trainers.engine.checkpoint.load import (
     read_weights,
 )
 from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.checkpoint.train_state import TrainState
+from trainers.engine.checkpoint.warm_up import warm_up
 from trainers.engine.checkpoint.writer import FORMAT
-from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.config.config import RunConfig
-from trainers.engine.distributed.shared_folders import Folders
-from trainers.engine.optim.ema import EMA
-from trainers.engine.optim.nonfinite import NonFiniteSteps
-from trainers.engine.run.clock import Clock
+from trainers.engine.encoders.stages import FrozenEncoders
+from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import set_metrics_aside
-from trainers.engine.tracking.meters import Meter
 from trainers.engine.tracking.wandb_tracker import ID_FILE
 
 
-def set_aside_later(
-    accelerator: Accelerator, folders: Folders, base: BaseConfig, resumed_from: Path, steps_done: int
-) -> None:
+def set_aside_later(ctx: RunContext, resumed_from: Path, steps_done: int) -> None:
     """Renames what is not of the run that goes on from a checkpoint: `latest` must not return to the branch it left.
 
     That is what is later, or all of it where the checkpoint is another folder's. W&B, which cannot take logged steps
     back, gets a new run for the new branch. Collective.
     """
-    output_dir = Path(base.output_dir)
-    folders.on_mains(accelerator, lambda: _set_aside(output_dir, base.logging_dir, resumed_from, steps_done))
+    output_dir, logging_dir = ctx.output_dir, ctx.run.base.logging_dir
+    ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(output_dir, logging_dir, resumed_from, steps_done))
 
 
 def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_done: int) -> None:
@@ -61,22 +53,21 @@ def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_don
         (output_dir / logging_dir / ID_FILE).unlink(missing_ok=True)
 
 
-def read_state(
-    accelerator: Accelerator, folder: Path | None, run: RunConfig, clock: Clock, train_set: Any
-) -> tuple[dict[str, Any], Clock]:
-    """The saved state and the clock that goes on from it; no state and the clock as it is for a run from step 0.
+def read_state(ctx: RunContext, folder: Path | None, train_set: Any) -> dict[str, Any]:
+    """Returns the checkpoint's state.json, and moves the clock to its step; nothing for a run from step 0.
 
     Raises ValueError that lists every change which alters the training and is not in `base.allow_changes`, and for
     another global batch size with buckets.
     """
     if folder is None:
-        return {}, clock
+        return {}
+    run, accelerator = ctx.run, ctx.accelerator
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise ValueError(
             f"{folder}: written by another version of diffloop (format {state.get('format')}, not {FORMAT})"
         )
-    clock = clock.resumed_at(state["step"], state["slot"])
+    ctx.clock = clock = ctx.clock.resumed_at(state["step"], state["slot"])
     if clock.total_steps < clock.origin_step:
         option = f"max_train_steps = {run.base.max_train_steps}" if run.base.max_train_steps else "num_epochs"
         raise ValueError(
@@ -97,27 +88,26 @@ def read_state(
     if state.get("stream") and run.base.streaming:
         for text in train_set.go_on(state["stream"], accelerator.process_index):
             accelerator.print(text)
-    return state, clock
+    return state
 
 
 def load(
-    accelerator: Accelerator,
-    folders: Folders,
-    run: RunConfig,
+    ctx: RunContext,
+    trainer: Trainer,
+    encoders: FrozenEncoders,
+    state: TrainState,
     folder: Path,
-    state: dict[str, Any],
-    networks: dict[str, nn.Module],
-    ema: EMA | None,
-    optimizer: Optimizer,
-    meter: Meter,
-    divergence: NonFiniteSteps,
+    saved: dict[str, Any],
 ) -> None:
     """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
 
-    Raises ValueError where the checkpoint holds other networks or other shapes than the run.
+    `saved` is the checkpoint's state.json. Raises ValueError where the checkpoint holds other networks or other shapes
+    than the run.
     """
+    warm_up(ctx, trainer, encoders, state)
+    networks, ema, scaler = state.networks, state.ema, ctx.accelerator.scaler
     for name, network in networks.items():
-        compare_shape(folder / name, network, run.base.allow_changes)
+        compare_shape(folder / name, network, ctx.run.base.allow_changes)
     weights, averages = read_weights(folder, networks), {}
     for name in networks:
         if ema is not None:
@@ -130,9 +120,9 @@ def load(
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)
-    put_optimizer_state(moments, networks, optimizer)
-    if accelerator.scaler is not None and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    set_aside_later(accelerator, folders, run.base, folder, state["step"])
-    meter.load(state["meter"])
-    divergence.load(state["divergence"])
+    put_optimizer_state(moments, networks, state.optimizer)
+    if scaler is not None and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    set_aside_later(ctx, folder, saved["step"])
+    state.meter.load(saved["meter"])
+    state.nonfinite.load(saved["divergence"])

@@ -11,20 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from trainers.engine.checkpoint import writer
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.snapshot import Snapshot, find_not_finite, snapshot
+from trainers.engine.checkpoint.train_state import TrainState
 from trainers.engine.data import stream_batches
-from trainers.engine.distributed.shared_folders import Folders
-from trainers.engine.optim.ema import EMA
-from trainers.engine.optim.nonfinite import NonFiniteSteps
-from trainers.engine.run.clock import Clock
-from trainers.engine.run.signals import Stopping
-from trainers.engine.tracking.meters import Meter
+from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.tracker import Tracker
 
 Result = TypeVar("Result")
@@ -33,34 +27,19 @@ Result = TypeVar("Result")
 class Saver:
     """The checkpoints of a run, one at a time: begun at a step, written by a thread for each folder, then sealed.
 
-    Every call is collective. All ranks seal, or raise, after the same step, agreed on with the reduce of `stopping`.
+    Every call is collective. All ranks seal, or raise, after the same step: the votes go with the stop signals.
     The memory of the copy is kept on the main processes, and written over by the next one once its files are written.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        folders: Folders,
-        tracking: Tracker,
-        clock: Clock,
-        networks: dict[str, nn.Module],
-        ema: EMA | None,
-        optimizer: Optimizer,
-        train_set: Any,
-        meter: Meter,
-        divergence: NonFiniteSteps,
-        stopping: Stopping,
-    ) -> None:
-        self.accelerator, self.run, self.clock, self.train_set = accelerator, tracking.run, clock, train_set
-        self.networks, self.ema, self.optimizer = networks, ema, optimizer
-        self.meter, self.divergence, self.stopping, self.tracking = meter, divergence, stopping, tracking
-        self.folders, self.output_dir = folders, Path(self.run.base.output_dir)
+    def __init__(self, ctx: RunContext, state: TrainState, tracker: Tracker) -> None:
+        self.ctx, self.state, self.tracker = ctx, state, tracker
+        self.folders, self.base, self.output_dir = ctx.folders, ctx.run.base, ctx.output_dir
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.step = 0  # of the checkpoint in flight; 0 where there is none
         self.kept: dict[str, Tensor] = {}  # the memory of the last copy, for the next one
         self.staged: Future[Path] | None = None  # its folder, on a main process
-        if folders.is_main:
-            stopping.wrote = 0
+        if ctx.folders.is_main:
+            ctx.stop.votes.own = 0
 
     def __enter__(self) -> Saver:
         return self
@@ -80,12 +59,12 @@ class Saver:
     def after_step(self, steps_done: int) -> None:
         """Seals what is written, and begins a checkpoint where one is due."""
         self._seal_written()
-        if self.clock.due(steps_done, self.run.base.checkpointing_steps):
-            with self.tracking.phase("save", steps_done):  # what the training waits for
+        if self.ctx.clock.due(steps_done, self.base.checkpointing_steps):
+            with self.tracker.phase("save", steps_done):  # what the training waits for
                 self.begin(steps_done)
 
     def watch(self, items: Iterable) -> Iterator:
-        """The items of a long loop within a step, which asks `stopping`; what is written meanwhile is sealed."""
+        """The items of a long loop within a step, which asks for stop signals; what is written meanwhile is sealed."""
         for item in items:
             yield item
             self._seal_written()
@@ -102,18 +81,18 @@ class Saver:
         what `wait` raises.
         """
         self.wait()
-        counts = self.divergence.state()
+        counts = self.state.nonfinite.state()
         final = self.output_dir / f"checkpoint-{steps_done}"
-        if self.divergence.gave_up or all(self._on_mains(final.exists)):
+        if self.state.nonfinite.gave_up or all(self._on_mains(final.exists)):
             return
-        broken = find_not_finite(self.networks, self.ema, self.optimizer)
+        broken = find_not_finite(self.state.networks, self.state.ema, self.state.optimizer)
         if broken is not None:
             raise ValueError(
                 f"{final.name} is not written: {broken} is not finite; continue from the checkpoint before with "
                 "a lower learning rate"
             )
-        state, writes = self._state(steps_done, counts), self.folders.is_main
-        taken = snapshot(self.networks, self.ema, self.optimizer, state, writes, self.kept)
+        about, writes = self._about(steps_done, counts), self.folders.is_main
+        taken = snapshot(self.state, about, writes, self.kept)
         if writes:
             self.staged = self.thread.submit(self._write, taken)
         self.step = steps_done
@@ -139,17 +118,17 @@ class Saver:
             raise
 
     def _on_mains(self, action: Callable[[], Result]) -> list[Result]:
-        return self.folders.on_mains(self.accelerator, action)
+        return self.folders.on_mains(self.ctx.accelerator, action)
 
     def _seal_written(self) -> None:
-        if self.step and self.step == self.stopping.written:
+        if self.step and self.step == self.ctx.stop.votes.all:
             self.wait()
 
     def _seal(self) -> None:
         writer.seal(self.staged.result())
 
     def _prune(self) -> None:
-        limit = self.run.base.checkpoints_total_limit
+        limit = self.base.checkpoints_total_limit
         for _, folder in list_checkpoints(self.output_dir)[limit:] if limit is not None else []:
             writer.remove(folder, self.thread)
 
@@ -158,22 +137,22 @@ class Saver:
         try:
             return writer.stage(taken, self.output_dir)
         finally:
-            self.stopping.wrote = taken.step
+            self.ctx.stop.votes.own = taken.step
 
-    def _state(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
-        scaler, train_set = self.accelerator.scaler, self.train_set
+    def _about(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
+        clock, scaler, train_set = self.ctx.clock, self.ctx.accelerator.scaler, self.state.train_set
         return {
             "format": writer.FORMAT,
             "step": steps_done,
-            "slot": self.clock.slot_at(steps_done),
-            "global_batch_size": self.clock.global_batch_size,
-            "total_steps": self.clock.total_steps,
-            "num_examples": self.clock.num_examples,
+            "slot": clock.slot_at(steps_done),
+            "global_batch_size": clock.global_batch_size,
+            "total_steps": clock.total_steps,
+            "num_examples": clock.num_examples,
             "fingerprint": train_set.fingerprint,
-            "stream": stream_batches.positions(train_set) if self.run.base.streaming else None,
+            "stream": stream_batches.positions(train_set) if self.base.streaming else None,
             "label_names": getattr(train_set, "label_names", None),
-            "meter": self.meter.state(),
+            "meter": self.state.meter.state(),
             "divergence": counts,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "config": self.run.as_dict(),
+            "config": self.ctx.run.as_dict(),
         }

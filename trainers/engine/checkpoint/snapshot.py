@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainers.engine.checkpoint.train_state import TrainState
 from trainers.engine.distributed.sharding import (
     Part,
     configuration,
@@ -41,15 +42,10 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in tensors) + sum(len(text.encode()) for text in self.texts.values())
 
 
-def snapshot(
-    networks: dict[str, nn.Module],
-    ema: EMA | None,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    wanted: bool,
-    kept: dict[str, Tensor],
-) -> Snapshot:
-    """Copies weights, averages and optimizer state to the CPU by name. Collective: every rank must call it.
+def snapshot(state: TrainState, about: dict[str, Any], wanted: bool, kept: dict[str, Tensor]) -> Snapshot:
+    """Copies weights, averages and optimizer state to the CPU by name, beside `about`, which becomes state.json.
+
+    Collective: every rank must call it.
 
     Where it is not `wanted`, on all ranks but the one that writes, shards are sent and nothing is kept. What is `kept`
     by name of an earlier snapshot is written over: new pages of memory take six times as long as the copy.
@@ -58,7 +54,9 @@ def snapshot(
     def copied(values: dict[str, Tensor | Part], what: str) -> dict[str, Tensor]:
         return {key: _copied(tensor, wanted, kept, f"{what} {key}") for key, tensor in values.items()}
 
-    step, tensors, texts = state["step"], {}, {"state.json": json.dumps(state, indent=1)}
+    networks, ema, step = state.networks, state.ema, about["step"]
+    tensors: dict[str, dict[str, Tensor]] = {}
+    texts = {"state.json": json.dumps(about, indent=1)}
     for name, network in networks.items():
         weights = copied(trained_state(network), f"{name}'s")
         sets = {name: (weights, {})}
@@ -71,7 +69,7 @@ def snapshot(
                 texts[f"{folder}/config.json"] = json.dumps(configuration(network) | settings, indent=2)
             else:
                 tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
-    tensors["optimizer.safetensors"] = copied(optimizer_state(networks, optimizer), "optimizer's")
+    tensors["optimizer.safetensors"] = copied(optimizer_state(networks, state.optimizer), "optimizer's")
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # the copies are under way
     return Snapshot(step, tensors, texts)

@@ -16,7 +16,7 @@ from trainers.engine.data.stream_batches import first_of_stream, stream_batches
 from trainers.engine.data.workers import Batch, Keys, SlotExamples, load_ahead
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.randomness import key_of
-from trainers.engine.run.signals import Stopping
+from trainers.engine.run.signals import StopSignals
 
 
 class EpochOrder:
@@ -119,17 +119,17 @@ class SlotBatches:
 
 
 def training_batches(
-    train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stopping: Stopping
+    train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stop: StopSignals
 ) -> Iterator[Batch]:
     """Yields this process's micro-batches from `clock.origin_step` to the end of the run, on the device.
 
     Close it: that ends the workers.
     """
     if base.streaming:
-        return stream_batches(train_set, clock, base, process_index, device, stopping)
+        return stream_batches(train_set, clock, base, process_index, device, stop)
     batches = SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step)
     examples = SlotExamples(train_set, base.seed, augment=True)
-    return to_device(load_ahead(examples, batches, base, device, stopping), examples.finish, device)
+    return to_device(load_ahead(examples, batches, base, device, stop), examples.finish, device)
 
 
 def examples_once(
@@ -139,7 +139,7 @@ def examples_once(
     process_index: int,
     num_processes: int,
     device: torch.device,
-    stopping: Stopping,
+    stop: StopSignals,
 ) -> Iterator[tuple[Batch, float]]:
     """Yields (batch, weight) of this process's share of some examples: batch j goes to process j mod P.
 
@@ -155,7 +155,7 @@ def examples_once(
     weights = [float(number < len(batches)) for number in mine]
     keys = [[(i, i) for i in batches[number if number < len(batches) else 0]] for number in mine]
     examples = SlotExamples(dataset, base.seed, augment=False)
-    batches = load_ahead(examples, keys, base, device, stopping)
+    batches = load_ahead(examples, keys, base, device, stop)
     return zip(to_device(batches, examples.finish, device), weights, strict=True)
 
 
@@ -167,3 +167,11 @@ def first_batch(train_set: Any, clock: Clock, base: BaseConfig, process_index: i
     order = order_of(train_set, clock.global_batch_size, base)
     keys = itertools.islice(SlotBatches(order, clock, process_index, clock.origin_step), 1)
     return next(to_device((examples.batch(each) for each in keys), examples.finish, device))
+
+
+def skipped(train_set: Any) -> dict[str, int]:
+    """What all processes could not read so far, of data that is no stream nothing. Collective."""
+    if not hasattr(train_set, "losses"):
+        return {}
+    shards, images = map(sum, zip(*gather_object([train_set.losses()]), strict=True))
+    return {"stream/skipped_shards": shards, "stream/skipped_images": images}

@@ -17,7 +17,7 @@ from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.workers import Batch, collate, from_workers
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.randomness import example_generator
-from trainers.engine.run.signals import Stopping
+from trainers.engine.run.signals import StopSignals
 
 READER = "reader"  # the column with the number and the position of the reader of a batch
 
@@ -59,12 +59,10 @@ class StreamBatches(IterableDataset):
     def _rest(self, number: int) -> Iterator[Batch | Exception]:
         return self.read(range(number, self.count))
 
-    def read_ahead(self, base: BaseConfig, device: torch.device, stopping: Stopping) -> Iterator[Batch | Exception]:
+    def read_ahead(self, base: BaseConfig, device: torch.device, stop: StopSignals) -> Iterator[Batch | Exception]:
         """Yields all batches, read in worker processes where there are any."""
         source = {"dataset": self, "batch_size": None, "collate_fn": as_it_is}
-        batches = (
-            from_workers(source, self._rest, base, device, stopping) if base.dataloader_num_workers else iter(self)
-        )
+        batches = from_workers(source, self._rest, base, device, stop) if base.dataloader_num_workers else iter(self)
         with closing(batches):
             for batch in batches:
                 if not isinstance(batch, Exception):
@@ -78,11 +76,11 @@ def as_it_is(batch: Batch | Exception) -> Batch | Exception:
 
 
 def stream_batches(
-    stream: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stopping: Stopping
+    stream: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stop: StopSignals
 ) -> Iterator[Batch]:
     """Yields this process's micro-batches on the device, and notes in the stream what was handed out for training."""
     batches = StreamBatches(stream, clock, base, process_index)
-    with closing(to_device(batches.read_ahead(base, device, stopping), as_it_is, device)) as on_device:
+    with closing(to_device(batches.read_ahead(base, device, stop), as_it_is, device)) as on_device:
         for batch in on_device:
             place, position = batch.pop(READER)
             stream.readers = (*stream.readers[:place], position, *stream.readers[place + 1 :])
@@ -99,11 +97,3 @@ def first_of_stream(stream: Any, clock: Clock, base: BaseConfig, process_index: 
 def positions(stream: Any) -> list[dict[str, Any]]:
     """Where the readers of every process are after the last batch that was trained on. Collective."""
     return gather_object([{"turn": stream.turn, "readers": stream.readers, "skipped_before": stream.skipped_before}])
-
-
-def skipped(train_set: Any) -> dict[str, int]:
-    """What all processes could not read so far, of data that is no stream nothing. Collective."""
-    if not hasattr(train_set, "losses"):
-        return {}
-    shards, images = map(sum, zip(*gather_object([train_set.losses()]), strict=True))
-    return {"stream/skipped_shards": shards, "stream/skipped_images": images}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import is_message
 from trainers.engine.run.randomness import example_generator
-from trainers.engine.run.signals import EXIT_CODES, FAULT, Stopping
+from trainers.engine.run.signals import EXIT_CODES, FAULT, StopSignals
 
 Batch = dict[str, Any]
 Keys = list[tuple[int, int]]  # (slot, index) of the examples of a batch
@@ -70,7 +70,7 @@ def collate(examples: list[Batch | Exception]) -> Batch | Exception:
 
 
 def load_ahead(
-    dataset: SlotExamples, batches: Iterable[Keys], base: BaseConfig, device: torch.device, stopping: Stopping
+    dataset: SlotExamples, batches: Iterable[Keys], base: BaseConfig, device: torch.device, stop: StopSignals
 ) -> Iterator[Batch | Exception]:
     """Yields the batches of these keys, read in `dataloader_num_workers` processes, which end with the generator.
 
@@ -81,7 +81,7 @@ def load_ahead(
         return
     source = {"dataset": dataset, "batch_sampler": batches, "collate_fn": collate}
     yield from from_workers(
-        source, lambda number: map(dataset.batch, itertools.islice(batches, number, None)), base, device, stopping
+        source, lambda number: map(dataset.batch, itertools.islice(batches, number, None)), base, device, stop
     )
 
 
@@ -90,7 +90,7 @@ def from_workers(
     rest: Callable[[int], Iterable[Batch | Exception]],
     base: BaseConfig,
     device: torch.device,
-    stopping: Stopping,
+    stop: StopSignals,
 ) -> Iterator[Batch | Exception]:
     """Yields the batches of a DataLoader of `source` in their order.
 
@@ -117,7 +117,7 @@ def from_workers(
             if batch is END:
                 return
             if batch is DEAD:
-                stopping.ask(FAULT, _death_of(workers))
+                stop.ask(FAULT, _death_of(workers))
                 yield from rest(number)
                 return
             yield batch

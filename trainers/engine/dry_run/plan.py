@@ -14,7 +14,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data.batches import by_bucket
 from trainers.engine.run.clock import Clock
-from trainers.engine.run.signals import Stopping
+from trainers.engine.run.context import DataSets, RunContext
 from trainers.engine.validation.metrics import LEAST_PICTURES, spread
 
 WARM_STEPS, TIMED_STEPS = 2, 5
@@ -64,8 +64,22 @@ class DryRun:
         self.skipped = 0.0  # seconds, of the phase that runs
         self.samples = False  # whether a sampler ran
 
-    def shorten(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
-        """Takes the few examples that the last steps need; returns the clock of these steps."""
+    def shorten(self, ctx: RunContext, data: DataSets) -> DataSets:
+        """Returns the few examples that the last steps need, and sets the clock to these steps.
+
+        Raises ValueError where the processes have several output folders.
+        """
+        if ctx.folders.several:
+            raise ValueError(
+                f"--dry-run: the processes have {len(ctx.folders.mains)} output folders "
+                f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
+            )
+        ctx.stop.limited, ctx.stop.take_skipped_seconds = self.limited, self.take_skipped_seconds
+        ctx.clock = self._shortened(ctx.clock, *data)
+        return DataSets(*(few for _, few in self.sets))
+
+    def _shortened(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
+        """Sets the plan of the whole run and the few examples; returns the clock of the last steps."""
         base, size, measured = self.run.base, clock.global_batch_size, self.run.trainer_class.statistics_samples
         largest = ""
         if base.streaming:
@@ -115,15 +129,6 @@ class DryRun:
         """The seconds left out since the last call."""
         seconds, self.skipped = self.skipped, 0.0
         return seconds
-
-
-def shortened(rehearsal: DryRun | None, stopping: Stopping, clock: Clock, *sets: Any) -> tuple[Any, ...]:
-    """The clock and both data sets as they are, or where the run is a rehearsal those of a few steps."""
-    if rehearsal is None:
-        return clock, *sets
-    stopping.limited = rehearsal.limited
-    clock = rehearsal.shorten(clock, *sets)
-    return clock, *(few for _, few in rehearsal.sets)
 
 
 def _now() -> float:

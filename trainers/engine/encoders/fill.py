@@ -20,6 +20,7 @@ from trainers.engine.distributed.collectives import run_on_all
 from trainers.engine.distributed.shared_folders import find_folders
 from trainers.engine.encoders.cache import KEY_DIGITS, Cache, KeyedExamples, folder_of, text_key
 from trainers.engine.encoders.stages import FrozenEncoders
+from trainers.engine.run.context import DataSets
 from trainers.engine.run.progress import passing_bar
 
 FILE_BYTES = 64 << 20  # of rows that are written at once
@@ -39,13 +40,13 @@ class Picture(NamedTuple):
         return self.dataset.image(self.number, self.flipped, self.column)
 
 
-def fill_caches(accelerator: Accelerator, stages: FrozenEncoders, base: BaseConfig, *datasets: Any) -> list[Any]:
+def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, datasets: DataSets) -> DataSets:
     """Fills the caches that the encoders ask for; returns the data sets, with keys instead of cached pictures.
 
     Encoders leave the device afterwards. Collective. Raises ValueError for a data set that cannot name its content.
     """
     keys: list[dict[str, list[tuple[str, ...]]]] = [{} for _ in datasets]
-    for name, encoder in stages.encoders.items():
+    for name, encoder in encoders.encoders.items():
         if encoder.cache is None:
             continue
         began = time.perf_counter()
@@ -62,11 +63,14 @@ def fill_caches(accelerator: Accelerator, stages: FrozenEncoders, base: BaseConf
                     for number, both in enumerate(columns[encoder.reads])
                     for flipped, key in enumerate(both)
                 }
-        stages.caches[name] = _filled(accelerator, stages, base, name, wanted)
-        stages.release(name)
-        seconds = time.perf_counter() - began - stages.build_seconds.get(name, 0.0)
-        stages.fill_seconds[encoder.reads] = stages.fill_seconds.get(encoder.reads, 0.0) + seconds
-    return [KeyedExamples(dataset, found) if found else dataset for dataset, found in zip(datasets, keys, strict=True)]
+        encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
+        encoders.release(name)
+        seconds = time.perf_counter() - began - encoders.build_seconds.get(name, 0.0)
+        encoders.fill_seconds[encoder.reads] = encoders.fill_seconds.get(encoder.reads, 0.0) + seconds
+    cached = [
+        KeyedExamples(dataset, found) if found else dataset for dataset, found in zip(datasets, keys, strict=True)
+    ]
+    return DataSets(*cached)
 
 
 def _ask(dataset: Any, attribute: str, name: str) -> Any:
@@ -87,14 +91,14 @@ def _picture_keys(accelerator: Accelerator, dataset: Any, column: str) -> list[t
 
 
 def _filled(
-    accelerator: Accelerator, stages: FrozenEncoders, base: BaseConfig, name: str, wanted: dict[str, Any]
+    accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, name: str, wanted: dict[str, Any]
 ) -> Cache:
     """The encoder's cache with all that is wanted. Raises on every rank what one of them could not read or write."""
-    cache, missing, sharing = _opened(accelerator, stages.encoders[name], base, name, wanted)
+    cache, missing, sharing = _opened(accelerator, encoders.encoders[name], base, name, wanted)
     own = missing[sharing.index(accelerator.process_index) :: len(sharing)]
     batches = [own[start : start + base.train_batch_size] for start in range(0, len(own), base.train_batch_size)]
     bar = passing_bar(accelerator, f"encoding {name}")
-    encoded = (_encode(stages, name, *read) for read in bar(_read_ahead(batches, wanted), total=len(batches)))
+    encoded = (_encode(encoders, name, *read) for read in bar(_read_ahead(batches, wanted), total=len(batches)))
     if cache.folder is None:
         rows = run_on_all(accelerator, lambda: {key: each for part in encoded for key, each in part.items()})
         cache.add({key: each for part in gather_object([rows]) for key, each in part.items()})
@@ -161,7 +165,7 @@ def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:
     return [key for key in wanted if key not in cache]
 
 
-def _encode(stages: FrozenEncoders, name: str, keys: list[str], values: list[Any]) -> Rows:
+def _encode(encoders: FrozenEncoders, name: str, keys: list[str], values: list[Any]) -> Rows:
     """The rows of a batch by key, on the CPU; pictures of different sizes are encoded one by one."""
     if isinstance(values[0], str):
         parts = [values]
@@ -169,6 +173,6 @@ def _encode(stages: FrozenEncoders, name: str, keys: list[str], values: list[Any
         parts = [torch.stack(values)]
     else:
         parts = [value[None] for value in values]
-    found = [stages.run(name, part) for part in parts]
-    columns = [[row.cpu() for each in found for row in each[column]] for column in stages.encoders[name].writes]
+    found = [encoders.run(name, part) for part in parts]
+    columns = [[row.cpu() for each in found for row in each[column]] for column in encoders.encoders[name].writes]
     return {key: list(rows) for key, *rows in zip(keys, *columns, strict=True)}

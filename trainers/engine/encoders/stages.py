@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers.base import Encoder
+from trainers.base import Encoder, Trainer
 from trainers.engine.encoders.cache import Cache, text_key
 
 REMEMBERED = 1000  # constants at most: prompts of an evaluation are many
@@ -89,3 +89,10 @@ class FrozenEncoders:
         """Takes an encoder off the device; it is built again where it is needed."""
         if name in self._built:
             self._built.pop(name).to("cpu")
+
+
+def build_encoders(trainer: Trainer) -> FrozenEncoders:
+    """Takes the task's frozen stages, which are built later, and gives it their constants."""
+    encoders = FrozenEncoders(trainer.encoders(), trainer.device)
+    trainer.encoded = encoders.encoded
+    return encoders

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig
+from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.tracker import Tracker
 
 OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that say nothing of the result
 
 
-def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracking: Tracker) -> None:
+def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: Tracker) -> None:
     """Writes README.md: task, data, options, final metrics, a grid, and how to load the result from `location`."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    output_dir = tracking.output_dir
+    output_dir = tracker.output_dir
     data = run.base.dataset_name or run.base.dataset or run.base.train_data_dir
     on_hub = run.base.dataset_name is not None and not Path(data).exists()
     header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
-    pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracking.grids]
+    pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracker.grids]
     if run.config.use_ema and pictures:
         places = ("Above", "Below") if trainer.grid_columns else ("Left", "Right")
         pictures.append(
             f"{places[0]}: the weights of the last step. {places[1]}: their moving average, which this pipeline holds."
         )
-    found = [(name, value) for name, value in sorted(tracking.latest.items()) if not name.endswith(OF_THE_MACHINE)]
+    found = [(name, value) for name, value in sorted(tracker.latest.items()) if not name.endswith(OF_THE_MACHINE)]
     rows = [f"| {name} | {value:.6g} |" for name, value in found]
     sections = [
         f"---\n{header.to_yaml()}\n---",
@@ -57,16 +56,14 @@ def check_hub_login(push_to_hub: bool) -> None:
             raise ValueError("base.push_to_hub = true: nobody is logged in; run `hf auth login`, or set it to false")
 
 
-def publish(
-    accelerator: Accelerator, run: RunConfig, trainer: Trainer, tracking: Tracker, pipeline_files: list[str]
-) -> None:
+def publish(ctx: RunContext, trainer: Trainer, tracker: Tracker, pipeline_files: list[str]) -> None:
     """Writes the card, and uploads the finished pipeline where it is asked for; only the main process does."""
-    if not accelerator.is_main_process:
+    if not ctx.accelerator.is_main_process:
         return
-    repository = create_repository(run, tracking.output_dir) if run.base.push_to_hub else None
-    write_card(run, trainer, repository or tracking.output_dir, tracking)
+    repository = create_repository(ctx.run, ctx.output_dir) if ctx.run.base.push_to_hub else None
+    write_card(ctx.run, trainer, repository or ctx.output_dir, tracker)
     if repository:
-        upload(repository, tracking.output_dir, pipeline_files, tracking.grids)
+        upload(repository, ctx.output_dir, pipeline_files, tracker.grids)
 
 
 def create_repository(run: RunConfig, output_dir: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import shutil
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from trainers.engine.checkpoint.snapshot import full_tensor
 from trainers.engine.distributed.sharding import is_sharded, weight_of
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled
-from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import publish_pipeline
 from trainers.engine.run.signals import Abandoned
 from trainers.engine.tracking.tracker import Tracker
@@ -23,32 +22,24 @@ from trainers.engine.validation.validation import Validation
 
 
 def export_pipeline(
-    accelerator: Accelerator,
-    trainer: Trainer,
-    ema: EMA | None,
-    tracking: Tracker,
-    clock: Clock,
-    validation: Validation,
-    steps_done: int,
+    ctx: RunContext, trainer: Trainer, ema: EMA | None, tracker: Tracker, validation: Validation
 ) -> list[str]:
     """Writes what inference loads into the run folder, and to W&B where it is used; returns its entries. Collective.
 
     Raises OSError on every rank where the main process could not write.
     """
     try:
-        with tracking.phase("export", steps_done):
+        with tracker.phase("export", ctx.stop.steps_done):
             trainer.statistics = validation.training_statistics()
-            return _export(accelerator, trainer, ema, tracking, clock, steps_done)
+            return _export(ctx, trainer, ema, tracker)
     except Abandoned:
-        accelerator.print(f"The pipeline of step {steps_done} is not written: the run is asked to stop")
+        ctx.accelerator.print(f"The pipeline of step {ctx.stop.steps_done} is not written: the run is asked to stop")
         return []
 
 
-def _export(
-    accelerator: Accelerator, trainer: Trainer, ema: EMA | None, tracking: Tracker, clock: Clock, steps_done: int
-) -> list[str]:
-    live, output_dir = trainer.unwrapped, tracking.output_dir
-    wanted = accelerator.is_main_process
+def _export(ctx: RunContext, trainer: Trainer, ema: EMA | None, tracker: Tracker) -> list[str]:
+    live, output_dir, steps_done = trainer.unwrapped, ctx.output_dir, ctx.stop.steps_done
+    wanted = ctx.accelerator.is_main_process
     weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}
     answer: list = [[], None]
     if wanted:
@@ -59,7 +50,7 @@ def _export(
             }
             trainer.save_pipeline(staging)
             answer = [publish_pipeline(staging, output_dir), None]
-            tracking.log_pipeline(answer[0], {"step": steps_done} | clock.epochs(steps_done))
+            tracker.log_pipeline(answer[0], {"step": steps_done} | ctx.clock.epochs(steps_done))
         except (OSError, SafetensorError) as error:
             answer[1] = f"the pipeline could not be written to {output_dir}: {error}"
         finally:

@@ -22,26 +22,24 @@ from trainers.engine.distributed.launch import weight_dtype
 from trainers.engine.distributed.sharding import shard_by_blocks
 from trainers.engine.distributed.zero import Backward
 from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import DataSets
 from trainers.engine.run.run_folder import CHECKPOINT_NAME
 
 SHOWN_CAPTIONS = 64  # that a task may draw at validations
 
 
-def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, *datasets: Any | None) -> Trainer:
-    """The task's trainer, told where it runs, for how long, and what its data (the training set first) holds.
-
-    Sets the seed for its initial weights.
-    """
-    torch.manual_seed(run.base.seed)
+def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, data: DataSets) -> Trainer:
+    """Makes the task's trainer, told where it runs, for how long, and what its data holds; it has no networks yet."""
     trainer = run.trainer_class(run.config, run.base)
     trainer.device, trainer.weight_dtype = accelerator.device, weight_dtype(accelerator)
     trainer.start_step, trainer.total_steps = clock.origin_step, clock.total_steps
-    if hasattr(datasets[0], "captions"):
-        trainer.captions = list(islice(dict.fromkeys(islice(datasets[0].captions(), 1000)), SHOWN_CAPTIONS))
-    trainer.label_names = getattr(datasets[0], "label_names", None)
-    trainer.encoded_by = getattr(datasets[0], "encoded_by", None)
-    highest = [getattr(dataset, "highest_label", None) for dataset in datasets]
+    if hasattr(data.train, "captions"):
+        trainer.captions = list(islice(dict.fromkeys(islice(data.train.captions(), 1000)), SHOWN_CAPTIONS))
+    trainer.label_names = getattr(data.train, "label_names", None)
+    trainer.encoded_by = getattr(data.train, "encoded_by", None)
+    highest = [getattr(dataset, "highest_label", None) for dataset in data]
     trainer.highest_label = max((label for label in highest if label is not None), default=None)
+    trainer.setup()
     return trainer
 
 

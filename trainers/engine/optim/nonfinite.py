@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import SKIPPED_STEPS
-from trainers.engine.run.signals import DIVERGED, Stopping
+from trainers.engine.run.signals import DIVERGED
 
 SCALE_HALVINGS = 24  # fp16: after so many overflows in a row the loss scale is about 1, and the cause is another
 
@@ -21,18 +18,15 @@ SCALE_HALVINGS = 24  # fp16: after so many overflows in a row the loss scale is 
 class NonFiniteSteps:
     """Counts skipped steps in a row, writes each to skipped_steps.jsonl, and asks to stop after `max_skipped_steps`."""
 
-    def __init__(
-        self, accelerator: Accelerator, output_dir: Path, base: BaseConfig, clock: Clock, stopping: Stopping
-    ) -> None:
-        self.accelerator = accelerator
-        self.file = output_dir / SKIPPED_STEPS
-        self.base, self.clock, self.stopping = base, clock, stopping
-        self.finite = torch.ones((), device=accelerator.device)  # whether the losses of this step are
+    def __init__(self, ctx: RunContext) -> None:
+        self.accelerator, self.base, self.clock, self.stop = ctx.accelerator, ctx.run.base, ctx.clock, ctx.stop
+        self.file = ctx.output_dir / SKIPPED_STEPS
+        self.finite = torch.ones((), device=ctx.device)  # whether the losses of this step are
         self.pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self.skipped_in_a_row = self.overflows_in_a_row = 0
         self.gave_up = False  # the run stops, and is not saved any more
 
-    def checked(self, loss: Tensor) -> Tensor:
+    def poison_if_nonfinite(self, loss: Tensor) -> Tensor:
         """The loss, times NaN where it is not finite: an infinite loss can have a finite gradient.
 
         Averaging the gradients spreads the NaN to every rank, so that all of them skip the step.
@@ -71,7 +65,7 @@ class NonFiniteSteps:
             self.overflows_in_a_row = self.overflows_in_a_row + 1 if not_applied else 0
             if skipped:
                 self._write(step, dict(zip(names, norms, strict=True)))
-            self._stop_if_hopeless(step)
+            self._give_up_if_hopeless(step)
 
     def _write(self, step: int, norms: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
@@ -85,7 +79,7 @@ class NonFiniteSteps:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _stop_if_hopeless(self, step: int) -> None:
+    def _give_up_if_hopeless(self, step: int) -> None:
         limit = min(self.base.max_skipped_steps, self.clock.total_steps)  # a short run whose steps all fail has failed
         if self.skipped_in_a_row >= limit:
             what = f"the loss or a gradient was not finite in {self.skipped_in_a_row} steps in a row"
@@ -95,7 +89,7 @@ class NonFiniteSteps:
             return
         self.gave_up = True
         replay = f"Look at the batch with `python scripts/replay.py {self.base.output_dir} {step + 1}`; "
-        self.stopping.ask(
+        self.stop.ask(
             DIVERGED,
             f"{what}, up to step {step + 1} (base.max_skipped_steps = {self.base.max_skipped_steps}); the weights did "
             f"not move in them. {'' if self.base.streaming else replay}{self.file} lists them all. Usual causes: a "

@@ -52,7 +52,7 @@ def _adamw_8bit(device: torch.device) -> type[Optimizer]:
     return bitsandbytes.optim.AdamW8bit
 
 
-def schedule(config: TrainerConfig, total_steps: int) -> Callable[[int], float]:
+def learning_rate_schedule(config: TrainerConfig, total_steps: int) -> Callable[[int], float]:
     """The learning rate's factor as a function of the optimizer step, from 0."""
     name, warmup = config.lr_scheduler, warmup_steps(config, total_steps)
     if name == "one_cycle":

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.engine.distributed.sharding import part_of, trained_parameters
-from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import RunContext
 
 MOVED_AFTER_STEPS = 10
 
@@ -20,16 +19,15 @@ class SanityChecks:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        ctx: RunContext,
         networks: dict[str, nn.Module],
         optimizer: Optimizer,
-        clock: Clock,
         rate_factor: Callable[[int], float],
     ) -> None:
-        self.accelerator, self.optimizer, self.clock = accelerator, optimizer, clock
+        self.accelerator, self.optimizer, self.clock = ctx.accelerator, optimizer, ctx.clock
         self.parameters = [p for network in networks.values() for p in trained_parameters(network).values()]
         self.initial_norms = self._norms()
-        last = rate_factor(clock.total_steps - 1)
+        last = rate_factor(self.clock.total_steps - 1)
         self.last_rates = [group["initial_lr"] * last for group in optimizer.param_groups]
 
     def _norms(self) -> Tensor:

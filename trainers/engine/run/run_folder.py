@@ -27,18 +27,13 @@ SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 @contextmanager
-def open_run_folder(accelerator: Accelerator, base: BaseConfig, is_dry_run: bool) -> Iterator[Folders]:
+def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Folders]:
     """Makes the folder, finds out which processes share it, and holds the lock of each folder inside.
 
     Raises OSError where one cannot be written, ValueError where another run uses it, where it holds a run and none is
-    to be resumed, and for a dry run in several folders; the same on every rank.
+    to be resumed; the same on every rank.
     """
     folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
-    if folders.several and is_dry_run:
-        raise ValueError(
-            f"--dry-run: the processes have {len(folders.mains)} output folders ({', '.join(folders.places)}); give "
-            "all of them one for it, or run it on one host"
-        )
     with ExitStack() as locks:
         folders.on_mains(accelerator, lambda: _take(base, locks))
         yield folders

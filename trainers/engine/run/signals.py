@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,16 @@ def all_of(items: Iterable, what: str) -> Iterable:
     return items
 
 
-class Stopping:
-    """Signals and faults as requests to stop, which the loop asks about once a step; with them goes what was written.
+@dataclass
+class CheckpointVotes:
+    """The newest checkpoint whose files are written: by this rank (infinite if it writes none), and by all ranks."""
+
+    own: float = math.inf
+    all: float = math.inf
+
+
+class StopSignals:
+    """Signals and faults as requests to stop, which the loop asks about once a step; the votes share its reduce.
 
     Before the steps and after them a signal ends the run at once. On several processes a request is agreed over a
     group of its own on the CPU, so no step waits for a device; the answer is one call old.
@@ -53,14 +62,15 @@ class Stopping:
         self.armed = -math.inf  # when the stack dump was last put off
         self.asked, self.text = 0, ""  # what this rank wants
         self.reason = 0  # what all ranks agreed on
-        self.wrote = math.inf  # the newest checkpoint whose files this rank is done with: all, where it writes none
-        self.written = math.inf  # the newest one that all ranks are done with
+        self.votes = CheckpointVotes()
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
+        self.steps_done = 0
         self.launcher = launcher_pid()
-        self.limited = all_of  # a rehearsal puts its own here
+        self.limited = all_of  # a dry run puts its own here, and how long what it skipped would have taken
+        self.take_skipped_seconds: Callable[[], float] | None = None
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> StopSignals:
         self.handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
             self.handlers = {number: signal.signal(number, self._receive) for number in EXIT_CODES}
@@ -94,13 +104,13 @@ class Stopping:
         if self.launcher and os.getppid() != self.launcher:  # it died, and nobody else would tell
             self.ask(signal.SIGTERM)
         if self.group is None:
-            self.reason, self.written = self.asked, self.wrote
+            self.reason, self.votes.all = self.asked, self.votes.own
             return self.reason > 0
         if time.monotonic() - self.armed > 1:  # each time costs a thread
             faulthandler.dump_traceback_later(self.dump_after, file=sys.__stderr__)  # where a rank hangs
             self.armed = time.monotonic()
         self._await()
-        self.flag = torch.tensor([self.asked, -self.wrote], dtype=torch.float64)
+        self.flag = torch.tensor([self.asked, -self.votes.own], dtype=torch.float64)
         self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
         if wait:
             self._await()
@@ -110,12 +120,13 @@ class Stopping:
         if self.work is not None:
             self.work.wait()
             reason, unwritten = self.flag.tolist()
-            self.reason, self.written = max(self.reason, int(reason)), -unwritten
+            self.reason, self.votes.all = max(self.reason, int(reason)), -unwritten
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """The steps from first to last - 1, during which signals wait; none after a stop was agreed on."""
-        self.waits = True
+        self.waits, self.steps_done = True, first
         for step in range(first, last):
+            self.steps_done = step + 1  # as soon as the loop asks for the next one, or ends
             yield step
             if self.reason:
                 break
@@ -130,7 +141,7 @@ class Stopping:
             if self.agreed():
                 raise Abandoned
 
-    def finish(self, steps_done: int, save: Callable[[int], None], close: Callable[[], None]) -> None:
+    def finish(self, save: Callable[[int], None], close: Callable[[], None]) -> None:
         """After the last step: where the run ends early, saves it, closes the trackers and raises. Collective.
 
         Raises Interrupted after a signal, OSError after a fault, ValueError where the run diverged. Signals wait until
@@ -140,16 +151,16 @@ class Stopping:
             self.waits = False
             faulthandler.cancel_dump_traceback_later()
             return
-        save(steps_done)
+        save(self.steps_done)
         close()
         text = self._text_of_all()  # all ranks leave together, after the trackers
-        way_on = f"checkpoint-{steps_done} is written; continue with base.resume_from_checkpoint=latest"
+        way_on = f"checkpoint-{self.steps_done} is written; continue with base.resume_from_checkpoint=latest"
         if self.reason == DIVERGED:
             raise ValueError(text)
         if self.reason == FAULT:
             raise OSError(f"{text}; {way_on}")
         name = signal.Signals(self.reason).name
-        text = f"ended by {name} after step {steps_done}; {way_on}" if self.main else ""  # once is enough
+        text = f"ended by {name} after step {self.steps_done}; {way_on}" if self.main else ""  # once is enough
         raise Interrupted(text, EXIT_CODES[self.reason])
 
     def _text_of_all(self) -> str:

@@ -11,26 +11,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from trainers.base import Trainer
-from trainers.engine.config.config import RunConfig
-from trainers.engine.data import stream_batches
+from trainers.engine.data.batches import skipped
 from trainers.engine.distributed.backends import engine_of
 from trainers.engine.distributed.sharding import shape_of
-from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.optim.optimizer import warmup_steps
-from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.advice import precision_note
 
 
-def start_block(
-    accelerator: Accelerator,
-    folders: Folders,
-    run: RunConfig,
-    trainer: Trainer,
-    networks: dict[str, nn.Module],
-    clock: Clock,
-    train_set: Any,
-) -> str:
+def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module], train_set: Any) -> str:
     """The lines that say what is about to happen."""
+    accelerator, folders, run, clock = ctx.accelerator, ctx.folders, ctx.run, ctx.clock
     base, config = run.base, run.config
     rows = {"task": f"{run.task}, data {base.dataset_name or base.train_data_dir or base.dataset}"}
     for name, network in networks.items():
@@ -71,13 +62,14 @@ def _devices(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {device.type}{name}"
 
 
-def end_block(trainer: Trainer, folders: Folders, output_dir: Path, train_set: Any) -> str:
+def end_block(ctx: RunContext, trainer: Trainer, train_set: Any) -> str:
     """The lines that say where the pipeline is, how to load and sample it, and what the data lacked. Collective."""
+    folders, output_dir = ctx.folders, ctx.output_dir
     usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
     bad = getattr(train_set, "bad_count", 0)
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
-    if any(counts := stream_batches.skipped(train_set).values()):
+    if any(counts := skipped(train_set).values()):
         shards, images = counts
         usage += f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
     place = folders.places[0] if folders.several else output_dir

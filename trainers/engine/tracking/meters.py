@@ -92,8 +92,8 @@ class Speed:
         yield
         self.pauses += time.perf_counter() - began
 
-    def examples_per_second(self) -> float:
-        """The rate since the last call."""
+    def metrics(self) -> dict[str, float]:
+        """The rate since the last call, as "examples_per_second"."""
         rate = self.examples / max(time.perf_counter() - self.since - self.pauses, 1e-9)
         self.start()
-        return rate
+        return {"examples_per_second": rate}

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.engine.config.config import RunConfig
 from trainers.engine.distributed.collectives import run_on_main
-from trainers.engine.dry_run.plan import DryRun
+from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 from trainers.engine.tracking import wandb_tracker
 from trainers.engine.tracking.memory import PeakMemory
@@ -30,18 +29,10 @@ EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
 class Tracker:
     """Writes on the main process; other ranks only remember the newest values."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        run: RunConfig,
-        output_dir: Path,
-        start_step: int,
-        fill_seconds: dict[str, float],
-        rehearsal: DryRun | None = None,
-    ) -> None:
-        self.accelerator = accelerator
+    def __init__(self, ctx: RunContext, fill_seconds: dict[str, float]) -> None:
+        accelerator, run, output_dir, start_step = ctx.accelerator, ctx.run, ctx.output_dir, ctx.clock.origin_step
+        self.accelerator, self.stop = accelerator, ctx.stop
         self.output_dir, self.start_step = output_dir, start_step
-        self.run, self.rehearsal = run, rehearsal
         self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
         self.filled = {f"cache_{column}/seconds": seconds for column, seconds in fill_seconds.items()}
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
@@ -115,8 +106,8 @@ class Tracker:
         values, began = {}, time.perf_counter()
         yield values
         values |= {f"{name}/seconds": time.perf_counter() - began, f"{name}/peak_memory_gib": self.memory.take()}
-        if self.rehearsal is not None:
-            values[f"{name}/skipped_seconds"] = self.rehearsal.take_skipped_seconds()
+        if self.stop.take_skipped_seconds is not None:
+            values[f"{name}/skipped_seconds"] = self.stop.take_skipped_seconds()
         self.log(values, step)
 
     def log_steps(self, values: dict[str, float], step: int) -> None:

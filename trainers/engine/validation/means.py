@@ -15,7 +15,7 @@ OfExamples = Callable[[dict[str, Any], SlotRandom], dict[str, Tensor]]  # (batch
 
 
 def mean_over(
-    stages: FrozenEncoders,
+    encoders: FrozenEncoders,
     batches: Iterable[tuple[dict, float]],
     seed: int,
     measure: OfExamples,
@@ -26,10 +26,10 @@ def mean_over(
     `add_up` sums over processes.
     """
     sums: dict[str, Tensor] = {}
-    count = torch.zeros((), device=stages.device)
+    count = torch.zeros((), device=encoders.device)
     for batch, weight in batches:
         rng = SlotRandom(seed, batch["slot"], "validation")
-        for name, values in measure(stages.encode(batch), rng).items():
+        for name, values in measure(encoders.encode(batch), rng).items():
             sums[name] = sums.get(name, 0) + weight * values.float().sum()
         count += weight * len(batch["slot"])
     totals = add_up(torch.stack([*sums.values(), count])).tolist()

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.base import Trainer
@@ -16,9 +15,9 @@ from trainers.engine.data.batches import examples_once
 from trainers.engine.encoders.cache import uncached
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.optim.ema import EMA
-from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import DataSets, RunContext
 from trainers.engine.run.progress import passing_bar
-from trainers.engine.run.signals import Abandoned, Stopping
+from trainers.engine.run.signals import Abandoned
 from trainers.engine.tracking.tracker import EVALUATION_TIME, VALIDATION_TIME, Tracker
 from trainers.engine.validation.evaluation import Evaluation
 from trainers.engine.validation.grids import grid_of
@@ -37,27 +36,25 @@ class Validation:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        ctx: RunContext,
         trainer: Trainer,
         ema: EMA | None,
-        stages: FrozenEncoders,
-        sets: tuple[Any, Any | None],
-        clock: Clock,
-        stopping: Stopping,
-        saving: Saver,
-        tracking: Tracker,
+        encoders: FrozenEncoders,
+        data: DataSets,
+        saver: Saver,
+        tracker: Tracker,
     ) -> None:
-        self.accelerator, self.trainer, self.ema, self.stages = accelerator, trainer, ema, stages
-        self.train_set, self.validation_set = sets
-        self.clock, self.stopping, self.saving, self.tracking = clock, stopping, saving, tracking
+        self.accelerator, self.clock, self.stop = ctx.accelerator, ctx.clock, ctx.stop
+        self.trainer, self.ema, self.encoders, self.data = trainer, ema, encoders, data
+        self.saver, self.tracker = saver, tracker
         self.base = trainer.base
         if self.base.eval_steps is not None:
-            self.evaluation = Evaluation(accelerator, trainer, *map(uncached, sets), self._watched)
+            self.evaluation = Evaluation(ctx.accelerator, trainer, *map(uncached, data), self._watched)
 
     def make_up(self, steps_done: int) -> None:
         """What the run that wrote the checkpoint did not get to."""
         if steps_done > 0:
-            self._run_due(steps_done, lambda name: self.tracking.logged_at.get(name, 0) < steps_done)
+            self._run_due(steps_done, lambda name: self.tracker.logged_at.get(name, 0) < steps_done)
 
     def after_step(self, steps_done: int) -> None:
         self._run_due(steps_done, lambda name: True)
@@ -71,10 +68,10 @@ class Validation:
 
     def _unless_stopped(self, what: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
         try:
-            if self.stopping.agreed(wait=True):
+            if self.stop.agreed(wait=True):
                 raise Abandoned
             watched = self._watched("sampling")
-            with evaluation_mode(self.trainer, watched), self.tracking.phase(what, steps_done) as found:
+            with evaluation_mode(self.trainer, watched), self.tracker.phase(what, steps_done) as found:
                 found.update(action(steps_done))
         except Abandoned:
             name = {"valid": "validation", "eval": "evaluation"}[what]
@@ -82,7 +79,7 @@ class Validation:
 
     def _watched(self, what: str) -> Callable[[Iterable], Iterable]:
         """A bar around steps that are as many on every rank, and that a signal ends; a checkpoint may be sealed."""
-        return lambda steps: self.saving.watch(self.stopping.watch(passing_bar(self.accelerator, what)(steps), what))
+        return lambda steps: self.saver.watch(self.stop.watch(passing_bar(self.accelerator, what)(steps), what))
 
     def validate(self, steps_done: int) -> dict[str, float]:
         """Metrics ("valid/loss", with averaged weights "valid_ema/loss"); logs grids of pictures.
@@ -91,10 +88,10 @@ class Validation:
         """
         weights = {"valid": nullcontext()} | ({"valid_ema": self._averaged_weights()} if self.ema is not None else {})
         metrics, pictures = {}, []
-        requests = self.trainer.sample_requests(self.validation_set)
+        requests = self.trainer.sample_requests(self.data.validation)
         for prefix, applied in weights.items():
             with applied:
-                if self.validation_set is not None:
+                if self.data.validation is not None:
                     found = self.held_out_metrics()
                     metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
                 if requests:
@@ -106,13 +103,13 @@ class Validation:
         texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
         columns = self.trainer.grid_columns
         grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in names}
-        self.tracking.log_grids(grids, steps_done)
+        self.tracker.log_grids(grids, steps_done)
         if requests:
-            self.tracking.log_table([self._readable(request) for request in requests], pictures, steps_done)
+            self.tracker.log_table([self._readable(request) for request in requests], pictures, steps_done)
         return metrics
 
     def _draw(self, requests: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return draw_samples(self.accelerator, self.trainer, requests, self.base.seed, self.validation_set)
+        return draw_samples(self.accelerator, self.trainer, requests, self.base.seed, self.data.validation)
 
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
         """A request with the name of its class."""
@@ -121,7 +118,7 @@ class Validation:
 
     def held_out_metrics(self) -> dict[str, float]:
         """What the task says of the validation set."""
-        share = self._share(self.validation_set, range(len(self.validation_set)))
+        share = self._share(self.data.validation, range(len(self.data.validation)))
         means = self._mean_over(self._watched("validating")(share), self.trainer.validation_metrics)
         return self.trainer.validation_summary(means)
 
@@ -130,20 +127,20 @@ class Validation:
         wanted = self.trainer.statistics_samples
         if wanted == 0:
             return {}
-        train_set = self.train_set.held(min(wanted, STREAMED)) if self.base.streaming else self.train_set
+        train_set = self.data.train.held(min(wanted, STREAMED)) if self.base.streaming else self.data.train
         share = self._share(train_set, spread(len(train_set), wanted))
-        bar = self._watched if self.stopping.waits else partial(passing_bar, self.accelerator)  # at the end it is done
-        examples = self.stopping.limited(bar("measuring")(share), "measuring")
+        bar = self._watched if self.stop.waits else partial(passing_bar, self.accelerator)  # at the end it is done
+        examples = self.stop.limited(bar("measuring")(share), "measuring")
         with self._averaged_weights(), evaluation_mode(self.trainer):
             return self._mean_over(examples, self.trainer.data_statistics)
 
     def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
         add_up = partial(self.accelerator.reduce, reduction="sum")
-        return mean_over(self.stages, batches, self.base.seed, measure, add_up)
+        return mean_over(self.encoders, batches, self.base.seed, measure, add_up)
 
     def _share(self, dataset: Any, indices: Sequence[int]) -> Iterable[tuple[dict, float]]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return examples_once(dataset, indices, self.base, rank, world, self.accelerator.device, self.stopping)
+        return examples_once(dataset, indices, self.base, rank, world, self.accelerator.device, self.stop)
 
     def _averaged_weights(self) -> AbstractContextManager:
         return self.ema.applied() if self.ema is not None else nullcontext()
