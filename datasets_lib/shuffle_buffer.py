@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datasets_lib.place import Place
 from datasets_lib.shard_rows import RawRow
 from datasets_lib.source import digest
 
 if TYPE_CHECKING:
-    from datasets_lib.stream_reader import Place, StreamReader
+    from datasets_lib.stream_reader import StreamReader
 
 
 class Waiting(NamedTuple):
@@ -65,7 +66,7 @@ class ShuffleBuffer:
         """
         reader, end, count, lost = self.reader, self.reader.place, self.reader.rows_read, self.reader.lost_shards
         first = count - state["rows"] + 1
-        reader.place, reader.rows_read = type(end)(*state["since"]), first - 1
+        reader.place, reader.rows_read = Place(*state["since"]), first - 1
         order = {first + kept: place for place, kept in enumerate(state["kept"])}
         while reader.place < end:
             self._read()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from datasets_lib.images import ImageError
+from datasets_lib.place import Place
 from datasets_lib.shard_rows import RawRow, read_rows
 from datasets_lib.shards import Shard
 from datasets_lib.shuffle_buffer import ShuffleBuffer
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
 
 RETRY_SECONDS = 0.5  # before the first retry; each further one waits twice as long
 FEW_BAD = 10  # pictures that may be passed over before their part counts
-
-
-class Place(NamedTuple):
-    """Where a row begins. Places are ordered as a reader comes to them."""
-
-    epoch: int = 0
-    shard: int = 0  # among the reader's shards of the epoch
-    offset: int = 0  # in the shard: a row of parquet, a byte of tar
 
 
 class StreamReader:

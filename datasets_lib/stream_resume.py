@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.place import Place
 from datasets_lib.shards import Shard
-from datasets_lib.stream_reader import Place
 
 if TYPE_CHECKING:
     from datasets_lib.stream import Stream
