@@ -14,8 +14,9 @@ from datasets_lib.captions import Captions
 from datasets_lib.dataset import ImageDataset
 from datasets_lib.held_examples import HeldExamples
 from datasets_lib.shard_columns import ShardColumns, posterior
+from datasets_lib.shard_order import ShardOrder
 from datasets_lib.shard_rows import RawRow, features_of
-from datasets_lib.shards import INDEX, Shard, ShardList, find_shards, sizes
+from datasets_lib.shards import INDEX, ShardList, find_shards, sizes
 from datasets_lib.source import Source, digest
 from datasets_lib.stream_reader import StreamReader
 
@@ -42,6 +43,7 @@ class Stream:
         self.args = copy.copy(args)
         # one example at a time is a data set of its own, whose pictures are all there is
         vars(self.args).update(max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
+        self.order = ShardOrder(self.shards, args.seed)
         features = self._features()
         self.columns = ShardColumns(features, args, self.origin, about.get("label_names"))
         self.records = {record["file"]: record for record in about.get("shards", ())}  # of shards of our own, by name
@@ -131,12 +133,6 @@ class Stream:
         part = copy.copy(self)
         part.readers, part.first_reader, part.reader_count = (None,) * own, process_index * own, count
         return part
-
-    def order(self, epoch: int) -> list[Shard]:
-        """Return the shards in the order of an epoch, which its readers are dealt one by one."""
-        key = int(digest(self.args.seed, "shards", epoch), 16) >> 1
-        order = torch.randperm(len(self.shards), generator=torch.Generator().manual_seed(key)).tolist()
-        return [self.shards[number] for number in order]
 
     def open_reader(self, number: int, position: dict[str, Any] | None) -> StreamReader:
         """Return a reader of this process at a position, None for the start."""

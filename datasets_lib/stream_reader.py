@@ -69,7 +69,7 @@ class StreamReader:
         while True:
             epoch, first, _ = self.place
             whole, before = self.place == Place(epoch), self.rows_read
-            shards = self.stream.order(epoch)[self.number :: self.count]
+            shards = self.stream.order.of_reader(epoch, self.number, self.count)
             for number in range(first, len(shards)):
                 yield from self._of_shard(shards[number])
                 self.place = Place(epoch, number + 1)

@@ -48,7 +48,7 @@ def _rest(stream: Stream, number: int, readers: Readers) -> Iterator[tuple[Shard
     place = place_of(readers[number])
     for epoch in range(place.epoch, next_epoch(readers)):
         begun = epoch == place.epoch
-        for shard in stream.order(epoch)[number :: len(readers)][place.shard if begun else 0 :]:
+        for shard in stream.order.of_reader(epoch, number, len(readers))[place.shard if begun else 0 :]:
             yield shard, place.offset if begun else 0
             begun = False
 

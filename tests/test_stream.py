@@ -250,11 +250,13 @@ def _is_last(reader):
 
 def test_epochs_have_orders_of_their_own(folder):
     stream = stream_of(folder)
-    orders = [tuple(shard.name for shard in stream.order(epoch)) for epoch in range(6)]
+    orders = [tuple(shard.name for shard in stream.order.of_epoch(epoch)) for epoch in range(6)]
     assert len(set(orders)) > 1
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
-    assert orders == [tuple(shard.name for shard in stream_of(folder).order(epoch)) for epoch in range(6)]
-    assert orders != [tuple(shard.name for shard in stream_of(folder, seed=1).order(epoch)) for epoch in range(6)]
+    assert orders == [tuple(shard.name for shard in stream_of(folder).order.of_epoch(epoch)) for epoch in range(6)]
+    assert orders != [
+        tuple(shard.name for shard in stream_of(folder, seed=1).order.of_epoch(epoch)) for epoch in range(6)
+    ]
     reader = stream.open_reader(0, None)
     epochs = [numbers(reader, COUNT) for _ in range(3)]
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)

@@ -379,7 +379,7 @@ def test_a_buffer_that_reads_otherwise_begins_empty(tmp_path, monkeypatch, capsy
     """A shard can break, or be there again, between a checkpoint and the run that goes on from it."""
     folder = write_shards(tmp_path, "tar", [6] * 4)
     stream = stream_of(folder, shuffle_buffer_size=5, shard_retries=0)
-    original, second = stream_reader.read_rows, stream.order(0)[1].name
+    original, second = stream_reader.read_rows, stream.order.of_epoch(0)[1].name
 
     def failing(shard, place, columns):
         for count, row in enumerate(original(shard, place, columns)):
