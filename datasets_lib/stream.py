@@ -12,11 +12,13 @@ import torch
 from datasets_lib import stream_resume
 from datasets_lib.captions import Captions
 from datasets_lib.dataset import ImageDataset
+from datasets_lib.example_reader import ExampleReader
 from datasets_lib.held_examples import HeldExamples
 from datasets_lib.shard_columns import ShardColumns, posterior
 from datasets_lib.shard_order import ShardOrder
 from datasets_lib.shard_rows import RawRow, features_of
 from datasets_lib.shards import INDEX, ShardList, find_shards, sizes
+from datasets_lib.shuffle_buffer import ShuffleBuffer
 from datasets_lib.source import Source, digest
 from datasets_lib.stream_reader import StreamReader
 
@@ -115,7 +117,7 @@ class Stream:
 
     def first_example(self) -> dict[str, Any]:
         """Return an example, nothing of it random."""
-        return StreamReader(self, 0, 1).next(None)
+        return self._examples(0, 1, {}).next(None)
 
     def dealt(self, process_index: int, num_processes: int, workers: int) -> Stream:
         """Return the stream with the readers of one process: as many as workers, which may be 0, and at least one.
@@ -134,9 +136,31 @@ class Stream:
         part.readers, part.first_reader, part.reader_count = (None,) * own, process_index * own, count
         return part
 
-    def open_reader(self, number: int, position: dict[str, Any] | None) -> StreamReader:
+    def open_reader(self, number: int, position: dict[str, Any] | None) -> ExampleReader:
         """Return a reader of this process at a position, None for the start."""
-        return StreamReader(self, self.first_reader + number, self.reader_count, position)
+        return self._examples(self.first_reader + number, self.reader_count, position or {})
+
+    def _examples(self, number: int, count: int, position: dict[str, Any]) -> ExampleReader:
+        """The examples of reader `number` of `count`."""
+        reader = self._rows(number, count, position)
+        buffer = self._shuffled(reader, position.get("buffer")) if self.args.shuffle_buffer_size else None
+        return ExampleReader(reader, buffer, self.example, self.skips_images, position.get("bad_images", 0))
+
+    def _rows(self, number: int, count: int, position: dict[str, Any]) -> StreamReader:
+        names, retries = self.columns.names, self.args.shard_retries
+        return StreamReader(self.order, names, retries, self.origin, number, count, position)
+
+    def _shuffled(self, reader: StreamReader, state: dict[str, Any] | None) -> ShuffleBuffer:
+        drawn = state["drawn"] if state else 0
+        buffer = ShuffleBuffer(reader, self.args.shuffle_buffer_size, self.args.seed, reader.number, drawn)
+        if state and self._replays:
+            stream_resume.replay(reader, buffer, state)
+        return buffer
+
+    @property
+    def _replays(self) -> bool:
+        """Whether what was in shuffle buffers is read again."""
+        return bool(self.args.shuffle_buffer_size) and self.args.shuffle_buffer_resume == "replay"
 
     def go_on(self, saved: list[dict[str, Any]], process_index: int) -> list[str]:
         """Take up the positions that all processes had; return the lines that say what is left out or read again.
@@ -148,7 +172,7 @@ class Stream:
         if [len(part["readers"]) for part in saved] == [len(self.readers)] * (self.reader_count // len(self.readers)):
             self.readers, self.turn = tuple(saved[process_index]["readers"]), saved[process_index]["turn"]
             self.skipped_before = tuple(before[process_index])
-            return list(stream_resume.buffer_notes(self, readers))
+            return list(stream_resume.buffer_notes(self._replays, readers))
         epoch = stream_resume.next_epoch(readers)
         self.readers = ({"place": (epoch, 0, 0)},) * len(self.readers)
         if process_index == 0:
@@ -157,7 +181,7 @@ class Stream:
 
     def left_out(self, saved: list[dict[str, Any]]) -> str:
         """Say what of the epochs that were begun is not read where the next one is begun."""
-        return stream_resume.left_out(self, stream_resume.saved_readers(saved))
+        return stream_resume.left_out(self.order, self.records, stream_resume.saved_readers(saved))
 
     def limit_labels(self, num_classes: int | None) -> None:
         """Make a label that is none of so many classes an error."""
@@ -173,7 +197,7 @@ class Stream:
 
         Raises ValueError where all are wanted and a shard cannot be read.
         """
-        reader = StreamReader(self, 0, 1)
+        reader = self._rows(0, 1, {})
         rows = list(_first(reader, count))
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
             raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
@@ -188,7 +212,7 @@ def build(args: Any, split: str) -> Stream | HeldExamples:
 
 def _first(reader: StreamReader, count: float) -> Iterator[RawRow]:
     """The rows of the first epoch, at most so many."""
-    for number, (place, row) in enumerate(reader.rows()):
+    for number, (place, row) in enumerate(reader):
         if place.epoch > 0 or number >= count:
             return
         yield row
