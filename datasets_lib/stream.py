@@ -201,7 +201,17 @@ class Stream:
         rows = list(_first(reader, count))
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
             raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
-        return HeldExamples(self, rows)
+        return HeldExamples(
+            rows,
+            self.example,
+            fingerprint=self.fingerprint,
+            label_names=self.label_names,
+            highest_label=max(map(self.columns.label_of, rows), default=None) if self.columns.label else None,
+            encoded_by=self.encoded_by,
+            captioned=self.captioned,
+            caption=self.caption,
+            notes=self.notes,
+        )
 
 
 def build(args: Any, split: str) -> Stream | HeldExamples:
