@@ -14,15 +14,13 @@ from datasets_lib.captions import Captions
 from datasets_lib.dataset import ImageDataset
 from datasets_lib.example_reader import ExampleReader
 from datasets_lib.held_examples import HeldExamples
-from datasets_lib.shard_columns import ShardColumns, posterior
+from datasets_lib.shard_columns import ShardColumns, check_latents, find_features, posterior
 from datasets_lib.shard_order import ShardOrder
-from datasets_lib.shard_rows import RawRow, features_of
+from datasets_lib.shard_rows import RawRow
 from datasets_lib.shards import INDEX, ShardList, find_shards, sizes
 from datasets_lib.shuffle_buffer import ShuffleBuffer
 from datasets_lib.source import Source, digest
 from datasets_lib.stream_reader import StreamReader
-
-TRIED_SHARDS = 8  # until one tells which columns there are
 
 
 class Stream:
@@ -46,7 +44,7 @@ class Stream:
         # one example at a time is a data set of its own, whose pictures are all there is
         vars(self.args).update(max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
         self.order = ShardOrder(self.shards, args.seed)
-        features = self._features()
+        features = find_features(self.shards, self.origin, "dataset_name" if args.dataset_name else "train_data_dir")
         self.columns = ShardColumns(features, args, self.origin, about.get("label_names"))
         self.records = {record["file"]: record for record in about.get("shards", ())}  # of shards of our own, by name
         known = [self.records.get(shard.name) for shard in self.shards]
@@ -64,7 +62,7 @@ class Stream:
                 "base.validation_split"
             )
         if self.columns.latents:
-            self._check_latents(about)
+            check_latents(args, self.origin, about)
 
     def __len__(self) -> int:
         raise ValueError(self._without("are not counted, and this needs their number"))
@@ -75,32 +73,6 @@ class Stream:
 
     def _without(self, what: str) -> str:
         return f"base.streaming = true: the examples of {self.origin} {what}; set it to false"
-
-    def _features(self) -> dict[str, Any]:
-        """The columns of the first shard that can be read, and what `datasets` says of them."""
-        last = ""
-        for shard in self.shards[:TRIED_SHARDS]:
-            try:
-                return features_of(shard)
-            except Exception as error:  # every format and file system has its own
-                last = f"{shard.name}: {shard.without_secrets(error)}"
-        option = "dataset_name" if self.args.dataset_name else "train_data_dir"
-        tried = min(len(self.shards), TRIED_SHARDS)
-        raise ValueError(
-            f"none of the first {tried} shards of {self.origin} can be read; the last: {last}; check base.{option}"
-        )
-
-    def _check_latents(self, about: dict[str, Any]) -> None:
-        """Raises ValueError for latents of other pictures than the run's, and for what cannot be had of latents."""
-        for option in ("resolution", "channels"):
-            asked, found = getattr(self.args, option), about.get(option, getattr(self.args, option))
-            if asked != found:
-                raise ValueError(
-                    f"{self.origin}: latents of pictures with {option} {found}, and base.{option} is {asked}; make "
-                    "them equal, or make the shards again"
-                )
-        if self.args.random_flip:
-            raise ValueError("base.random_flip = true: latents cannot be mirrored; set it to false")
 
     @property
     def caption_note(self) -> str | None:
