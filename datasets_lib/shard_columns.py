@@ -8,8 +8,11 @@ import torch
 
 from datasets_lib.choices import one_of
 from datasets_lib.hub import image_column, mask_column
-from datasets_lib.shard_rows import LATENTS, RawRow
+from datasets_lib.shard_rows import LATENTS, RawRow, features_of
+from datasets_lib.shards import Shard
 from datasets_lib.source import CAPTION_COLUMNS, Source, check_caption
+
+TRIED_SHARDS = 8  # until one tells which columns there are
 
 
 class ShardColumns:
@@ -65,6 +68,34 @@ class ShardColumns:
                 "numbered from 0: raise num_classes, or mend the shard"
             )
         return label
+
+
+def find_features(shards: list[Shard], origin: str, option: str) -> dict[str, Any]:
+    """Return the columns of the first shard that can be read, and what `datasets` says of them.
+
+    Raises ValueError, naming the option that the shards are of, where none of the first ones can be.
+    """
+    last = ""
+    for shard in shards[:TRIED_SHARDS]:
+        try:
+            return features_of(shard)
+        except Exception as error:  # every format and file system has its own
+            last = f"{shard.name}: {shard.without_secrets(error)}"
+    tried = min(len(shards), TRIED_SHARDS)
+    raise ValueError(f"none of the first {tried} shards of {origin} can be read; the last: {last}; check base.{option}")
+
+
+def check_latents(args: Any, origin: str, about: dict[str, Any]) -> None:
+    """Raise ValueError for latents of other pictures than the run's, and for what cannot be had of latents."""
+    for option in ("resolution", "channels"):
+        asked, found = getattr(args, option), about.get(option, getattr(args, option))
+        if asked != found:
+            raise ValueError(
+                f"{origin}: latents of pictures with {option} {found}, and base.{option} is {asked}; make them equal, "
+                "or make the shards again"
+            )
+    if args.random_flip:
+        raise ValueError("base.random_flip = true: latents cannot be mirrored; set it to false")
 
 
 def posterior(row: RawRow) -> dict[str, torch.Tensor]:

@@ -12,14 +12,15 @@ import torch
 from datasets_lib import stream_resume
 from datasets_lib.captions import Captions
 from datasets_lib.dataset import ImageDataset
+from datasets_lib.example_reader import ExampleReader
 from datasets_lib.held_examples import HeldExamples
-from datasets_lib.shard_columns import ShardColumns, posterior
-from datasets_lib.shard_rows import RawRow, features_of
-from datasets_lib.shards import INDEX, Shard, ShardList, find_shards, sizes
+from datasets_lib.shard_columns import ShardColumns, check_latents, find_features, posterior
+from datasets_lib.shard_order import ShardOrder
+from datasets_lib.shard_rows import RawRow
+from datasets_lib.shards import INDEX, ShardList, find_shards, sizes
+from datasets_lib.shuffle_buffer import ShuffleBuffer
 from datasets_lib.source import Source, digest
 from datasets_lib.stream_reader import StreamReader
-
-TRIED_SHARDS = 8  # until one tells which columns there are
 
 
 class Stream:
@@ -42,7 +43,8 @@ class Stream:
         self.args = copy.copy(args)
         # one example at a time is a data set of its own, whose pictures are all there is
         vars(self.args).update(max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
-        features = self._features()
+        self.order = ShardOrder(self.shards, args.seed)
+        features = find_features(self.shards, self.origin, "dataset_name" if args.dataset_name else "train_data_dir")
         self.columns = ShardColumns(features, args, self.origin, about.get("label_names"))
         self.records = {record["file"]: record for record in about.get("shards", ())}  # of shards of our own, by name
         known = [self.records.get(shard.name) for shard in self.shards]
@@ -60,7 +62,7 @@ class Stream:
                 "base.validation_split"
             )
         if self.columns.latents:
-            self._check_latents(about)
+            check_latents(args, self.origin, about)
 
     def __len__(self) -> int:
         raise ValueError(self._without("are not counted, and this needs their number"))
@@ -71,32 +73,6 @@ class Stream:
 
     def _without(self, what: str) -> str:
         return f"base.streaming = true: the examples of {self.origin} {what}; set it to false"
-
-    def _features(self) -> dict[str, Any]:
-        """The columns of the first shard that can be read, and what `datasets` says of them."""
-        last = ""
-        for shard in self.shards[:TRIED_SHARDS]:
-            try:
-                return features_of(shard)
-            except Exception as error:  # every format and file system has its own
-                last = f"{shard.name}: {shard.without_secrets(error)}"
-        option = "dataset_name" if self.args.dataset_name else "train_data_dir"
-        tried = min(len(self.shards), TRIED_SHARDS)
-        raise ValueError(
-            f"none of the first {tried} shards of {self.origin} can be read; the last: {last}; check base.{option}"
-        )
-
-    def _check_latents(self, about: dict[str, Any]) -> None:
-        """Raises ValueError for latents of other pictures than the run's, and for what cannot be had of latents."""
-        for option in ("resolution", "channels"):
-            asked, found = getattr(self.args, option), about.get(option, getattr(self.args, option))
-            if asked != found:
-                raise ValueError(
-                    f"{self.origin}: latents of pictures with {option} {found}, and base.{option} is {asked}; make "
-                    "them equal, or make the shards again"
-                )
-        if self.args.random_flip:
-            raise ValueError("base.random_flip = true: latents cannot be mirrored; set it to false")
 
     @property
     def caption_note(self) -> str | None:
@@ -113,7 +89,7 @@ class Stream:
 
     def first_example(self) -> dict[str, Any]:
         """Return an example, nothing of it random."""
-        return StreamReader(self, 0, 1).next(None)
+        return self._examples(0, 1, {}).next(None)
 
     def shard_for_rank(self, process_index: int, num_processes: int, workers: int) -> Stream:
         """Return the stream with the readers of one process: as many as workers, which may be 0, and at least one.
@@ -132,15 +108,31 @@ class Stream:
         part.readers, part.first_reader, part.reader_count = (None,) * own, process_index * own, count
         return part
 
-    def order(self, epoch: int) -> list[Shard]:
-        """Return the shards in the order of an epoch, which its readers are dealt one by one."""
-        key = int(digest(self.args.seed, "shards", epoch), 16) >> 1
-        order = torch.randperm(len(self.shards), generator=torch.Generator().manual_seed(key)).tolist()
-        return [self.shards[number] for number in order]
-
-    def open_reader(self, number: int, position: dict[str, Any] | None) -> StreamReader:
+    def open_reader(self, number: int, position: dict[str, Any] | None) -> ExampleReader:
         """Return a reader of this process at a position, None for the start."""
-        return StreamReader(self, self.first_reader + number, self.reader_count, position)
+        return self._examples(self.first_reader + number, self.reader_count, position or {})
+
+    def _examples(self, number: int, count: int, position: dict[str, Any]) -> ExampleReader:
+        """The examples of reader `number` of `count`."""
+        reader = self._rows(number, count, position)
+        buffer = self._shuffled(reader, position.get("buffer")) if self.args.shuffle_buffer_size else None
+        return ExampleReader(reader, buffer, self.example, self.skips_images, position.get("bad_images", 0))
+
+    def _rows(self, number: int, count: int, position: dict[str, Any]) -> StreamReader:
+        names, retries = self.columns.names, self.args.shard_retries
+        return StreamReader(self.order, names, retries, self.origin, number, count, position)
+
+    def _shuffled(self, reader: StreamReader, state: dict[str, Any] | None) -> ShuffleBuffer:
+        drawn = state["drawn"] if state else 0
+        buffer = ShuffleBuffer(reader, self.args.shuffle_buffer_size, self.args.seed, reader.number, drawn)
+        if state and self._replays:
+            stream_resume.replay(reader, buffer, state)
+        return buffer
+
+    @property
+    def _replays(self) -> bool:
+        """Whether what was in shuffle buffers is read again."""
+        return bool(self.args.shuffle_buffer_size) and self.args.shuffle_buffer_resume == "replay"
 
     def go_on(self, saved: list[dict[str, Any]], process_index: int) -> list[str]:
         """Take up the positions that all processes had; return the lines that say what is left out or read again.
@@ -152,7 +144,7 @@ class Stream:
         if [len(part["readers"]) for part in saved] == [len(self.readers)] * (self.reader_count // len(self.readers)):
             self.readers, self.turn = tuple(saved[process_index]["readers"]), saved[process_index]["turn"]
             self.skipped_before = tuple(before[process_index])
-            return list(stream_resume.buffer_notes(self, readers))
+            return list(stream_resume.buffer_notes(self._replays, readers))
         epoch = stream_resume.next_epoch(readers)
         self.readers = ({"place": (epoch, 0, 0)},) * len(self.readers)
         if process_index == 0:
@@ -161,7 +153,7 @@ class Stream:
 
     def left_out(self, saved: list[dict[str, Any]]) -> str:
         """Say what of the epochs that were begun is not read where the next one is begun."""
-        return stream_resume.left_out(self, stream_resume.saved_readers(saved))
+        return stream_resume.left_out(self.order, self.records, stream_resume.saved_readers(saved))
 
     def limit_labels(self, num_classes: int | None) -> None:
         """Make a label that is none of so many classes an error."""
@@ -177,11 +169,21 @@ class Stream:
 
         Raises ValueError where all are wanted and a shard cannot be read.
         """
-        reader = StreamReader(self, 0, 1)
+        reader = self._rows(0, 1, {})
         rows = list(_first(reader, count))
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
             raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
-        return HeldExamples(self, rows)
+        return HeldExamples(
+            rows,
+            self.example,
+            fingerprint=self.fingerprint,
+            label_names=self.label_names,
+            highest_label=max(map(self.columns.label_of, rows), default=None) if self.columns.label else None,
+            encoded_by=self.encoded_by,
+            captioned=self.captioned,
+            caption=self.caption,
+            notes=self.notes,
+        )
 
 
 def build(args: Any, split: str) -> Stream | HeldExamples:
@@ -192,7 +194,7 @@ def build(args: Any, split: str) -> Stream | HeldExamples:
 
 def _first(reader: StreamReader, count: float) -> Iterator[RawRow]:
     """The rows of the first epoch, at most so many."""
-    for number, (place, row) in enumerate(reader.rows()):
+    for number, (place, row) in enumerate(reader):
         if place.epoch > 0 or number >= count:
             return
         yield row

@@ -3,97 +3,100 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from datasets_lib.images import ImageError
+from datasets_lib.place import Place
+from datasets_lib.shard_order import ShardOrder
 from datasets_lib.shard_rows import RawRow, read_rows
 from datasets_lib.shards import Shard
-from datasets_lib.shuffle_buffer import ShuffleBuffer
-
-if TYPE_CHECKING:
-    import torch
-
-    from datasets_lib.stream import Stream
 
 RETRY_SECONDS = 0.5  # before the first retry; each further one waits twice as long
-FEW_BAD = 10  # pictures that may be passed over before their part counts
 
-
-class Place(NamedTuple):
-    """Where a row begins. Places are ordered as a reader comes to them."""
-
-    epoch: int = 0
-    shard: int = 0  # among the reader's shards of the epoch
-    offset: int = 0  # in the shard: a row of parquet, a byte of tar
+PlacedRow = tuple[Place, RawRow]
 
 
 class StreamReader:
-    """Reads the shards number, number + count, ... of every epoch, one epoch after the other without an end.
+    """Reads what the order gives reader `number` of `count`, one epoch after the other without an end.
 
-    A shard that cannot be read is tried again, then left, with a warning; ValueError where that was all of an epoch.
+    Iterating yields each row with its place; `place` is then that of the row after it. A shard that cannot be read is
+    tried again, then left, with a warning; ValueError where that was all of an epoch.
     """
 
-    def __init__(self, stream: Stream, number: int, count: int, position: dict[str, Any] | None = None) -> None:
-        self.stream, self.number, self.count = stream, number, count
-        position = position or {}
+    last_error = ""
+
+    def __init__(
+        self,
+        order: ShardOrder,
+        columns: list[str],
+        retries: int,
+        origin: str,
+        number: int,
+        count: int,
+        position: dict[str, Any],
+    ) -> None:
+        self.order, self.columns, self.retries, self.origin = order, columns, retries, origin
+        self.number, self.count = number, count
         self.place = Place(*position.get("place", ()))  # of the row that is read next
-        self.lost_shards, self.bad_images = position.get("lost_shards", 0), position.get("bad_images", 0)
-        self.rows_read, self.seconds = position.get("rows_read", 0), position.get("seconds", 0.0)
-        self.last_error = ""
-        size = stream.args.shuffle_buffer_size
-        self.buffer = ShuffleBuffer(self, size, position.get("buffer")) if size else None
-        self.source = iter(self.buffer) if self.buffer else (row for _, row in self.rows())
+        self.lost_shards, self.rows_read = position.get("lost_shards", 0), position.get("rows_read", 0)
+        self.seconds = position.get("seconds", 0.0)
+        self.rows = self._from_place_on()
 
-    def next(self, generator: torch.Generator | None) -> dict[str, Any]:
-        """Return the next example; a broken picture is passed over and counted with `bad_images: skip`."""
-        while True:
-            row = next(self.source)
-            try:
-                return self.stream.example(row, generator)
-            except ImageError as error:
-                if not self.stream.skips_images:
-                    raise
-                self._pass_over(error)
+    def __iter__(self) -> Iterator[PlacedRow]:
+        return self
 
-    def _pass_over(self, error: ImageError) -> None:
-        self.bad_images += 1
-        print(f"WARNING: {error}: passed over", flush=True)
-        if self.bad_images > max(FEW_BAD, self.rows_read // 10):
-            raise ValueError(
-                f"{self.bad_images} of {self.rows_read} images cannot be read, and base.bad_images=skip passes over 10 "
-                f"% at most; the last: {error}"
-            ) from error
+    def __next__(self) -> PlacedRow:
+        return next(self.rows)
 
-    def position(self) -> dict[str, Any]:
-        """Return what a reader needs to go on after the last example."""
-        found = {"place": self.place, "lost_shards": self.lost_shards, "bad_images": self.bad_images}
-        found |= {"rows_read": self.rows_read, "seconds": round(self.seconds, 3)}
-        return found | ({"buffer": self.buffer.state()} if self.buffer else {})
+    def read_again(self, since: Place, count: int, kept: Sequence[int]) -> list[PlacedRow] | None:
+        """Return those numbered `kept` of the last `count` rows before `place`, which begin at `since`.
 
-    def rows(self) -> Iterator[tuple[Place, RawRow]]:
-        """Yield (place, row) from the place on; `self.place` is then that of the row after it."""
+        None where other rows are there now: a shard may be readable now and not have been then, or the other way
+        round. Place and counts stay as they are.
+        """
+        end, rows_read, lost = self.place, self.rows_read, self.lost_shards
+        first = rows_read - count
+        self.place, self.rows_read = since, first
+        found = self._until(end, first, set(kept))
+        same = (self.place, self.rows_read) == (end, rows_read)
+        self.place, self.rows_read, self.lost_shards = end, rows_read, lost  # what is lost again was counted
+        if same:
+            return [found[number] for number in kept]
+        self.rows = self._from_place_on()
+        return None
+
+    def _until(self, end: Place, first: int, kept: set[int]) -> dict[int, PlacedRow]:
+        """Reads up to a place; the rows of it that are kept, numbered from 0."""
+        found = {}
+        while self.place < end:
+            row = next(self.rows)
+            number = self.rows_read - first - 1
+            if number in kept:
+                found[number] = row
+        return found
+
+    def _from_place_on(self) -> Iterator[PlacedRow]:
         while True:
             epoch, first, _ = self.place
             whole, before = self.place == Place(epoch), self.rows_read
-            shards = self.stream.order(epoch)[self.number :: self.count]
+            shards = self.order.of_reader(epoch, self.number, self.count)
             for number in range(first, len(shards)):
                 yield from self._of_shard(shards[number])
                 self.place = Place(epoch, number + 1)
             if whole and self.rows_read == before:
                 raise ValueError(
-                    f"none of the {len(shards)} shards of reader {self.number} of {self.stream.origin} gave an "
-                    f"example; {self.last_error or 'they are empty'}"
+                    f"none of the {len(shards)} shards of reader {self.number} of {self.origin} gave an example; "
+                    f"{self.last_error or 'they are empty'}"
                 )
             self.place = Place(epoch + 1)
 
-    def _of_shard(self, shard: Shard) -> Iterator[tuple[Place, RawRow]]:
+    def _of_shard(self, shard: Shard) -> Iterator[PlacedRow]:
         failures = 0
-        while failures <= self.stream.args.shard_retries:
+        while failures <= self.retries:
             if failures:
                 time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
             try:
-                for row in self._timed(read_rows(shard, self.place.offset, self.stream.columns.names)):
+                for row in self._timed(read_rows(shard, self.place.offset, self.columns)):
                     failures, place = 0, self.place
                     self.place = place._replace(offset=row.following)
                     self.rows_read += 1

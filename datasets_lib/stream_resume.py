@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets_lib.place import Place
+from datasets_lib.shard_order import ShardOrder
 from datasets_lib.shards import Shard
-from datasets_lib.stream_reader import Place
-
-if TYPE_CHECKING:
-    from datasets_lib.stream import Stream
+from datasets_lib.shuffle_buffer import ShuffleBuffer
+from datasets_lib.stream_reader import StreamReader
 
 Readers = list[dict[str, Any]]  # what a checkpoint has of the readers of all processes, in order
 
@@ -28,27 +28,30 @@ def next_epoch(readers: Readers) -> int:
     return 1 + max(place_of(reader).epoch for reader in readers if reader) if any(readers) else 0
 
 
-def left_out(stream: Stream, readers: Readers) -> str:
-    """Say what nobody reads where all readers begin the next epoch: shards, and examples where they are counted."""
-    rest = [each for number in range(len(readers)) for each in _rest(stream, number, readers)]
+def left_out(order: ShardOrder, counted: dict[str, dict[str, Any]], readers: Readers) -> str:
+    """Say what nobody reads where all readers begin the next epoch: shards, and examples where they are counted.
+
+    `counted` has the records of scripts/shard.py by the names of shards.
+    """
+    rest = [each for number in range(len(readers)) for each in _rest(order, number, readers)]
     whole = sum(offset == 0 for _, offset in rest)
     buffered = sum(len(reader["buffer"]["kept"]) for reader in readers if reader.get("buffer"))
     found = f"{whole:,} shards and the rest of {len(rest) - whole:,}"
     if buffered:
         found += f", and {buffered:,} examples in shuffle buffers"
-    records = [stream.records.get(shard.name) for shard, _ in rest]
+    records = [counted.get(shard.name) for shard, _ in rest]
     if None in records:
         return f"{found} (how many examples those shards hold is not known)"
     counts = (_examples(shard, offset, record) for (shard, offset), record in zip(rest, records, strict=True))
     return f"{found}, about {round(sum(counts)) + buffered:,} examples"
 
 
-def _rest(stream: Stream, number: int, readers: Readers) -> Iterator[tuple[Shard, int]]:
+def _rest(order: ShardOrder, number: int, readers: Readers) -> Iterator[tuple[Shard, int]]:
     """The shards that a reader has not ended in the epochs that any of them has begun, and where it is in each."""
     place = place_of(readers[number])
     for epoch in range(place.epoch, next_epoch(readers)):
         begun = epoch == place.epoch
-        for shard in stream.order(epoch)[number :: len(readers)][place.shard if begun else 0 :]:
+        for shard in order.of_reader(epoch, number, len(readers))[place.shard if begun else 0 :]:
             yield shard, place.offset if begun else 0
             begun = False
 
@@ -59,12 +62,12 @@ def _examples(shard: Shard, offset: int, record: dict[str, Any]) -> float:
     return record["examples"] * max(1 - offset / max(size, 1), 0)
 
 
-def buffer_notes(stream: Stream, readers: Readers) -> Iterator[str]:
-    """Say what becomes of the shuffle buffers, where there were any."""
+def buffer_notes(replayed: bool, readers: Readers) -> Iterator[str]:
+    """Say what becomes of the shuffle buffers, where there were any: whether they are replayed or begin empty."""
     buffered = [reader for reader in readers if reader.get("buffer")]
     if not buffered:
         return
-    if stream.args.shuffle_buffer_size and stream.args.shuffle_buffer_resume == "replay":
+    if replayed:
         rows = sum(reader["buffer"]["rows"] for reader in buffered)
         seconds = max(each["buffer"]["rows"] * each["seconds"] / max(each["rows_read"], 1) for each in buffered)
         yield f"stream: {rows:,} examples are read again for the shuffle buffers, about {seconds:.1f} s"
@@ -74,6 +77,19 @@ def buffer_notes(stream: Stream, readers: Readers) -> Iterator[str]:
             f"stream: the shuffle buffers begin empty: {waiting:,} examples that were read and not trained on are "
             "left out of this epoch, and none comes twice"
         )
+
+
+def replay(reader: StreamReader, buffer: ShuffleBuffer, state: dict[str, Any]) -> None:
+    """Put back into an empty buffer what was in it; leave it empty, with a warning, where other rows are there now."""
+    rows = reader.read_again(Place(*state["since"]), state["rows"], state["kept"])
+    if rows is not None:
+        buffer.put_back(rows, state)
+        return
+    print(
+        f"WARNING: what was in the shuffle buffer of reader {reader.number} reads otherwise now: it begins empty, and "
+        f"{len(state['kept']):,} examples that were not trained on are left out of this epoch",
+        flush=True,
+    )
 
 
 def skipped(readers: Readers) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -17,6 +18,9 @@ from test_stream import COUNT, KINDS, SIZES, base_of, number_of, numbers, run_op
 import datasets_lib
 from datasets_lib import shard_rows, stream_reader
 from datasets_lib.inspect import main as inspect
+from datasets_lib.place import Place
+from datasets_lib.shard_rows import RawRow
+from datasets_lib.shuffle_buffer import ShuffleBuffer
 from datasets_lib.stream import Stream
 from train import main, train
 from trainers.engine.config.config import load_config
@@ -203,20 +207,19 @@ def test_a_broken_shard_is_tried_again_then_skipped_and_counted(folder, capsys, 
     seen = []
     for _ in range(2 * COUNT):
         seen.append(number_of(reader.next(None)))
-        if reader.lost_shards == 2:
+        if reader.position()["lost_shards"] == 2:
             break
     of_broken = set(range(SIZES[0], SIZES[0] + SIZES[1]))
     others = set(range(COUNT)) - of_broken
     assert set(seen[: len(others)]) - of_broken <= others
     assert others <= set(seen)
     assert not of_broken <= set(seen)
-    assert reader.lost_shards == 2  # once in each epoch
+    assert reader.position()["lost_shards"] == 2  # once in each epoch
     assert waits == [stream_reader.RETRY_SECONDS, 2 * stream_reader.RETRY_SECONDS] * 2
     out = capsys.readouterr().out
     assert out.count(f"WARNING: {path.name}: ") == 2
     whole = "as a whole" if path.suffix == ".parquet" else "from byte "
     assert f": the shard is skipped {whole}" in out
-    assert reader.position()["lost_shards"] == 2
 
 
 def test_a_shard_that_is_there_again_loses_nothing(folder, monkeypatch, capsys):
@@ -379,7 +382,7 @@ def test_a_buffer_that_reads_otherwise_begins_empty(tmp_path, monkeypatch, capsy
     """A shard can break, or be there again, between a checkpoint and the run that goes on from it."""
     folder = write_shards(tmp_path, "tar", [6] * 4)
     stream = stream_of(folder, shuffle_buffer_size=5, shard_retries=0)
-    original, second = stream_reader.read_rows, stream.order(0)[1].name
+    original, second = stream_reader.read_rows, stream.order.of_epoch(0)[1].name
 
     def failing(shard, place, columns):
         for count, row in enumerate(original(shard, place, columns)):
@@ -393,12 +396,49 @@ def test_a_buffer_that_reads_otherwise_begins_empty(tmp_path, monkeypatch, capsy
     position = json.loads(json.dumps(reader.position()))
     monkeypatch.setattr(stream_reader, "read_rows", failing if then == "broken" else original)
     again = stream.open_reader(0, position)
+    found = again.position()
     assert "WARNING: what was in the shuffle buffer of reader 0 reads otherwise now: it begins empty, and 4 exam" in (
         capsys.readouterr().out
     )
-    assert (list(again.place), again.rows_read) == (position["place"], position["rows_read"])
-    assert again.lost_shards == position["lost_shards"]
+    assert list(found.pop("place")) == position["place"]
+    assert all(found[name] == position[name] for name in ("rows_read", "lost_shards", "bad_images"))
     assert not set(before) & set(numbers(again, 4))
+
+
+def test_a_shard_that_is_lost_again_in_a_replay_is_counted_once(tmp_path, monkeypatch):
+    stream = stream_of(write_shards(tmp_path, "tar", [6] * 4), shuffle_buffer_size=5, shard_retries=0)
+    original, second = stream_reader.read_rows, stream.order.of_epoch(0)[1].name
+
+    def failing(shard, place, columns):
+        if shard.name == second:
+            raise OSError("the disk is away")
+        return original(shard, place, columns)
+
+    monkeypatch.setattr(stream_reader, "read_rows", failing)
+    reader = stream.open_reader(0, None)
+    numbers(reader, 3)
+    position = json.loads(json.dumps(reader.position()))
+    again = stream.open_reader(0, position)
+    assert position["lost_shards"] == 1
+    assert position["buffer"]["since"] < [0, 1, 0] < position["place"]  # the replay comes past it
+    assert json.loads(json.dumps(again.position())) == {**position, "seconds": again.position()["seconds"]}
+    assert numbers(again, 12) == numbers(reader, 12)
+
+
+def test_a_buffer_takes_rows_of_any_iterator():
+    rows = [(Place(0, 0, number), RawRow({}, str(number), number + 1)) for number in range(20)]
+    buffer = ShuffleBuffer(iter(rows), size=4, seed=0, reader=0)
+    drawn = iter(buffer)
+    before = [next(drawn).name for _ in range(6)]
+    state = buffer.state(Place(0, 0, 9))
+    since = state["since"].offset
+    assert since + state["rows"] == 9
+    again = ShuffleBuffer(iter(rows[9:]), size=4, seed=0, reader=0, drawn=state["drawn"])
+    again.put_back([rows[since + number] for number in state["kept"]], state)
+    assert again.state(Place(0, 0, 9)) == state
+    rest, others = ([row.name for row in itertools.islice(each, 8)] for each in (drawn, iter(again)))
+    assert rest == others
+    assert not set(rest) & set(before)
 
 
 def test_a_shuffle_buffer_mixes(tmp_path):

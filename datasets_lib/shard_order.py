@@ -1,0 +1,25 @@
+"""The order of a stream's shards, another one in each epoch, and which of them a reader gets."""
+
+from __future__ import annotations
+
+import torch
+
+from datasets_lib.shards import Shard
+from datasets_lib.source import digest
+
+
+class ShardOrder:
+    """Orders shards anew for each epoch, as a function of the seed, and deals them to readers one by one."""
+
+    def __init__(self, shards: list[Shard], seed: int) -> None:
+        self.shards, self.seed = shards, seed
+
+    def of_epoch(self, epoch: int) -> list[Shard]:
+        """Return the shards in the order of an epoch."""
+        key = int(digest(self.seed, "shards", epoch), 16) >> 1
+        order = torch.randperm(len(self.shards), generator=torch.Generator().manual_seed(key)).tolist()
+        return [self.shards[number] for number in order]
+
+    def of_reader(self, epoch: int, number: int, count: int) -> list[Shard]:
+        """Return what reader `number` of `count` reads in an epoch: the shards number, number + count, ... of it."""
+        return self.of_epoch(epoch)[number::count]
