@@ -330,8 +330,8 @@ def test_rows_of_a_cache(tmp_path):
 
 
 def test_errors_of_caches(run_in_process, tmp_path, options, monkeypatch):
-    import datasets_lib.dataset
+    from datasets_lib.dataset import ImageDataset
 
-    monkeypatch.delattr(datasets_lib.dataset.ImageDataset, "captions")
+    monkeypatch.delattr(ImageDataset, "captions")
     with pytest.raises(ValueError, match=r"encoder text cannot be cached: a ImageDataset has no `captions`"):
         run_in_process("run", "text_to_image", **options, **{"text_to_image.cache_text": "memory"})
