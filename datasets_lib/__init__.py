@@ -9,13 +9,14 @@ from typing import Any
 
 from PIL import ImageColor
 
-from datasets_lib import buckets, stream_problems
-from datasets_lib.choices import one_of
+from datasets_lib.checks import one_of
 from datasets_lib.example import check_example
+from datasets_lib.images import buckets
+from datasets_lib.streaming import problems as stream_problems
 
 __all__ = ["DATASETS", "build", "check_example", "first_example", "prepare", "problems"]
 
-DATASETS = {"digits": "datasets_lib.digits:build", "latents": "datasets_lib.latents:build"}
+DATASETS = {"digits": "datasets_lib.sources.digits:build", "latents": "datasets_lib.sources.latents:build"}
 
 
 def problems(args: Any) -> Iterator[tuple[str, str]]:
@@ -43,14 +44,16 @@ def build(args: Any, split: str) -> Any | None:
     if split == "validation" and args.validation_split is None:
         return None
     if args.streaming:
-        return _load("datasets_lib.stream:build")(args, split)
+        return _load("datasets_lib.streaming.stream:build")(args, split)
     if args.dataset is not None:
         dataset = _call(_named_builder(args.dataset), args, split)
     else:
-        target = "datasets_lib.folder:build" if args.train_data_dir is not None else "datasets_lib.hub:build"
+        target = (
+            "datasets_lib.sources.folder:build" if args.train_data_dir is not None else "datasets_lib.sources.hub:build"
+        )
         dataset = _load(target)(args, split)
     if split == "train" and args.class_data_dir is not None:
-        return _load("datasets_lib.prior:with_prior")(dataset, args)
+        return _load("datasets_lib.sources.class_images:with_prior")(dataset, args)
     return dataset
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from datasets_lib.buckets import Size, sizes_of
+from datasets_lib.images.buckets import Size, sizes_of
 
 
 def check_example(example: Any, args: Any) -> None:

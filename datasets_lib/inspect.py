@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import datasets_lib
-from datasets_lib.choices import one_of
-from datasets_lib.contact_sheet import contact_sheet, spread
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.inspection import Line, caption_lines, column_lines, label_lines, picture_lines, scan
-from datasets_lib.prior import PriorDataset
+from datasets_lib.checks import one_of
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.report.contact_sheet import contact_sheet, spread
+from datasets_lib.report.statistics import Line, caption_lines, column_lines, label_lines, picture_lines, scan
+from datasets_lib.sources.class_images import PriorDataset
 
 # The data options of BaseConfig, which this package does not import; a test compares them.
 DEFAULTS = {

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from datasets_lib.latents import FORMAT, INDEX
-from datasets_lib.source import digest
+from datasets_lib.images.source import digest
+from datasets_lib.sources.latents import FORMAT, INDEX
 from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config

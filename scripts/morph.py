@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from datasets_lib.images import read_picture
+from datasets_lib.images.decode import read_picture
 from trainers.common.autoencoder.latents import vae_config
 from trainers.common.autoencoder.options import latent_grid, perceptual_problem
 from trainers.common.autoencoder.perceptual import load_perceptual

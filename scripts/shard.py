@@ -26,9 +26,9 @@ from safetensors.torch import save
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.shard_writing import SUFFIXES, Written, example_of, write_shard
-from datasets_lib.shards import FORMAT, INDEX, SETTINGS
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.streaming.shards import FORMAT, INDEX, SETTINGS
+from datasets_lib.streaming.writing import SUFFIXES, Written, example_of, write_shard
 from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config

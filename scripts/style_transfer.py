@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from datasets_lib.folder import EXTENSIONS
-from datasets_lib.images import read_picture
+from datasets_lib.images.decode import read_picture
+from datasets_lib.sources.folder import EXTENSIONS
 from trainers.common.lora.files import find_lora, read_lora
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.arguments import positive

@@ -20,8 +20,8 @@ from test_inspect import inspect, section  # noqa: F401  # a fixture
 from test_resume import final_state, forget_after
 
 import datasets_lib
-from datasets_lib.buckets import best, bucket_sizes, kept_part
-from datasets_lib.contact_sheet import contact_sheet
+from datasets_lib.images.buckets import best, bucket_sizes, kept_part
+from datasets_lib.report.contact_sheet import contact_sheet
 from trainers.engine.checkpoint.config_diff import check_steps
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import check_config

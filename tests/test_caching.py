@@ -330,7 +330,7 @@ def test_rows_of_a_cache(tmp_path):
 
 
 def test_errors_of_caches(run_in_process, tmp_path, options, monkeypatch):
-    from datasets_lib.dataset import ImageDataset
+    from datasets_lib.images.image_dataset import ImageDataset
 
     monkeypatch.delattr(ImageDataset, "captions")
     with pytest.raises(ValueError, match=r"encoder text cannot be cached: a ImageDataset has no `captions`"):

@@ -11,9 +11,9 @@ from test_buckets import BUCKETS, pictures
 from test_data_dataset import Own, encoded, memory_source, random_images
 from test_resume import RANDOM, final_state, forget_after
 
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.prior import PriorDataset
-from datasets_lib.transforms import mirror, normalize, scale
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.transforms import mirror, normalize, scale
+from datasets_lib.sources.class_images import PriorDataset
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data import prefetch, workers
 from trainers.engine.data.batches import examples_once, first_batch, training_batches

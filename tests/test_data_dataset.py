@@ -14,10 +14,10 @@ import torch
 from PIL import ExifTags, Image
 
 import datasets_lib
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.images import ImageReader
-from datasets_lib.rows import select_rows
-from datasets_lib.source import Source
+from datasets_lib.images.decode import ImageReader
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import Source
+from datasets_lib.images.splits import select_rows
 
 DEFAULTS = {
     "seed": 0,
@@ -659,7 +659,7 @@ def test_datasets_lib_imports_nothing_of_the_trainers():
 
 def test_importing_datasets_lib_loads_no_heavy_library():
     heavy = "{'datasets', 'sklearn', 'torchvision'}"
-    code = f"import datasets_lib, datasets_lib.folder, datasets_lib.hub, sys; print({heavy} & set(sys.modules))"
+    code = f"import datasets_lib, datasets_lib.sources.folder, datasets_lib.sources.hub, sys; print({heavy} & set(sys.modules))"
     root = Path(datasets_lib.__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

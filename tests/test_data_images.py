@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile
 
-from datasets_lib.images import ImageError, ImageReader
-from datasets_lib.transforms import resized_size
+from datasets_lib.images.decode import ImageError, ImageReader
+from datasets_lib.images.transforms import resized_size
 
 SIZE = 64
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_resume import final_state
 
-from datasets_lib.dataset import ImageDataset
+from datasets_lib.images.image_dataset import ImageDataset
 from scripts.replay import find_slots
 from scripts.replay import main as replay_main
 from scripts.replay import replay as replay_step

@@ -497,7 +497,7 @@ def test_a_task_that_draws_held_out_examples_and_measures_the_training_set(dry_r
 
 
 def few_digits():
-    from datasets_lib.digits import build
+    from datasets_lib.sources.digits import build
 
     base = BaseConfig(dataset="digits", resolution=8, channels=1, max_train_samples=40, num_epochs=1, image_cache_mb=1)
     whole = build(base, "train")
@@ -505,8 +505,8 @@ def few_digits():
 
 
 def test_a_data_set_with_some_of_its_examples():
-    from datasets_lib.latents import LatentDataset
-    from datasets_lib.prior import PriorDataset
+    from datasets_lib.sources.class_images import PriorDataset
+    from datasets_lib.sources.latents import LatentDataset
 
     whole, few = few_digits()
     for index, place in enumerate([3, 30]):

@@ -18,7 +18,7 @@ HEAVY = ("diffusers", "transformers", "peft")
 # A file imports from its own room, and from those above its own in this list; a task from no other task.
 ORDER = (
     "datasets_lib.checks",
-    "datasets_lib.images",
+    "datasets_lib.images.decode",
     "datasets_lib.sources",
     "datasets_lib.streaming",
     "datasets_lib.report",

@@ -13,8 +13,8 @@ from PIL import Image
 from test_data_dataset import build_for_test
 from tiny_models import model
 
-from datasets_lib.contact_sheet import COLUMNS, contact_sheet, spread, to_pil
 from datasets_lib.inspect import DEFAULTS, SOURCES, main, read_base
+from datasets_lib.report.contact_sheet import COLUMNS, contact_sheet, spread, to_pil
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.schema import options
 

@@ -13,7 +13,7 @@ from conftest import losses, read_metrics
 from PIL import Image
 
 import datasets_lib
-from datasets_lib.latents import INDEX
+from datasets_lib.sources.latents import INDEX
 from scripts import encode, evaluate, replay, sample
 from train import main
 from trainers.common.autoencoder.latents import LatentSpace

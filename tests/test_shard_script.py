@@ -21,7 +21,7 @@ from test_latents import TASK, run_script, vae  # noqa: F401
 from test_stream import base_of
 
 import datasets_lib
-from datasets_lib.shard_writing import example_of
+from datasets_lib.streaming.writing import example_of
 from scripts import shard
 from train import main, train
 from trainers.engine.config.config import load_config

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from datasets_lib.choices import one_of
+from datasets_lib.checks import one_of
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import is_message
 from trainers.engine.data.batches import EpochOrder, SlotBatches, examples_once, training_batches

@@ -16,12 +16,13 @@ from shard_files import SIDE, caption, png, write_parquet, write_shards, write_t
 from test_resume import final_state, forget_after
 
 import datasets_lib
-from datasets_lib import shard_rows, stream_reader
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.shard_rows import read_rows
-from datasets_lib.shards import Shard
-from datasets_lib.source import Source
-from datasets_lib.stream import Stream
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import Source
+from datasets_lib.streaming import reader as stream_reader
+from datasets_lib.streaming import rows as shard_rows
+from datasets_lib.streaming.rows import read_rows
+from datasets_lib.streaming.shards import Shard
+from datasets_lib.streaming.stream import Stream
 from train import train
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config

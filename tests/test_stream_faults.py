@@ -16,12 +16,13 @@ from test_resume import final_state, forget_after
 from test_stream import COUNT, KINDS, SIZES, base_of, number_of, numbers, run_options, short_waits, stream_of  # noqa: F401
 
 import datasets_lib
-from datasets_lib import shard_rows, stream_reader
 from datasets_lib.inspect import main as inspect
-from datasets_lib.place import Place
-from datasets_lib.shard_rows import RawRow
-from datasets_lib.shuffle_buffer import ShuffleBuffer
-from datasets_lib.stream import Stream
+from datasets_lib.streaming import reader as stream_reader
+from datasets_lib.streaming import rows as shard_rows
+from datasets_lib.streaming.place import Place
+from datasets_lib.streaming.rows import RawRow
+from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
+from datasets_lib.streaming.stream import Stream
 from train import main, train
 from trainers.engine.config.config import load_config
 from trainers.engine.data import batches

@@ -18,7 +18,7 @@ from test_stream import base_of, number_of, numbers, run_options, short_waits, s
 from test_stream_sources import listed
 
 import datasets_lib
-from datasets_lib.shards import Shard
+from datasets_lib.streaming.shards import Shard
 from train import train
 from trainers.engine.config.config import load_config
 

@@ -14,8 +14,8 @@ from shard_files import write_shards
 from test_stream import KINDS, base_of, number_of, numbers, run_options, short_waits, stream_of  # noqa: F401
 
 import datasets_lib
-from datasets_lib import http_file
-from datasets_lib.shards import Shard
+from datasets_lib.streaming import http_file
+from datasets_lib.streaming.shards import Shard
 from train import main
 
 SIZES = (5, 4, 6)

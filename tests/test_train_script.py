@@ -310,7 +310,7 @@ def test_wandb_keeps_pipelines_and_tables_of_pictures(run_in_process, monkeypatc
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     options = {"base.logger": "wandb", "base.save_model_steps": 4, "base.valid_steps": 3, "base.validation_split": 0.1}
     task = "conditional_ddpm"
-    monkeypatch.setattr("datasets_lib.digits.NAMES", NAMES)
+    monkeypatch.setattr("datasets_lib.sources.digits.NAMES", NAMES)
     classes = {f"{task}.valid_classes": ["three", 7], f"{task}.valid_batch_size": 4}
     folder = run_in_process(task=task, **options, **classes)
     [store] = (folder / "logs" / "wandb").glob("offline-run-*/*.wandb")

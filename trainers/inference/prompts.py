@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from datasets_lib.images import read_picture
+from datasets_lib.images.decode import read_picture
 from trainers.base import Trainer
 from trainers.common.lora.files import ADAPTER, find_lora
 from trainers.common.text_to_image.options import StableDiffusionConfig

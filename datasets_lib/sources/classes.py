@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets_lib.choices import one_of
+from datasets_lib.checks import one_of
 
 
 def class_folders(folder: Path, images: list[Path]) -> list[str] | None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from datasets_lib.choices import one_of
-from datasets_lib.source import CAPTION_COLUMNS, check_caption, open_text
+from datasets_lib.checks import one_of
+from datasets_lib.images.source import CAPTION_COLUMNS, check_caption, open_text
 
 LABEL_COLUMN, MASK_COLUMN = "label", "mask"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from datasets_lib.shards import Shard
-from datasets_lib.source import digest
+from datasets_lib.images.source import digest
+from datasets_lib.streaming.shards import Shard
 
 
 class ShardOrder:

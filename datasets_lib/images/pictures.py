@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets_lib.buckets import Size, sizes_of
-from datasets_lib.choices import one_of
-from datasets_lib.decoded import DecodedImages, Picture, decode_all
-from datasets_lib.images import ImageError, ImageReader
-from datasets_lib.source import Source
+from datasets_lib.checks import one_of
+from datasets_lib.images.buckets import Size, sizes_of
+from datasets_lib.images.decode import ImageError, ImageReader
+from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all
+from datasets_lib.images.source import Source
 
 DECODING = 1  # raise it when the pixels that come from a file change
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from datasets_lib.shard_rows import RawRow
+from datasets_lib.streaming.rows import RawRow
 
 if TYPE_CHECKING:
     import torch

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from datasets_lib.images import ImageError
-from datasets_lib.shard_rows import RawRow
-from datasets_lib.shuffle_buffer import ShuffleBuffer
-from datasets_lib.stream_reader import StreamReader
+from datasets_lib.images.decode import ImageError
+from datasets_lib.streaming.reader import StreamReader
+from datasets_lib.streaming.rows import RawRow
+from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
 
 if TYPE_CHECKING:
     import torch

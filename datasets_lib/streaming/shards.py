@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from datasets_lib.choices import one_of
-from datasets_lib.folder import walk
-from datasets_lib.http_file import open_url
-from datasets_lib.source import open_text
+from datasets_lib.checks import one_of
+from datasets_lib.images.source import open_text
+from datasets_lib.sources.folder import walk
+from datasets_lib.streaming.http_file import open_url
 
 KINDS = (".parquet", ".tar")
 SCHEMES = ("http", "https", "hf", "s3", "gs")
@@ -136,7 +136,7 @@ def _listed(line: str, file: Path) -> Shard:
 
 
 def _of_hub(args: Any, split: str) -> ShardList:
-    from datasets_lib.hub import data_files
+    from datasets_lib.sources.hub import data_files
 
     files = data_files(args)
     wanted = args.validation_split if split == "validation" else "train"

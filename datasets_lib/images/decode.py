@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from datasets_lib.buckets import Size, best
-from datasets_lib.choices import one_of
-from datasets_lib.transforms import INTERPOLATIONS, resize, resized_size
+from datasets_lib.checks import one_of
+from datasets_lib.images.buckets import Size, best
+from datasets_lib.images.transforms import INTERPOLATIONS, resize, resized_size
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 PILLOW_LIMIT = 2 * 178956970  # pixels; above it Pillow refuses by itself

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from datasets_lib.source import Source
-from datasets_lib.transforms import draw
+from datasets_lib.images.source import Source
+from datasets_lib.images.transforms import draw
 
 
 class Captions:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from datasets_lib.place import Place
-from datasets_lib.shard_rows import RawRow
-from datasets_lib.source import digest
+from datasets_lib.images.source import digest
+from datasets_lib.streaming.place import Place
+from datasets_lib.streaming.rows import RawRow
 
 
 class Waiting(NamedTuple):

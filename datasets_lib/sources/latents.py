@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from datasets_lib.rows import select_rows
-from datasets_lib.source import digest
+from datasets_lib.images.source import digest
+from datasets_lib.images.splits import select_rows
 
 INDEX = "index.json"
 FORMAT = 1

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from datasets_lib.buckets import Size, kept_part
-from datasets_lib.pictures import Pictures
+from datasets_lib.images.buckets import Size, kept_part
+from datasets_lib.images.pictures import Pictures
 
 SHOWN = 5  # captions, duplicates
 LABELS_SHOWN = 40

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.choices import one_of
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.source import CAPTION_COLUMNS, Source, check_caption, digest
+from datasets_lib.checks import one_of
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption, digest
 
 
 def build(args: Any, split: str) -> ImageDataset:

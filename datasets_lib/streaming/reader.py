@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from datasets_lib.place import Place
-from datasets_lib.shard_order import ShardOrder
-from datasets_lib.shard_rows import RawRow, read_rows
-from datasets_lib.shards import Shard
+from datasets_lib.streaming.order import ShardOrder
+from datasets_lib.streaming.place import Place
+from datasets_lib.streaming.rows import RawRow, read_rows
+from datasets_lib.streaming.shards import Shard
 
 RETRY_SECONDS = 0.5  # before the first retry; each further one waits twice as long
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets_lib.buckets import Size
+from datasets_lib.images.buckets import Size
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from datasets_lib.choices import one_of
-from datasets_lib.hub import image_column, mask_column
-from datasets_lib.shard_rows import LATENTS, RawRow, features_of
-from datasets_lib.shards import Shard
-from datasets_lib.source import CAPTION_COLUMNS, Source, check_caption
+from datasets_lib.checks import one_of
+from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption
+from datasets_lib.sources.hub import image_column, mask_column
+from datasets_lib.streaming.rows import LATENTS, RawRow, features_of
+from datasets_lib.streaming.shards import Shard
 
 TRIED_SHARDS = 8  # until one tells which columns there are
 

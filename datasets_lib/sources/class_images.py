@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.folder import as_source, list_files
-from datasets_lib.metadata import Listed
-from datasets_lib.source import digest
-from datasets_lib.transforms import draw
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import digest
+from datasets_lib.images.transforms import draw
+from datasets_lib.sources.folder import as_source, list_files
+from datasets_lib.sources.metadata import Listed
 
 PREFIX = "class_"
 PASSED_ON = ("label_names", "highest_label", "captioned", "caption", "caption_note", "encoded_by")

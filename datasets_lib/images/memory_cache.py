@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from datasets_lib.buckets import Size
-from datasets_lib.transforms import View
+from datasets_lib.images.buckets import Size
+from datasets_lib.images.transforms import View
 
 Picture = tuple[torch.Tensor, Size]  # resized pixels, and the size before
 

@@ -7,8 +7,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-from datasets_lib.folder import EXTENSIONS
-from datasets_lib.shards import Shard
+from datasets_lib.sources.folder import EXTENSIONS
+from datasets_lib.streaming.shards import Shard
 
 READ_ROWS = 32  # of parquet that are in memory at once, beside what is compressed
 LATENTS = "safetensors"  # a column, or the end of a member's name: a file of mean and logvar

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from datasets_lib import stream_resume
-from datasets_lib.captions import Captions
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.example_reader import ExampleReader
-from datasets_lib.held_examples import HeldExamples
-from datasets_lib.shard_columns import ShardColumns, check_latents, find_features, posterior
-from datasets_lib.shard_order import ShardOrder
-from datasets_lib.shard_rows import RawRow
-from datasets_lib.shards import INDEX, ShardList, find_shards, sizes
-from datasets_lib.shuffle_buffer import ShuffleBuffer
-from datasets_lib.source import Source, digest
-from datasets_lib.stream_reader import StreamReader
+from datasets_lib.images.captions import Captions
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import Source, digest
+from datasets_lib.streaming import resume as stream_resume
+from datasets_lib.streaming.columns import ShardColumns, check_latents, find_features, posterior
+from datasets_lib.streaming.example_reader import ExampleReader
+from datasets_lib.streaming.held_out import HeldExamples
+from datasets_lib.streaming.order import ShardOrder
+from datasets_lib.streaming.reader import StreamReader
+from datasets_lib.streaming.rows import RawRow
+from datasets_lib.streaming.shards import INDEX, ShardList, find_shards, sizes
+from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
 
 
 class Stream:

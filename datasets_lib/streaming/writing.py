@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.folder import EXTENSIONS
-from datasets_lib.shard_rows import LABEL, LATENTS, MASK
-from datasets_lib.source import Source
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import Source
+from datasets_lib.sources.folder import EXTENSIONS
+from datasets_lib.streaming.rows import LABEL, LATENTS, MASK
 
 ROW_GROUP = 100  # examples of parquet that are read at once to reach one of them
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}

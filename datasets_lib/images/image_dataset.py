@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets_lib.buckets import Size
-from datasets_lib.captions import Captions
-from datasets_lib.pictures import Pictures
-from datasets_lib.rows import select_rows
-from datasets_lib.source import Source, digest
-from datasets_lib.transforms import View, draw, draw_view, mirror, normalize, scale
+from datasets_lib.images.buckets import Size
+from datasets_lib.images.captions import Captions
+from datasets_lib.images.pictures import Pictures
+from datasets_lib.images.source import Source, digest
+from datasets_lib.images.splits import select_rows
+from datasets_lib.images.transforms import View, draw, draw_view, mirror, normalize, scale
 
 
 class ImageDataset:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datasets_lib.place import Place
-from datasets_lib.shard_order import ShardOrder
-from datasets_lib.shards import Shard
-from datasets_lib.shuffle_buffer import ShuffleBuffer
-from datasets_lib.stream_reader import StreamReader
+from datasets_lib.streaming.order import ShardOrder
+from datasets_lib.streaming.place import Place
+from datasets_lib.streaming.reader import StreamReader
+from datasets_lib.streaming.shards import Shard
+from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
 
 Readers = list[dict[str, Any]]  # what a checkpoint has of the readers of all processes, in order
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.source import Source, digest
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import Source, digest
 
 NAMES = [str(digit) for digit in range(10)]
 

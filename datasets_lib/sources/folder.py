@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.choices import one_of
-from datasets_lib.classes import class_folders, class_names, number_classes
-from datasets_lib.dataset import ImageDataset
-from datasets_lib.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
-from datasets_lib.source import Source, check_caption, digest, open_text
+from datasets_lib.checks import one_of
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.images.source import Source, check_caption, digest, open_text
+from datasets_lib.sources.classes import class_folders, class_names, number_classes
+from datasets_lib.sources.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
