@@ -18,7 +18,8 @@ HEAVY = ("diffusers", "transformers", "peft")
 # A file imports from its own room, and from those above its own in this list; a task from no other task.
 ORDER = (
     "datasets_lib.checks",
-    "datasets_lib.images.decode",
+    "datasets_lib.images",
+    "datasets_lib.example",
     "datasets_lib.sources",
     "datasets_lib.streaming",
     "datasets_lib.report",

@@ -12,7 +12,7 @@ import torch
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source, digest
-from datasets_lib.streaming import resume as stream_resume
+from datasets_lib.streaming import resume
 from datasets_lib.streaming.columns import ShardColumns, check_latents, find_features, posterior
 from datasets_lib.streaming.example_reader import ExampleReader
 from datasets_lib.streaming.held_out import HeldExamples
@@ -126,7 +126,7 @@ class Stream:
         drawn = state["drawn"] if state else 0
         buffer = ShuffleBuffer(reader, self.args.shuffle_buffer_size, self.args.seed, reader.number, drawn)
         if state and self._replays:
-            stream_resume.replay(reader, buffer, state)
+            resume.replay(reader, buffer, state)
         return buffer
 
     @property
@@ -139,21 +139,21 @@ class Stream:
 
         Other processes or workers than these have other shards: then every reader begins the next epoch.
         """
-        readers = stream_resume.saved_readers(saved)
+        readers = resume.saved_readers(saved)
         before = [part.get("skipped_before", (0, 0)) for part in saved]
         if [len(part["readers"]) for part in saved] == [len(self.readers)] * (self.reader_count // len(self.readers)):
             self.readers, self.turn = tuple(saved[process_index]["readers"]), saved[process_index]["turn"]
             self.skipped_before = tuple(before[process_index])
-            return list(stream_resume.buffer_notes(self._replays, readers))
-        epoch = stream_resume.next_epoch(readers)
+            return list(resume.buffer_notes(self._replays, readers))
+        epoch = resume.next_epoch(readers)
         self.readers = ({"place": (epoch, 0, 0)},) * len(self.readers)
         if process_index == 0:
-            self.skipped_before = tuple(map(sum, zip(stream_resume.skipped(readers), *before, strict=True)))
+            self.skipped_before = tuple(map(sum, zip(resume.skipped(readers), *before, strict=True)))
         return [f"stream: all readers begin epoch {epoch}: {self.left_out(saved)} are not read"]
 
     def left_out(self, saved: list[dict[str, Any]]) -> str:
         """Say what of the epochs that were begun is not read where the next one is begun."""
-        return stream_resume.left_out(self.order, self.records, stream_resume.saved_readers(saved))
+        return resume.left_out(self.order, self.records, resume.saved_readers(saved))
 
     def limit_labels(self, num_classes: int | None) -> None:
         """Make a label that is none of so many classes an error."""
@@ -161,7 +161,7 @@ class Stream:
 
     def losses(self) -> tuple[int, int]:
         """Return how often a shard was skipped, and how many pictures were, by this process's readers."""
-        shards, images = stream_resume.skipped([reader for reader in self.readers if reader])
+        shards, images = resume.skipped([reader for reader in self.readers if reader])
         return self.skipped_before[0] + shards, self.skipped_before[1] + images
 
     def held(self, count: float = math.inf) -> HeldExamples:
