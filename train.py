@@ -124,18 +124,15 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
 
 def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState:
     """Builds the task's networks, their optimizer and averages, and what counts the steps."""
-    import torch
-
     from trainers.engine.checkpoint.train_state import TrainState
     from trainers.engine.optim.ema import EMA
-    from trainers.engine.optim.networks import prepare_networks
+    from trainers.engine.optim.networks import init_networks, prepare_networks
     from trainers.engine.optim.nonfinite import NonFiniteSteps
     from trainers.engine.optim.optimizer import build_optimizer
     from trainers.engine.tracking.meters import Meter
 
     config = ctx.run.config
-    torch.manual_seed(ctx.run.base.seed)  # of the initial weights
-    networks = trainer.init_modules()
+    networks = init_networks(trainer)
     optimizer = build_optimizer(trainer.param_groups(networks), config, ctx.clock, ctx.device)
     optimizer = prepare_networks(ctx.accelerator, trainer, networks, optimizer, ctx.run.base)
     ema = EMA(networks, config) if config.use_ema else None

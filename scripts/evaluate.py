@@ -28,14 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from trainers.base import Trainer
 from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.eval_networks import ALLOWED_FEATURES, classifier_problem, features_problem
 from trainers.engine.encoders.stages import FrozenEncoders
-from trainers.engine.validation.feature_networks import (
-    ALLOWED_FEATURES,
-    classifier_problem,
-    features_problem,
-    load_classifier,
-    load_features,
-)
+from trainers.engine.validation.feature_networks import load_classifier, load_features
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import mean_over
 from trainers.engine.validation.metrics import (

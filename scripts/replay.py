@@ -25,7 +25,7 @@ from trainers.engine.data.batches import order_of
 from trainers.engine.data.workers import SlotExamples, collate
 from trainers.engine.distributed import launch
 from trainers.engine.encoders.stages import build_encoders
-from trainers.engine.optim.networks import build_trainer, prepare_networks
+from trainers.engine.optim.networks import build_trainer, init_networks, prepare_networks
 from trainers.engine.optim.optimizer import build_optimizer
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.context import DataSets
@@ -62,7 +62,7 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
 
     clock = Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None))
     trainer = build_trainer(accelerator, run, clock, DataSets(train_set, None))
-    networks = trainer.init_modules()
+    networks = init_networks(trainer)
     optimizer = build_optimizer(trainer.param_groups(networks), run.config, clock, accelerator.device)
     prepare_networks(accelerator, trainer, networks, optimizer, base)
     encoders = build_encoders(trainer)

@@ -41,7 +41,7 @@ once() { # FOLDER COMMAND...: unless FOLDER is there; the command makes FOLDER.p
 mkdir -p "$out"
 once "$out/data" .venv/bin/python scripts/data/make_digits.py "$out/data.part"
 train vae base.train_data_dir="$out/data/colors"
-once "$out/blank" .venv/bin/python scripts/data/make_base.py "$out/vae" configs/zero_base.yaml "$out/blank.part" \
+once "$out/blank" .venv/bin/python scripts/data/make_base.py "$out/vae" configs/zero_to_lora/base.yaml "$out/blank.part" \
     --max-length 8 base.train_data_dir="$out/data/plain"
 train base base.train_data_dir="$out/data/plain" text_to_image.pretrained_model_name_or_path="$out/blank"
 train lora base.train_data_dir="$out/data/paper" lora.pretrained_model_name_or_path="$out/base"

@@ -112,7 +112,7 @@ def run_in_process(tiny_config):
 @pytest.fixture
 def network_without_dropout(tmp_path):
     """The tiny UNet without dropout, which is keyed by micro-batch: for comparisons of splits."""
-    settings = json.loads((ROOT / "configs/tests/unet2d.json").read_text()) | {"dropout": 0.0}
+    settings = json.loads((ROOT / "configs/tests/models/unet2d.json").read_text()) | {"dropout": 0.0}
     (tmp_path / "network.json").write_text(json.dumps(settings))
     return str(tmp_path / "network.json")
 

@@ -177,7 +177,7 @@ def test_hub_configs_on_local_data_of_the_same_features(name, tmp_path):
     """Everything of the config but the network, the length and what needs a download."""
     data = hub_layout(tmp_path / "data", *HUB[name])
     network = tmp_path / "network.json"
-    text = (ROOT / "configs/tests/unet2d.json").read_text()
+    text = (ROOT / "configs/tests/models/unet2d.json").read_text()
     network.write_text(text if name == "mnist" else text.replace('channels": 1', 'channels": 3'))
     options = [f"base.dataset_name={data}", f"base.output_dir={tmp_path / 'run'}", "base.checkpointing_steps=2"]
     options += [f"conditional_ddpm.model_config={network}", "conditional_ddpm.ddpm_num_inference_steps=2"]
@@ -195,7 +195,7 @@ def test_hub_configs_on_local_data_of_the_same_features(name, tmp_path):
 def test_the_alphabets_config(alphabet, tmp_path):
     options = [f"base.train_data_dir={alphabet}", f"base.output_dir={tmp_path / 'run'}", "base.valid_steps=2"]
     options += [
-        "conditional_ddpm.model_config=configs/tests/unet2d.json",
+        "conditional_ddpm.model_config=configs/tests/models/unet2d.json",
         "conditional_ddpm.ddpm_num_inference_steps=2",
     ]
     assert main(["configs/alphabet.yaml", *TINY, *options]) == 0

@@ -201,7 +201,7 @@ def test_an_option_that_is_new_had_its_default(begun, capsys, monkeypatch):
 
 def test_another_network_is_refused_although_its_file_has_the_same_name(tiny_config, tmp_path, capsys):
     """And the same network from another file passes."""
-    network = json.loads((ROOT / "configs/tests/unet2d.json").read_text())
+    network = json.loads((ROOT / "configs/tests/models/unet2d.json").read_text())
     for name, dropout in (("a.json", 0.1), ("b.json", 0.1)):
         (tmp_path / name).write_text(json.dumps(network | {"dropout": dropout}))
     folder = train(load_config(tiny_config(**{"ddpm.model_config": str(tmp_path / "a.json")})))

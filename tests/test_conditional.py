@@ -74,7 +74,7 @@ def test_noise_levels():
 
 
 def make(names=NAMES, **options):
-    options = {"model_config": "configs/tests/unet2d.json", "ddpm_num_steps": 20} | options
+    options = {"model_config": "configs/tests/models/unet2d.json", "ddpm_num_steps": 20} | options
     trainer = ConditionalDDPMTrainer(ConditionalDDPMConfig(**options), BaseConfig(resolution=16, channels=1))
     trainer.label_names = names
     trainer.setup()
@@ -115,7 +115,7 @@ def test_errors_of_classes(tmp_path):
     batch = {"image": torch.zeros(1, 1, 16, 16)}
     with pytest.raises(ValueError, match="needs labels, and the data set has none"):
         make().compute_loss(batch, SlotRandom(0, torch.zeros(1, dtype=torch.int64)), 0)
-    UNet2DModel.from_config(json.loads(Path("configs/tests/unet2d.json").read_text())).save_pretrained(tmp_path)
+    UNet2DModel.from_config(json.loads(Path("configs/tests/models/unet2d.json").read_text())).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has num_class_embeds = None, and this run needs 11"):
         make(model_config=None, pretrained_model_name_or_path=str(tmp_path))
 

@@ -21,7 +21,7 @@ from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.saved_run import load_trainer, open_run
 
 TASK = "dit"
-TINY = "configs/tests/dit_transformer.json"
+TINY = "configs/tests/models/dit_transformer.json"
 SHAPE = json.loads((ROOT / TINY).read_text())
 FLOW = {"objective": "rectified_flow", "time_shift": 2.0, "sampler": "euler"}
 GRID = Grid(1, 16)
@@ -137,7 +137,7 @@ def test_pretrained_weights_that_do_not_fit(tmp_path):
     assert "has positions for sample_size = 16, base.resolution is 32; make them equal" in found
     assert "has num_embeds_ada_norm = 10, and this run needs 9" in error(of_shape(), num_classes=9)
     assert "has out_channels = 2, half of them a variance" in error(of_shape(out_channels=2))
-    unet = UNet2DModel.from_config(json.loads((ROOT / "configs/tests/unet2d.json").read_text()))
+    unet = UNet2DModel.from_config(json.loads((ROOT / "configs/tests/models/unet2d.json").read_text()))
     assert "must be a DiTTransformer2DModel, found a UNet2DModel" in error(unet)
     with pytest.raises(FileNotFoundError, match="no DiTTransformer2DModel in safetensors format could be read; give a"):
         build_dit(None, str(tmp_path / "nothing"), GRID, 10)

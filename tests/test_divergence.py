@@ -21,14 +21,16 @@ from scripts.replay import find_slots
 from scripts.replay import main as replay_main
 from scripts.replay import replay as replay_step
 from train import main
+from trainers.base import Trainer, TrainerConfig
 from trainers.engine.checkpoint.snapshot import find_not_finite
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.config.config import find_trainer, load_config
+from trainers.engine.config.config import RunConfig, find_trainer, load_config
 from trainers.engine.data.batches import EpochOrder
 from trainers.engine.optim import optimizer as optimization
 from trainers.engine.optim.nonfinite import SCALE_HALVINGS, NonFiniteSteps
 from trainers.engine.optim.sanity_checks import SanityChecks
 from trainers.engine.run.clock import Clock
+from trainers.engine.run.context import RunContext
 from trainers.engine.run.signals import DIVERGED, StopSignals
 
 
@@ -234,7 +236,9 @@ def watched(monkeypatch):
 
     def make(tmp_path):
         base = BaseConfig(output_dir=str(tmp_path), max_skipped_steps=2)
-        return NonFiniteSteps(accelerator, tmp_path, base, Clock(8, 1, 1, 1, max_train_steps=9), stopping), stopping
+        ctx = RunContext(accelerator, RunConfig("ddpm", base, TrainerConfig(), Trainer), None, stopping)
+        ctx.clock = Clock(8, 1, 1, 1, max_train_steps=9)
+        return NonFiniteSteps(ctx), stopping
 
     return make
 
@@ -242,11 +246,11 @@ def watched(monkeypatch):
 def test_overflows_of_the_scaler_are_told_apart(watched, tmp_path):
     divergence, stopping = watched(tmp_path)
     norms = {"grad_norm/net": torch.tensor(math.inf)}
-    divergence.checked(torch.ones(()))
+    divergence.poison_if_nonfinite(torch.ones(()))
     assert divergence.after_step(0, torch.zeros(()), norms) == {"skipped": 0, "scaler_skipped": 1}
     assert divergence.skipped_in_a_row == 0
     assert not divergence.file.exists()
-    divergence.checked(torch.tensor(math.nan))
+    divergence.poison_if_nonfinite(torch.tensor(math.nan))
     assert divergence.after_step(1, torch.zeros(()), norms) == {"skipped": 1, "scaler_skipped": 0}
     assert divergence.file.exists()
     assert stopping.asked == 0
@@ -256,7 +260,7 @@ def test_overflows_that_never_end_stop_the_run(watched, tmp_path):
     divergence, stopping = watched(tmp_path)
     for step in range(2 + SCALE_HALVINGS):
         assert stopping.asked == 0
-        divergence.checked(torch.ones(()))
+        divergence.poison_if_nonfinite(torch.ones(()))
         divergence.after_step(step, torch.zeros(()), {"grad_norm/net": torch.tensor(math.inf)})
     assert stopping.asked == DIVERGED
     assert f"fp16 gradients overflowed in {2 + SCALE_HALVINGS} steps in a row, whatever the loss scale" in stopping.text
@@ -266,7 +270,7 @@ def test_checking_a_finite_loss_changes_no_bit(watched, tmp_path):
     divergence, _ = watched(tmp_path)
     weight = torch.rand(5, requires_grad=True)
     [plain] = torch.autograd.grad(weight.square().sum() / 3, weight)
-    [checked] = torch.autograd.grad(divergence.checked(weight.square().sum() / 3), weight)
+    [checked] = torch.autograd.grad(divergence.poison_if_nonfinite(weight.square().sum() / 3), weight)
     assert torch.equal(plain, checked)
 
 

@@ -40,7 +40,7 @@ def test_the_example_task_of_the_readme(tmp_path, monkeypatch):
         "base.max_train_steps=40",
         "base.logging_steps=10",
         "base.logger=none",
-        "flow.model_config=configs/tests/unet2d.json",
+        "flow.model_config=configs/tests/models/unet2d.json",
     ]
     options += [
         f"base.output_dir={tmp_path / 'run'}",

@@ -105,7 +105,7 @@ def test_metrics_of_two_processes_are_those_of_one(tmp_path, features):
 
 def undropped(folder):
     """The tiny network without dropout, which is keyed by micro-batch."""
-    settings = json.loads(Path("configs/tests/unet2d.json").read_text()) | {"dropout": 0.0}
+    settings = json.loads(Path("configs/tests/models/unet2d.json").read_text()) | {"dropout": 0.0}
     (folder / "network.json").write_text(json.dumps(settings))
     return folder / "network.json"
 
@@ -287,7 +287,7 @@ def test_what_was_sampled_can_be_evaluated(trained, tmp_path, monkeypatch):
 
 def test_a_run_can_be_sampled_on_another_machine(run_in_process, tmp_path, monkeypatch):
     """The files that its config names are gone: the network's shape is in the checkpoint and in the pipeline."""
-    shutil.copy("configs/tests/unet2d.json", tmp_path / "network.json")
+    shutil.copy("configs/tests/models/unet2d.json", tmp_path / "network.json")
     folder = run_in_process(task=TASK, **{f"{TASK}.model_config": str(tmp_path / "network.json")})
     (tmp_path / "network.json").unlink()
     monkeypatch.chdir(tmp_path)

@@ -41,7 +41,7 @@ def test_metrics_and_files(trained):
 
 def test_loss_and_accuracy_against_their_definitions(monkeypatch):
     trainer = NoisyClassifierTrainer(
-        NoisyClassifierConfig(model_config="configs/tests/unet2d.json", ddpm_num_steps=20),
+        NoisyClassifierConfig(model_config="configs/tests/models/unet2d.json", ddpm_num_steps=20),
         load_config("configs/tests/noisy_classifier.json").base,
     )
     trainer.label_names = list("0123456789")

@@ -15,7 +15,13 @@ from torch import nn
 
 from trainers.base import TrainerConfig
 from trainers.engine.optim.ema import EMA, ema_decay, move, pieces
-from trainers.engine.optim.optimizer import build_optimizer, optimizer_step, schedule, set_learning_rates, warmup_steps
+from trainers.engine.optim.optimizer import (
+    build_optimizer,
+    learning_rate_schedule,
+    optimizer_step,
+    set_learning_rates,
+    warmup_steps,
+)
 from trainers.engine.run.clock import Clock
 
 TOTAL, WARMUP = 200, 20
@@ -45,7 +51,7 @@ def test_schedules_that_diffusers_has(name):
     config = TrainerConfig(lr_scheduler=name, lr_warmup_steps=warmup, lr_num_cycles=cycles)
     optimizer = one_parameter()
     reference = torch_rates(get_scheduler(name, optimizer, None, WARMUP, TOTAL, cycles), optimizer)
-    ours = schedule(config, TOTAL)
+    ours = learning_rate_schedule(config, TOTAL)
     assert [ours(step) for step in range(TOTAL)] == pytest.approx(reference, abs=1e-12)
 
 
@@ -64,7 +70,7 @@ def test_schedules_that_diffusers_has(name):
 )
 def test_schedules_at_the_first_step_after_warmup_and_at_the_last(name, first, after_warmup, last):
     config = TrainerConfig(lr_scheduler=name, lr_warmup_steps=None if name == "constant" else WARMUP)
-    ours = schedule(config, TOTAL)
+    ours = learning_rate_schedule(config, TOTAL)
     assert (ours(0), ours(WARMUP), ours(TOTAL - 1)) == pytest.approx((first, after_warmup, last), abs=2e-7)
 
 
@@ -74,7 +80,7 @@ def test_one_cycle_is_torchs(warmup, total):
     share = 0.3 if warmup is None else warmup / total
     one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total, pct_start=share)
     reference = torch_rates(one_cycle, optimizer, total - 1)
-    ours = schedule(TrainerConfig(lr_scheduler="one_cycle", lr_warmup_steps=warmup), total)
+    ours = learning_rate_schedule(TrainerConfig(lr_scheduler="one_cycle", lr_warmup_steps=warmup), total)
     assert [ours(step) for step in range(total - 1)] == pytest.approx(reference, abs=1e-9)
     assert ours(total - 1) == pytest.approx(1 / 25e4)
 
@@ -84,7 +90,7 @@ def test_warmup_cosine_is_torchs_sequence():
     lr = torch.optim.lr_scheduler
     parts = [lr.LinearLR(optimizer, 0.1, total_iters=30), lr.CosineAnnealingLR(optimizer, T_max=170)]
     reference = torch_rates(lr.SequentialLR(optimizer, parts, milestones=[30]), optimizer)
-    ours = schedule(TrainerConfig(lr_scheduler="warmup_cosine"), TOTAL)  # 15 % of 200 steps
+    ours = learning_rate_schedule(TrainerConfig(lr_scheduler="warmup_cosine"), TOTAL)  # 15 % of 200 steps
     assert [ours(step) for step in range(TOTAL)] == pytest.approx(reference, abs=1e-9)
 
 
@@ -100,7 +106,7 @@ def test_own_warmup_of_each_schedule():
 @pytest.mark.parametrize("name", ["one_cycle", "warmup_cosine", "cosine", "linear"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_tiny_runs_have_finite_rates(name, total):
-    ours = schedule(TrainerConfig(lr_scheduler=name), total)
+    ours = learning_rate_schedule(TrainerConfig(lr_scheduler=name), total)
     assert all(0 <= ours(step) <= 1 for step in range(total))
 
 

@@ -141,8 +141,8 @@ def test_linear_layers_by_hand():
 
 GRID = Grid(1, 16)
 TINY = {
-    "unet": (lambda: build_unet2d("configs/tests/unet2d.json", None, GRID), engines.unet_inputs),
-    "dit": (lambda: build_dit("configs/tests/dit_transformer.json", None, GRID, 10), dit_inputs(16, 1)),
+    "unet": (lambda: build_unet2d("configs/tests/models/unet2d.json", None, GRID), engines.unet_inputs),
+    "dit": (lambda: build_dit("configs/tests/models/dit_transformer.json", None, GRID, 10), dit_inputs(16, 1)),
 }
 
 

@@ -210,7 +210,7 @@ def test_a_signal_ends_the_steps_after_the_one_that_it_met(stopping):
         stopping.agreed()
     assert done == [3, 4, 5]
     with pytest.raises(Interrupted, match=r"after step 6; checkpoint-6 is written") as caught:
-        stopping.finish(6, saved.append, lambda: saved.append("closed"))
+        stopping.finish(saved.append, lambda: saved.append("closed"))
     assert (caught.value.code, saved) == (75, [6, "closed"])
 
 
@@ -244,13 +244,14 @@ def nothing():
 
 def test_faults_and_divergence(stopping):
     saved = []
+    stopping.steps_done = 1
     stopping.ask(FAULT, "a worker died")
     with pytest.raises(OSError, match="a worker died; checkpoint-1 is written"):
-        stopping.finish(1, saved.append, nothing)
+        stopping.finish(saved.append, nothing)
     assert saved == [1]
     stopping.ask(DIVERGED, "hopeless")
     with pytest.raises(ValueError, match="^hopeless$"):
-        stopping.finish(2, saved.append, nothing)
+        stopping.finish(saved.append, nothing)
 
 
 def test_a_signal_in_the_last_step_is_not_lost(stopping):
@@ -258,14 +259,14 @@ def test_a_signal_in_the_last_step_is_not_lost(stopping):
         stopping.agreed()
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted):
-        stopping.finish(3, lambda step: None, nothing)
+        stopping.finish(lambda step: None, nothing)
     os.kill(os.getpid(), signal.SIGTERM)  # what a launcher sends when its first process has ended
     assert stopping.received == 2
 
 
 def test_an_end_that_nobody_asked_for_saves_nothing(stopping):
     assert list(stopping.steps(0, 3)) == [0, 1, 2]
-    stopping.finish(3, lambda step: pytest.fail("saved"), nothing)
+    stopping.finish(lambda step: pytest.fail("saved"), nothing)
 
 
 def test_only_a_launcher_is_followed_into_death():

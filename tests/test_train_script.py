@@ -762,12 +762,12 @@ def test_an_error_of_another_process_names_it(tiny_config, capsys, monkeypatch):
     "name", ["linear", "polynomial", "one_cycle", "warmup_cosine", "cosine_with_min_lr", "cosine_with_restarts"]
 )
 def test_rates_under_accumulation(name, run_in_process):
-    from trainers.engine.optim.optimizer import schedule
+    from trainers.engine.optim.optimizer import learning_rate_schedule
 
     options = {"ddpm.lr_scheduler": name, "ddpm.lr_warmup_steps": 2, "base.gradient_accumulation_steps": 2}
     folder = run_in_process(**options)
     config = load_config(folder / "config.yaml").config
-    expected = [1e-3 * schedule(config, 6)(step) for step in range(6)]
+    expected = [1e-3 * learning_rate_schedule(config, 6)(step) for step in range(6)]
     assert [line["lr"] for line in read_metrics(folder, prefix="lr")] == pytest.approx(expected)
 
 

@@ -54,7 +54,7 @@ def digits(split, resolution=16):
 
 
 def test_forward_is_encode_draw_and_decode():
-    settings = json.loads(Path("configs/tests/autoencoder.json").read_text())
+    settings = json.loads(Path("configs/tests/models/autoencoder.json").read_text())
     vae = AutoencoderKL.from_config(settings).eval()
     pixels, noise = torch.rand(3, 1, 16, 16), torch.randn(3, 2, 8, 8)
     posterior = vae.encode(pixels).latent_dist
@@ -441,7 +441,7 @@ def test_a_network_of_another_kind_or_with_gaps(trained, tmp_path, tiny_config, 
         assert main([str(tiny_config("vae", **options))]) == 1
         return capsys.readouterr().err
 
-    unet = diffusers.UNet2DModel.from_config(json.loads(Path("configs/tests/unet2d.json").read_text()))
+    unet = diffusers.UNet2DModel.from_config(json.loads(Path("configs/tests/models/unet2d.json").read_text()))
     unet.save_pretrained(tmp_path / "unet")
     assert "must be an AutoencoderKL, found a UNet2DModel" in error(tmp_path / "unet")
     (tmp_path / "gaps").mkdir()
@@ -480,8 +480,8 @@ def test_random_latents_wait_until_their_distribution_is_known(run_in_process):
         ),
         ({"model_config": "nothing"}, "model_config = nothing: must be a folder with config.json, a JSON file, or a"),
         (
-            {"model_config": "configs/tests/autoencoder.json"},
-            "model_config = configs/tests/autoencoder.json: has in_channels = 1, base.channels is 3; make them equal",
+            {"model_config": "configs/tests/models/autoencoder.json"},
+            "model_config = configs/tests/models/autoencoder.json: has in_channels = 1, base.channels is 3; make them equal",
         ),
         ({"perceptual_loss": "vgg"}, "perceptual_loss = vgg: must be one of: lpips (VGG16, downloaded by torchvision)"),
         (

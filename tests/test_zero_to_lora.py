@@ -108,7 +108,7 @@ def runs(digits, tmp_path_factory):
         patch.chdir(ROOT)
         train("vae", "colors", "vae.lr_warmup_steps=1", "vae.valid_batch_size=2")
         data = f"base.train_data_dir={digits / 'plain'}"
-        call(make_base, top / "vae", "configs/zero_base.yaml", top / "blank", "--max-length", 8, data)
+        call(make_base, top / "vae", "configs/zero_to_lora/base.yaml", top / "blank", "--max-length", 8, data)
         few = [f"{{}}.{option}" for option in ("lr_warmup_steps=1", "valid_batch_size=2", "num_inference_steps=2")]
         for stage, task, source, style in (
             ("base", "text_to_image", "blank", "plain"),
@@ -201,7 +201,7 @@ def test_pictures_do_not_depend_on_the_batch(runs):
 
 def real(digits, style):
     data = f"base.train_data_dir={digits / style}"
-    return measure_style.Real.of(load_config("configs/zero_base.yaml", [data]))
+    return measure_style.Real.of(load_config("configs/zero_to_lora/base.yaml", [data]))
 
 
 def test_real_pictures_before_the_judges(digits):
@@ -233,7 +233,7 @@ def test_shapes_know_no_colors():
 
 def test_mistakes(digits, runs, tmp_path):
     assert f"{digits}: exists; choose a new folder" in error(make_digits, digits)
-    captions = "configs/zero_base.yaml"
+    captions = "configs/zero_to_lora/base.yaml"
     assert f"{runs}: exists; choose a new folder" in error(make_base, runs / "vae", captions, runs)
     text = error(make_base, digits, captions, tmp_path / "new", f"base.train_data_dir={digits / 'plain'}")
     assert f"VAE = {digits}: must be a finished vae run" in text

@@ -38,7 +38,7 @@ from trainers.common.autoencoder.loss import AutoencoderLoss, quality
 from trainers.common.autoencoder.options import build_autoencoder, latent_grid
 from trainers.common.model_files import Grid
 from trainers.engine.config.config import RunConfig, load_config
-from trainers.engine.optim.optimizer import schedule
+from trainers.engine.optim.optimizer import learning_rate_schedule
 from trainers.engine.run.randomness import example_generator
 from trainers.inference.saved_run import load_trainer, open_run
 from trainers.vae import VAEConfig
@@ -57,7 +57,7 @@ def bare_training(run: RunConfig, train_set: Any, objective: Callable[..., Tenso
     optimizer = torch.optim.AdamW(
         vae.parameters(), rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.adam_weight_decay
     )
-    factor = schedule(config, base.max_train_steps)
+    factor = learning_rate_schedule(config, base.max_train_steps)
     grid = latent_grid(vae.config, base.resolution)
     order: list[int] = []
     for step in tqdm(range(base.max_train_steps)):

@@ -25,7 +25,7 @@ from peer_trainer import build_peer_unet
 import datasets_lib
 from train import train
 from trainers.engine.config.config import RunConfig, check_config
-from trainers.engine.optim.optimizer import schedule
+from trainers.engine.optim.optimizer import learning_rate_schedule
 from trainers.engine.validation.metrics import as_labels, describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import draw, evaluation_mode
 from trainers.inference.saved_run import load_trainer, open_run
@@ -55,7 +55,7 @@ def train_package(run: RunConfig, images: Tensor, labels: Tensor) -> Any:
     diffusion = GaussianDiffusion(unet, image_size=run.base.resolution, sampling_timesteps=SAMPLING_STEPS)
     averaged = EMA(diffusion, beta=0.995, update_every=10)
     optimizer = torch.optim.AdamW(diffusion.parameters(), lr=config.learning_rate)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config, total))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_schedule(config, total))
     order = torch.cat([torch.randperm(len(images)) for _ in range(-(-total * BATCH_SIZE // len(images)))])
     for chosen in order[: total * BATCH_SIZE].split(BATCH_SIZE):
         diffusion(images[chosen], classes=labels[chosen]).backward()

@@ -38,7 +38,7 @@ OPTIONS = {
     "text_to_image": [*CACHED, "text_to_image.caption_dropout=0", "text_to_image.noise_offset=0"],
     "vae": ["vae.perceptual_loss=null", "vae.perceptual_weight=1.0"],
 }
-TINY_VAE = ["vae.model_config=configs/tests/autoencoder.json", "base.resolution=16", "base.train_batch_size=4"]
+TINY_VAE = ["vae.model_config=configs/tests/models/autoencoder.json", "base.resolution=16", "base.train_batch_size=4"]
 SMALLEST = {task: (f"configs/tests/{task}.json", []) for task in TASKS} | {"vae": ("configs/vae_digits.yaml", TINY_VAE)}
 REALISTIC = {
     "ddpm": ("configs/ddpm_digits.yaml", []),

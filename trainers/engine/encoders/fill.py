@@ -75,9 +75,7 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
 
 def _ask(dataset: Any, attribute: str, name: str) -> Any:
     if not hasattr(dataset, attribute):
-        lacks = (
-            f"a {type(dataset).__name__} has no `{attribute}`, as datasets_lib's ImageDataset has it"
-        )
+        lacks = f"a {type(dataset).__name__} has no `{attribute}`, as datasets_lib's ImageDataset has it"
         raise ValueError(f"encoder {name} cannot be cached: {lacks}; set its cache to null")
     return getattr(dataset, attribute)
 

@@ -43,6 +43,12 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, data: 
     return trainer
 
 
+def init_networks(trainer: Trainer) -> dict[str, nn.Module]:
+    """Builds the task's networks, whose random weights depend on the run's seed alone."""
+    torch.manual_seed(trainer.base.seed)
+    return trainer.init_modules()
+
+
 def prepare_networks(
     accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer, base: BaseConfig
 ) -> Optimizer:
