@@ -20,14 +20,14 @@ export OMP_WAIT_POLICY=PASSIVE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python scripts/benchmarks/probe_threads.py)}
 overrides=("$@")
 
-train() { # STAGE SECTION.KEY=VALUE...: configs/zero_STAGE.yaml in OUTPUT/STAGE
+train() { # STAGE SECTION.KEY=VALUE...: configs/zero_to_lora/STAGE.yaml in OUTPUT/STAGE
     local stage=$1 few=()
     local task=${stage/#base/text_to_image}
     shift
     [ -z "$fast" ] || few=(base.{max_train,valid,checkpointing}_steps=4 "$task".{lr_warmup_steps=1,valid_batch_size=2})
     echo "== $stage"
     .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no \
-        --num_cpu_threads_per_process "$OMP_NUM_THREADS" train.py "configs/zero_$stage.yaml" \
+        --num_cpu_threads_per_process "$OMP_NUM_THREADS" train.py "configs/zero_to_lora/$stage.yaml" \
         base.output_dir="$out/$stage" base.resume_from_checkpoint=latest "$@" "${few[@]}" "${overrides[@]}"
 }
 

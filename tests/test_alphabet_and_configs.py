@@ -203,7 +203,11 @@ def test_the_alphabets_config(alphabet, tmp_path):
     assert Image.open(tmp_path / "run/samples/samples-step-000002.png").size == (26 * side + 2, 2 * (2 * side + 2) + 8)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "zero_to_lora").glob("*.yaml")]),
+    ids=lambda path: path.name,
+)
 def test_a_config_says_how_to_run_it_and_what_came_out(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     text = "\n".join(header)

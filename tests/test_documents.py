@@ -67,13 +67,14 @@ def test_the_readme_explains_the_config_that_is_shipped():
     assert f"{shipped['base']['max_train_steps']:,} steps" in README
 
 
-def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_files_that_a_page_names_exist(page):
+    for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / name).exists(), name
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in (ROOT / "configs").glob("*.*") if p.suffix in (".json", ".yaml")], ids=lambda p: p.name
+    "path", [*(ROOT / "configs").glob("*.*"), *(ROOT / "configs" / "zero_to_lora").glob("*.*")], ids=lambda p: p.name
 )
 def test_shipped_configs_load(path):
     load_config(path)

@@ -62,7 +62,7 @@ def test_the_defaults_are_those_of_the_configuration():
 
 
 def test_every_option_that_a_data_set_reads_has_a_default():
-    texts = [path.read_text() for path in (ROOT / "datasets_lib").glob("*.py") if path.name != "inspect.py"]
+    texts = [path.read_text() for path in (ROOT / "datasets_lib").rglob("*.py") if path.name != "inspect.py"]
     read = {name for text in texts for name in re.findall(r"(?<!_)\bargs\.([a-z_]+)", text)}
     assert read <= set(DEFAULTS)
     assert len(read) > 20

@@ -102,7 +102,7 @@ def runs(digits, tmp_path_factory):
 
     def train(stage, data, *options):
         paths = [f"base.output_dir={top / stage}", f"base.train_data_dir={digits / data}"]
-        assert main([f"configs/zero_{stage}.yaml", *FEW, *paths, *options]) == 0
+        assert main([f"configs/zero_to_lora/{stage}.yaml", *FEW, *paths, *options]) == 0
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
