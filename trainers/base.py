@@ -1,73 +1,25 @@
-"""The whole contract between the loop and a task: what a Trainer must say, and the schema its options live in."""
+"""The whole contract between the loop and a task: what a Trainer must say, and the options that every task has."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+
+from trainers.engine.config.base_options import BaseConfig
+from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-
-class Bounds(NamedTuple):
-    """The range that a number of the configuration must lie in; `open_low` leaves the lower end out."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        return above and value <= self.high
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"{'above' if self.open_low else 'at least'} {self.low:.10g}"
-        return f"in {'(' if self.open_low else '['}{self.low:.10g}, {self.high:.10g}]"
-
-
-Positive = Annotated[int, Bounds(1)]
-NonNegative = Annotated[int, Bounds(0)]
-PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
-NonNegativeFloat = Annotated[float, Bounds(0)]
-Fraction = Annotated[float, Bounds(0, 1)]
-
-
-@dataclass(kw_only=True)
-class Section:
-    """One section of the configuration. Every field is annotated and has a trailing comment, which `--describe` shows.
-
-    A public attribute without an annotation would silently be no option, so it is a TypeError when the class is made.
-    """
-
-    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
-    reset_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that go when another one is overridden
-    free_on_resume: ClassVar[tuple[str, ...]] = ()  # options that may change on resume: nothing trained depends on them
-
-    def __init_subclass__(cls) -> None:
-        for name, value in vars(cls).items():
-            is_code = callable(value) or isinstance(value, (property, classmethod, staticmethod))
-            if not name.startswith("_") and not is_code and name not in inspect.get_annotations(cls):
-                raise TypeError(
-                    f"{cls.__name__}.{name} = {value!r} has no annotation; write `{name}: <type> = {value!r}`"
-                )
-
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
-        """Yields (option, what is wrong and what is allowed) for combinations that a type cannot express."""
-        yield from ()
-
-    def without_effect(self, options: Iterable[str], condition: str, holds: bool) -> Iterator[tuple[str, str]]:
-        """Yields those of the options that were set though the condition does not hold that gives them an effect."""
-        for option in options:
-            if not holds and getattr(self, option) != type(self).__dataclass_fields__[option].default:
-                yield option, f"has an effect with {condition} only"
+__all__ = [  # what a task imports from here
+    "BaseConfig", "Bounds", "Encoder", "Fraction", "NonNegative", "NonNegativeFloat", "Positive", "PositiveFloat",
+    "RandomSource", "Section", "Trainer", "TrainerConfig",
+]  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -104,7 +56,8 @@ class TrainerConfig(Section):
     offload_ema: bool = False  # keep the averages in main memory: slower, and less memory of the device
     valid_batch_size: Positive = 16  # pictures drawn at a validation, in all
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
+        """Yields (option, what is wrong and what is allowed) for combinations that a type cannot express."""
         fields = type(self).__dataclass_fields__
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             yield "lr_warmup_steps", "has no effect with lr_scheduler: constant; use constant_with_warmup, or null"
@@ -197,7 +150,7 @@ class Trainer(ABC):
     statistics: dict[str, float]  # the means of data_statistics, set by the loop before save_pipeline
     frames: list[Tensor] | None = None  # where a list, sample() appends its pictures [N, C, H, W] after every step
 
-    def __init__(self, config: TrainerConfig, base: Section) -> None:
+    def __init__(self, config: TrainerConfig, base: BaseConfig) -> None:
         self.config = config
         self.base = base
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import (
+    BaseConfig,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     RandomSource,
-    Section,
     Trainer,
     TrainerConfig,
 )
@@ -76,7 +76,7 @@ class VAEConfig(TrainerConfig):
     lecam_weight: NonNegativeFloat = 0.0  # keeps logits near moving averages; 0: none
     estimate_shift: bool = False  # write a shift_factor, too; Stable Diffusion 1 and 2 ignore it, 3 and Flux do not
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         yield from self._without_effect()
         if self.pretrained_model_name_or_path is None:
@@ -104,7 +104,7 @@ class VAEConfig(TrainerConfig):
             if self.decoder_only and getattr(self, option) != type(self).__dataclass_fields__[option].default:
                 yield option, "has no effect with decoder_only: the encoder stays as it is"
 
-    def _adversarial_problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def _adversarial_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         least = smallest_picture(self.discriminator_layers)
         if base.resolution < least:
             yield "discriminator_layers", f"needs a base.resolution of at least {least}; take fewer layers"

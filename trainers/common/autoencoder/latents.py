@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainers.base import Encoder, RandomSource, Section
+from trainers.base import BaseConfig, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
 
@@ -48,7 +48,7 @@ class LatentSpace:
         self,
         option: str,
         source: str,
-        base: Section,
+        base: BaseConfig,
         device: torch.device,
         dtype: torch.dtype,
         encoded_by: str | None = None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from trainers.base import Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.base import BaseConfig, Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.autoencoder.latents import LatentSpace, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
 from trainers.common.diffusion.classes import count_classes, labels_of
@@ -40,7 +40,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
     classifier_scale: PositiveFloat = 1.0  # how strongly it guides, beside or instead of guidance_scale
     valid_classes: list[str | ClassNumber] | None = None  # one column each, by name or number; null: all classes
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.vae is not None:
             yield from (("vae", problem) for problem in latents_problems(self.vae))
@@ -61,7 +61,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
         if self.valid_classes == []:
             yield "valid_classes", "must name at least one class, or be null"
 
-    def seen(self, base: Section) -> Grid | None:
+    def seen(self, base: BaseConfig) -> Grid | None:
         settings = vae_config(self.vae) if self.vae is not None else None
         return super().seen(base) if self.vae is None else settings and latent_grid(settings, base.resolution)
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainers.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 
@@ -37,7 +37,7 @@ class AdapterConfig(StableDiffusionConfig):
     use_ema: bool = False  # average the adapter's weights
     lora_scale: NonNegativeFloat = 1.0  # how strongly the adapter acts in validation pictures; 0: not at all
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds all
         if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
