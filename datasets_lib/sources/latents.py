@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from datasets_lib.example import ImageData
 from datasets_lib.images.source import digest
 from datasets_lib.images.splits import select_rows
 
@@ -20,7 +21,7 @@ INDEX = "index.json"
 FORMAT = 1
 
 
-class LatentDataset:
+class LatentDataset(ImageData):
     """Examples {"mean", "logvar": float32 [c, h, w], "caption", and "label" where the pictures have one}."""
 
     random = False  # the posterior is drawn from by slot, in the task

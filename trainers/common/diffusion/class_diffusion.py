@@ -18,6 +18,8 @@ from trainers.common.model_files import Grid
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainers.base import DataSet
+
 ClassNumber = Annotated[int, Bounds(0)]
 
 
@@ -83,7 +85,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         vae = self.config.vae
         if vae is None:
             return None
-        return LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.encoded_by)
+        return LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.run.encoded_by)
 
     def setup(self) -> None:
         super().setup()
@@ -98,7 +100,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
 
     def _class_numbers(self, classes: list[str | int]) -> list[int]:
         """Names win over numbers: with the names "1" and "0" the class "1" is number 0."""
-        names = self.label_names or []
+        names = self.run.label_names or []
         known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
         for item in classes:
             if item not in (known if isinstance(item, str) else range(self.num_classes)):
@@ -123,12 +125,12 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         timesteps = timesteps.to(noisy.device).expand(len(noisy))  # a sampler's is one for all
         return self.modules[self.network_name](noisy, timesteps, **condition).sample
 
-    def sample_requests(self, validation_set: Any) -> list[dict]:
+    def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         """One picture of each class, then again, `valid_batch_size` in all but at least one of each."""
         count = max(self.config.valid_batch_size, len(self.columns))
         return [{"label": self.columns[number % len(self.columns)]} for number in range(count)]
 
-    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+    def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
         return [{"label": number % self.num_classes} for number in range(count)]
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         from trainers.common.class_pipeline import ClassConditionalPipeline
 
         network = {self.network_name: self.raw(self.network_name)}
-        id2label = dict(enumerate(self.label_names)) if self.label_names else None
+        id2label = dict(enumerate(self.run.label_names)) if self.run.label_names else None
         vae = None if self.latents is None else self.latents.load()  # the one in use may be in half precision
         sampler = self.config.chosen_sampler
         pipeline = ClassConditionalPipeline(self.scheduler, **network, id2label=id2label, sampler=sampler, vae=vae)
