@@ -31,6 +31,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     from trainers.engine.encoders import fill, stages
     from trainers.engine.export import model_card, pipeline
     from trainers.engine.optim import networks, optimizer, sanity_checks
+    from trainers.engine.optim.optimizer import optimizer_step
     from trainers.engine.run import context, progress
     from trainers.engine.run.randomness import SlotRandom, seed_network
     from trainers.engine.tracking import console, meters, tracker
@@ -75,9 +76,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(state.nonfinite.poison_if_nonfinite(loss))
                     state.meter.add({"loss": loss} | values)
-                applied, norms = optimizer.optimizer_step(
-                    accelerator, state.optimizer, run.config.max_grad_norm, state.ema
-                )
+                applied, norms = optimizer_step(accelerator, state.optimizer, run.config.max_grad_norm, state.ema)
                 if state.ema is not None:
                     state.ema.update(step, applied)
                 state.meter.add(state.nonfinite.after_step(step, applied, norms) | norms)
@@ -100,8 +99,9 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
             bar.close()
             checkpoints.wait()
             stop.finish(checkpoints.save, tracking.close)
-            files = pipeline.export_pipeline(ctx, trainer, state.ema, tracking, validation)
-            model_card.publish(ctx, trainer, tracking, files)
+            model_card.publish(
+                ctx, trainer, tracking, pipeline.export_pipeline(ctx, trainer, state.ema, tracking, validation)
+            )
             accelerator.print(console.end_block(ctx, trainer, data.train))
     return ctx.output_dir
 

@@ -132,8 +132,3 @@ def test_a_config_is_checked_without_the_heavy_libraries():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "2 []"
-
-
-def test_the_loop_is_a_page():
-    [function] = [n for n in ast.parse((ROOT / "train.py").read_text()).body if getattr(n, "name", "") == "train"]
-    assert function.end_lineno - function.lineno + 1 <= 80

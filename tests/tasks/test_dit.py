@@ -15,6 +15,7 @@ from run_folders import losses
 from train import main
 from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.diffusion.dit_transformer import PATCHES, build_dit, default_dit, dit_problems
+from trainers.common.diffusion.guidance import Guidance
 from trainers.common.model_files import Grid
 from trainers.dit import DiTConfig, DiTTrainer
 from trainers.engine.config.base_options import BaseConfig
@@ -211,9 +212,9 @@ def test_the_pipeline_draws_the_validations_pictures(options, run_in_process, mo
     assert labels == list(range(10))
     pipeline = DiTTrainer.load_pipeline(folder)
     rng.asked.clear()
-    settings = {name: value for name, value in options.items() if name == "guidance_rescale"}
-    settings |= {"num_inference_steps": 4, "generator": rng.generators(), "output_type": "pt"}
-    found = pipeline([str(label) for label in labels], 1.5, **settings).images
+    settings = {"num_inference_steps": 4, "generator": rng.generators(), "output_type": "pt"}
+    guidance = Guidance(1.5, options.get("guidance_rescale", 0.0))
+    found = pipeline([str(label) for label in labels], guidance, **settings).images
     torch.testing.assert_close(found, pictures, rtol=0, atol=1e-5)
     saved = load_trainer(open_run(folder), device="cpu")
     rng.asked.clear()

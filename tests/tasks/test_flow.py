@@ -9,6 +9,7 @@ from resuming import check_resume
 from run_folders import losses
 
 from trainers.common.class_pipeline import ClassConditionalPipeline
+from trainers.common.diffusion.guidance import Guidance
 from trainers.common.diffusion.objective import RectifiedFlow
 from trainers.common.diffusion.sampling import build_sampler, denoise
 from trainers.ddpm import DDPMConfig
@@ -114,8 +115,8 @@ def test_a_flow_with_classes_and_guidance(sampler, run_in_process):
     trainer = load_trainer(open_run(folder), device="cpu")
     drawn = trainer.sample([{"label": 3}, {"label": 4}], SlotRandom(0, torch.arange(2)))["samples"]
     generators = SlotRandom(0, torch.arange(2)).generators()
-    arguments = {"guidance_interval": (0.1, 3.0), "num_inference_steps": 4, "generator": generators}
-    images = pipeline([3, 4], 1.5, **arguments, output_type="pt").images
+    arguments = {"num_inference_steps": 4, "generator": generators, "output_type": "pt"}
+    images = pipeline([3, 4], Guidance(1.5, interval=(0.1, 3.0)), **arguments).images
     torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-5)
 
 

@@ -310,8 +310,8 @@ def game(config, decoder, discriminator, images, latents, step=0):
     """The sum of both losses, and the reconstruction's alone, of a one-layer decoder."""
     reconstruction = decoder(latents)
     distance = (reconstruction - images).abs().mean()
-    parts = images, reconstruction, distance, decoder.weight, step
-    loss, values = adversarial.adversarial_losses(config, discriminator, discriminator.averages, *parts)
+    made = adversarial.Reconstruction(images, reconstruction, distance, decoder.weight)
+    loss, values = adversarial.adversarial_losses(config, discriminator, discriminator.averages, made, step)
     return distance + loss, values
 
 
