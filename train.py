@@ -29,8 +29,10 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     from trainers.engine.checkpoint import find, resume, saver  # not at the top: a config is checked in milliseconds
     from trainers.engine.data import batches
     from trainers.engine.encoders import fill, stages
-    from trainers.engine.export import model_card, pipeline
+    from trainers.engine.export import model_card
+    from trainers.engine.export.pipeline import export_pipeline
     from trainers.engine.optim import networks, optimizer, sanity_checks
+    from trainers.engine.optim.optimizer import optimizer_step
     from trainers.engine.run import context, progress
     from trainers.engine.run.randomness import SlotRandom, seed_network
     from trainers.engine.tracking import console, meters, tracker
@@ -75,9 +77,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(state.nonfinite.poison_if_nonfinite(loss))
                     state.meter.add({"loss": loss} | values)
-                applied, norms = optimizer.optimizer_step(
-                    accelerator, state.optimizer, run.config.max_grad_norm, state.ema
-                )
+                applied, norms = optimizer_step(accelerator, state.optimizer, run.config.max_grad_norm, state.ema)
                 if state.ema is not None:
                     state.ema.update(step, applied)
                 state.meter.add(state.nonfinite.after_step(step, applied, norms) | norms)
@@ -95,13 +95,12 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                     if stop.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
-                        pipeline.export_pipeline(ctx, trainer, state, tracking, validation)
+                        export_pipeline(ctx, trainer, state, tracking, validation)
                     validation.after_step(done)
             bar.close()
             checkpoints.wait()
             stop.finish(checkpoints.save, tracking.close)
-            files = pipeline.export_pipeline(ctx, trainer, state, tracking, validation)
-            model_card.publish(ctx, trainer, tracking, files)
+            model_card.publish(ctx, trainer, tracking, export_pipeline(ctx, trainer, state, tracking, validation))
             accelerator.print(console.end_block(ctx, trainer, data.train))
     return ctx.output_dir
 

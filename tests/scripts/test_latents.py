@@ -1,0 +1,309 @@
+"""Latents in files, as a data set, and in place of pixels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from run_folders import losses, read_metrics
+from script_calls import run_script
+
+import datasets_lib
+from datasets_lib.sources.latents import INDEX
+from scripts import encode, evaluate, replay, sample
+from train import main
+from trainers.common.autoencoder.latents import LatentSpace
+from trainers.common.class_pipeline import ClassConditionalPipeline
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import ConfigError, load_config
+from trainers.engine.run.randomness import SlotRandom
+from trainers.inference.saved_run import load_trainer, open_run
+
+TASK = "conditional_ddpm"
+
+
+@pytest.fixture(scope="module")
+def encoded(vae, tmp_path_factory):
+    """The digits' latents in files of 700."""
+    folder = tmp_path_factory.mktemp("encoded") / "latents"
+    options = ["base.validation_split=0.1", "base.max_train_samples=null", "--shard-size", 700, "--device", "cpu"]
+    run_script(encode, vae, "configs/tests/conditional_ddpm.json", folder, *options)
+    return folder
+
+
+def digits(split="train"):
+    options = {"channels": 1, "resolution": 16, "validation_split": 0.1, "num_epochs": 1}
+    return datasets_lib.build(BaseConfig(dataset="digits", **options), split)
+
+
+def latents(folder, split="train", **options):
+    options = {"channels": 1, "resolution": 16, "validation_split": "validation", "num_epochs": 1} | options
+    return datasets_lib.build(BaseConfig(dataset="latents", dataset_args={"path": str(folder)}, **options), split)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_files_hold_each_pictures_posterior_and_label(vae, encoded, split):
+    pictures, dataset = digits(split), latents(encoded, split)
+    assert len(dataset) == len(pictures)
+    assert dataset.label_names == pictures.label_names
+    assert dataset.highest_label == 9
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    for number in (0, len(dataset) // 2, len(dataset) - 1):
+        example, picture = dataset.get(number, None), pictures.get(number, None)
+        assert example["label"] == picture["label"]
+        with torch.no_grad():
+            posterior = network.encode(picture["image"][None]).latent_dist
+        torch.testing.assert_close(example["mean"], posterior.mean[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(example["logvar"], posterior.logvar[0], rtol=1e-4, atol=1e-5)
+        datasets_lib.check_example(example, BaseConfig(channels=1, resolution=16))
+
+
+def test_shards_and_what_a_worker_gets(encoded):
+    files = sorted(path.name for path in (encoded / "train").iterdir())
+    assert files == [INDEX, "latents-00000.safetensors", "latents-00001.safetensors", "latents-00002.safetensors"]
+    dataset = latents(encoded)
+    rows = [dataset.get(number, None)["mean"] for number in (699, 700, 1399, 1400)]
+    import pickle
+
+    copied = pickle.loads(pickle.dumps(dataset))
+    again = [copied.get(number, None)["mean"] for number in (699, 700, 1399, 1400)]
+    assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
+    assert dataset.fingerprint == latents(encoded).fingerprint != latents(encoded, "validation").fingerprint
+
+
+def test_a_fraction_held_out_and_fewer_examples(encoded):
+    parts = [latents(encoded, split, validation_split=0.25) for split in ("train", "validation")]
+    assert [len(part) for part in parts] == [1213, 404]
+    assert set(parts[0].rows) | set(parts[1].rows) == set(range(1617))
+    others = latents(encoded, "train", validation_split=0.25, seed=1)
+    assert (len(others), others.fingerprint == parts[0].fingerprint) == (1213, False)
+    few = latents(encoded, max_train_samples=10)
+    assert len(few) == 10
+    assert few.fingerprint != latents(encoded).fingerprint
+
+
+def test_half_precision_files_with_captions(vae, tmp_path):
+    for number in range(6):
+        Image.new("L", (16, 16), 40 * number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"grey {number}")
+    data = ["base.dataset=null", f"base.train_data_dir={tmp_path}", "conditional_ddpm.num_classes=1"]
+    run_script(encode, vae, "configs/tests/conditional_ddpm.json", tmp_path / "out", *data, "--dtype", "float16")
+    dataset = latents(tmp_path / "out", validation_split=None)
+    example = dataset.get(3, None)
+    assert example["mean"].dtype == torch.float32
+    assert (example["caption"], "label" in example) == ("grey 3", False)
+
+
+@pytest.fixture
+def without_hub(monkeypatch):
+    """Where a hub does not answer, its library tries for long."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_mistakes_in_encoding_leave_nothing_behind(vae, tmp_path, without_hub):
+    def error(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            run_script(encode, *arguments)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
+        return str(caught.value)
+
+    config = "configs/tests/conditional_ddpm.json"
+    assert f"{tmp_path}: exists; choose a new folder" in error(vae, config, tmp_path)
+    flipped = error(vae, config, tmp_path / "out", "base.random_flip=true")
+    assert "base.random_flip = true: latents of mirrored pictures are not written; set it to false" in flipped
+    assert "VAE = none: no AutoencoderKL in safetensors format could be read" in error("none", config, tmp_path / "out")
+    wrong = error(vae, config, tmp_path / "out", "base.channels=3", "conditional_ddpm.model_config=null")
+    assert f"VAE = {vae}: has in_channels = 1, base.channels is 3; make them equal" in wrong
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_reading(encoded, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no latents; found in .*: nothing; make them with scripts/enc"):
+        latents(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"test: holds no latents; found in .*: train, validation; make them"):
+        latents(encoded, "validation", validation_split="test")
+    with pytest.raises(ValueError, match=r"latents of pictures with resolution 16, and base.resolution is 32; make th"):
+        latents(encoded, resolution=32)
+    shutil.copytree(encoded, tmp_path / "copy")
+    shard = tmp_path / "copy" / "train" / "latents-00000.safetensors"
+    shard.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"latents-00000.safetensors: cannot be read .*; encode the data set again"):
+        latents(tmp_path / "copy").get(0, None)
+    index = tmp_path / "copy" / "train" / INDEX
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
+    with pytest.raises(ValueError, match="written by another version of diffloop; encode the data set again"):
+        latents(tmp_path / "copy")
+    zeros = torch.zeros(2, 3, 3)
+    for example, message in (
+        ({"mean": zeros}, r"'image', or 'mean' and 'logvar' of latents, got \['mean'\]"),
+        ({"mean": zeros, "logvar": 0}, "mean and logvar must be float32 tensors of one shape, logvar is int"),
+        ({"mean": zeros, "logvar": zeros[:1]}, r"of one shape, logvar is torch.float32 \[1, 3, 3\]"),
+        ({"mean": zeros, "logvar": zeros / 0}, "an example's logvar holds NaN or infinity; every value must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            datasets_lib.check_example(example, BaseConfig())
+
+
+# --- in place of pixels
+
+
+def space(vae, resolution=16):
+    base = BaseConfig(channels=1, resolution=resolution, num_epochs=1)
+    return LatentSpace("vae", str(vae), base, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("force_upcast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_an_autoencoder_that_overflows_in_half_precision_stays_in_float32(force_upcast, dtype, vae, tmp_path):
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    network.register_to_config(force_upcast=force_upcast)
+    network.save_pretrained(tmp_path)
+    base = BaseConfig(channels=1, resolution=16, num_epochs=1)
+    found = LatentSpace("vae", str(tmp_path), base, torch.device("cpu"), torch.bfloat16)
+    assert found.vae.dtype == dtype
+    encoder = found.encoder()
+    columns = encoder.encode(encoder.build(), torch.zeros(2, 1, 16, 16))
+    assert {rows.dtype for rows in columns.values()} == {dtype}
+    assert found.draw(columns, SlotRandom(0, torch.arange(2))).dtype == torch.float32
+    assert found.decode(torch.zeros(2, 2, 8, 8)).dtype == torch.float32
+
+
+def test_latents_are_shifted_and_scaled_as_the_config_says(vae):
+    found, config = space(vae), diffusers.AutoencoderKL.from_pretrained(vae).config
+    assert found.shape == (2, 8, 8)
+    assert config.shift_factor != 0
+    batch = {"mean": torch.randn(3, 2, 8, 8), "logvar": torch.randn(3, 2, 8, 8)}
+    slots = torch.arange(3)
+    noise = SlotRandom(0, slots).normal("latent", (2, 8, 8))
+    expected = (batch["mean"] + (batch["logvar"] / 2).exp() * noise - config.shift_factor) * config.scaling_factor
+    torch.testing.assert_close(found.draw(batch, SlotRandom(0, slots)), expected)
+    decoded = found.vae.decode(batch["mean"]).sample
+    torch.testing.assert_close(found.decode(found.scaled(batch["mean"])), decoded, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def runs(vae, encoded, tmp_path_factory):
+    """A latent diffusion model trained on encoded files, and one that encodes on the fly."""
+    folder = tmp_path_factory.mktemp("latent-diffusion")
+    shared = [f"{TASK}.vae={vae}", f"{TASK}.model_config=null", "base.max_train_samples=null", "base.max_train_steps=3"]
+    shared.append("base.train_batch_size=20")  # 180 held-out pictures in few batches
+    files = ["base.dataset=latents", f"base.dataset_args.path={encoded}", "base.validation_split=validation"]
+    for name, data in (("cached", files), ("live", ["base.validation_split=0.1"])):
+        assert main(["configs/tests/conditional_ddpm.json", f"base.output_dir={folder / name}", *shared, *data]) == 0
+    return folder / "cached", folder / "live"
+
+
+def test_encoded_files_train_like_pictures(runs):
+    cached, live = [[float.fromhex(value) for value in losses(folder).values()] for folder in runs]
+    assert cached == pytest.approx(live, rel=1e-5)
+    metrics = [read_metrics(folder, prefix="valid/loss")[-1]["valid_ema/loss"] for folder in runs]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+
+
+def test_latents_of_another_network_are_refused(vae, encoded, tmp_path, tiny_config, capsys):
+    shutil.copytree(vae, tmp_path / "other")
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        network.decoder.conv_out.bias += 1e-3
+    network.save_pretrained(tmp_path / "other")
+    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
+    options = {f"{TASK}.vae": str(tmp_path / "other"), f"{TASK}.model_config": None}
+    assert main([str(tiny_config(TASK, **data, **options))]) == 1
+    expected = f"{TASK}.vae = {tmp_path / 'other'}: the data set was encoded by another network; encode it with this"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["ddpm", "vae", TASK, "dit", "noisy_classifier"])
+def test_tasks_that_need_pictures(task, encoded, tiny_config, capsys):
+    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
+    assert main([str(tiny_config(task, **data))]) == 1
+    expected = "the data set holds latents, and this run needs pictures; conditional_ddpm.vae and dit.vae take latents"
+    assert expected in capsys.readouterr().err
+
+
+def test_metrics_in_the_loop_and_flips_need_pictures(vae, encoded, tiny_config, capsys):
+    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
+    options = {f"{TASK}.vae": str(vae), f"{TASK}.model_config": None}
+    metrics = {"base.eval_steps": 3, "base.eval_features": "none"}
+    assert main([str(tiny_config(TASK, **data, **options, **metrics))]) == 1
+    assert "the data set holds latents, and metrics compare pictures; set it to null" in capsys.readouterr().err
+    assert main([str(tiny_config(TASK, name="flip", **data, **options, **{"base.random_flip": True}))]) == 1
+    assert "base.random_flip = true: latents cannot be mirrored; set it to false" in capsys.readouterr().err
+
+
+def test_replaying_a_step_of_latents(runs, capsys):
+    run_script(replay, runs[0], 1)
+    text = capsys.readouterr().out
+    assert f"loss {float.fromhex(losses(runs[0])[1]):.6g}," in text
+    assert "pictures:" not in text
+
+
+def test_the_pipeline_holds_the_autoencoder_and_decodes(runs, vae):
+    pipeline = ClassConditionalPipeline.from_pretrained(runs[0])
+    assert pipeline.scheduler.config.clip_sample is False  # latents have no bounds
+    assert pipeline.unet.config.in_channels == 2
+    trainer = load_trainer(open_run(runs[0]), device="cpu")
+    generators = SlotRandom(0, torch.arange(4)).generators()
+    images = pipeline([0, 1, 2, 3], 1.5, num_inference_steps=4, generator=generators, output_type="pt").images
+    drawn = trainer.sample([{"label": number} for number in range(4)], SlotRandom(0, torch.arange(4)))["samples"]
+    assert images.shape == (4, 1, 16, 16)
+    torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-5)
+
+
+def test_scripts_draw_from_latents_when_the_autoencoder_has_moved(runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(runs[1], folder)
+    state = folder / "checkpoint-3" / "state.json"
+    saved = json.loads(state.read_text())
+    saved["config"][TASK]["vae"] = "gone"
+    state.write_text(json.dumps(saved))
+    manifest = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
+    from trainers.engine.run.files import sha256
+
+    manifest["state.json"] = [state.stat().st_size, sha256(state)]
+    (folder / "checkpoint-3" / "manifest.json").write_text(json.dumps(manifest))
+    run_script(sample, folder, "--number", 10, "--gif")
+    assert Image.open(folder / "samples" / "seed-0" / "denoising.gif").n_frames >= 2
+    assert len(list((folder / "samples" / "seed-0" / "samples").rglob("*.png"))) == 10
+    shutil.rmtree(folder / "checkpoint-3")
+    run_script(sample, folder, "--number", 10, "--output-dir", tmp_path / "again")
+    pictures = [path / "samples.png" for path in (folder / "samples" / "seed-0", tmp_path / "again")]
+    assert Image.open(pictures[0]).tobytes() == Image.open(pictures[1]).tobytes()
+
+
+def test_metrics_want_pictures(runs, tiny_config, vae, encoded, capsys):
+    run_script(evaluate, runs[1], "--number", 20, "--features", "none")
+    assert "class_accuracy" in json.loads(capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="the data set holds latents; name the pictures', as with base.dataset="):
+        run_script(evaluate, runs[0], "--number", 20, "--features", "none")
+    pictures = ["base.dataset=digits", "base.validation_split=0.1"]  # another data set has no arguments of this one
+    run_script(evaluate, runs[0], "--number", 20, "--features", "none", *pictures)
+    assert "class_accuracy" in json.loads(capsys.readouterr().out)
+
+
+def test_mistakes_in_the_option(vae, tmp_path, tiny_config, capsys, without_hub):
+    def problems(**options):
+        with pytest.raises(ConfigError) as caught:
+            load_config(tiny_config(TASK, **{f"{TASK}.{name}": value for name, value in options.items()}))
+        return str(caught.value).replace('"', "")
+
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    assert f"vae = {empty}: must be a finished vae run: a folder with config.json or vae/" in problems(vae=empty)
+    checkpoint = str(vae / "checkpoint-4" / "vae")
+    unknown = "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
+    assert f"vae = {checkpoint}: {unknown}" in problems(vae=checkpoint, model_config=None)
+    channels = json.dumps({"in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8]})
+    (tmp_path / "unet.json").write_text(channels)
+    wrong = problems(vae=str(vae), model_config=str(tmp_path / "unet.json"))
+    assert "has in_channels = 1, the autoencoder's latent_channels is 2; make them equal" in wrong
+    assert "classifier = x: has seen noisy pixels, and cannot guide latents" in problems(vae=str(vae), classifier="x")
+    path = tiny_config(TASK, **{f"{TASK}.vae": "no/such-name", f"{TASK}.model_config": None})
+    assert main([str(path)]) == 1
+    assert f"{TASK}.vae = no/such-name: no AutoencoderKL in safetensors format" in capsys.readouterr().err
