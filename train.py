@@ -75,9 +75,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(state.nonfinite.poison_if_nonfinite(loss))
                     state.meter.add({"loss": loss} | values)
-                applied, norms = optimizer.optimizer_step(
-                    accelerator, state.optimizer, run.config.max_grad_norm, state.ema
-                )
+                applied, norms = optimizer.optimizer_step(accelerator, state.optimizer, run.config.max_grad_norm)
                 if state.ema is not None:
                     state.ema.update(step, applied)
                 state.meter.add(state.nonfinite.after_step(step, applied, norms) | norms)
