@@ -26,8 +26,8 @@ from trainers.engine.dry_run.plan import DryRun, Plan
 from trainers.engine.dry_run.report import duration
 from trainers.engine.dry_run.suggestions import disk_suggestions, memory_suggestions, out_of_resources
 from trainers.engine.run.clock import Clock
-from trainers.engine.tracking import memory
-from trainers.engine.tracking.memory import PeakMemory
+from trainers.engine.tracking import meters
+from trainers.engine.tracking.meters import PeakMemory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CADENCES = {
@@ -445,7 +445,7 @@ def test_peak_memory_is_of_the_time_since_the_last_look():
 
 
 def test_peak_memory_where_it_cannot_be_forgotten(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    monkeypatch.setattr(meters, "PROCESS", tmp_path)
     look = PeakMemory(CPU)
     assert 0.05 < look.take() <= look.take()
     (tmp_path / "status").write_text("Name: x\n")

@@ -20,7 +20,7 @@ from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 from trainers.engine.tracking import wandb_tracker
-from trainers.engine.tracking.memory import PeakMemory
+from trainers.engine.tracking.meters import PeakMemory
 
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
 EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
