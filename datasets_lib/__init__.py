@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -62,16 +63,21 @@ def first_example(dataset: Any) -> dict[str, Any]:
     return dataset.first_example() if hasattr(dataset, "first_example") else dataset.get(0, None)
 
 
-def prepare(*datasets: Any, show_progress: bool, num_classes: int | None = None) -> None:
+def prepare(*datasets: Any, show_progress: bool, num_classes: int | None = None) -> dict[str, float]:
     """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start.
 
-    A stream, whose labels nobody has seen, is told how many classes the run knows.
+    A stream, whose labels nobody has seen, is told how many classes the run knows. Returns what decoding took, as
+    metrics "prepare_train/seconds" and "prepare_validation/seconds".
     """
-    for dataset in datasets:
+    seconds = {}
+    for split, dataset in zip(("train", "validation"), datasets, strict=False):
         if hasattr(dataset, "limit_labels"):
             dataset.limit_labels(num_classes)
         if hasattr(dataset, "prepare"):
+            began = time.perf_counter()
             dataset.prepare(show_progress)
+            seconds[f"prepare_{split}/seconds"] = time.perf_counter() - began
+    return seconds
 
 
 def _load(target: str) -> Callable:

@@ -78,7 +78,7 @@ def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list
 
 
 def disk_suggestions(run: RunConfig, disk: dict[str, int] | None) -> list[Suggestion]:
-    """For a run whose files do not fit; with the sizes of a rehearsal that got to its end, the number that fits."""
+    """For a run whose files do not fit; with the sizes from a dry run that got to its end, the number that fits."""
     if disk is None:
         return _without_numbers(run)
     checkpoint = disk["checkpoint"]
