@@ -1,4 +1,4 @@
-"""Where a rehearsal takes place: in a folder of its own beside the run's, with a configuration that does all once."""
+"""The folder of a dry run, beside the run's and removed afterwards, and its configuration, which does all once."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from trainers.base import TrainerConfig
 from trainers.engine.distributed.sharding import whole
-from trainers.engine.optim.ema import EMA
 from trainers.engine.run.clock import Clock
 
 LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -119,22 +118,20 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
 
 
 def optimizer_step(
-    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None, ema: EMA | None = None
+    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clips each group, steps unless a gradient is not finite, clears the gradients; first `ema` must have moved.
+    """Clips each group, steps unless a gradient is not finite, clears the gradients.
 
     Returns `applied`, a 0-dim float tensor that is 0 where the step was skipped, and the norms before clipping as
     {"grad_norm/<group>": norm}; neither is known to the host. Averaged gradients are
     the same on every rank, so all ranks agree.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _deepspeed_step(accelerator, optimizer, ema)
+        return _deepspeed_step(accelerator, optimizer)
     accelerator.unscale_gradients(optimizer)
     norms = {f"grad_norm/{group['name']}": _clip(group["params"], max_grad_norm) for group in optimizer.param_groups}
     applied = torch.stack(list(norms.values())).isfinite().all().float()
     inner = optimizer.optimizer
-    if ema is not None:
-        ema.wait()
     if accelerator.scaler is not None:
         optimizer.step()  # the scaler skips on its own finding
     elif applied.device.type != "cpu" and inner.defaults.get("fused"):
@@ -146,13 +143,9 @@ def optimizer_step(
     return applied, norms
 
 
-def _deepspeed_step(
-    accelerator: Accelerator, optimizer: Optimizer, ema: EMA | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _deepspeed_step(accelerator: Accelerator, optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
     """The same by DeepSpeed, which clips by the norm of all groups, and skips where that is not finite."""
     engine, device = accelerator.deepspeed_engine_wrapped.engine, accelerator.device
-    if ema is not None:
-        ema.wait()
     engine.step()
     norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=device)
     applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # the host knows it already

@@ -20,7 +20,7 @@ from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 from trainers.engine.tracking import wandb_tracker
-from trainers.engine.tracking.memory import PeakMemory
+from trainers.engine.tracking.meters import PeakMemory
 
 VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
 EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
@@ -29,12 +29,12 @@ EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
 class Tracker:
     """Writes on the main process; other ranks only remember the newest values."""
 
-    def __init__(self, ctx: RunContext, fill_seconds: dict[str, float]) -> None:
+    def __init__(self, ctx: RunContext, start_seconds: dict[str, float]) -> None:
         accelerator, run, output_dir, start_step = ctx.accelerator, ctx.run, ctx.output_dir, ctx.clock.origin_step
         self.accelerator, self.stop = accelerator, ctx.stop
         self.output_dir, self.start_step = output_dir, start_step
         self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
-        self.filled = {f"cache_{column}/seconds": seconds for column, seconds in fill_seconds.items()}
+        self.start_seconds = start_seconds  # metrics of what came before the first step
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
         self.logged_at = run_on_main(accelerator, lambda: self._take_up(start_step, run.base.logging_dir))
@@ -81,7 +81,7 @@ class Tracker:
                 tracker.tracker.add_text("config", f"```yaml\n{run.as_yaml()}```", 0)
 
     def __enter__(self) -> Tracker:
-        self.log(self.filled | {"start/peak_memory_gib": self.memory.take()}, self.start_step)
+        self.log(self.start_seconds | {"start/peak_memory_gib": self.memory.take()}, self.start_step)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -100,15 +100,14 @@ class Tracker:
     def phase(self, name: str, step: int) -> Iterator[dict[str, float]]:
         """Logs how long what is done inside took, and its peak of memory, with what is put into the yielded values.
 
-        Nothing is logged where it is left by an exception.
+        In a dry run a loop counts as if it had been run whole. Nothing is logged where it is left by an exception.
         """
         self.peak_of_steps = max(self.peak_of_steps, self.memory.take())
-        values, began = {}, time.perf_counter()
+        values, limits = {}, self.stop.limits
+        began, skipped = time.perf_counter(), limits.skipped_seconds
         yield values
-        values |= {f"{name}/seconds": time.perf_counter() - began, f"{name}/peak_memory_gib": self.memory.take()}
-        if self.stop.take_skipped_seconds is not None:
-            values[f"{name}/skipped_seconds"] = self.stop.take_skipped_seconds()
-        self.log(values, step)
+        seconds = time.perf_counter() - began + limits.skipped_seconds - skipped
+        self.log(values | {f"{name}/seconds": seconds, f"{name}/peak_memory_gib": self.memory.take()}, step)
 
     def log_steps(self, values: dict[str, float], step: int) -> None:
         """Logs numbers of the steps since the last such line, with the peak of memory outside of other phases."""
