@@ -24,14 +24,14 @@ from trainers.engine.checkpoint.writer import FORMAT
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import set_metrics_aside
-from trainers.engine.tracking.wandb_tracker import ID_FILE
+from trainers.engine.tracking.external import RUN_ID_FILES
 
 
 def set_aside_later(ctx: RunContext, resumed_from: Path, steps_done: int) -> None:
     """Renames what is not of the run that goes on from a checkpoint: `latest` must not return to the branch it left.
 
-    That is what is later, or all of it where the checkpoint is another folder's. W&B, which cannot take logged steps
-    back, gets a new run for the new branch. Collective.
+    That is what is later, or all of it where the checkpoint is another folder's. A tracker that cannot take logged
+    steps back, such as W&B, gets a new run for the new branch. Collective.
     """
     output_dir, logging_dir = ctx.output_dir, ctx.run.base.logging_dir
     ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(output_dir, logging_dir, resumed_from, steps_done))
@@ -50,7 +50,8 @@ def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_don
         folder.rename(folder.with_name(prefix + folder.name))
     if others or not own:
         set_metrics_aside(output_dir, prefix, keep=own)
-        (output_dir / logging_dir / ID_FILE).unlink(missing_ok=True)
+        for path in (output_dir / logging_dir).glob(RUN_ID_FILES):
+            path.unlink()
 
 
 def read_state(ctx: RunContext, folder: Path | None, train_set: Any) -> dict[str, Any]:
