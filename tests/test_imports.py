@@ -34,6 +34,7 @@ ORDER = (
     "trainers.common.text_to_image",
     "trainers.common.lora",
     "trainers",
+    "trainers.engine.optim.table",  # a config names one of its rows
     "trainers.engine.config",
     "trainers.engine.distributed",
     "trainers.engine.run",
@@ -51,7 +52,7 @@ ORDER = (
     "scripts.data",
     "scripts.benchmarks",
 )
-ENGINE_ROOMS = [room.rpartition(".")[2] for room in ORDER if room.startswith("trainers.engine.")]
+ENGINE_ROOMS = [room.split(".")[2] for room in ORDER if room.startswith("trainers.engine.") and room.count(".") == 2]
 
 
 def imports(path):

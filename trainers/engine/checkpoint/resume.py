@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.base import Trainer
-from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes
+from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes, optimizer_changed
 from trainers.engine.checkpoint.load import (
     compare_shape,
     put_optimizer_state,
@@ -102,8 +102,8 @@ def load(
 ) -> None:
     """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
 
-    `saved` is the checkpoint's state.json. Raises ValueError where the checkpoint holds other networks or other shapes
-    than the run.
+    `saved` is the checkpoint's state.json. Another optimizer than the checkpoint's, if `base.allow_changes` accepts it,
+    starts without state. Raises ValueError where the checkpoint holds other networks or other shapes than the run.
     """
     warm_up(ctx, trainer, encoders, state)
     networks, ema, scaler = state.networks, state.ema, ctx.accelerator.scaler
@@ -117,7 +117,7 @@ def load(
                     f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
                 )
             averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
-    moments = read_optimizer_state(folder, networks)
+    moments = {} if optimizer_changed(saved, ctx.run) else read_optimizer_state(folder, networks)
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)
