@@ -39,6 +39,7 @@ ORDER = (
     "trainers.common.text_to_image",
     "trainers.common.lora",
     "trainers",
+    "trainers.engine.optim.table",  # a config names one of its rows
     "trainers.engine.config",
     "trainers.engine.distributed",
     "trainers.engine.run",

@@ -201,7 +201,7 @@ def test_errors_of_the_optimizer():
     with pytest.raises(ValueError, match=r"network net trains weights in .*bfloat16.*use float32"):
         build_with([nn.Parameter(torch.ones(1, dtype=torch.bfloat16))])
     with pytest.raises(ValueError, match="needs a CUDA device, this run is on cpu"):
-        build_with([nn.Parameter(torch.ones(1))], use_8bit_adam=True)
+        build_with([nn.Parameter(torch.ones(1))], optimizer="adamw_8bit")
 
 
 @pytest.mark.parametrize("piece", [1 << 24, 1], ids=["at once", "in pieces"])

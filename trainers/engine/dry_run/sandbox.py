@@ -90,7 +90,7 @@ def _short(run: RunConfig, folder: Path) -> RunConfig:
         "encoder_cache_dir": str(folder / "encoder-cache"),
         "resume_from_checkpoint": None,
         "push_to_hub": False,
-        "logger": {"both": "tensorboard", "wandb": "none"}.get(base.logger, base.logger),
+        "logger": "none",
         "logging_steps": 1,
     }
     return run._replace(base=dataclasses.replace(base, **once, **apart))

@@ -1,4 +1,4 @@
-"""AdamW over the task's parameter groups, the learning rate of every step, clipping, and steps that must be skipped."""
+"""The optimizer over the task's parameter groups, the learning rate of each step, clipping, and steps to be skipped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from trainers.base import TrainerConfig
 from trainers.engine.distributed.sharding import whole
+from trainers.engine.optim.table import OPTIMIZERS
 from trainers.engine.run.clock import Clock
 
 LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -22,9 +23,10 @@ LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cos
 def build_optimizer(
     groups: list[dict[str, Any]], config: TrainerConfig, clock: Clock, device: torch.device
 ) -> Optimizer:
-    """Makes AdamW, with fused kernels where they exist; scale_lr multiplies the rates by the global batch size.
+    """Makes the run's optimizer; scale_lr multiplies the rates by the global batch size.
 
-    Raises ValueError for a group without trainable or with half-precision parameters.
+    Raises ValueError for a group without trainable or with half-precision parameters, and for an optimizer that this
+    device does not have.
     """
     for group in groups:
         if not group["params"]:
@@ -33,22 +35,7 @@ def build_optimizer(
         if dtypes:
             raise ValueError(f"network {group['name']} trains weights in {dtypes}; small updates vanish, use float32")
         group["initial_lr"] = group["lr"] * (clock.global_batch_size if config.scale_lr else 1)
-    settings = {
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.use_8bit_adam:
-        return _adamw_8bit(device)(groups, **settings)
-    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda", "mps"), **settings)
-
-
-def _adamw_8bit(device: torch.device) -> type[Optimizer]:
-    if device.type != "cuda":
-        raise ValueError(f"use_8bit_adam = true: needs a CUDA device, this run is on {device.type}; set it to false")
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit
+    return OPTIMIZERS[config.optimizer].build(groups, config, device)
 
 
 def learning_rate_schedule(config: TrainerConfig, total_steps: int) -> Callable[[int], float]:
