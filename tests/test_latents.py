@@ -9,7 +9,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from conftest import losses, read_metrics
+from conftest import ROOT, losses, read_metrics
 from PIL import Image
 
 import datasets_lib
@@ -24,6 +24,7 @@ from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.saved_run import load_trainer, open_run
 
 TASK = "conditional_ddpm"
+SMALL_UNET = json.loads((ROOT / "configs/tests/models/unet2d.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,96 @@ def test_latents_are_shifted_and_scaled_as_the_config_says(vae):
     torch.testing.assert_close(found.draw(batch, SlotRandom(0, slots)), expected)
     decoded = found.vae.decode(batch["mean"]).sample
     torch.testing.assert_close(found.decode(found.scaled(batch["mean"])), decoded, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def in_latents(vae, tmp_path):
+    """Options of a class task in latents of the autoencoder, with a tiny network."""
+
+    def options(task, **more):
+        (tmp_path / "unet.json").write_text(json.dumps(SMALL_UNET | {"in_channels": 2, "out_channels": 2}))
+        network = {f"{TASK}.model_config": str(tmp_path / "unet.json")} if task == TASK else {}
+        return {f"{task}.vae": str(vae), "base.center_crop": True, **network, **more}
+
+    return options
+
+
+@pytest.mark.parametrize("task", [TASK, "dit"])
+def test_cached_and_uncached_training_are_the_same_to_the_bit(task, in_latents, run_in_process):
+    eighths = {"base.max_train_samples": 40, "base.validation_split": 8 / 1797, "base.train_batch_size": 8}
+    options = in_latents(task, **eighths, **{"base.random_flip": True})
+    plain = run_in_process("plain", task, **options)
+    for kind in ("memory", "disk"):
+        cached = run_in_process(kind, task, **options, **{f"{task}.cache_latents": kind})
+        assert losses(cached) == losses(plain)
+        assert_same_files(cached, plain)
+
+
+def test_cached_latents_are_known_by_the_pictures_and_the_autoencoder(
+    in_latents, run_in_process, vae, tmp_path, capsys
+):
+    shutil.copytree(vae, tmp_path / "changed")
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        network.decoder.conv_out.bias += 1e-3
+    network.save_pretrained(tmp_path / "changed")
+    options = in_latents(TASK, **{f"{TASK}.cache_latents": "disk", "base.max_train_steps": 1})
+
+    def encoded(name, **changed):
+        run_in_process(name, TASK, **options | changed)
+        return capsys.readouterr().out
+
+    assert "cache latents: 40 of 40 to encode" in encoded("first")
+    assert "cache latents: 0 of 40 to encode" in encoded("again")
+    assert "cache latents: 40 of 80 to encode" in encoded("flips", **{"base.random_flip": True})
+    printed = encoded("other", **{f"{TASK}.vae": str(tmp_path / "changed")})
+    assert f"what {tmp_path / 'encoder-cache'} holds is of another encoder, precision or version" in printed
+    assert "cache latents: 40 of 40 to encode" in printed
+
+
+def assert_same_files(run, other):
+    """Weights, optimizer state and pictures, byte for byte."""
+    names = [path.relative_to(run) for path in run.rglob("*") if path.suffix in (".safetensors", ".png")]
+    assert len(names) > 5
+    for name in names:
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_autoencoder_leaves_the_device_when_latents_are_cached(in_latents, run_in_process, monkeypatch):
+    places, decode = [], LatentSpace.decode
+    moves, to = [], torch.nn.Module.to
+
+    def moved(self, *arguments, **options):
+        if isinstance(self, diffusers.AutoencoderKL):
+            moves.append(str(arguments[0]))
+        return to(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    monkeypatch.setattr(LatentSpace, "decode", lambda self, z: places.append(len(moves)) or decode(self, z))
+    run_in_process("run", TASK, **in_latents(TASK, **{f"{TASK}.cache_latents": "memory"}))
+    assert moves[places[0] - 1] == "cpu"  # after the cache was filled
+    assert moves[-1] == "cpu"  # after the last pictures
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, 'cache_latents = "disk": has an effect with vae only'),
+        ({"vae": "VAE"}, "keeps one crop of each picture: set base.center_crop: true"),
+        ({"vae": "VAE", "base.streaming": True}, "with base.streaming nothing is; set it to null"),
+        (
+            {"cache_latents": None, "base.encoder_cache_dir": "x"},
+            "has an effect with cache_latents or cache_text: disk",
+        ),
+    ],
+)
+@pytest.mark.parametrize("task", [TASK, "dit"])
+def test_mistakes_with_cached_latents(options, message, vae, task, tiny_config, capsys):
+    options = {"cache_latents": "disk"} | options
+    values = {key if "." in key else f"{task}.{key}": value for key, value in options.items()}
+    values = {key: str(vae) if value == "VAE" else value for key, value in values.items()}
+    assert main([str(tiny_config(task, **values))]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
