@@ -16,7 +16,7 @@ from datasets_lib.sources.folder import as_source, list_files
 from datasets_lib.sources.metadata import Listed
 
 PREFIX = "class_"
-PASSED_ON = ("label_names", "highest_label", "captioned", "caption", "caption_note", "encoded_by")
+PASSED_ON = ("label_names", "highest_label", "captioned", "caption", "caption_note")
 
 
 class PriorDataset:

@@ -124,8 +124,6 @@ class StableDiffusionConfig(TrainerConfig):
     def _cache_problems(self, base: Section) -> Iterator[tuple[str, str]]:
         """Where every example would need another entry than the one that is kept."""
         yield from cache_problems(self, base)
-        if base.dataset == "latents" and self.cache_latents is not None:
-            yield "cache_latents", "has no effect with base.dataset: latents"
         if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 
