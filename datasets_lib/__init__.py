@@ -19,7 +19,7 @@ from datasets_lib.streaming import problems as stream_problems
 
 __all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
 
-DATASETS = {"digits": "datasets_lib.sources.digits:build", "latents": "datasets_lib.sources.latents:build"}
+DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 
 
 def problems(args: Any) -> Iterator[tuple[str, str]]:

@@ -454,16 +454,3 @@ def test_options_that_can():
     assert (
         problems(shuffle_tags=True, keep_tags=2, trigger_word="x", class_data_dir="dogs", class_caption="a dog") == ""
     )
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("trigger_word", "sks"), ("shuffle_tags", True), ("class_data_dir", "dogs")]
-)
-def test_latents_have_their_captions_already(tmp_path, option, value):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "index.json").write_text("{}")
-    args = settings(dataset="latents", dataset_args={"path": str(tmp_path)}, **{option: value})
-    with pytest.raises(
-        ValueError, match=rf"base.{option} = {value}: latents have the captions with which they were encoded"
-    ):
-        datasets_lib.build(args, "train")

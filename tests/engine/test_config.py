@@ -328,10 +328,7 @@ def test_what_the_data_sets_say_comes_with_the_other_problems(write, capsys):
     assert main([str(path)]) == 2
     text = capsys.readouterr().err
     assert "3 problems in the configuration" in text
-    assert (
-        "base.dataset = \"digit\": it must be one of: digits, latents, package.module:build; did you mean 'digits'?"
-        in text
-    )
+    assert "base.dataset = \"digit\": it must be one of: digits, package.module:build; did you mean 'digits'?" in text
     assert 'base.background_color = "whit": must be a colour: a name such as white, or #rrggbb' in text
 
 

@@ -508,7 +508,6 @@ def few_digits():
 
 def test_a_data_set_with_some_of_its_examples():
     from datasets_lib.sources.class_images import PriorDataset
-    from datasets_lib.sources.latents import LatentDataset
 
     whole, few = few_digits()
     for index, place in enumerate([3, 30]):
@@ -524,7 +523,3 @@ def test_a_data_set_with_some_of_its_examples():
     prior = PriorDataset(whole, few_digits()[0]).only([5, 6, 7])
     assert [prior.image_count(column) for column in prior.picture_columns] == [3, 3]
     assert torch.equal(prior.get(2, None)["image"], whole.get(7, None)["image"])
-
-    latents = LatentDataset.__new__(LatentDataset)
-    latents.rows, latents.opened = [4, 5, 6], {"file": 1}
-    assert (latents.only([2, 0]).rows, latents.only([0]).opened, latents.rows) == ([6, 4], {}, [4, 5, 6])

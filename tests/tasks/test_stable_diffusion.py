@@ -619,9 +619,9 @@ MISTAKES = [
         {"lora.validation_prompts": [], "lora.clip_score_model": "x"},
         "has an effect with pictures, and validation_prompts is empty only",
     ),
-    ("lora", {"base.encoder_cache_dir": "x"}, "base.encoder_cache_dir has an effect with cache_latents or cache_text"),
+    ("lora", {"base.encoder_cache_dir": "x"}, "encoder_cache_dir = \"x\": has an effect with cache_latents or cache_text"),
     ("ddpm", {"base.trigger_word": "sks"}, "trigger_word = \"sks\": has an effect with a task that reads captions only"),
-    ("ddpm", {"base.encoder_cache_dir": "x"}, "has an effect with a task that reads captions only"),
+    ("ddpm", {"base.encoder_cache_dir": "x"}, "encoder_cache_dir = \"x\": has an effect with cache_latents or cache_text"),
     ("lora", {"lora.target_modules": []}, "must name at least one module, or be null"),
     (
         "lora",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from trainers.base import BaseConfig, Bounds, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
-from trainers.common.autoencoder.latents import LatentSpace, latents_problems, vae_config
+from trainers.base import BaseConfig, Bounds, Encoder, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
+from trainers.common.autoencoder.latents import LatentSpace, cache_problems, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
 from trainers.common.diffusion.classes import count_classes, labels_of
 from trainers.common.diffusion.guidance import ClassifierGuidance, Condition, Guidance, classifier_problems
@@ -29,10 +29,12 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
 
     free_on_resume: ClassVar[tuple[str, ...]] = (
         *PixelDiffusionConfig.free_on_resume, "guidance_scale", "guidance_rescale", "guidance_interval",
-        "valid_classes", "classifier", "classifier_scale",
+        "valid_classes", "classifier", "classifier_scale", "cache_latents",
     )  # fmt: skip
+    training_only: ClassVar[tuple[str, ...]] = ("cache_latents",)
 
     vae: str | None = None  # a finished vae run, or a hub name of an AutoencoderKL: diffuse its latents; null: pixels
+    cache_latents: Literal["memory", "disk"] | None = None  # encode each picture once; null: in every step
     num_classes: Positive | None = None  # null: as many as the data set names
     label_dropout: Fraction = 0.1  # part of the examples whose class is hidden in training
     guidance_scale: NonNegativeFloat = 1.0  # of the pictures at validations; 1: conditional alone, 0: no class
@@ -46,8 +48,10 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
         yield from super().problems(base)
         if self.vae is not None:
             yield from (("vae", problem) for problem in latents_problems(self.vae))
+            yield from cache_problems(self, base)
             if self.classifier is not None:
                 yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
+        yield from self.without_effect(("cache_latents",), "vae", self.vae is not None)
         if self.classifier is not None and self.objective == "rectified_flow":
             yield "classifier", "has seen another noise than a flow's; leave it null"
         interval = self.guidance_interval
@@ -85,7 +89,12 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         vae = self.config.vae
         if vae is None:
             return None
-        return LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.run.encoded_by)
+        space = LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.run.encoded_by)
+        space.offloaded = self.config.cache_latents is not None
+        return space
+
+    def encoders(self) -> dict[str, Encoder]:
+        return {} if self.latents is None else {"latents": self.latents.encoder(self.config.cache_latents)}
 
     def setup(self) -> None:
         super().setup()

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainers.base import BaseConfig, Encoder, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
+import torch
+
+from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
 from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow
@@ -153,12 +155,14 @@ class PixelDiffusionTrainer(Trainer):
         """The latents that the network sees instead of pixels."""
         return None
 
-    def encoders(self) -> dict[str, Encoder]:
-        return {} if self.latents is None else {"latents": self.latents.encoder()}
-
     def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
         """What noise is added to, [B, c, h, w]."""
-        return images_of(batch) if self.latents is None else self.latents.draw(batch, rng)
+        if self.latents is None:
+            return images_of(batch)
+        latents = self.latents.draw(batch, rng)
+        if "image_key" in batch and self.device.type == "cpu":  # as the encoder lays them out there: of other layouts
+            latents = latents.to(memory_format=torch.channels_last)  # the network's sums differ in their last bits
+        return latents
 
     def build_network(self, grid: Grid) -> nn.Module:
         """The network that sees such a grid, in float32."""
@@ -181,4 +185,8 @@ class PixelDiffusionTrainer(Trainer):
         return self._as_pictures(denoise(predict, scheduler, noise, steps, generators, self.progress, after_step))
 
     def _as_pictures(self, sample: Tensor) -> Tensor:
-        return to_unit_range(sample if self.latents is None else self.latents.decode(sample))
+        if self.latents is None:
+            return to_unit_range(sample)
+        pictures = to_unit_range(self.latents.decode(sample))
+        self.latents.offload()
+        return pictures

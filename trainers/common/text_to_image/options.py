@@ -17,7 +17,7 @@ from trainers.base import (
     PositiveFloat,
     TrainerConfig,
 )
-from trainers.common.autoencoder.latents import latents_problems
+from trainers.common.autoencoder.latents import cache_problems, latents_problems
 from trainers.common.text_to_image.base_model import base_model_problems
 
 BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end")
@@ -123,12 +123,7 @@ class StableDiffusionConfig(TrainerConfig):
 
     def _cache_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         """Where every example would need another entry than the one that is kept."""
-        if self.cache_latents is not None and not base.center_crop:
-            yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
-        if self.cache_latents is not None and base.dataset == "latents":
-            yield "cache_latents", "has no effect with base.dataset: latents"
-        if base.encoder_cache_dir is not None and "disk" not in (self.cache_latents, self.cache_text):
-            yield "cache_latents", "base.encoder_cache_dir has an effect with cache_latents or cache_text: disk only"
+        yield from cache_problems(self, base)
         if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 

@@ -13,9 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from trainers.engine.config.eval_networks import classifier_problem, features_problem
 from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section
 
-OF_CAPTIONS = (
-    "trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption", "encoder_cache_dir",
-)  # fmt: skip
+OF_CAPTIONS = ("trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption")
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
 
 

@@ -79,10 +79,9 @@ def check_config(
         found += [("base", *problem) for problem in base.without_effect(OF_CAPTIONS, condition, False)]
     if base.buckets and not trainer_class.Config.takes_buckets:
         found.append(("base", "buckets", f"{task} takes pictures of one size; set it to false"))
-    if base.streaming:
-        caches = [name for name in ("cache_latents", "cache_text") if getattr(config, name, None) is not None]
-        reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
-        found += [(task, name, reason) for name in caches]
+    on_disk = any(name.startswith("cache_") and value == "disk" for name, value in vars(config).items())
+    cache_dir = ("encoder_cache_dir",), "cache_latents or cache_text: disk", on_disk
+    found += [("base", *problem) for problem in base.without_effect(*cache_dir)]
     for name, option, reason in found:
         if f"{name}.{option}" not in wrong:
             problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")
