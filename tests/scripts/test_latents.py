@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 from run_folders import losses, read_metrics
 from script_calls import run_script
 

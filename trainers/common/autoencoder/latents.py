@@ -35,12 +35,12 @@ def latents_problems(source: str) -> Iterator[str]:
         yield "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
 
 
-def cache_problems(section: Section, base: Section) -> Iterator[tuple[str, str]]:
+def cache_problems(caches: dict[str, str | None], base: BaseConfig) -> Iterator[tuple[str, str]]:
     """Yields (option, problem) for caches of which every example would need another entry than the one that is kept."""
-    if section.cache_latents is not None and not base.center_crop:
+    if caches["cache_latents"] is not None and not base.center_crop:
         yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
-    for option in ("cache_latents", "cache_text"):
-        if base.streaming and getattr(section, option, None) is not None:
+    for option, cache in caches.items():
+        if base.streaming and cache is not None:
             reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
             yield option, reason
 

@@ -48,7 +48,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
         yield from super().problems(base)
         if self.vae is not None:
             yield from (("vae", problem) for problem in latents_problems(self.vae))
-            yield from cache_problems(self, base)
+            yield from cache_problems({"cache_latents": self.cache_latents}, base)
             if self.classifier is not None:
                 yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
         yield from self.without_effect(("cache_latents",), "vae", self.vae is not None)
