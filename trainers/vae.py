@@ -118,6 +118,7 @@ class VAETrainer(Trainer):
     """Trains an AutoencoderKL, and a discriminator beside it where the loss is adversarial."""
 
     Config = VAEConfig
+    config: VAEConfig
     draws_held_out = True
     usage = (
         "from diffusers import AutoencoderKL\n"
