@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from processes import Forked, start, wait_for
-from repository import ROOT
+from repository import ROOT, tiny
 from run_folders import final_state, logged_steps, losses, read_metrics
 
 from train import main, train
@@ -58,7 +58,7 @@ def uninterrupted(tmp_path_factory):
     return folder, seconds, int(output.rpartition(" lines")[0].split()[-1])
 
 
-@pytest.mark.parametrize("points", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
     """Half of the points by time, half at a line of the modules that write files."""
     whole, seconds, lines = uninterrupted
@@ -134,9 +134,16 @@ def flip_a_bit(path, rng):
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return train(load_config(tiny("ddpm"), [f"base.output_dir={folder}", "base.checkpointing_steps=3"]))
+
+
 @pytest.fixture
-def two_checkpoints(run_in_process):
-    return run_in_process(**{"base.checkpointing_steps": 3})
+def two_checkpoints(trained, tmp_path):
+    """The folder of a finished run with checkpoints 3 and 6."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monkeypatch, capsys):
