@@ -227,8 +227,9 @@ def test_a_launch_is_what_accelerate_and_we_understand(name, engine, monkeypatch
     check_engine(SimpleNamespace(distributed_type=DistributedType[engine], state=state, mixed_precision="no"))
 
 
-def test_the_tests_that_the_table_of_engines_names_exist():
-    page = (ROOT / "docs/distributed.md").read_text()
+@pytest.mark.parametrize("name", ["distributed", "architecture"])
+def test_the_tests_that_a_page_names_exist(name):
+    page = (ROOT / f"docs/{name}.md").read_text()
     there = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) >= 8

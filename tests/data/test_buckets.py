@@ -483,10 +483,6 @@ CONFIG = {
         ({"resolution": 32}, "base.bucket_step = 64: must be at least 1, and at most resolution = 32"),
         ({"bucket_max_pixels": 4095}, "base.bucket_max_pixels = 4095: must be at least the square of bucket_step = 64"),
         (
-            {"train_data_dir": None, "dataset": "latents"},
-            "base.buckets = true: has no effect with dataset: latents, who",
-        ),
-        (
             {"class_data_dir": "x", "class_caption": "x"},
             "base.buckets = true: cannot be had with class_data_dir: a pic",
         ),
@@ -593,17 +589,3 @@ def test_pictures_are_measured_at_one_size(run_in_process, options, monkeypatch)
 def test_sides_are_multiples_of_a_latent(run_in_process, options):
     with pytest.raises(ValueError, match=r"bucket_step = 6: must be a multiple of 4, the pixels per latent of text_to"):
         run_in_process("run", "text_to_image", **{**options, "base.bucket_step": 6})
-
-
-def test_latents_of_a_file_have_one_shape(options, tiny_config, tmp_path, monkeypatch):
-    import sys
-
-    from scripts import encode
-
-    config = tiny_config("text_to_image", **options)
-    base_model = json.loads(config.read_text())["text_to_image"]["pretrained_model_name_or_path"]
-    monkeypatch.setattr(
-        sys, "argv", ["encode.py", base_model, str(config), str(tmp_path / "latents"), "base.random_flip=false"]
-    )
-    with pytest.raises(SystemExit, match="buckets = true: the rows of a file have one shape; set it to false"):
-        encode.main()

@@ -84,7 +84,7 @@ def test_a_data_set_of_ones_own():
 
 def test_unknown_data_sets_and_splits():
     with pytest.raises(
-        ValueError, match=r"base.dataset is 'digit'; it must be one of: digits, latents, package.module:build; did"
+        ValueError, match=r"base.dataset is 'digit'; it must be one of: digits, package.module:build; did"
     ):
         datasets_lib.build(settings(dataset="digit"), "train")
     for name in ("no_such_package:build", f"{__name__}:no_such_function"):

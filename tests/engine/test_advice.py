@@ -1,40 +1,27 @@
-"""What a run is told that it leaves on the table."""
+"""The note at the start of a run on a device that computes bf16 in hardware, which the run does not use."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trainers.engine.tracking import advice
+from trainers.engine.tracking.console import has_bf16
 
-CPU = torch.device("cpu")
-
-
-def note(precision="no", main=True):
-    accelerator, base = SimpleNamespace(device=CPU, is_main_process=main), SimpleNamespace(mixed_precision=precision)
-    return advice.precision_note(accelerator, base)
+NOTE = "NOTE: this device computes bf16 in hardware: base.mixed_precision=bf16 would use it"
 
 
-@pytest.mark.parametrize(("half", "told"), [(0.05, True), (0.09, False), (0.2, False)])
-def test_bf16_is_advised_where_it_is_faster(monkeypatch, half, told):
-    """The fastest of each dtype counts: here float32 takes 0.1 s, but for one round that was disturbed."""
-    rounds = iter([0.1, half, 0.4, half, 0.1, half, 0.1, 9 * half, 0.1, half])
-    asked = []
-    monkeypatch.setattr(advice, "_seconds", lambda images, weight: (asked.append(weight.dtype), next(rounds))[1])
-    advice.bf16_speedup.cache_clear()
-    try:
-        expected = ["a convolution in bf16 is 2.0 times faster here than in float32: base.mixed_precision=bf16"]
-        assert note() == (expected if told else [])
-        assert asked == [torch.float32, torch.bfloat16] * 5
-        assert note("bf16") == note(main=False) == []
-    finally:
-        advice.bf16_speedup.cache_clear()
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_which_devices_compute_bf16_in_hardware(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert has_bf16(torch.device("cpu")) is (avx512 or amx)
+    assert not has_bf16(torch.device("cuda"))
+    assert not has_bf16(torch.device("mps"))
 
 
-def test_it_is_measured_here_and_draws_nothing():
-    advice.bf16_speedup.cache_clear()
-    before = torch.get_rng_state()
-    assert 0.02 < advice.bf16_speedup(CPU) < 50
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize(("supported", "precision", "told"), [(1, "no", True), (0, "no", False), (1, "bf16", False)])
+def test_bf16_is_named_where_it_is_not_used(run_in_process, monkeypatch, capsys, supported, precision, told):
+    monkeypatch.setattr("trainers.engine.tracking.console.has_bf16", lambda device: bool(supported))
+    run_in_process(**{"base.mixed_precision": precision, "base.max_train_steps": 1})
+    assert (NOTE in capsys.readouterr().out) is told

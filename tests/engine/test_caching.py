@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import tiny_models
 import torch
@@ -16,6 +17,8 @@ from run_folders import losses, read_metrics
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import datasets_lib
+from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.encoders import fill
 from trainers.engine.encoders.cache import Cache, folder_of, text_key
 from trainers.engine.encoders.stages import FrozenEncoders
@@ -289,30 +292,34 @@ def test_a_cache_on_each_host_holds_all(options, tmp_path, tiny_config):
     assert numbers(tmp_path / "one" / "again") == pytest.approx(numbers(tmp_path / "one" / "run"))
 
 
-def test_latents_of_a_file_with_cached_text(run_in_process, options, captioned, tmp_path, monkeypatch, capsys):
-    """scripts/encode.py's files in place of pictures: the same losses, and the captions are found."""
-    from scripts import encode
+class Encoded:
+    """A data set of one's own: the latents of another one's pictures, with their captions."""
 
-    rows = [json.loads(line) for line in (captioned / "metadata.jsonl").read_text().splitlines()]
-    rows = [row | {"text": row["text"] if isinstance(row["text"], str) else row["text"][0]} for row in rows]
-    (captioned / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # one is written
-    plain = {**options, "base.random_flip": False, "base.dataset_args": {}}
+    def __init__(self, pictures, autoencoder):
+        self.pictures, self.fingerprint, self.captions = pictures, pictures.fingerprint, pictures.captions
+        self.autoencoder = diffusers.AutoencoderKL.from_pretrained(autoencoder).requires_grad_(False)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def get(self, index, generator):
+        example = self.pictures.get(index, generator)
+        posterior = self.autoencoder.encode(example.pop("image")[None]).latent_dist
+        return {**example, "mean": posterior.mean[0], "logvar": posterior.logvar[0]}
+
+
+def build_encoded(args, split, folder):
+    pictures = BaseConfig(**{**vars(args), "dataset": None, "dataset_args": {}, "train_data_dir": folder})
+    return Encoded(datasets_lib.build(pictures, split), tiny_models.model("sd1") / "vae")
+
+
+def test_latents_of_a_data_set_with_cached_text(run_in_process, options, captioned):
+    plain = {**options, "base.random_flip": False}
     first = run_in_process("plain", "text_to_image", **plain)
-    config = first / "config.yaml"
-    monkeypatch.setattr(
-        "sys.argv", ["encode.py", str(tiny_models.model("sd1")), str(config), str(tmp_path / "latents")]
-    )
-    encode.main()
-    encoded_set = {"base.dataset": "latents", "base.dataset_args": {"path": str(tmp_path / "latents")}}
-    options = {**plain, **encoded_set, "base.train_data_dir": None, "base.validation_split": "validation"}
-    capsys.readouterr()
-    found = run_in_process("encoded", "text_to_image", **options, **{"text_to_image.cache_text": "memory"})
-    assert "no captions" not in capsys.readouterr().out
+    own = {"base.dataset": f"{__name__}:build_encoded", "base.dataset_args": {"folder": str(captioned)}}
+    options = {**plain, **own, "base.train_data_dir": None, "text_to_image.cache_text": "memory"}
+    found = run_in_process("encoded", "text_to_image", **options)
     assert numbers(found) == pytest.approx(numbers(first), rel=1e-5)
-    for path in (tmp_path / "latents").glob("*/index.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "captions": []}))
-    run_in_process("silent", "text_to_image", **{**options, "base.caption": "a photo of a cat"})
-    assert "every example has base.caption = 'a photo of a cat'" in capsys.readouterr().out
 
 
 def test_rows_of_a_cache(tmp_path):
@@ -333,6 +340,8 @@ def test_rows_of_a_cache(tmp_path):
 def test_errors_of_caches(run_in_process, tmp_path, options, monkeypatch):
     from datasets_lib.images.image_dataset import ImageDataset
 
-    monkeypatch.delattr(ImageDataset, "captions")
-    with pytest.raises(ValueError, match=r"encoder text cannot be cached: a ImageDataset has no `captions`"):
+    monkeypatch.setattr(ImageDataset, "captions", lambda self: None)
+    with pytest.raises(
+        ValueError, match=r"encoder text cannot be cached: the data set does not list its captions; set"
+    ):
         run_in_process("run", "text_to_image", **options, **{"text_to_image.cache_text": "memory"})

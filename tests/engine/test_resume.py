@@ -81,7 +81,7 @@ def test_a_finished_run_says_so(tiny_config, capsys):
     after = (folder / "metrics.jsonl").read_text()
     added = [json.loads(line).keys() - {"step"} for line in after.removeprefix(before).splitlines()]
     assert after.startswith(before)
-    assert added == [{"start/peak_memory_gib"}, {"export/seconds", "export/peak_memory_gib"}]
+    assert added == [{"prepare_train/seconds", "start/peak_memory_gib"}, {"export/seconds", "export/peak_memory_gib"}]
     assert (folder / "README.md").read_text() == card.replace(
         "resume_from_checkpoint: null", "resume_from_checkpoint: latest"
     )

@@ -9,12 +9,12 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 from run_folders import losses, read_metrics
 from script_calls import run_script
 
 import datasets_lib
-from datasets_lib.sources.latents import INDEX
-from scripts import encode, evaluate, replay, sample
+from scripts import evaluate, replay, sample
 from train import main
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.class_pipeline import ClassConditionalPipeline
@@ -24,15 +24,31 @@ from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.saved_run import load_trainer, open_run
 
 TASK = "conditional_ddpm"
+SMALL_UNET = json.loads((ROOT / "configs/tests/models/unet2d.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def encoded(vae, tmp_path_factory):
-    """The digits' latents in files of 700."""
-    folder = tmp_path_factory.mktemp("encoded") / "latents"
-    options = ["base.validation_split=0.1", "base.max_train_samples=null", "--shard-size", 700, "--device", "cpu"]
-    run_script(encode, vae, "configs/tests/conditional_ddpm.json", folder, *options)
-    return folder
+class Encoded:
+    """A data set of one's own: the posteriors of another one's pictures, by the autoencoder in the folder `vae`."""
+
+    def __init__(self, pictures, vae):
+        self.pictures, self.fingerprint = pictures, pictures.fingerprint
+        self.network = diffusers.AutoencoderKL.from_pretrained(vae).requires_grad_(False)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def get(self, index, generator):
+        example = self.pictures.get(index, None)
+        posterior = self.network.encode(example.pop("image")[None]).latent_dist
+        return {**example, "mean": posterior.mean[0], "logvar": posterior.logvar[0]}
+
+
+def build_encoded(args, split, vae):
+    return Encoded(digits(split), vae)
+
+
+def encoded_digits(vae):
+    return {"base.dataset": f"{__name__}:build_encoded", "base.dataset_args": {"vae": str(vae)}}
 
 
 def digits(split="train"):
@@ -40,106 +56,7 @@ def digits(split="train"):
     return datasets_lib.build(BaseConfig(dataset="digits", **options), split)
 
 
-def latents(folder, split="train", **options):
-    options = {"channels": 1, "resolution": 16, "validation_split": "validation", "num_epochs": 1} | options
-    return datasets_lib.build(BaseConfig(dataset="latents", dataset_args={"path": str(folder)}, **options), split)
-
-
-# --- files
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_files_hold_each_pictures_posterior_and_label(vae, encoded, split):
-    pictures, dataset = digits(split), latents(encoded, split)
-    assert len(dataset) == len(pictures)
-    assert dataset.label_names == pictures.label_names
-    assert dataset.highest_label == 9
-    network = diffusers.AutoencoderKL.from_pretrained(vae)
-    for number in (0, len(dataset) // 2, len(dataset) - 1):
-        example, picture = dataset.get(number, None), pictures.get(number, None)
-        assert example["label"] == picture["label"]
-        with torch.no_grad():
-            posterior = network.encode(picture["image"][None]).latent_dist
-        torch.testing.assert_close(example["mean"], posterior.mean[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(example["logvar"], posterior.logvar[0], rtol=1e-4, atol=1e-5)
-        datasets_lib.check_example(example, BaseConfig(channels=1, resolution=16))
-
-
-def test_shards_and_what_a_worker_gets(encoded):
-    files = sorted(path.name for path in (encoded / "train").iterdir())
-    assert files == [INDEX, "latents-00000.safetensors", "latents-00001.safetensors", "latents-00002.safetensors"]
-    dataset = latents(encoded)
-    rows = [dataset.get(number, None)["mean"] for number in (699, 700, 1399, 1400)]
-    import pickle
-
-    copied = pickle.loads(pickle.dumps(dataset))
-    again = [copied.get(number, None)["mean"] for number in (699, 700, 1399, 1400)]
-    assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
-    assert dataset.fingerprint == latents(encoded).fingerprint != latents(encoded, "validation").fingerprint
-
-
-def test_a_fraction_held_out_and_fewer_examples(encoded):
-    parts = [latents(encoded, split, validation_split=0.25) for split in ("train", "validation")]
-    assert [len(part) for part in parts] == [1213, 404]
-    assert set(parts[0].rows) | set(parts[1].rows) == set(range(1617))
-    others = latents(encoded, "train", validation_split=0.25, seed=1)
-    assert (len(others), others.fingerprint == parts[0].fingerprint) == (1213, False)
-    few = latents(encoded, max_train_samples=10)
-    assert len(few) == 10
-    assert few.fingerprint != latents(encoded).fingerprint
-
-
-def test_half_precision_files_with_captions(vae, tmp_path):
-    for number in range(6):
-        Image.new("L", (16, 16), 40 * number).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text(f"grey {number}")
-    data = ["base.dataset=null", f"base.train_data_dir={tmp_path}", "conditional_ddpm.num_classes=1"]
-    run_script(encode, vae, "configs/tests/conditional_ddpm.json", tmp_path / "out", *data, "--dtype", "float16")
-    dataset = latents(tmp_path / "out", validation_split=None)
-    example = dataset.get(3, None)
-    assert example["mean"].dtype == torch.float32
-    assert (example["caption"], "label" in example) == ("grey 3", False)
-
-
-@pytest.fixture
-def without_hub(monkeypatch):
-    """Where a hub does not answer, its library tries for long."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def test_mistakes_in_encoding_leave_nothing_behind(vae, tmp_path, without_hub):
-    def error(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            run_script(encode, *arguments)
-        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
-        return str(caught.value)
-
-    config = "configs/tests/conditional_ddpm.json"
-    assert f"{tmp_path}: exists; choose a new folder" in error(vae, config, tmp_path)
-    flipped = error(vae, config, tmp_path / "out", "base.random_flip=true")
-    assert "base.random_flip = true: latents of mirrored pictures are not written; set it to false" in flipped
-    assert "VAE = none: no AutoencoderKL in safetensors format could be read" in error("none", config, tmp_path / "out")
-    wrong = error(vae, config, tmp_path / "out", "base.channels=3", "conditional_ddpm.model_config=null")
-    assert f"VAE = {vae}: has in_channels = 1, base.channels is 3; make them equal" in wrong
-    assert not (tmp_path / "out").exists()
-
-
-def test_mistakes_in_reading(encoded, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no latents; found in .*: nothing; make them with scripts/enc"):
-        latents(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"test: holds no latents; found in .*: train, validation; make them"):
-        latents(encoded, "validation", validation_split="test")
-    with pytest.raises(ValueError, match=r"latents of pictures with resolution 16, and base.resolution is 32; make th"):
-        latents(encoded, resolution=32)
-    shutil.copytree(encoded, tmp_path / "copy")
-    shard = tmp_path / "copy" / "train" / "latents-00000.safetensors"
-    shard.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"latents-00000.safetensors: cannot be read .*; encode the data set again"):
-        latents(tmp_path / "copy").get(0, None)
-    index = tmp_path / "copy" / "train" / INDEX
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
-    with pytest.raises(ValueError, match="written by another version of diffloop; encode the data set again"):
-        latents(tmp_path / "copy")
+def test_what_is_wrong_with_an_example_of_latents():
     zeros = torch.zeros(2, 3, 3)
     for example, message in (
         ({"mean": zeros}, r"'image', or 'mean' and 'logvar' of latents, got \['mean'\]"),
@@ -149,9 +66,6 @@ def test_mistakes_in_reading(encoded, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             datasets_lib.check_example(example, BaseConfig())
-
-
-# --- in place of pixels
 
 
 def space(vae, resolution=16):
@@ -187,54 +101,128 @@ def test_latents_are_shifted_and_scaled_as_the_config_says(vae):
     torch.testing.assert_close(found.decode(found.scaled(batch["mean"])), decoded, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def in_latents(vae, tmp_path):
+    """Options of a class task in latents of the autoencoder, with a tiny network."""
+
+    def options(task, **more):
+        (tmp_path / "unet.json").write_text(json.dumps(SMALL_UNET | {"in_channels": 2, "out_channels": 2}))
+        network = {f"{TASK}.model_config": str(tmp_path / "unet.json")} if task == TASK else {}
+        return {f"{task}.vae": str(vae), "base.center_crop": True, **network, **more}
+
+    return options
+
+
+@pytest.mark.parametrize("task", [TASK, "dit"])
+def test_cached_and_uncached_training_are_the_same_to_the_bit(task, in_latents, run_in_process):
+    eighths = {"base.max_train_samples": 40, "base.validation_split": 8 / 1797, "base.train_batch_size": 8}
+    options = in_latents(task, **eighths, **{"base.random_flip": True})
+    plain = run_in_process("plain", task, **options)
+    for kind in ("memory", "disk"):
+        cached = run_in_process(kind, task, **options, **{f"{task}.cache_latents": kind})
+        assert losses(cached) == losses(plain)
+        assert_same_files(cached, plain)
+
+
+def test_cached_latents_are_known_by_the_pictures_and_the_autoencoder(
+    in_latents, run_in_process, vae, tmp_path, capsys
+):
+    shutil.copytree(vae, tmp_path / "changed")
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        network.decoder.conv_out.bias += 1e-3
+    network.save_pretrained(tmp_path / "changed")
+    options = in_latents(TASK, **{f"{TASK}.cache_latents": "disk", "base.max_train_steps": 1})
+
+    def encoded(name, **changed):
+        run_in_process(name, TASK, **options | changed)
+        return capsys.readouterr().out
+
+    assert "cache latents: 40 of 40 to encode" in encoded("first")
+    assert "cache latents: 0 of 40 to encode" in encoded("again")
+    assert "cache latents: 40 of 80 to encode" in encoded("flips", **{"base.random_flip": True})
+    printed = encoded("other", **{f"{TASK}.vae": str(tmp_path / "changed")})
+    assert f"what {tmp_path / 'encoder-cache'} holds is of another encoder, precision or version" in printed
+    assert "cache latents: 40 of 40 to encode" in printed
+
+
+def assert_same_files(run, other):
+    """Weights, optimizer state and pictures, byte for byte."""
+    names = [path.relative_to(run) for path in run.rglob("*") if path.suffix in (".safetensors", ".png")]
+    assert len(names) > 5
+    for name in names:
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_autoencoder_leaves_the_device_when_latents_are_cached(in_latents, run_in_process, monkeypatch):
+    places, decode = [], LatentSpace.decode
+    moves, to = [], torch.nn.Module.to
+
+    def moved(self, *arguments, **options):
+        if isinstance(self, diffusers.AutoencoderKL):
+            moves.append(str(arguments[0]))
+        return to(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    monkeypatch.setattr(LatentSpace, "decode", lambda self, z: places.append(len(moves)) or decode(self, z))
+    run_in_process("run", TASK, **in_latents(TASK, **{f"{TASK}.cache_latents": "memory"}))
+    assert moves[places[0] - 1] == "cpu"  # after the cache was filled
+    assert moves[-1] == "cpu"  # after the last pictures
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, 'cache_latents = "disk": has an effect with vae only'),
+        ({"vae": "VAE"}, "keeps one crop of each picture: set base.center_crop: true"),
+        ({"vae": "VAE", "base.streaming": True}, "with base.streaming nothing is; set it to null"),
+        (
+            {"cache_latents": None, "base.encoder_cache_dir": "x"},
+            "has an effect with cache_latents or cache_text: disk",
+        ),
+    ],
+)
+@pytest.mark.parametrize("task", [TASK, "dit"])
+def test_mistakes_with_cached_latents(options, message, vae, task, tiny_config, capsys):
+    options = {"cache_latents": "disk"} | options
+    values = {key if "." in key else f"{task}.{key}": value for key, value in options.items()}
+    values = {key: str(vae) if value == "VAE" else value for key, value in values.items()}
+    assert main([str(tiny_config(task, **values))]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
-def runs(vae, encoded, tmp_path_factory):
-    """A latent diffusion model trained on encoded files, and one that encodes on the fly."""
+def runs(vae, tmp_path_factory):
+    """A latent diffusion model trained on a data set of latents, and one that encodes on the fly."""
     folder = tmp_path_factory.mktemp("latent-diffusion")
     shared = [f"{TASK}.vae={vae}", f"{TASK}.model_config=null", "base.max_train_samples=null", "base.max_train_steps=3"]
-    shared.append("base.train_batch_size=20")  # 180 held-out pictures in few batches
-    files = ["base.dataset=latents", f"base.dataset_args.path={encoded}", "base.validation_split=validation"]
-    for name, data in (("cached", files), ("live", ["base.validation_split=0.1"])):
+    shared += ["base.train_batch_size=20", "base.validation_split=0.1"]  # 180 held-out pictures in few batches
+    own = [f"base.dataset={__name__}:build_encoded", f"base.dataset_args.vae={vae}", f"{TASK}.num_classes=10"]
+    for name, data in (("encoded", own), ("live", [])):
         assert main(["configs/tests/conditional_ddpm.json", f"base.output_dir={folder / name}", *shared, *data]) == 0
-    return folder / "cached", folder / "live"
+    return folder / "encoded", folder / "live"
 
 
-def test_encoded_files_train_like_pictures(runs):
-    cached, live = [[float.fromhex(value) for value in losses(folder).values()] for folder in runs]
-    assert cached == pytest.approx(live, rel=1e-5)
+def test_latents_of_a_data_set_train_like_pictures(runs):
+    encoded, live = [[float.fromhex(value) for value in losses(folder).values()] for folder in runs]
+    assert encoded == pytest.approx(live, rel=1e-5)
     metrics = [read_metrics(folder, prefix="valid/loss")[-1]["valid_ema/loss"] for folder in runs]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
 
 
-def test_latents_of_another_network_are_refused(vae, encoded, tmp_path, tiny_config, capsys):
-    shutil.copytree(vae, tmp_path / "other")
-    network = diffusers.AutoencoderKL.from_pretrained(vae)
-    with torch.no_grad():
-        network.decoder.conv_out.bias += 1e-3
-    network.save_pretrained(tmp_path / "other")
-    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
-    options = {f"{TASK}.vae": str(tmp_path / "other"), f"{TASK}.model_config": None}
-    assert main([str(tiny_config(TASK, **data, **options))]) == 1
-    expected = f"{TASK}.vae = {tmp_path / 'other'}: the data set was encoded by another network; encode it with this"
-    assert expected in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("task", ["ddpm", "vae", TASK, "dit", "noisy_classifier"])
-def test_tasks_that_need_pictures(task, encoded, tiny_config, capsys):
-    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
-    assert main([str(tiny_config(task, **data))]) == 1
+def test_tasks_that_need_pictures(task, vae, tiny_config, capsys):
+    classes = {} if task in ("ddpm", "vae") else {f"{task}.num_classes": 10}
+    assert main([str(tiny_config(task, **encoded_digits(vae), **classes))]) == 1
     expected = "the data set holds latents, and this run needs pictures; conditional_ddpm.vae and dit.vae take latents"
     assert expected in capsys.readouterr().err
 
 
-def test_metrics_in_the_loop_and_flips_need_pictures(vae, encoded, tiny_config, capsys):
-    data = {"base.dataset": "latents", "base.dataset_args": {"path": str(encoded)}}
-    options = {f"{TASK}.vae": str(vae), f"{TASK}.model_config": None}
+def test_metrics_in_the_loop_need_pictures(vae, tiny_config, capsys):
+    options = {f"{TASK}.vae": str(vae), f"{TASK}.model_config": None, f"{TASK}.num_classes": 10}
     metrics = {"base.eval_steps": 3, "base.eval_features": "none"}
-    assert main([str(tiny_config(TASK, **data, **options, **metrics))]) == 1
+    assert main([str(tiny_config(TASK, **encoded_digits(vae), **options, **metrics))]) == 1
     assert "the data set holds latents, and metrics compare pictures; set it to null" in capsys.readouterr().err
-    assert main([str(tiny_config(TASK, name="flip", **data, **options, **{"base.random_flip": True}))]) == 1
-    assert "base.random_flip = true: latents cannot be mirrored; set it to false" in capsys.readouterr().err
 
 
 def test_replaying_a_step_of_latents(runs, capsys):
@@ -277,7 +265,7 @@ def test_scripts_draw_from_latents_when_the_autoencoder_has_moved(runs, tmp_path
     assert Image.open(pictures[0]).tobytes() == Image.open(pictures[1]).tobytes()
 
 
-def test_metrics_want_pictures(runs, tiny_config, vae, encoded, capsys):
+def test_metrics_want_pictures(runs, capsys):
     run_script(evaluate, runs[1], "--number", 20, "--features", "none")
     assert "class_accuracy" in json.loads(capsys.readouterr().out)
     with pytest.raises(SystemExit, match="the data set holds latents; name the pictures', as with base.dataset="):
@@ -285,6 +273,12 @@ def test_metrics_want_pictures(runs, tiny_config, vae, encoded, capsys):
     pictures = ["base.dataset=digits", "base.validation_split=0.1"]  # another data set has no arguments of this one
     run_script(evaluate, runs[0], "--number", 20, "--features", "none", *pictures)
     assert "class_accuracy" in json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def without_hub(monkeypatch):
+    """Where a hub does not answer, its library tries for long."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def test_mistakes_in_the_option(vae, tmp_path, tiny_config, capsys, without_hub):

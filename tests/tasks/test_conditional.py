@@ -14,6 +14,7 @@ from recorded_samples import recorded_samples
 from run_folders import losses, read_metrics
 
 from train import main
+from trainers.base import RunInfo
 from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.diffusion.guidance import Guidance, noise_levels
 from trainers.common.diffusion.sampling import build_sampler
@@ -77,7 +78,7 @@ def test_noise_levels():
 def make(names=NAMES, **options):
     options = {"model_config": "configs/tests/models/unet2d.json", "ddpm_num_steps": 20} | options
     trainer = ConditionalDDPMTrainer(ConditionalDDPMConfig(**options), BaseConfig(resolution=16, channels=1))
-    trainer.label_names = names
+    trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32, label_names=names)
     trainer.setup()
     trainer.modules = trainer.init_modules()
     return trainer

@@ -14,6 +14,7 @@ from processes import launch
 from run_folders import losses
 
 from train import main
+from trainers.base import RunInfo
 from trainers.common.diffusion.consistency import ConsistencyObjective, Networks, guided
 from trainers.common.diffusion.objective import Part
 from trainers.common.lora.adapters import lora_scaled
@@ -153,7 +154,7 @@ def make(family="sd1", dtype=torch.float32, **options):
     options = {"pretrained_model_name_or_path": str(tiny_models.model(family)), "rank": 4, **options}
     base = BaseConfig(resolution=32, num_epochs=1, dataset="digits")
     trainer = LCMLoRATrainer(LCMLoRAConfig(**options), base)
-    trainer.device, trainer.weight_dtype = CPU, dtype
+    trainer.run = RunInfo(device=CPU, weight_dtype=dtype)
     torch.manual_seed(0)
     trainer.setup()
     trainer.modules = trainer.unwrapped = trainer.init_modules()
