@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     """Trains one run from its config to its finished pipeline; returns the run's folder."""
     from trainers.engine.checkpoint import find, resume, saver  # not at the top: a config is checked in milliseconds
-    from trainers.engine.data import batches
+    from trainers.engine.data.batches import skipped, training_batches
     from trainers.engine.encoders import fill, stages
     from trainers.engine.export import model_card
     from trainers.engine.export.pipeline import export_pipeline
@@ -39,7 +39,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
 
     model_card.check_hub_login(run.base.push_to_hub)
     with context.start(run) as ctx:  # the launched processes, signals, the run folder and its lock
-        base, accelerator, stop = run.base, ctx.accelerator, ctx.stop
+        base, accelerator = run.base, ctx.accelerator
         resume_from = find.find_checkpoint(ctx)
 
         # data first: the clock counts its examples, and a checkpoint is compared with both before it moves the clock
@@ -61,7 +61,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         start_seconds = encoders.fill_seconds | datasets_lib.prepare(
             *data, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes
         )
-        micro_batches = batches.training_batches(data.train, clock, base, accelerator.process_index, ctx.device, stop)
+        micro_batches = training_batches(data.train, clock, base, accelerator.process_index, ctx.device, ctx.stop)
         tracking = tracker.Tracker(ctx, start_seconds)
         checkpoints = saver.Saver(ctx, state, tracking)
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
@@ -69,7 +69,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)  # one that the run was stopped in
             speed = meters.Speed()
-            for step in stop.steps(clock.origin_step, clock.total_steps):
+            for step in ctx.stop.steps(clock.origin_step, clock.total_steps):
                 rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
                     batch = encoders.encode(next(micro_batches))
@@ -88,19 +88,19 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                 done = step + 1
                 checks.after_step(done, batch["slot"])
                 if clock.due(done, base.logging_steps):
-                    means = state.meter.means() | batches.skipped(data.train) | speed.metrics()
+                    means = state.meter.means() | skipped(data.train) | speed.metrics()
                     tracking.log_steps(clock.epochs(done) | rates | means, done)
                     console.show_metrics(bar, tracking.latest)
                 with speed.paused():
                     checkpoints.after_step(done)
-                    if stop.agreed():
+                    if ctx.stop.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
                         export_pipeline(ctx, trainer, state, tracking, validation)
                     validation.after_step(done)
             bar.close()
             checkpoints.wait()
-            stop.finish(checkpoints.save, tracking.close)
+            ctx.stop.finish(checkpoints.save, tracking.close)
             model_card.publish(ctx, trainer, tracking, export_pipeline(ctx, trainer, state, tracking, validation))
             accelerator.print(console.end_block(ctx, trainer, data.train))
     return ctx.output_dir
