@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 from PIL import ImageColor
 
 from datasets_lib.checks import one_of
-from datasets_lib.example import check_example
+from datasets_lib.example import DataSet, Example, ImageData
+from datasets_lib.example_checks import check_example
 from datasets_lib.images import buckets
+from datasets_lib.own_data import adapted
 from datasets_lib.streaming import problems as stream_problems
 
-__all__ = ["DATASETS", "build", "check_example", "first_example", "prepare", "problems"]
+__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
 
-DATASETS = {"digits": "datasets_lib.sources.digits:build", "latents": "datasets_lib.sources.latents:build"}
+DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 
 
 def problems(args: Any) -> Iterator[tuple[str, str]]:
@@ -34,7 +37,7 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     yield from stream_problems.problems(args)
 
 
-def build(args: Any, split: str) -> Any | None:
+def build(args: Any, split: str) -> ImageData | None:
     """Build the data set of a split, "train" or "validation".
 
     Returns None for "validation" when `args.validation_split` is None. Raises ValueError for a setting that cannot be
@@ -47,6 +50,8 @@ def build(args: Any, split: str) -> Any | None:
         return _load("datasets_lib.streaming.stream:build")(args, split)
     if args.dataset is not None:
         dataset = _call(_named_builder(args.dataset), args, split)
+        if dataset is None:
+            return None
     else:
         target = (
             "datasets_lib.sources.folder:build" if args.train_data_dir is not None else "datasets_lib.sources.hub:build"
@@ -57,21 +62,20 @@ def build(args: Any, split: str) -> Any | None:
     return dataset
 
 
-def first_example(dataset: Any) -> dict[str, Any]:
-    """Return one example of a training set, nothing of it random."""
-    return dataset.first_example() if hasattr(dataset, "first_example") else dataset.get(0, None)
-
-
-def prepare(*datasets: Any, show_progress: bool, num_classes: int | None = None) -> None:
+def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int | None = None) -> dict[str, float]:
     """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start.
 
-    A stream, whose labels nobody has seen, is told how many classes the run knows.
+    A stream, whose labels nobody has seen, is told how many classes the run knows. Returns what decoding took, as
+    metrics "prepare_train/seconds" and "prepare_validation/seconds".
     """
-    for dataset in datasets:
-        if hasattr(dataset, "limit_labels"):
+    seconds = {}
+    for split, dataset in zip(("train", "validation"), datasets, strict=False):
+        if dataset is not None:
             dataset.limit_labels(num_classes)
-        if hasattr(dataset, "prepare"):
+            began = time.perf_counter()
             dataset.prepare(show_progress)
+            seconds[f"prepare_{split}/seconds"] = time.perf_counter() - began
+    return seconds
 
 
 def _load(target: str) -> Callable:
@@ -90,7 +94,7 @@ def _named_builder(name: str) -> Callable:
         ) from error
 
 
-def _call(builder: Callable, args: Any, split: str) -> Any:
+def _call(builder: Callable, args: Any, split: str) -> ImageData | None:
     try:
         signature(builder).bind(args, split, **args.dataset_args)
     except TypeError as error:
@@ -110,4 +114,4 @@ def _call(builder: Callable, args: Any, split: str) -> Any:
             "a data set has __len__, get(index, generator) and fingerprint, a text that changes with its content, and "
             "for base.buckets bucket_of(index), a number that examples of one size share"
         )
-    return dataset
+    return dataset if dataset is None or isinstance(dataset, ImageData) else adapted(dataset, args, split)

@@ -45,8 +45,6 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     """Yield (option, what is wrong) where buckets cannot be had."""
     if not args.buckets:
         return
-    if args.dataset == "latents":
-        yield "buckets", "has no effect with dataset: latents, whose pictures had one size; set it to false"
     if args.class_data_dir is not None:
         yield "buckets", "cannot be had with class_data_dir: a picture and that of its class would differ in shape"
     if not 1 <= args.bucket_step <= args.resolution:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from datasets_lib.example import ImageData
 from datasets_lib.images.buckets import Size
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.pictures import Pictures
@@ -18,20 +18,19 @@ from datasets_lib.images.splits import select_rows
 from datasets_lib.images.transforms import View, draw, draw_view, mirror, normalize, scale
 
 
-class ImageDataset:
+class ImageDataset(ImageData):
     """Examples of one split, decoded on demand or, after `prepare`, once for all.
 
     `random` is False when `get` would not use its generator. `captioned` tells whether captions come from the data;
     otherwise each is `args.caption`, which `caption_note` says.
     """
 
-    prepare_seconds = 0.0  # that decoding ahead took
     picture_columns = ("image",)  # what `image` and `image_keys` know, for caches of encoded pictures
 
     def __init__(self, source: Source, args: Any, split: str):
         if not len(source.images):
             raise ValueError(f"the {split} set of {source.origin} has no images; check the data set")
-        self.source = source
+        self.source, self.args = source, args
         self.rows = select_rows(len(source.images), args, split)
         self.fingerprint = digest(source.fingerprint, split, np.array(self.rows, dtype=np.int64).tobytes())
         self.label_names = source.label_names
@@ -74,16 +73,15 @@ class ImageDataset:
 
         The memory is per process. A broken image raises here, or is replaced, as it would be in `get`.
         """
-        began = time.perf_counter()
         self.pictures.prepare(show_progress)
-        self.prepare_seconds = time.perf_counter() - began
         self.random = self._is_random()
 
     def only(self, indices: Sequence[int]) -> ImageDataset:
         """Return the data set with these examples alone, decoded ahead only where the whole would be."""
         few = copy.copy(self)
         few.rows = [self.rows[index] for index in indices]
-        few.pictures = self.pictures.only(few.rows)
+        few.pictures = Pictures(self.source, few.rows, self.args)
+        few.pictures.cache_bytes = self.pictures.cache_bytes * len(few) // len(self)
         return few
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:

@@ -29,7 +29,7 @@ ZERO_3 = {
     "stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
 }  # fmt: skip
-ENGINES = {  # how many processes, and the faults of tests/faulty.py by which the engine runs on CPUs
+ENGINES = {  # how many processes, and the faults of tests/helpers/faulty.py by which the engine runs on CPUs
     "one process": (1, {}),
     "DDP": (2, {}),
     "FSDP2": (2, {"fsdp": {}}),

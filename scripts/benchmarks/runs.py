@@ -133,8 +133,8 @@ def in_processes(
 
 
 def from_tests(module: str) -> ModuleType:
-    """A module of the tests: tiny models, and engines as they run on CPUs."""
-    sys.path.append(str(ROOT / "tests"))
+    """A module of tests/helpers: tiny models, and engines as they run on CPUs."""
+    sys.path.append(str(ROOT / "tests" / "helpers"))
     return importlib.import_module(module)
 
 

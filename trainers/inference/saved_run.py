@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainers.base import Trainer
+from trainers.base import RunInfo, Trainer
 from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.config import RunConfig, check_config, find_trainer
@@ -69,7 +69,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
 
     A network that is saved as a whole says itself what it looks like.
     """
-    training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "use_8bit_adam"}
+    training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "optimizer"}
     training |= {"enable_xformers_memory_efficient_attention", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
     [task] = [section for section in document if section != "base"]
     schema = find_trainer(task, document["base"].get("trainer_class")).Config
@@ -77,7 +77,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # that is frozen
     finished = (run / "config.json").is_file()  # a single network
     networks = [run] if finished and (networks or folder == run) else networks
-    training |= set(schema.training_only)
+    training |= {*schema.training_only, *schema.replaced}
     whole = "model_config" in document[task] and len(networks) == 1
     training |= set(schema.initial_weights) if whole else set()
     kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
@@ -101,8 +101,7 @@ def load_trainer(
     """
     run = saved.config(overrides)
     trainer = run.trainer_class(run.config, run.base)
-    trainer.device = find_device(device)
-    trainer.weight_dtype, trainer.label_names = torch.float32, saved.label_names
+    trainer.run = RunInfo(device=find_device(device), weight_dtype=torch.float32, label_names=saved.label_names)
     trainer.setup()
     networks = trainer.init_modules()
     held = AVERAGED if run.config.use_ema else RAW

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainers.base import Encoder, RandomSource, Section
+from trainers.base import BaseConfig, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
 
@@ -35,6 +35,16 @@ def latents_problems(source: str) -> Iterator[str]:
         yield "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
 
 
+def cache_problems(caches: dict[str, str | None], base: BaseConfig) -> Iterator[tuple[str, str]]:
+    """Yields (option, problem) for caches of which every example would need another entry than the one that is kept."""
+    if caches["cache_latents"] is not None and not base.center_crop:
+        yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
+    for option, cache in caches.items():
+        if base.streaming and cache is not None:
+            reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
+            yield option, reason
+
+
 class LatentSpace:
     """z = (x - shift) * scale of an AutoencoderKL's latents x, as its config says.
 
@@ -48,7 +58,7 @@ class LatentSpace:
         self,
         option: str,
         source: str,
-        base: Section,
+        base: BaseConfig,
         device: torch.device,
         dtype: torch.dtype,
         encoded_by: str | None = None,

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainers.base import Encoder, Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+import torch
+
+from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
 from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow
-from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d, unet2d_problems
 
@@ -37,7 +39,7 @@ class NoisyPixelsConfig(TrainerConfig):
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # its noise per timestep
     rescale_betas_zero_snr: bool = False  # last timestep is pure noise (arXiv 2305.08891); not with epsilon
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.pretrained_model_name_or_path is None:
             grid = self.seen(base)
@@ -46,7 +48,7 @@ class NoisyPixelsConfig(TrainerConfig):
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
 
-    def seen(self, base: Section) -> Grid | None:
+    def seen(self, base: BaseConfig) -> Grid | None:
         """What the network sees; None where that is not known yet."""
         return Grid.of(base)
 
@@ -88,7 +90,7 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: ddpm, or euler of a flow
     ddpm_num_inference_steps: Positive = 1000  # steps of the sampler
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"
@@ -153,12 +155,14 @@ class PixelDiffusionTrainer(Trainer):
         """The latents that the network sees instead of pixels."""
         return None
 
-    def encoders(self) -> dict[str, Encoder]:
-        return {} if self.latents is None else {"latents": self.latents.encoder()}
-
     def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
         """What noise is added to, [B, c, h, w]."""
-        return images_of(batch) if self.latents is None else self.latents.draw(batch, rng)
+        if self.latents is None:
+            return images_of(batch)
+        latents = self.latents.draw(batch, rng)
+        if "image_key" in batch and self.device.type == "cpu":  # as the encoder lays them out there: of other layouts
+            latents = latents.to(memory_format=torch.channels_last)  # the network's sums differ in their last bits
+        return latents
 
     def build_network(self, grid: Grid) -> nn.Module:
         """The network that sees such a grid, in float32."""
@@ -177,8 +181,12 @@ class PixelDiffusionTrainer(Trainer):
         noise = initial_noise(shape, generators, self.device)
         scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)
         steps = self.config.ddpm_num_inference_steps
-        frames, show = self.frames, self._as_pictures
-        return show(denoise(predict, scheduler, noise, steps, generators, self.progress, frames, show))
+        after_step = keep_frames(self.frames, self._as_pictures)
+        return self._as_pictures(denoise(predict, scheduler, noise, steps, generators, self.progress, after_step))
 
     def _as_pictures(self, sample: Tensor) -> Tensor:
-        return to_unit_range(sample if self.latents is None else self.latents.decode(sample))
+        if self.latents is None:
+            return to_unit_range(sample)
+        pictures = to_unit_range(self.latents.decode(sample))
+        self.latents.offload()
+        return pictures

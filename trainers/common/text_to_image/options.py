@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from trainers.base import (
+    BaseConfig,
     Fraction,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
-    Section,
     TrainerConfig,
 )
-from trainers.common.autoencoder.latents import latents_problems
+from trainers.common.autoencoder.latents import cache_problems, latents_problems
 from trainers.common.text_to_image.base_model import base_model_problems
 
 BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end")
@@ -73,7 +73,7 @@ class StableDiffusionConfig(TrainerConfig):
     guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
     clip_score_model: str | None = None  # folder or hub name of a CLIP that scores validation pictures; null: none
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         for problem in base_model_problems(self.pretrained_model_name_or_path, self.parts_needed()):
             yield "pretrained_model_name_or_path", problem
@@ -121,14 +121,9 @@ class StableDiffusionConfig(TrainerConfig):
         if strategy != "none" and self.timestep_bias_multiplier == 1.0:
             yield "timestep_bias_strategy", "has an effect with a timestep_bias_multiplier other than 1 only"
 
-    def _cache_problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def _cache_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         """Where every example would need another entry than the one that is kept."""
-        if self.cache_latents is not None and not base.center_crop:
-            yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
-        if self.cache_latents is not None and base.dataset == "latents":
-            yield "cache_latents", "has no effect with base.dataset: latents"
-        if base.encoder_cache_dir is not None and "disk" not in (self.cache_latents, self.cache_text):
-            yield "cache_latents", "base.encoder_cache_dir has an effect with cache_latents or cache_text: disk only"
+        yield from cache_problems({"cache_latents": self.cache_latents, "cache_text": self.cache_text}, base)
         if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 

@@ -19,6 +19,7 @@ from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.config.files import ConfigError, read_config_file
 from trainers.engine.config.schema import coerce, describe_kind, nearest, options
+from trainers.engine.optim.table import optimizer_problem
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
 
@@ -61,32 +62,34 @@ def check_config(
     schemas = {"base": BaseConfig, task: trainer_class.Config}
     document = _resolve(_merge(document, given, schemas))
 
-    sections = {}
+    checked: dict[str, dict[str, Any]] = {}
     for name, schema in schemas.items():
-        values, found = _check_section(name, document[name], schema, schemas)
-        problems += found
-        sections[name] = schema(**values)
+        checked[name], wrong_values = _check_section(name, document[name], schema, schemas)
+        problems += wrong_values
+    base, config = BaseConfig(**checked["base"]), trainer_class.Config(**checked[task])
+    sections = {"base": base, task: config}
     # rules over several options would only repeat what is wrong with one of them
     wrong = {problem.split(" = ")[0] for problem in problems}
-    found = [("base", *problem) for problem in data_problems(sections["base"])]
-    found += [(name, *problem) for name, section in sections.items() for problem in section.problems(sections["base"])]
+    found = [("base", *problem) for problem in (*data_problems(base), *base.problems())]
+    found += [(task, *problem) for problem in config.problems(base)]
+    if problem := optimizer_problem(config.optimizer):
+        found.append((task, "optimizer", problem))
     if not trainer_class.Config.reads_captions:
         condition = "a task that reads captions"
-        found += [("base", *problem) for problem in sections["base"].without_effect(OF_CAPTIONS, condition, False)]
-    if sections["base"].buckets and not trainer_class.Config.takes_buckets:
+        found += [("base", *problem) for problem in base.without_effect(OF_CAPTIONS, condition, False)]
+    if base.buckets and not trainer_class.Config.takes_buckets:
         found.append(("base", "buckets", f"{task} takes pictures of one size; set it to false"))
-    if sections["base"].streaming:
-        caches = [name for name in ("cache_latents", "cache_text") if getattr(sections[task], name, None) is not None]
-        reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
-        found += [(task, name, reason) for name in caches]
+    on_disk = any(name.startswith("cache_") and value == "disk" for name, value in vars(config).items())
+    cache_dir = ("encoder_cache_dir",), "cache_latents or cache_text: disk", on_disk
+    found += [("base", *problem) for problem in base.without_effect(*cache_dir)]
     for name, option, reason in found:
         if f"{name}.{option}" not in wrong:
             problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")
-    problems += _unknown_changes(sections["base"].allow_changes, schemas)
-    problems += resolve_launcher_values(sections["base"], os.environ)
+    problems += _unknown_changes(base.allow_changes, schemas)
+    problems += resolve_launcher_values(base, os.environ)
     if problems:
         raise ConfigError(problems)
-    return RunConfig(task, sections["base"], sections[task], trainer_class)
+    return RunConfig(task, base, config, trainer_class)
 
 
 def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -172,15 +175,27 @@ def _check_section(
     """Returns the values that fit, by name, and what is wrong with the others."""
     known, checked, problems = options(schema), {}, []
     for key, value in values.items():
-        shown = f"{section}.{key} = {_show(value)}"
         if key not in known:
-            problems.append(f"{shown}: unknown option; {_place(str(key), section, known, schemas)}")
+            problems += _unknown_option(section, str(key), value, schemas)
             continue
         try:
             checked[key] = coerce(value, known[key].kind)
         except ValueError as allowed:
-            problems.append(f"{shown}: must be {allowed}")
+            problems.append(f"{section}.{key} = {_show(value)}: must be {allowed}")
     return checked, problems
+
+
+def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[Section]]) -> list[str]:
+    """Says what to write instead; nothing for an earlier version's option at what is the default now.
+
+    The resolved configuration of an old run has all of them, and can still be read.
+    """
+    known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
+    replacements = schemas[section].replaced.get(key, {}).items()
+    name, now = next((new for old, new in replacements if old == value), (None, None))
+    if name is None:
+        return [f"{shown}: unknown option; {_place(key, section, known, schemas)}"]
+    return [] if now == known[name].default else [f"{shown}: has been replaced; write {name}: {now}"]
 
 
 def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> Iterator[str]:

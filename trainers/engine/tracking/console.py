@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from datasets_lib.example import ImageData
 from trainers.base import Trainer
 from trainers.engine.data.batches import skipped
 from trainers.engine.distributed.backends import engine_of
 from trainers.engine.distributed.sharding import shape_of
 from trainers.engine.optim.optimizer import warmup_steps
 from trainers.engine.run.context import RunContext
-from trainers.engine.tracking.advice import precision_note
 
 
-def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module], train_set: Any) -> str:
+def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module], train_set: ImageData) -> str:
     """The lines that say what is about to happen."""
     accelerator, folders, run, clock = ctx.accelerator, ctx.folders, ctx.run, ctx.clock
     base, config = run.base, run.config
@@ -44,7 +43,9 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     if folders.several:
         rows["output"] = f"{folders.places[0]}: checkpoints, logs, pictures, pipeline"
         rows["output elsewhere"] = f"{', '.join(folders.places[1:])}: checkpoints"
-    notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator, base)]
+    notes = [*train_set.notes, *trainer.notes(train_set)]
+    if base.mixed_precision == "no" and has_bf16(ctx.device):
+        notes.append("this device computes bf16 in hardware: base.mixed_precision=bf16 would use it")
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
     lines += [f"  NOTE: {note}" for note in notes]
     if clock.bucket_counts:
@@ -62,11 +63,18 @@ def _devices(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {device.type}{name}"
 
 
-def end_block(ctx: RunContext, trainer: Trainer, train_set: Any) -> str:
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU or a CPU computes bfloat16 in hardware; of another device that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
     """The lines that say where the pipeline is, how to load and sample it, and what the data lacked. Collective."""
     folders, output_dir = ctx.folders, ctx.output_dir
     usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
-    bad = getattr(train_set, "bad_count", 0)
+    bad = train_set.bad_count
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
     if any(counts := skipped(train_set).values()):
