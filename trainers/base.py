@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from datasets_lib.example import DataSet, ImageData
 
 __all__ = [  # what a task imports from here
-    "BaseConfig", "Bounds", "Encoder", "Fraction", "MeasuresData", "NonNegative", "NonNegativeFloat", "Positive",
-    "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
+    "BaseConfig", "Bounds", "CacheKind", "Encoder", "Fraction", "MeasuresData", "NonNegative", "NonNegativeFloat",
+    "Positive", "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
 ]  # fmt: skip
 
 
@@ -94,6 +94,9 @@ class RandomSource(Protocol):
     def generators(self) -> list[torch.Generator]: ...  # one CPU generator per example, for diffusers' pipelines
 
 
+CacheKind = Literal["memory", "disk"]
+
+
 @dataclass
 class Encoder:
     """A frozen stage in front of the network, such as a VAE's encoder: run by the loop, cacheable on its own.
@@ -109,7 +112,7 @@ class Encoder:
     build: Callable[[], nn.Module]
     encode: Callable[[nn.Module, Any], dict[str, Tensor]]
     source: Callable[[], dict[str, Any]] = dict
-    cache: Literal["memory", "disk"] | None = None
+    cache: CacheKind | None = None
     constants: tuple[Any, ...] = ()
     optional: bool = False  # whether a batch may lack the column
     default: Any = None  # the value of examples that lack it; None: an error
@@ -280,7 +283,7 @@ class Trainer(ABC):
         """The lines that load and sample the result from `location`, for the end of a run and the model card."""
         return self.usage.format(**vars(self.config) | {"output_dir": location})
 
-    def raw(self, name: str) -> nn.Module:
+    def raw(self, name: str) -> Any:
         """The network without wrappers; within save_pipeline a float32 CPU copy with the averaged weights."""
         return self.unwrapped[name]
 

@@ -75,10 +75,11 @@ class LCMLoRATrainer(AdapterTrainer):
         huber_c = config.huber_c if config.loss_type == "huber" else None
         scheduler = lcm_scheduler(base_model.sampler, config.num_ddim_timesteps)
         try:
-            distances = [ConsistencyObjective(scheduler, config.w_min, config.w_max, c) for c in (huber_c, None)]
+            objective = ConsistencyObjective(scheduler, config.w_min, config.w_max, huber_c)
         except ValueError as error:
             raise ValueError(f"{self.task}.{error} ({config.pretrained_model_name_or_path})") from None
-        return Learned(*distances, base_model.training_scheduler(), scheduler)
+        plain = ConsistencyObjective(scheduler, config.w_min, config.w_max)
+        return Learned(objective, plain, base_model.training_scheduler(), scheduler)
 
     def _asking(self, condition: Condition) -> Networks:
         import torch
@@ -93,7 +94,8 @@ class LCMLoRATrainer(AdapterTrainer):
             """One forward of twice the batch."""
             with lora_scaled(self.modules.values(), 0.0):
                 predictions = self._network(torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), both)
-            return predictions.float().chunk(2)
+            conditional, unconditional = predictions.float().chunk(2)
+            return conditional, unconditional
 
         return Networks(super()._asking(condition), teacher)
 

@@ -35,6 +35,7 @@ class NoisyClassifierTrainer(Trainer):
 
     Config = NoisyClassifierConfig
     config: NoisyClassifierConfig
+    num_classes: int
     usage = (
         "from diffusers import UNet2DModel\n"
         'classifier = UNet2DModel.from_pretrained("{output_dir}", subfolder="classifier")\n'

@@ -6,17 +6,18 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 
-class Bounds(NamedTuple):
+@dataclass(frozen=True)
+class Bounds:
     """The range that a number of the configuration must lie in; `open_low` leaves the lower end out."""
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         return above and value <= self.high
 

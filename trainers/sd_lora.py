@@ -11,6 +11,7 @@ from trainers.common.lora.training import AdapterConfig, AdapterTrainer, target_
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -48,7 +49,7 @@ class LoRATrainer(AdapterTrainer):
             networks[name] = add_lora(option, encoder, targets, self.adapter(), self._unused(name, encoder))
         return networks
 
-    def _unused(self, name: str, encoder: nn.Module) -> str | None:
+    def _unused(self, name: str, encoder: PreTrainedModel) -> str | None:
         """The layer that nothing asks: of XL's first text encoder the last but one is read.
 
         An adapter there would have no gradient, for which DDP would wait.

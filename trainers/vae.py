@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainers.base import DataSet
-    from trainers.common.autoencoder.autoencoder import LatentStatistics
+    from trainers.common.autoencoder.autoencoder import AutoencoderKL, LatentStatistics
+    from trainers.common.autoencoder.discriminator import PatchDiscriminator
 
 ADVERSARIAL = (
     "adversarial_weight", "adversarial_start_step", "adaptive_weight", "discriminator_layers",
@@ -85,8 +86,9 @@ class VAEConfig(TrainerConfig):
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
         if self.perceptual_loss is not None:
-            problem = perceptual_problem(self.perceptual_loss, base.channels, base.resolution)
-            yield from (("perceptual_loss", text) for text in [problem] if problem)
+            found = perceptual_problem(self.perceptual_loss, base.channels, base.resolution)
+            if found is not None:
+                yield "perceptual_loss", found
         if self.adversarial_loss is not None:
             yield from self._adversarial_problems(base)
 
@@ -172,13 +174,15 @@ class VAETrainer(Trainer):
             loss, terms = loss + adversarial, terms | values
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _adversarial(self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int) -> Any:
+    def _adversarial(
+        self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         from trainers.common.autoencoder.adversarial import Reconstruction, adversarial_losses
 
-        networks = self.modules["discriminator"], self.raw("discriminator").averages
-        last_layer = self.raw("vae").decoder.conv_out.weight
-        made = Reconstruction(images, reconstruction, reconstruction_loss, last_layer)
-        return adversarial_losses(self.config, *networks, made, step)
+        vae: AutoencoderKL = self.raw("vae")
+        discriminator: PatchDiscriminator = self.raw("discriminator")
+        made = Reconstruction(images, reconstruction, reconstruction_loss, vae.decoder.conv_out.weight)
+        return adversarial_losses(self.config, self.modules["discriminator"], discriminator.averages, made, step)
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """The loss without its adversarial part, its terms, PSNR and SSIM, all with the posterior's mode."""
@@ -232,14 +236,16 @@ class VAETrainer(Trainer):
         """Mean and standard deviation per channel, of the newest validation, or as the network's config says."""
         import torch
 
-        config, statistics = self.raw("vae").config, self.latent_statistics
+        vae: AutoencoderKL = self.raw("vae")
+        config, statistics = vae.config, self.latent_statistics
         if statistics is None and config.scaling_factor is None:
             return None
         if statistics is None:
-            pair = torch.tensor(config.shift_factor or 0.0), torch.tensor(1 / config.scaling_factor)
+            mean, std = torch.tensor(config.shift_factor or 0.0), torch.tensor(1 / config.scaling_factor)
         else:
-            pair = statistics.mean, statistics.std
-        return tuple(values.to(self.device, torch.float32).reshape(-1, 1, 1) for values in pair)
+            mean, std = statistics.mean, statistics.std
+        mean, std = (values.to(self.device, torch.float32).reshape(-1, 1, 1) for values in (mean, std))
+        return mean, std
 
     def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """What the scaling factor is estimated from."""
@@ -250,7 +256,7 @@ class VAETrainer(Trainer):
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.autoencoder.autoencoder import LatentStatistics
 
-        vae = self.raw("vae")
+        vae: AutoencoderKL = self.raw("vae")
         if self.statistics:
             found = LatentStatistics(self.statistics)
             shift = found.total_mean if self.config.estimate_shift else None
