@@ -88,8 +88,14 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                 done = step + 1
                 checks.after_step(done, batch["slot"])
                 if clock.due(done, base.logging_steps):
-                    means = state.meter.means() | batches.skipped(data.train) | speed.metrics()
-                    tracking.log_steps(clock.epochs(done) | rates | means, done)
+                    tracking.log_steps(
+                        clock.epochs(done)
+                        | rates
+                        | state.meter.means()
+                        | batches.skipped(data.train)
+                        | speed.metrics(),
+                        done,
+                    )
                     console.show_metrics(bar, tracking.latest)
                 with speed.paused():
                     checkpoints.after_step(done)
