@@ -142,7 +142,10 @@ def test_linear_layers_by_hand():
 GRID = Grid(1, 16)
 TINY = {
     "unet": (lambda: build_unet2d("configs/tests/models/unet2d.json", None, GRID), zeros(sample=(1, 16, 16))),
-    "dit": (lambda: build_dit("configs/tests/models/dit_transformer.json", None, GRID, 10), zeros(hidden_states=(1, 16, 16), class_labels=())),
+    "dit": (
+        lambda: build_dit("configs/tests/models/dit_transformer.json", None, GRID, 10),
+        zeros(hidden_states=(1, 16, 16), class_labels=()),
+    ),
 }
 
 
