@@ -394,7 +394,7 @@ def test_what_the_run_would_refuse_is_refused(dry_run, tmp_path, run_in_process,
         (tmp_path / "a file").touch()
         code, printed, errors = dry_run("other", **{"base.output_dir": str(tmp_path / name)})
         assert (code, printed) == (1, "")
-        assert f"{name}: cannot be written ({tmp_path / 'a file'} is no folder); choose another folder" in errors
+        assert f"{name}: cannot be written ({tmp_path / 'a file'} is not a folder); choose another folder" in errors
     with monkeypatch.context() as patch:
         patch.setattr("trainers.engine.run.run_folder.os.access", lambda *_: False)  # tests may be run by root
         code, printed, errors = dry_run("third")

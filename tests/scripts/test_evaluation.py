@@ -126,7 +126,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up(tiny_config, monkeypatch)
 
 RULES = [
     ({"base.eval_num_samples": 50}, "base.eval_num_samples = 50: has an effect with eval_steps only"),
-    ({"base.eval_steps": 3, "base.eval_num_samples": 3}, "base.eval_num_samples = 3: must be int at least 5"),
+    ({"base.eval_steps": 3, "base.eval_num_samples": 3}, "base.eval_num_samples = 3: must be an integer of at least 5"),
     ({"base.eval_steps": 3, "base.eval_features": "x.pt"}, 'base.eval_features = "x.pt": no such file; allowed:'),
     ({"base.eval_steps": 3, "base.eval_classifier": "x"}, 'base.eval_classifier = "x": must be a finished noisy_'),
 ]

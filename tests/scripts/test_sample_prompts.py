@@ -538,7 +538,7 @@ WRONG = [
     (["BASE", "--prompt", "x", "lora.rank=3"], "lora.rank=3: is an option of a run, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--classes", "3"], "--classes 3: is an option of runs, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--weights", "ema"], "--weights ema: is an option of runs"),
-    (["BASE", "--prompt", "x", "--steps", "0"], "--steps 0: must be int at least 1"),
+    (["BASE", "--prompt", "x", "--steps", "0"], "--steps 0: must be an integer of at least 1"),
     (["BASE", "--prompt", "x", "--sampler", "heun"], "--sampler heun: must be one of ddpm, ddim, dpmsolver++, euler"),
     (["BASE", "--prompt", "x", "--lora", "none.safetensors"], "no file none.safetensors; give a LoRA as .safetensors"),
     (["BASE", "--prompt", "x", "--lora-scales", "0,1"], "--lora-scales: there is no LoRA; give one with --lora"),
