@@ -384,7 +384,7 @@ def test_a_data_worker_that_dies_while_it_hands_a_tensor_over(error):
 
     worker = multiprocessing.Process(target=time.sleep, args=(0.3,))
     worker.start()
-    assert workers._next_of(broken(), {worker}, 5) is workers.DEAD
+    assert workers._next_of(broken(), {worker}, 5) is workers.NoBatch.DEAD
     living = multiprocessing.Process(target=time.sleep, args=(30,))
     living.start()
     with pytest.raises(error):

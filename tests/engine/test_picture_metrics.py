@@ -193,7 +193,7 @@ def test_a_torchscript_file_judges(tmp_path):
     logits = load_classifier(str(tmp_path / "mean.pt"), CPU)(torch.full((1, 3, 4, 4), 0.25))
     assert logits.tolist() == [[-0.5] * 3]  # in [-1, 1]
     (tmp_path / "no.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"no.pt: no TorchScript file .*; make one with torch.jit.save"):
+    with pytest.raises(ValueError, match=r"no.pt: not a TorchScript file .*; make one with torch.jit.save"):
         load_features(str(tmp_path / "no.pt"), CPU)
 
 

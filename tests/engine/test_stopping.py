@@ -125,7 +125,7 @@ def test_one_rank_gets_a_signal(kind, number, moment, whole, tmp_path):
     assert f"ended by {number.name} after step {step}; checkpoint-{step} is written; continue with" in text
     assert max(losses(folder)) == step < STEPS
     if moment == "validation":
-        assert "The validation at step 3 is abandoned; a resumed run makes it up" in text
+        assert "Validation at step 3 interrupted; it runs again on resume" in text
         assert seconds < 15
         assert not read_metrics(folder, prefix="valid")
     if moment == "save":

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Reads a mapping; raises FileNotFoundError, or ConfigError for a file that is too large, malformed or another type."""
+    """Reads a mapping; raises FileNotFoundError, or ConfigError if it is too large, malformed or no mapping."""
     if not path.is_file():
         raise FileNotFoundError(
             f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from trainers.options import Section
 
-
 # of the types without further parts
 WORDS = {type(None): "null", str: "text", bool: "true or false", int: "an integer", float: "a number"}
 

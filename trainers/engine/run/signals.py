@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ FAULT, DIVERGED = 100, 101  # further reasons, larger than any signal: the ranks
 LAST_SIGNAL = 3  # the first two request a stop, the third kills the process
 STDERR = 2  # file descriptor: a signal handler may interrupt a print()
 
+Item = TypeVar("Item")
+
 
 class Abandoned(BaseException):
     """Leaves a validation unfinished, on all ranks at the same place."""
@@ -36,13 +38,13 @@ class Limits:
 
     skipped_seconds = 0.0  # that the rest of these loops would have taken so far
 
-    def limited(self, items: Iterable, what: str) -> Iterable:
+    def limited(self, items: Iterable[Item], what: str) -> Iterable[Item]:
         return items
 
 
 @dataclass
 class CheckpointVotes:
-    """Steps of the newest checkpoints that are completely written: by this rank (infinite if it never writes), by all."""
+    """Steps of the newest checkpoints with all files written: by this rank (infinite if it never writes), by all."""
 
     own: float = math.inf
     all: float = math.inf
@@ -107,7 +109,7 @@ class StopSignals:
             self.asked, self.text = reason, text
 
     def agreed(self, wait: bool = False) -> bool:
-        """Whether the run stops; the same on every rank. Collective. `wait` gives this call's answer, not the last one's."""
+        """Whether the run stops; the same on every rank. Collective. With `wait` the answer is this call's own."""
         if self.launcher and os.getppid() != self.launcher:  # the launcher died, and nothing else reports that
             self.ask(signal.SIGTERM)
         if self.group is None:
@@ -138,7 +140,7 @@ class StopSignals:
             if self.reason:
                 break
 
-    def watch(self, items: Iterable, what: str) -> Iterator:
+    def watch(self, items: Iterable[Item], what: str) -> Iterator[Item]:
         """Yields a long loop's items, equally many on every rank; during the steps, an agreed stop raises Abandoned.
 
         A dry run yields the first ones only, and uses the name `what` to estimate the rest.
