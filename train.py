@@ -39,7 +39,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
 
     model_card.check_hub_login(run.base.push_to_hub)
     with context.start(run) as ctx:  # the launched processes, signals, the run folder and its lock
-        base, accelerator, stop = run.base, ctx.accelerator, ctx.stop
+        base, accelerator = run.base, ctx.accelerator
         resume_from = find.find_checkpoint(ctx)
 
         # data first: the clock counts its examples, and a checkpoint must match both before it sets the clock
@@ -61,18 +61,18 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         start_seconds = encoders.fill_seconds | datasets_lib.prepare(
             *data, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes
         )
-        micro_batches = batches.training_batches(data.train, clock, base, accelerator.process_index, ctx.device, stop)
+        loader = batches.training_batches(data.train, clock, base, accelerator.process_index, ctx.device, ctx.stop)
         tracking = tracker.Tracker(ctx, start_seconds)
         checkpoints = saver.Saver(ctx, state, tracking)
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
-        with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
+        with tracking, checkpoints, closing(loader), progress.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)  # if the run was stopped during one
             speed = meters.Speed()
-            for step in stop.steps(clock.origin_step, clock.total_steps):
+            for step in ctx.stop.steps(clock.origin_step, clock.total_steps):
                 rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
-                    batch = encoders.encode(next(micro_batches))
+                    batch = encoders.encode(next(loader))
                     seed_network(base.seed, step, clock.micro_batch(micro_step, accelerator.process_index), ctx.device)
                     with accelerator.accumulate(*trainer.modules.values()):
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
@@ -93,14 +93,14 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                     console.show_metrics(bar, tracking.latest)
                 with speed.paused():
                     checkpoints.after_step(done)
-                    if stop.agreed():
+                    if ctx.stop.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
                         export_pipeline(ctx, trainer, state, tracking, validation)
                     validation.after_step(done)
             bar.close()
             checkpoints.wait()
-            stop.finish(checkpoints.save, tracking.close)
+            ctx.stop.finish(checkpoints.save, tracking.close)
             model_card.publish(ctx, trainer, tracking, export_pipeline(ctx, trainer, state, tracking, validation))
             accelerator.print(console.end_block(ctx, trainer, data.train))
     return ctx.output_dir

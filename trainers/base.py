@@ -138,8 +138,8 @@ class Trainer(ABC):
     """One task: its networks, loss, samples and saved pipeline.
 
     The four required methods are init_modules, compute_loss, sample and save_pipeline. The loop owns devices,
-    optimizer, averaging, data order, checkpoints and files; a Trainer never calls `backward`, `.item()` or `torch.randn`, and
-    never asks for its rank.
+    optimizer, averaging, data order, checkpoints and files; a Trainer never calls `backward`, `.item()` or
+    `torch.randn`, and never asks for its rank.
     """
 
     Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section
@@ -289,7 +289,7 @@ class Trainer(ABC):
         return self.usage.format(**vars(self.config) | {"output_dir": location})
 
     def raw(self, name: str) -> Any:
-        """Returns the network as init_modules made it; in save_pipeline a float32 CPU copy with the averaged weights."""
+        """Returns a network as init_modules made it; in save_pipeline a float32 CPU copy with averaged weights."""
         return self.unwrapped[name]
 
 
