@@ -66,13 +66,13 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         checkpoints = saver.Saver(ctx, state, tracking)
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
-        with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
+        with tracking, checkpoints, closing(loader), progress.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)  # if the run was stopped during one
             speed = meters.Speed()
             for step in ctx.stop.steps(clock.origin_step, clock.total_steps):
                 rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
-                    batch = encoders.encode(next(micro_batches))
+                    batch = encoders.encode(next(loader))
                     seed_network(base.seed, step, clock.micro_batch(micro_step, accelerator.process_index), ctx.device)
                     with accelerator.accumulate(*trainer.modules.values()):
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
