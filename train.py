@@ -19,7 +19,7 @@ from trainers.engine.config.files import ConfigError
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
-    from trainers.engine.checkpoint.train_state import TrainState
+    from trainers.engine.checkpoint.snapshot import TrainState
     from trainers.engine.dry_run.plan import DryRun
     from trainers.engine.run.context import DataSets, RunContext
 
@@ -66,13 +66,13 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         checkpoints = saver.Saver(ctx, state, tracking)
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
-        with tracking, checkpoints, closing(loader), progress.progress_bar(accelerator, clock) as bar:
+        with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)  # if the run was stopped during one
             speed = meters.Speed()
             for step in ctx.stop.steps(clock.origin_step, clock.total_steps):
                 rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
-                    batch = encoders.encode(next(loader))
+                    batch = encoders.encode(next(micro_batches))
                     seed_network(base.seed, step, clock.micro_batch(micro_step, accelerator.process_index), ctx.device)
                     with accelerator.accumulate(*trainer.modules.values()):
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
@@ -124,7 +124,7 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
 
 def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState:
     """Builds the task's networks, their optimizer and averages, the meter, and the counter of non-finite steps."""
-    from trainers.engine.checkpoint.train_state import TrainState
+    from trainers.engine.checkpoint.snapshot import TrainState
     from trainers.engine.optim.ema import EMA
     from trainers.engine.optim.networks import init_networks, prepare_networks
     from trainers.engine.optim.nonfinite import NonFiniteSteps

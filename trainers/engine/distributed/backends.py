@@ -17,14 +17,8 @@ from trainers.base import Trainer, TrainerConfig
 from trainers.engine.distributed import deepspeed, fsdp
 from trainers.engine.optim.table import OPTIMIZERS
 
-SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_CPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
 ASKED_BY = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *ASKED_BY.values())
 
 
 def check_devices() -> None:
