@@ -95,12 +95,12 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                     if stop.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
-                        pipeline.export_pipeline(ctx, trainer, state.ema, tracking, validation)
+                        pipeline.export_pipeline(ctx, trainer, state, tracking, validation)
                     validation.after_step(done)
             bar.close()
             checkpoints.wait()
             stop.finish(checkpoints.save, tracking.close)
-            files = pipeline.export_pipeline(ctx, trainer, state.ema, tracking, validation)
+            files = pipeline.export_pipeline(ctx, trainer, state, tracking, validation)
             model_card.publish(ctx, trainer, tracking, files)
             accelerator.print(console.end_block(ctx, trainer, data.train))
     return ctx.output_dir
@@ -118,7 +118,7 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
     data = DataSets(train_set, validation_set)
     if dry_run is not None:
         data = dry_run.shorten(ctx, data)
-    datasets_lib.check_example(datasets_lib.first_example(data.train), base)
+    datasets_lib.check_example(data.train.first_example(), base)
     return data
 
 
@@ -134,9 +134,10 @@ def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState
     config = ctx.run.config
     networks = init_networks(trainer)
     optimizer = build_optimizer(trainer.param_groups(networks), config, ctx.clock, ctx.device)
-    optimizer = prepare_networks(ctx.accelerator, trainer, networks, optimizer, ctx.run.base)
+    optimizer, meta_networks = prepare_networks(ctx.accelerator, trainer, networks, optimizer, ctx.run.base)
     ema = EMA(networks, config) if config.use_ema else None
-    return TrainState(networks, optimizer, ema, Meter(ctx.accelerator), NonFiniteSteps(ctx), data.train)
+    meter, nonfinite = Meter(ctx.accelerator), NonFiniteSteps(ctx)
+    return TrainState(networks, meta_networks, optimizer, ema, meter, nonfinite, data.train)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,11 +10,13 @@ from typing import Any
 from PIL import ImageColor
 
 from datasets_lib.checks import one_of
-from datasets_lib.example import check_example
+from datasets_lib.example import DataSet, Example, ImageData
+from datasets_lib.example_checks import check_example
 from datasets_lib.images import buckets
+from datasets_lib.own_data import adapted
 from datasets_lib.streaming import problems as stream_problems
 
-__all__ = ["DATASETS", "build", "check_example", "first_example", "prepare", "problems"]
+__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
 
 DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 
@@ -34,7 +36,7 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     yield from stream_problems.problems(args)
 
 
-def build(args: Any, split: str) -> Any | None:
+def build(args: Any, split: str) -> ImageData | None:
     """Build the data set of a split, "train" or "validation".
 
     Returns None for "validation" when `args.validation_split` is None. Raises ValueError for a setting that cannot be
@@ -47,6 +49,8 @@ def build(args: Any, split: str) -> Any | None:
         return _load("datasets_lib.streaming.stream:build")(args, split)
     if args.dataset is not None:
         dataset = _call(_named_builder(args.dataset), args, split)
+        if dataset is None:
+            return None
     else:
         target = (
             "datasets_lib.sources.folder:build" if args.train_data_dir is not None else "datasets_lib.sources.hub:build"
@@ -57,20 +61,14 @@ def build(args: Any, split: str) -> Any | None:
     return dataset
 
 
-def first_example(dataset: Any) -> dict[str, Any]:
-    """Return one example of a training set, nothing of it random."""
-    return dataset.first_example() if hasattr(dataset, "first_example") else dataset.get(0, None)
-
-
-def prepare(*datasets: Any, show_progress: bool, num_classes: int | None = None) -> None:
+def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int | None = None) -> None:
     """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start.
 
     A stream, whose labels nobody has seen, is told how many classes the run knows.
     """
     for dataset in datasets:
-        if hasattr(dataset, "limit_labels"):
+        if dataset is not None:
             dataset.limit_labels(num_classes)
-        if hasattr(dataset, "prepare"):
             dataset.prepare(show_progress)
 
 
@@ -90,7 +88,7 @@ def _named_builder(name: str) -> Callable:
         ) from error
 
 
-def _call(builder: Callable, args: Any, split: str) -> Any:
+def _call(builder: Callable, args: Any, split: str) -> ImageData | None:
     try:
         signature(builder).bind(args, split, **args.dataset_args)
     except TypeError as error:
@@ -110,4 +108,4 @@ def _call(builder: Callable, args: Any, split: str) -> Any:
             "a data set has __len__, get(index, generator) and fingerprint, a text that changes with its content, and "
             "for base.buckets bucket_of(index), a number that examples of one size share"
         )
-    return dataset
+    return dataset if dataset is None or isinstance(dataset, ImageData) else adapted(dataset, args, split)

@@ -1,75 +1,121 @@
-"""The example contract, checked once on the first example."""
+"""The contract of data sets and of their examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from datasets_lib.images.buckets import Size, sizes_of
+Example = dict[str, Any]
 
 
-def check_example(example: Any, args: Any) -> None:
-    """Raise a ValueError that says what is wrong with an example and what was expected."""
-    encoded = isinstance(example, dict) and {"mean", "logvar"} <= example.keys()
-    if not encoded and not (isinstance(example, dict) and "image" in example):
-        found = sorted(example) if isinstance(example, dict) else type(example).__name__
-        raise ValueError(
-            f"an example must be a dict with the key 'image', or 'mean' and 'logvar' of latents, got {found}; see the "
-            "data set's get()"
-        )
-    if encoded:
-        _check_latents(example["mean"], example["logvar"])
-    sizes, source = sizes_of(args), "the buckets" if args.buckets else "base.resolution, base.resolution"
-    for name in ("image", "class_image"):
-        if name in example:
-            _check_pixels(name, example[name], args.channels, sizes, f"base.channels, {source}", "x / 127.5 - 1", -1)
-    if "mask" in example:
-        of_image = sizes if encoded else (tuple(example["image"].shape[1:]),)
-        _check_pixels("mask", example["mask"], 1, of_image, f"1, {source}", "x / 255", 0)
-    for name, least in (("original_size", 1), ("crop_top_left", 0)):
-        for key in {name, f"class_{name}"} & example.keys():
-            _check_pair(key, example[key], least)
-    label = example.get("label", 0)
-    if type(label) is not int or label < 0:
-        raise ValueError(f"an example's label must be an int of at least 0, got {label!r} ({type(label).__name__})")
-    for name in ("caption", "class_caption"):
-        caption = example.get(name, "")
-        if not isinstance(caption, str):
-            raise ValueError(f"an example's {name} must be a str, got {caption!r} ({type(caption).__name__})")
+class DataSet(Protocol):
+    """What every data set has; all that one of your own needs."""
+
+    fingerprint: str  # changes with the content
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, generator: torch.Generator | None) -> Example:
+        """Returns an example; what is random in it draws from `generator`, and without one nothing is.
+
+        {"image": float32 [C, H, W] in [-1, 1]}, or {"mean", "logvar"} of latents, float32 of one shape; if there are
+        any, "label" (int), "caption" (str), "mask" (float32 [1, H, W] in [0, 1]), "original_size" and "crop_top_left"
+        (int64 [2], vertical first); the same prefixed "class_" of a picture of the class. Other columns reach the task
+        as they are: numbers and tensors are stacked, texts become lists.
+        """
+        ...
 
 
-def _check_latents(mean: Any, logvar: Any) -> None:
-    for name, rows in (("mean", mean), ("logvar", logvar)):
-        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.float32 or rows.shape != mean.shape:
-            found = f"{getattr(rows, 'dtype', type(rows).__name__)} {list(getattr(rows, 'shape', []))}"
-            raise ValueError(f"an example's mean and logvar must be float32 tensors of one shape, {name} is {found}")
-        if not torch.isfinite(rows).all():
-            raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
+@runtime_checkable
+class ImageData(DataSet, Protocol):
+    """What the loop may ask of a data set beside; the defaults are those of one that has no answer."""
+
+    random: bool = True  # whether get() uses its generator
+    label_names: list[str] | None = None
+    highest_label: int | None = None  # if it is known
+    encoded_by: str | None = None  # digest of the network that made the latents
+    notes: Sequence[str] = ()  # lines for the start of a run
+    caption_note: str | None = None  # the line to show if there are no captions, for tasks that read them
+    picture_columns: tuple[str, ...] = ()  # columns whose pictures image() knows, for caches
+
+    # one by one
+    def name(self, index: int) -> str:
+        """Returns the file, or the row, from which an example comes."""
+        return f"example {index}"
+
+    def first_example(self) -> Example:
+        """Returns an example, nothing of it random."""
+        return self.get(0, None)
+
+    def bucket_of(self, index: int) -> int:
+        """Returns a number that examples of one size share."""
+        raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
+
+    # in batches
+    @property
+    def in_memory(self) -> bool:
+        """Whether get_batch and finish can be used."""
+        return False
+
+    def get_batch(self, indices: Sequence[int], generators: Sequence[torch.Generator | None]) -> Example:
+        """Returns a batch on the host, a dict of lists and tensors [B, ...], for finish()."""
+        raise _lacks(self, "get")
+
+    def finish(self, batch: Example) -> Example:
+        """Returns, on the batch's device, what get() returns for each, stacked."""
+        raise _lacks(self, "finish")
+
+    # for caches of what encoders make of pictures and texts
+    def captions(self, column: str = "caption") -> Iterable[str] | None:
+        """Returns every text that get() may return; None if they are not known."""
+        return None
+
+    def image_count(self, column: str = "image") -> int:
+        """Returns how many pictures the column draws from."""
+        return len(self)
+
+    def image_keys(self, index: int, column: str = "image") -> tuple[str, ...]:
+        """Returns hex digits that identify the content of image(): plain and, if get() may mirror it, mirrored."""
+        raise _lacks(self, "captions")
+
+    def image(self, index: int, flipped: bool, column: str = "image") -> torch.Tensor:
+        """Returns the centre of a picture, plain or mirrored: float32 [C, H, W] in [-1, 1]."""
+        raise _lacks(self, "image")
+
+    def without_image(self, index: int, generator: torch.Generator | None) -> Example:
+        """Returns the example that get() would, with "flipped" (bool) instead of "image", which is not decoded."""
+        raise _lacks(self, "without_image")
+
+    def uncached(self) -> ImageData:
+        """Returns the data set with its pictures."""
+        return self
+
+    # around a run
+    def only(self, indices: Sequence[int]) -> ImageData:
+        """Returns the data set with these examples alone; itself if it cannot be divided."""
+        return self
+
+    def prepare(self, show_progress: bool) -> None:
+        """Decodes ahead what fits `image_cache_mb`; called once, before loader workers start."""
+        return None
+
+    def limit_labels(self, num_classes: int | None) -> None:
+        """Makes a label that is none of this many classes an error, if labels are seen only when they are read."""
+        return None
+
+    @property
+    def bad_count(self) -> int:
+        """How many images were found broken so far and replaced, in all worker processes."""
+        return 0
+
+    def losses(self) -> tuple[int, int] | None:
+        """Returns how many shards and pictures of a stream could not be read by this process; None for no stream."""
+        return None
 
 
-def _check_pixels(
-    name: str, image: Any, channels: int, sizes: Sequence[Size], source: str, formula: str, least: int
-) -> None:
-    if not isinstance(image, torch.Tensor) or image.dtype != torch.float32:
-        found = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"an example's {name} must be a float32 tensor, got {found}")
-    expected = [[channels, *size] for size in sizes]
-    if list(image.shape) not in expected:
-        shapes = " or ".join(map(str, expected))
-        raise ValueError(f"an example's {name} has shape {list(image.shape)}, expected {shapes} from {source}")
-    if not torch.isfinite(image).all():
-        raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
-    low, high = image.min().item(), image.max().item()
-    if low < least or high > 1:
-        raise ValueError(f"an example's {name} has values from {low:g} to {high:g}, expected [{least}, 1]: {formula}")
-
-
-def _check_pair(name: str, pair: Any, least: int) -> None:
-    whole = isinstance(pair, torch.Tensor) and pair.dtype == torch.int64 and list(pair.shape) == [2]
-    if not whole or pair.min() < least:
-        raise ValueError(
-            f"an example's {name} must be an int64 tensor of 2 numbers of at least {least}, vertical and horizontal, "
-            f"got {pair!r}"
-        )
+def _lacks(dataset: object, method: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"a {type(dataset).__name__} has no {method}(); `in_memory` and `picture_columns` say so"
+    )

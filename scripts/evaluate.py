@@ -46,7 +46,7 @@ from trainers.engine.validation.metrics import (
     spread,
     train_classifier,
 )
-from trainers.engine.validation.sampling import draw, evaluation_mode
+from trainers.engine.validation.sampling import draw, evaluation_mode, evaluation_requests
 from trainers.inference.arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
 from trainers.inference.saved_run import find_device
 
@@ -106,7 +106,7 @@ def of_run(arguments: argparse.Namespace) -> Task:
     saved, trainer = trainer_of(arguments)
     trainer.base.buckets = False  # pictures of one size are compared
     train_set, held_out = [datasets_lib.build(trainer.base, split) for split in ("train", "validation")]
-    requests = trainer.evaluation_requests(arguments.number or 1000, held_out)
+    requests = evaluation_requests(trainer, arguments.number or 1000, held_out)
     if not requests:
         without = " without base.validation_split" if trainer.draws_held_out and held_out is None else ""
         raise ValueError(f"task {saved.task} draws no pictures{without}")

@@ -60,7 +60,7 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     train_set = datasets_lib.build(base, "train")
     order, examples = order_of(train_set, len(slots), base), SlotExamples(train_set, base.seed, augment=True)
 
-    clock = Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None))
+    clock = Clock.of_run(base, len(train_set), accelerator, train_set.bucket_of)
     trainer = build_trainer(accelerator, run, clock, DataSets(train_set, None))
     networks = init_networks(trainer)
     optimizer = build_optimizer(trainer.param_groups(networks), run.config, clock, accelerator.device)
@@ -98,7 +98,7 @@ def describe(train_set: Any, keys: list[tuple[int, int]], batch: dict[str, Any])
     for row, (slot, index) in enumerate(keys):
         kind = "pixels" if "image" in batch else "latents"
         image = batch["image"][row] if "image" in batch else batch["mean"][row]
-        name = train_set.name(index) if hasattr(train_set, "name") else f"example {index}"
+        name = train_set.name(index)
         finite = "" if image.isfinite().all() else ", NOT FINITE"
         print(f"    slot {slot}: {name}, {kind} {image.min():.3g} to {image.max():.3g}{finite}")
 

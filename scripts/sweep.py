@@ -23,6 +23,7 @@ import datasets_lib
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.validation.metrics import describe, measure, nearest, pictures_of, train_classifier
+from trainers.engine.validation.sampling import evaluation_requests
 from trainers.inference.arguments import add_sampling_arguments, overrides_of, positive, trainer_of
 from trainers.inference.saved_run import AVERAGED, RAW, open_run
 
@@ -67,7 +68,7 @@ def sweep(arguments: argparse.Namespace) -> Iterator[dict]:
     for value, changed in tqdm(chosen, desc=arguments.vary.partition("=")[0]):
         for changed.weights in kinds:
             _, trainer = trainer_of(changed)
-            requests = trainer.evaluation_requests(arguments.number)
+            requests = evaluation_requests(trainer, arguments.number, None)
             if not requests:
                 raise ValueError(f"{arguments.path}: its task draws no pictures")
             batches = drawn_pictures(trainer, requests, None, arguments.seed, arguments.batch_size)

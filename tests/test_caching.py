@@ -339,6 +339,8 @@ def test_rows_of_a_cache(tmp_path):
 def test_errors_of_caches(run_in_process, tmp_path, options, monkeypatch):
     from datasets_lib.images.image_dataset import ImageDataset
 
-    monkeypatch.delattr(ImageDataset, "captions")
-    with pytest.raises(ValueError, match=r"encoder text cannot be cached: a ImageDataset has no `captions`"):
+    monkeypatch.setattr(ImageDataset, "captions", lambda self: None)
+    with pytest.raises(
+        ValueError, match=r"encoder text cannot be cached: the data set does not list its captions; set"
+    ):
         run_in_process("run", "text_to_image", **options, **{"text_to_image.cache_text": "memory"})

@@ -375,7 +375,7 @@ def test_pictures_of_the_class_in_an_example_without_pictures(tmp_path, sks):
 def test_what_the_loop_asks_of_a_data_set_with_a_prior(tmp_path, sks, dogs):
     instances, dataset = build(sks), prior(sks, dogs, bad_images="skip")
     assert dataset.notes == ["3 pictures of the class: 'a dog'"]
-    assert (dataset.label_names, dataset.captioned, dataset.caption_note) == (None, False, instances.caption_note)
+    assert (dataset.label_names, dataset.caption_note) == (None, instances.caption_note)
     assert dataset.name(1) == str(sks / "1.png")
     before = dataset.get(0, seeded(3))
     dataset.prepare(show_progress=False)
@@ -400,8 +400,8 @@ def test_a_prior_beside_a_data_set_of_ones_own(dogs):
     assert (dataset.name(2), dataset.bad_count) == ("example 2", 0)
     dataset.prepare(show_progress=False)
     assert dataset.prepare_seconds > 0
-    assert dataset.only([0]) is dataset  # the other set cannot be divided, and knows no captions
-    assert list(dataset.captions()) == []
+    assert len(dataset.only([0, 2])) == 2
+    assert dataset.captions() is None
     assert set(dataset.captions("class_caption")) == {"a dog"}
 
 

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 from PIL import Image
 
 from train import main
+from trainers.base import RunInfo
 from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.diffusion.guidance import Guidance, noise_levels
 from trainers.common.diffusion.sampling import build_sampler
@@ -76,7 +77,7 @@ def test_noise_levels():
 def make(names=NAMES, **options):
     options = {"model_config": "configs/tests/models/unet2d.json", "ddpm_num_steps": 20} | options
     trainer = ConditionalDDPMTrainer(ConditionalDDPMConfig(**options), BaseConfig(resolution=16, channels=1))
-    trainer.label_names = names
+    trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32, label_names=names)
     trainer.setup()
     trainer.modules = trainer.init_modules()
     return trainer

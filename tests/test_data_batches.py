@@ -11,8 +11,10 @@ from test_buckets import BUCKETS, pictures
 from test_data_dataset import Own, encoded, memory_source, random_images
 from test_resume import RANDOM, final_state, forget_after
 
+from datasets_lib.example import ImageData
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.transforms import mirror, normalize, scale
+from datasets_lib.own_data import OwnData
 from datasets_lib.sources.class_images import PriorDataset
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data import prefetch, workers
@@ -76,7 +78,8 @@ def build(images, known, base, split="train", prepare=True):
 
 def batches_of(dataset, base, stopping, processes=1, process=0, steps=7):
     clock = Clock(len(dataset), base.train_batch_size, 1, processes, max_train_steps=steps)
-    return list(training_batches(dataset, clock, base, process, CPU, stopping))
+    examples = dataset if isinstance(dataset, ImageData) else OwnData(dataset, base, "train")
+    return list(training_batches(examples, clock, base, process, CPU, stopping))
 
 
 def assert_same(left, right):
@@ -145,7 +148,7 @@ def test_pictures_of_a_class_are_the_same_too(stopping, own_caption):
 
 def test_class_pictures_of_a_data_set_without_batches_come_one_by_one():
     base = base_of()
-    assert not PriorDataset(Own(3), build(IMAGES, {}, base)).in_memory
+    assert not PriorDataset(OwnData(Own(3), base, "train"), build(IMAGES, {}, base)).in_memory
     assert not PriorDataset(build(IMAGES, {}, base, prepare=False), build(IMAGES, {}, base)).in_memory
 
 
@@ -177,7 +180,7 @@ def test_a_get_of_ones_own_is_not_passed_over(stopping):
     for plain, other in zip(batches_of(dataset, base, stopping), batches_of(negative, base, stopping), strict=True):
         assert torch.equal(plain["image"], -other["image"])
     keyed = KeyedExamples(dataset, {"image": [(str(number), f"-{number}") for number in range(11)]})
-    assert keyed.in_memory  # passed on, but not meant
+    assert not keyed.in_memory
     batch = batches_of(keyed, base, stopping)[0]
     assert "image" not in batch
     assert len(batch["image_key"]) == 4

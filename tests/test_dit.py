@@ -11,6 +11,7 @@ from conftest import ROOT, losses, recorded_samples
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 
 from train import main
+from trainers.base import RunInfo
 from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.diffusion.dit_transformer import PATCHES, build_dit, default_dit, dit_problems
 from trainers.common.model_files import Grid
@@ -31,7 +32,8 @@ def make(**options):
     """A trainer of ten digits whose network, in eval mode, has random weights everywhere."""
     options = {"model_config": TINY, "ddpm_num_steps": 20, "ddpm_num_inference_steps": 4} | options
     trainer = DiTTrainer(DiTConfig(**options), BaseConfig(resolution=16, channels=1))
-    trainer.label_names, trainer.device = [str(digit) for digit in range(10)], torch.device("cpu")
+    names = [str(digit) for digit in range(10)]
+    trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32, label_names=names)
     trainer.setup()
     trainer.modules = trainer.unwrapped = trainer.init_modules()
     torch.manual_seed(0)

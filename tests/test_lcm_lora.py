@@ -13,6 +13,7 @@ from conftest import launch, losses
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 
 from train import main
+from trainers.base import RunInfo
 from trainers.common.diffusion.consistency import ConsistencyObjective, Networks, guided
 from trainers.common.diffusion.objective import Part
 from trainers.common.lora.adapters import lora_scaled
@@ -152,7 +153,7 @@ def make(family="sd1", dtype=torch.float32, **options):
     options = {"pretrained_model_name_or_path": str(tiny_models.model(family)), "rank": 4, **options}
     base = BaseConfig(resolution=32, num_epochs=1, dataset="digits")
     trainer = LCMLoRATrainer(LCMLoRAConfig(**options), base)
-    trainer.device, trainer.weight_dtype = CPU, dtype
+    trainer.run = RunInfo(device=CPU, weight_dtype=dtype)
     torch.manual_seed(0)
     trainer.setup()
     trainer.modules = trainer.unwrapped = trainer.init_modules()

@@ -11,6 +11,7 @@ from conftest import read_metrics
 from diffusers import DDPMScheduler, UNet2DModel
 
 from train import main
+from trainers.base import RunInfo
 from trainers.common.diffusion.guidance import ClassifierGuidance
 from trainers.conditional_ddpm import ConditionalDDPMTrainer
 from trainers.engine.config.config import ConfigError, load_config
@@ -44,7 +45,8 @@ def test_loss_and_accuracy_against_their_definitions(monkeypatch):
         NoisyClassifierConfig(model_config="configs/tests/models/unet2d.json", ddpm_num_steps=20),
         load_config("configs/tests/noisy_classifier.json").base,
     )
-    trainer.label_names = list("0123456789")
+    names = list("0123456789")
+    trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32, label_names=names)
     trainer.setup()
     trainer.modules = trainer.init_modules()
     logits = torch.randn(64, 10)

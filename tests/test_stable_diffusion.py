@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from train import main
+from trainers.base import RunInfo
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, size_conditions
 from trainers.engine.config.base_options import BaseConfig
@@ -37,7 +38,7 @@ def make(task="text_to_image", family="sd1", base=None, dtype=torch.float32, **o
     options = {"pretrained_model_name_or_path": str(tiny_models.model(family)), "num_inference_steps": 3} | options
     base = BaseConfig(resolution=32, num_epochs=1, dataset="digits", **(base or {}))
     trainer = trainer_class(config(**options), base)
-    trainer.device, trainer.weight_dtype = CPU, dtype
+    trainer.run = RunInfo(device=CPU, weight_dtype=dtype)
     torch.manual_seed(0)
     trainer.setup()
     trainer.modules = trainer.unwrapped = trainer.init_modules()

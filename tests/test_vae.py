@@ -21,7 +21,7 @@ from test_resume import check_resume, final_state
 import datasets_lib
 from scripts import evaluate, sample
 from train import main, train
-from trainers.base import Section
+from trainers.base import RunInfo, Section
 from trainers.common.autoencoder.autoencoder import AutoencoderKL, LatentStatistics, latent_moments
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import ConfigError, load_config
@@ -410,7 +410,8 @@ def test_a_pretrained_network_from_a_folder_and_its_subfolder(trained, tmp_path,
         place = {"vae.pretrained_model_name_or_path": str(tmp_path / "model"), "vae.subfolder": subfolder}
         run = load_config(tiny_config("vae", **place, **{"vae.model_config": None}))
         trainer = VAETrainer(run.config, run.base)
-        trainer.device = torch.device("cpu")
+        trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32)
+        trainer.setup()
         vae = trainer.init_modules()["vae"]
         assert torch.equal(
             vae.state_dict()["decoder.conv_out.weight"],
@@ -514,7 +515,8 @@ def test_the_default_network_halves_as_often_as_it_says():
     for resolution, factor in ((16, 4), (32, 4), (64, 8), (256, 8)):
         base = BaseConfig(train_data_dir="x", resolution=resolution, num_epochs=1)
         trainer = VAETrainer(VAEConfig(), base)
-        trainer.device = torch.device("cpu")
+        trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32)
+        trainer.setup()
         if resolution < 256:  # else 84 million parameters
             assert trainer.init_modules()["vae"].encode(
                 torch.zeros(1, 3, resolution, resolution)

@@ -1,73 +1,27 @@
-"""The whole contract between the loop and a task: what a Trainer must say, and the schema its options live in."""
+"""The whole contract between the loop and a task: what a Trainer must say, and the options that every task has."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from trainers.engine.config.base_options import BaseConfig
+from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from datasets_lib.example import DataSet, ImageData
 
-class Bounds(NamedTuple):
-    """The range that a number of the configuration must lie in; `open_low` leaves the lower end out."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        return above and value <= self.high
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"{'above' if self.open_low else 'at least'} {self.low:.10g}"
-        return f"in {'(' if self.open_low else '['}{self.low:.10g}, {self.high:.10g}]"
-
-
-Positive = Annotated[int, Bounds(1)]
-NonNegative = Annotated[int, Bounds(0)]
-PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
-NonNegativeFloat = Annotated[float, Bounds(0)]
-Fraction = Annotated[float, Bounds(0, 1)]
-
-
-@dataclass(kw_only=True)
-class Section:
-    """One section of the configuration. Every field is annotated and has a trailing comment, which `--describe` shows.
-
-    A public attribute without an annotation would silently be no option, so it is a TypeError when the class is made.
-    """
-
-    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
-    reset_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that go when another one is overridden
-    free_on_resume: ClassVar[tuple[str, ...]] = ()  # options that may change on resume: nothing trained depends on them
-
-    def __init_subclass__(cls) -> None:
-        for name, value in vars(cls).items():
-            is_code = callable(value) or isinstance(value, (property, classmethod, staticmethod))
-            if not name.startswith("_") and not is_code and name not in inspect.get_annotations(cls):
-                raise TypeError(
-                    f"{cls.__name__}.{name} = {value!r} has no annotation; write `{name}: <type> = {value!r}`"
-                )
-
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
-        """Yields (option, what is wrong and what is allowed) for combinations that a type cannot express."""
-        yield from ()
-
-    def without_effect(self, options: Iterable[str], condition: str, holds: bool) -> Iterator[tuple[str, str]]:
-        """Yields those of the options that were set though the condition does not hold that gives them an effect."""
-        for option in options:
-            if not holds and getattr(self, option) != type(self).__dataclass_fields__[option].default:
-                yield option, f"has an effect with {condition} only"
+__all__ = [  # what a task imports from here
+    "BaseConfig", "Bounds", "Encoder", "Fraction", "MeasuresData", "NonNegative", "NonNegativeFloat", "Positive",
+    "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
+]  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -104,7 +58,8 @@ class TrainerConfig(Section):
     offload_ema: bool = False  # keep the averages in main memory: slower, and less memory of the device
     valid_batch_size: Positive = 16  # pictures drawn at a validation, in all
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
+        """Yields (option, what is wrong and what is allowed) for combinations that a type cannot express."""
         fields = type(self).__dataclass_fields__
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             yield "lr_warmup_steps", "has no effect with lr_scheduler: constant; use constant_with_warmup, or null"
@@ -160,10 +115,25 @@ class Encoder:
     default: Any = None  # the value of examples that lack it; None: an error
 
 
+@dataclass(kw_only=True)
+class RunInfo:
+    """What is known of a run before its networks are built."""
+
+    device: torch.device
+    weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
+    start_step: int = 0  # where a resumed run goes on
+    total_steps: int | None = None  # None: a trained network is loaded, and nothing is trained
+    label_names: list[str] | None = None  # of the data set's classes
+    highest_label: int | None = None  # in the data set, if it is known
+    captions: list[str] | None = None  # some of the training set's
+    encoded_by: str | None = None  # digest of the network that made the data set's latents
+
+
 class Trainer(ABC):
     """What one task's numbers mean. The loop owns devices, optimizer, averaging, data order, checkpoints and files.
 
-    A Trainer never sees those, never calls `backward`, `.item()`, `torch.randn` or asks for its rank.
+    Four duties: init_modules, compute_loss, sample, save_pipeline. A Trainer never sees what the loop owns, never calls
+    `backward`, `.item()`, `torch.randn` or asks for its rank.
     """
 
     Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section
@@ -172,37 +142,39 @@ class Trainer(ABC):
         'pipeline = DiffusionPipeline.from_pretrained("{output_dir}")\n'
         'pipeline().images[0].save("sample.png")'
     )
-
-    # set by the loop before compute_loss, sample or encode are called
-    modules: dict[str, nn.Module]  # prepared networks: call only their forward, DDP and FSDP hook there
-    unwrapped: dict[str, nn.Module]  # what raw() returns
-    meta_networks: dict[str, nn.Module]  # the networks without numbers, as they were before wrappers and shards
-    device: torch.device
-    weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
-    training: bool = True  # False in validation: no label or caption dropout
-    label_names: list[str] | None = None  # of the data set's classes, set before init_modules
-    highest_label: int | None = None  # in the data set, where it is known, set before init_modules
-    num_classes: int | None = None  # all labels are below it; set in init_modules by a task that reads them
-    grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
-    captions: list[str] | None = None  # some of the training set's, set before init_modules
-    start_step: int = 0  # where a resumed run goes on, set before init_modules
-    total_steps: int | None = None  # of the run, set before init_modules; None where a trained network is loaded
-    encoded_by: str | None = None  # digest of the network that made the data set's latents, set before init_modules
-    encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
-    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # around a sampler's steps, as many on every rank:
-    # shows a bar, and lets a signal end the validation
     draws_held_out: ClassVar[bool] = False  # whether sample_requests names examples of the validation set
     sample_batch_size: ClassVar[int | None] = None  # pictures that a validation draws at once; None: all of a process
-    statistics_samples: int = 0  # of the training set, at most, for data_statistics
-    statistics: dict[str, float]  # the means of data_statistics, set by the loop before save_pipeline
-    frames: list[Tensor] | None = None  # where a list, sample() appends its pictures [N, C, H, W] after every step
 
-    def __init__(self, config: TrainerConfig, base: Section) -> None:
+    # set by the loop: `run` before setup(), the rest before compute_loss, sample or encode are called
+    run: RunInfo
+    modules: dict[str, nn.Module]  # prepared networks: call only their forward, DDP and FSDP hook there
+    unwrapped: dict[str, nn.Module]  # what raw() returns
+    encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
+    training: bool = True  # False in validation: no label or caption dropout
+    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # put around a sampler's steps, as many on every rank
+    frames: list[Tensor] | None = None  # if a list, sample() appends its pictures [N, C, H, W] after every step
+
+    # set by the task in setup()
+    num_classes: int | None = None  # all labels are below it; None: the task reads no labels
+    grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
+
+    def __init__(self, config: TrainerConfig, base: BaseConfig) -> None:
         self.config = config
         self.base = base
 
+    @property
+    def device(self) -> torch.device:
+        return self.run.device
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.run.weight_dtype
+
     def setup(self) -> None:
-        """Finds, and checks, what encoders and networks share, such as the base model; called once, before both."""
+        """Finds what encoders and networks share, such as the base model, and checks the data; nothing is random yet.
+
+        Called once, before encoders() and init_modules().
+        """
         return None
 
     @abstractmethod
@@ -224,46 +196,60 @@ class Trainer(ABC):
     def save_pipeline(self, output_dir: Path) -> None:
         """Writes what inference loads, from `self.raw(name)`; main process only, no collective calls."""
 
-    def sample_requests(self, validation_set: Any) -> list[dict]:
-        """What to draw at a validation: the same list on every rank; empty for a task without pictures.
+    def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
+        """Returns what to draw at a validation: the same list on every rank; empty for a task without pictures.
 
-        A request {"example": i} reaches sample() with the columns of the validation set's example i.
+        A request {"example": i} reaches sample() and sample_metrics() with the columns of the validation set's example
+        i: see held_out_requests and stacked.
         """
         return [{} for _ in range(self.config.valid_batch_size)]
 
-    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
-        """What to draw for metrics over many pictures; a `label` says which class was asked for, all equally often.
+    def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
+        """Returns what to draw for metrics over many pictures; a `label` says which class, all equally often.
 
-        Requests with an `example` are reconstructions, and compared with these held-out pictures.
+        Requests with an `example` are reconstructions, and compared with these held-out pictures. They reach sample()
+        with "evaluation": True, and one picture each is enough.
         """
         return [{} for _ in range(count)]
 
+    @staticmethod
+    def held_out_requests(validation_set: DataSet | None, count: int) -> list[dict]:
+        """Returns requests for at most `count` held-out examples, evenly spread; none without a validation set."""
+        total = 0 if validation_set is None else len(validation_set)
+        chosen = min(count, total)
+        return [{"example": number * total // chosen} for number in range(chosen)]
+
+    def stacked(self, requests: list[dict], column: str) -> Tensor:
+        """Returns a column of the requests' examples, [N, ...] on the device."""
+        import torch
+
+        return torch.stack([torch.as_tensor(request[column]) for request in requests]).to(self.device)
+
     def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
-        """Numbers about the pictures that sample() drew at a validation, all of them; main process only."""
+        """Returns means over the pictures [N, C, H, W] that sample() drew of these requests; main process only."""
         return {}
 
-    def notes(self, train_set: Any) -> list[str]:
-        """Lines about the data for the start of the run."""
+    def notes(self, train_set: ImageData) -> list[str]:
+        """Returns lines about the data for the start of the run."""
         return []
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """Returns numbers per example, {name: [B]}; by default the batch's loss."""
+        """Returns numbers per example, {name: [B]}; by default the batch's loss.
+
+        A vector per example needs a name for each of its numbers: {"psnr/red": [B], "psnr/green": [B], ...}.
+        """
         loss, _ = self.compute_loss(batch, rng, step=0)
         return {"loss": loss.expand(len(batch["slot"]))}
 
     def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
-        """What is logged of the means of validation_metrics over the validation set, the same on every rank."""
+        """Returns what is logged of the means of validation_metrics over the validation set, the same on every rank."""
         return means
 
-    def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """Numbers per example, {name: [B]}; save_pipeline finds their means over training examples.
-
-        Called before a pipeline is saved, with the weights that it will hold, where statistics_samples is above 0.
-        """
-        return {}
-
     def encoders(self) -> dict[str, Encoder]:
-        """The frozen stages whose outputs compute_loss finds in its batch, in the order in which they run."""
+        """Returns the frozen stages whose outputs compute_loss finds in its batch, in the order in which they run.
+
+        Called after setup() and before init_modules(): caches are filled, and the device is free again, by then.
+        """
         return {}
 
     def param_groups(self, modules: dict[str, nn.Module]) -> list[dict[str, Any]]:
@@ -297,3 +283,17 @@ class Trainer(ABC):
     def raw(self, name: str) -> nn.Module:
         """The network without wrappers; within save_pipeline a float32 CPU copy with the averaged weights."""
         return self.unwrapped[name]
+
+
+@runtime_checkable
+class MeasuresData(Protocol):
+    """A Trainer whose pipeline holds numbers that are measured over training examples, such as a scaling factor.
+
+    Before save_pipeline the loop sets `statistics` to the means of data_statistics, with the weights that the pipeline
+    will hold; statistics_samples is how many examples that takes at most, 0 for none.
+    """
+
+    statistics_samples: int
+    statistics: dict[str, float]
+
+    def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]: ...  # {name: [B]}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from trainers.base import BaseConfig, NonNegativeFloat, Positive, PositiveFloat
 from trainers.common.lora.training import ATTENTION, AdapterConfig, AdapterTrainer
 from trainers.common.text_to_image.objective import Learned
 
@@ -43,7 +43,7 @@ class LCMLoRAConfig(AdapterConfig):
     num_inference_steps: Positive = 4  # steps of the sampler
     guidance_scale: NonNegativeFloat = 1.0  # 1: none beside what the adapter has learned
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         yield from self.without_effect(OF_DENOISING, "the loss of task lora", False)
         if self.w_min > self.w_max:

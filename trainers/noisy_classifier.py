@@ -16,6 +16,8 @@ from trainers.common.unet2d import build_unet2d
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trainers.base import DataSet
+
 TASK = "noisy_classifier"
 
 
@@ -71,10 +73,10 @@ class NoisyClassifierTrainer(Trainer):
     def _logits(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
         return self.modules["classifier"](noisy, timesteps).sample.float().mean((2, 3))
 
-    def sample_requests(self, validation_set: Any) -> list[dict]:
+    def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         return []
 
-    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+    def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
         return []
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:

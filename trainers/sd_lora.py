@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainers.base import Section
+from trainers.base import BaseConfig
 from trainers.common.lora.training import AdapterConfig, AdapterTrainer, target_problems
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class LoRAConfig(AdapterConfig):
     train_text_encoder: bool = False  # adapters in the text encoders, too; learning_rate can be a dict
     text_encoder_target_modules: list[str] | str | None = None  # the same of the text encoders; null: their attention
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         yield from self.without_effect(("text_encoder_target_modules",), "train_text_encoder", self.train_text_encoder)
         found = target_problems(self.text_encoder_target_modules)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trainers.base import PositiveFloat, Section
+from trainers.base import BaseConfig, PositiveFloat
 from trainers.common.text_to_image.objective import Learned, build_flow
 from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
@@ -41,7 +41,7 @@ class TextToImageConfig(StableDiffusionConfig):
     time_logit_std: PositiveFloat = 1.0  # of logit_normal
     time_shift: PositiveFloat = 1.0  # moves a flow's times towards noise, in training and sampling; 3 at 1024 pixels
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         flow, logit_normal = self.objective == "rectified_flow", self.time_distribution == "logit_normal"
         yield from self.without_effect(OF_DIFFUSION, "objective: ddpm", not flow)

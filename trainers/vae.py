@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import (
+    BaseConfig,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     RandomSource,
-    Section,
     Trainer,
     TrainerConfig,
 )
@@ -32,6 +32,7 @@ from trainers.common.model_files import Grid
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trainers.base import DataSet
     from trainers.common.autoencoder.autoencoder import LatentStatistics
 
 ADVERSARIAL = (
@@ -76,7 +77,7 @@ class VAEConfig(TrainerConfig):
     lecam_weight: NonNegativeFloat = 0.0  # keeps logits near moving averages; 0: none
     estimate_shift: bool = False  # write a shift_factor, too; Stable Diffusion 1 and 2 ignore it, 3 and Flux do not
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         yield from self._without_effect()
         if self.pretrained_model_name_or_path is None:
@@ -104,7 +105,7 @@ class VAEConfig(TrainerConfig):
             if self.decoder_only and getattr(self, option) != type(self).__dataclass_fields__[option].default:
                 yield option, "has no effect with decoder_only: the encoder stays as it is"
 
-    def _adversarial_problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def _adversarial_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         least = smallest_picture(self.discriminator_layers)
         if base.resolution < least:
             yield "discriminator_layers", f"needs a base.resolution of at least {least}; take fewer layers"
@@ -118,13 +119,16 @@ class VAETrainer(Trainer):
 
     Config = VAEConfig
     draws_held_out = True
-    statistics_samples = 10_000
     usage = (
         "from diffusers import AutoencoderKL\n"
         'vae = AutoencoderKL.from_pretrained("{output_dir}")\n'
         "latents = vae.encode(pictures).latent_dist.sample() * vae.config.scaling_factor  # pictures in [-1, 1]"
     )
+    statistics_samples: int = 10_000  # with which the scaling factor is estimated
     latent_statistics: LatentStatistics | None = None  # of the newest validation
+
+    def setup(self) -> None:
+        self.statistics: dict[str, float] = {}
 
     def init_modules(self) -> dict[str, nn.Module]:
         from trainers.common.autoencoder.discriminator import PatchDiscriminator
@@ -133,7 +137,7 @@ class VAETrainer(Trainer):
         config, grid = self.config, Grid.of(self.base)
         if config.pretrained_model_name_or_path is None:
             vae = build_autoencoder(config.model_config, grid)
-            if self.total_steps is not None:
+            if self.run.total_steps is not None:
                 vae.register_to_config(scaling_factor=None, shift_factor=None)  # unknown until they are measured
         else:
             place = config.pretrained_model_name_or_path, grid, config.subfolder, config.revision
@@ -148,8 +152,10 @@ class VAETrainer(Trainer):
         if config.adversarial_loss is None:
             return {"vae": vae}
         start = config.adversarial_start_step
-        if self.total_steps is not None and start >= self.total_steps:
-            raise ValueError(f"vae.adversarial_start_step = {start}: must be below the run's {self.total_steps} steps")
+        if self.run.total_steps is not None and start >= self.run.total_steps:
+            raise ValueError(
+                f"vae.adversarial_start_step = {start}: must be below the run's {self.run.total_steps} steps"
+            )
         shape = self.base.channels, config.discriminator_layers, config.discriminator_channels
         return {"vae": vae, "discriminator": PatchDiscriminator(*shape)}
 
@@ -192,18 +198,15 @@ class VAETrainer(Trainer):
         kept = {name: value for name, value in means.items() if not name.startswith("latent_square/")}
         return kept | self.latent_statistics.as_metrics()
 
-    def sample_requests(self, validation_set: Any) -> list[dict]:
+    def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         """Held-out pictures, evenly spread; without any, random latents alone, where their distribution is known."""
         if validation_set is None:
             known = self._latent_distribution() is not None
             return [{} for _ in range(self.config.valid_batch_size if known else 0)]
-        return _held_out(self.config.valid_batch_size, validation_set)
+        return self.held_out_requests(validation_set, self.config.valid_batch_size)
 
-    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
-        """Held-out pictures, of which only the reconstructions are wanted."""
-        if validation_set is None:
-            return []
-        return [request | {"show": "reconstruction"} for request in _held_out(count, validation_set)]
+    def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
+        return self.held_out_requests(validation_set, count)
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         """Strips "original | reconstruction | difference" [N, C, H, 3W], and random latents decoded."""
@@ -211,9 +214,9 @@ class VAETrainer(Trainer):
 
         drawn = {}
         if "image" in requests[0]:
-            images = torch.stack([request["image"] for request in requests]).to(self.device)
+            images = self.stacked(requests, "image")
             originals, reconstructions = to_unit_range(images), to_unit_range(self.modules["vae"](images)[0].float())
-            if requests[0].get("show") == "reconstruction":
+            if "evaluation" in requests[0]:
                 return {"samples": reconstructions}
             differences = (0.5 + reconstructions - originals).clamp(0, 1)  # grey means none
             drawn["reconstructions"] = torch.cat([originals, reconstructions, differences], dim=3)
@@ -258,10 +261,3 @@ class VAETrainer(Trainer):
         from diffusers import AutoencoderKL
 
         return AutoencoderKL.from_pretrained(output_dir)
-
-
-def _held_out(count: int, validation_set: Any) -> list[dict]:
-    """Requests for at most so many examples, evenly spread."""
-    total = len(validation_set)
-    chosen = min(count, total)
-    return [{"example": number * total // chosen} for number in range(chosen)]

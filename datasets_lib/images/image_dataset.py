@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets_lib.example import ImageData
 from datasets_lib.images.buckets import Size
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.pictures import Pictures
@@ -18,7 +19,7 @@ from datasets_lib.images.splits import select_rows
 from datasets_lib.images.transforms import View, draw, draw_view, mirror, normalize, scale
 
 
-class ImageDataset:
+class ImageDataset(ImageData):
     """Examples of one split, decoded on demand or, after `prepare`, once for all.
 
     `random` is False when `get` would not use its generator. `captioned` tells whether captions come from the data;

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from datasets_lib.example import ImageData
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import digest
 from datasets_lib.images.transforms import draw
@@ -16,10 +17,9 @@ from datasets_lib.sources.folder import as_source, list_files
 from datasets_lib.sources.metadata import Listed
 
 PREFIX = "class_"
-PASSED_ON = ("label_names", "highest_label", "captioned", "caption", "caption_note")
 
 
-class PriorDataset:
+class PriorDataset(ImageData):
     """A data set whose examples also have "class_image", "class_caption" and what else an example has, so prefixed.
 
     Its own draws come after those of the example: which picture, then its crop and flip.
@@ -28,12 +28,12 @@ class PriorDataset:
     random = True
     picture_columns = ("image", "class_image")
 
-    def __init__(self, instances: Any, prior: ImageDataset) -> None:
+    def __init__(self, instances: ImageData, prior: ImageDataset) -> None:
         self.instances, self.prior = instances, prior
         self.fingerprint = digest(instances.fingerprint, prior.fingerprint)
-        self.notes = [*getattr(instances, "notes", ()), f"{len(prior)} pictures of the class: {prior.caption!r}"]
-        for name in PASSED_ON:
-            setattr(self, name, getattr(instances, name, None))
+        self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.caption!r}"]
+        self.label_names, self.highest_label = instances.label_names, instances.highest_label
+        self.encoded_by, self.caption_note = instances.encoded_by, instances.caption_note
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -41,17 +41,16 @@ class PriorDataset:
     @property
     def bad_count(self) -> int:
         """How many images were found broken so far and replaced, those of the class included."""
-        return getattr(self.instances, "bad_count", 0) + self.prior.bad_count
+        return self.instances.bad_count + self.prior.bad_count
 
     def name(self, index: int) -> str:
         """Return the file, or the row, from which an example comes."""
-        return self.instances.name(index) if hasattr(self.instances, "name") else f"example {index}"
+        return self.instances.name(index)
 
     def prepare(self, show_progress: bool = True) -> None:
         """Decode ahead what fits `args.image_cache_mb`, the pictures of the class on their own."""
         for dataset in (self.instances, self.prior):
-            if hasattr(dataset, "prepare"):
-                dataset.prepare(show_progress)
+            dataset.prepare(show_progress)
 
     @property
     def prepare_seconds(self) -> float:
@@ -59,9 +58,7 @@ class PriorDataset:
         return sum(getattr(dataset, "prepare_seconds", 0.0) for dataset in (self.instances, self.prior))
 
     def only(self, indices: Sequence[int]) -> PriorDataset:
-        """Return the data set with these examples alone, and as many pictures of the class; whole where it must be."""
-        if not hasattr(self.instances, "only"):
-            return self
+        """Return the data set with these examples alone, and as many pictures of the class."""
         few = copy.copy(self)
         few.instances = self.instances.only(indices)
         few.prior = self.prior.only(range(min(len(indices), len(self.prior))))
@@ -75,8 +72,7 @@ class PriorDataset:
     @property
     def in_memory(self) -> bool:
         """Whether `get_batch` can be used: where both data sets have it."""
-        both = self.instances, self.prior
-        return all(hasattr(type(each), "get_batch") and each.in_memory for each in both)
+        return self.instances.in_memory and self.prior.in_memory
 
     def get_batch(self, indices: Sequence[int], generators: Sequence[torch.Generator | None]) -> dict[str, Any]:
         """Return what `get` does for each index and its generator, collated, for `finish`."""
@@ -108,12 +104,11 @@ class PriorDataset:
         """Return how many pictures a column draws from."""
         return len(self._of(column))
 
-    def captions(self, column: str = "caption") -> Iterator[str]:
-        """Yield every text of "caption" or of "class_caption"; none where the data set does not know them."""
-        dataset = self._of(column)
-        return dataset.captions() if hasattr(dataset, "captions") else iter(())
+    def captions(self, column: str = "caption") -> Iterable[str] | None:
+        """Return every text of "caption" or of "class_caption"; None if the data set does not know them."""
+        return self._of(column).captions()
 
-    def _of(self, column: str) -> Any:
+    def _of(self, column: str) -> ImageData:
         return self.prior if column.startswith(PREFIX) else self.instances
 
     def _choose(self, index: int, generator: torch.Generator | None) -> int:
@@ -124,7 +119,7 @@ def _prefixed(example: dict[str, Any]) -> dict[str, Any]:
     return {f"{PREFIX}{key}": value for key, value in example.items()}
 
 
-def with_prior(instances: Any, args: Any) -> PriorDataset:
+def with_prior(instances: ImageData, args: Any) -> PriorDataset:
     """Add the pictures of `args.class_data_dir`; captions beside them are not read.
 
     Raises FileNotFoundError for a folder that is not there, ValueError for one whose pictures are examples already.
@@ -134,7 +129,7 @@ def with_prior(instances: Any, args: Any) -> PriorDataset:
         raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
-    twice = set(images) & set(instances.source.images) if args.train_data_dir is not None else None
+    twice = set(images) & set(instances.source.images) if isinstance(instances, ImageDataset) else None
     if twice:
         raise ValueError(
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.example import ImageData
 from datasets_lib.streaming.rows import RawRow
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(eq=False)
-class HeldExamples:
+@dataclass(eq=False, kw_only=True)
+class HeldExamples(ImageData):
     """Examples of a stream by number, such as those to validate on: rows in memory, whose pictures are encoded.
 
     `make_example` makes one of a row and a generator; the rest is what every data set tells of itself.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from datasets_lib.example import ImageData
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source, digest
@@ -23,7 +24,7 @@ from datasets_lib.streaming.shards import INDEX, ShardList, find_shards, sizes
 from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
 
 
-class Stream:
+class Stream(ImageData):
     """A training set without length or order. Its examples have the columns of ImageDataset, or those of latents.
 
     A reader is one data worker of one process. `shard_for_rank` gives a process its readers, and `readers` has the
@@ -174,8 +175,8 @@ class Stream:
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
             raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
         return HeldExamples(
-            rows,
-            self.example,
+            rows=rows,
+            make_example=self.example,
             fingerprint=self.fingerprint,
             label_names=self.label_names,
             highest_label=max(map(self.columns.label_of, rows), default=None) if self.columns.label else None,

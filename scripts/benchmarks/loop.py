@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.runs import DEVICE, configured, examples_per_second, in_turns, quiet, synchronize
+from trainers.base import RunInfo
 from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data import batches as feeding
@@ -81,8 +82,8 @@ def bare_loop(run: RunConfig) -> Callable[[int], float]:
     torch.manual_seed(0)
     with quiet():
         trainer = run.trainer_class(run.config, run.base)
-        trainer.device, trainer.weight_dtype = DEVICE, torch.float32
-        trainer.label_names, trainer.total_steps, trainer.start_step = list("0123456789"), 1, 0
+        names = list("0123456789")
+        trainer.run = RunInfo(device=DEVICE, weight_dtype=torch.float32, label_names=names, total_steps=1)
         trainer.setup()
         [network] = trainer.init_modules().values()
     network.train().to(DEVICE)

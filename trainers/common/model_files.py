@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainers.base import Section
+from trainers.base import BaseConfig
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -26,7 +26,7 @@ class Grid(NamedTuple):
     source: tuple[str, str] = ("base.channels", "base.resolution")
 
     @classmethod
-    def of(cls, base: Section) -> Grid:
+    def of(cls, base: BaseConfig) -> Grid:
         """The run's pictures."""
         return cls(base.channels, base.resolution)
 

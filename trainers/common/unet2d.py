@@ -54,7 +54,8 @@ def build_unet2d(
     decided = dict(settings or {})
     if pretrained is None:
         return UNet2DModel.from_config(read_settings(model_config, default_unet2d, grid) | decided)
-    free = {"out_channels": grid.channels} if "out_channels" in decided else {}
+    # channels that the task decides, such as those of a concatenated condition, are compared with its own numbers
+    free = dict.fromkeys(decided.keys() & {"in_channels", "out_channels"}, grid.channels)
 
     def fits(config: Mapping[str, Any]) -> Iterator[str]:
         return misfits({**config, **free}, grid, LEVELS)

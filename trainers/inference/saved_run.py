@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainers.base import Trainer
+from trainers.base import RunInfo, Trainer
 from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.config import RunConfig, check_config, find_trainer
@@ -101,8 +101,7 @@ def load_trainer(
     """
     run = saved.config(overrides)
     trainer = run.trainer_class(run.config, run.base)
-    trainer.device = find_device(device)
-    trainer.weight_dtype, trainer.label_names = torch.float32, saved.label_names
+    trainer.run = RunInfo(device=find_device(device), weight_dtype=torch.float32, label_names=saved.label_names)
     trainer.setup()
     networks = trainer.init_modules()
     held = AVERAGED if run.config.use_ema else RAW

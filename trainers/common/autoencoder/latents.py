@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainers.base import Encoder, RandomSource, Section
+from trainers.base import BaseConfig, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
 
@@ -35,14 +35,13 @@ def latents_problems(source: str) -> Iterator[str]:
         yield "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
 
 
-def cache_problems(section: Section, base: Section) -> Iterator[tuple[str, str]]:
-    """Yields (option, problem) for caches of which every example would need another entry than the one that is kept."""
-    if section.cache_latents is not None and not base.center_crop:
+def cache_problems(base: BaseConfig, **caches: str | None) -> Iterator[tuple[str, str]]:
+    """Yields (option, problem) for caches that cannot hold what every example needs, by the options' names."""
+    if caches["cache_latents"] is not None and not base.center_crop:
         yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
-    for option in ("cache_latents", "cache_text"):
-        if base.streaming and getattr(section, option, None) is not None:
-            reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
-            yield option, reason
+    reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
+    if base.streaming:
+        yield from ((option, reason) for option, kind in caches.items() if kind is not None)
 
 
 class LatentSpace:
@@ -58,7 +57,7 @@ class LatentSpace:
         self,
         option: str,
         source: str,
-        base: Section,
+        base: BaseConfig,
         device: torch.device,
         dtype: torch.dtype,
         encoded_by: str | None = None,

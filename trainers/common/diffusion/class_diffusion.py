@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from trainers.base import Bounds, Encoder, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.base import (
+    BaseConfig,
+    Bounds,
+    Encoder,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    RandomSource,
+)
 from trainers.common.autoencoder.latents import LatentSpace, cache_problems, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
 from trainers.common.diffusion.classes import count_classes, labels_of
@@ -17,6 +26,8 @@ from trainers.common.model_files import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trainers.base import DataSet
 
 ClassNumber = Annotated[int, Bounds(0)]
 
@@ -42,11 +53,11 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
     classifier_scale: PositiveFloat = 1.0  # how strongly it guides, beside or instead of guidance_scale
     valid_classes: list[str | ClassNumber] | None = None  # one column each, by name or number; null: all classes
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.vae is not None:
             yield from (("vae", problem) for problem in latents_problems(self.vae))
-            yield from cache_problems(self, base)
+            yield from cache_problems(base, cache_latents=self.cache_latents)
             if self.classifier is not None:
                 yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
         yield from self.without_effect(("cache_latents",), "vae", self.vae is not None)
@@ -65,7 +76,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
         if self.valid_classes == []:
             yield "valid_classes", "must name at least one class, or be null"
 
-    def seen(self, base: Section) -> Grid | None:
+    def seen(self, base: BaseConfig) -> Grid | None:
         settings = vae_config(self.vae) if self.vae is not None else None
         return super().seen(base) if self.vae is None else settings and latent_grid(settings, base.resolution)
 
@@ -87,7 +98,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         vae = self.config.vae
         if vae is None:
             return None
-        space = LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.encoded_by)
+        space = LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.run.encoded_by)
         space.offloaded = self.config.cache_latents is not None
         return space
 
@@ -107,7 +118,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
 
     def _class_numbers(self, classes: list[str | int]) -> list[int]:
         """Names win over numbers: with the names "1" and "0" the class "1" is number 0."""
-        names = self.label_names or []
+        names = self.run.label_names or []
         known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
         for item in classes:
             if item not in (known if isinstance(item, str) else range(self.num_classes)):
@@ -132,12 +143,12 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         timesteps = timesteps.to(noisy.device).expand(len(noisy))  # a sampler's is one for all
         return self.modules[self.network_name](noisy, timesteps, **condition).sample
 
-    def sample_requests(self, validation_set: Any) -> list[dict]:
+    def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         """One picture of each class, then again, `valid_batch_size` in all but at least one of each."""
         count = max(self.config.valid_batch_size, len(self.columns))
         return [{"label": self.columns[number % len(self.columns)]} for number in range(count)]
 
-    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+    def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
         return [{"label": number % self.num_classes} for number in range(count)]
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
@@ -161,7 +172,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         from trainers.common.class_pipeline import ClassConditionalPipeline
 
         network = {self.network_name: self.raw(self.network_name)}
-        id2label = dict(enumerate(self.label_names)) if self.label_names else None
+        id2label = dict(enumerate(self.run.label_names)) if self.run.label_names else None
         vae = None if self.latents is None else self.latents.load()  # the one in use may be in half precision
         sampler = self.config.chosen_sampler
         pipeline = ClassConditionalPipeline(self.scheduler, **network, id2label=id2label, sampler=sampler, vae=vae)

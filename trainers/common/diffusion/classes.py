@@ -15,7 +15,7 @@ def count_classes(task: str, trainer: Trainer, num_classes: int | None) -> int:
 
     A data set without names must not hold labels beyond the option.
     """
-    named, highest = len(trainer.label_names or []), trainer.highest_label
+    named, highest = len(trainer.run.label_names or []), trainer.run.highest_label
     if named and num_classes and named != num_classes:
         raise ValueError(f"{task}.num_classes = {num_classes}: the data set names {named} classes; set it to null")
     if not (named or num_classes):

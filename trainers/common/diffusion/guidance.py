@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainers.base import Section
+from trainers.base import BaseConfig
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, SchedulerMixin
@@ -104,7 +104,7 @@ class ClassifierGuidance:
             return torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), noisy)[0]
 
 
-def classifier_problems(run: str, base: Section) -> Iterator[str]:
+def classifier_problems(run: str, base: BaseConfig) -> Iterator[str]:
     """Yields what keeps the classifier of a finished noisy_classifier run from working on the run's pictures."""
     config = Path(run) / "classifier" / "config.json"
     for path in (config, Path(run) / "scheduler" / "scheduler_config.json"):

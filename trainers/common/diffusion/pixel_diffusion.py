@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from trainers.base import Positive, PositiveFloat, RandomSource, Section, Trainer, TrainerConfig
+from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
 from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow
@@ -39,7 +39,7 @@ class NoisyPixelsConfig(TrainerConfig):
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # its noise per timestep
     rescale_betas_zero_snr: bool = False  # last timestep is pure noise (arXiv 2305.08891); not with epsilon
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.pretrained_model_name_or_path is None:
             grid = self.seen(base)
@@ -48,7 +48,7 @@ class NoisyPixelsConfig(TrainerConfig):
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
 
-    def seen(self, base: Section) -> Grid | None:
+    def seen(self, base: BaseConfig) -> Grid | None:
         """What the network sees; None where that is not known yet."""
         return Grid.of(base)
 
@@ -90,7 +90,7 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: ddpm, or euler of a flow
     ddpm_num_inference_steps: Positive = 1000  # steps of the sampler
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"

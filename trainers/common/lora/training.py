@@ -9,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainers.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource, Section
+from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from trainers.base import DataSet
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
@@ -37,7 +39,7 @@ class AdapterConfig(StableDiffusionConfig):
     use_ema: bool = False  # average the adapter's weights
     lora_scale: NonNegativeFloat = 1.0  # how strongly the adapter acts in validation pictures; 0: not at all
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds all
         if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
@@ -72,7 +74,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         from trainers.common.lora.files import load_lora
 
         networks = self.add_adapters()
-        if self.config.lora_weights is not None and self.start_step == 0:
+        if self.config.lora_weights is not None and self.run.start_step == 0:
             load_lora(Path(self.config.lora_weights), networks)
         self.base_pictures: dict[str, Tensor] = {}  # they never change
         return networks
@@ -116,7 +118,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         base = self.base_pictures[key].to(drawn.device)
         return {"samples": drawn, "base_and_lora": torch.cat([base, drawn], dim=3)}
 
-    def sample_requests(self, validation_set: Any) -> list[dict]:
+    def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         return [request | {"beside_base": True} for request in super().sample_requests(validation_set)]
 
     def usage_of(self, location: str | Path) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from trainers.base import (
+    BaseConfig,
     Fraction,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
-    Section,
     TrainerConfig,
 )
 from trainers.common.autoencoder.latents import cache_problems, latents_problems
@@ -73,7 +73,7 @@ class StableDiffusionConfig(TrainerConfig):
     guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
     clip_score_model: str | None = None  # folder or hub name of a CLIP that scores validation pictures; null: none
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         for problem in base_model_problems(self.pretrained_model_name_or_path, self.parts_needed()):
             yield "pretrained_model_name_or_path", problem
@@ -121,9 +121,9 @@ class StableDiffusionConfig(TrainerConfig):
         if strategy != "none" and self.timestep_bias_multiplier == 1.0:
             yield "timestep_bias_strategy", "has an effect with a timestep_bias_multiplier other than 1 only"
 
-    def _cache_problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def _cache_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         """Where every example would need another entry than the one that is kept."""
-        yield from cache_problems(self, base)
+        yield from cache_problems(base, cache_latents=self.cache_latents, cache_text=self.cache_text)
         if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 

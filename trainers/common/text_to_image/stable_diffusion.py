@@ -22,6 +22,7 @@ from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, const
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
+    from trainers.base import DataSet, ImageData
     from trainers.common.text_to_image.clip_score import ClipScore
 
 QUARTERS = 4  # parts of the time in which the validation loss is given
@@ -40,7 +41,7 @@ class StableDiffusionTrainer(Trainer):
         self.base_model = BaseModel(option, source, config.revision, config.variant)
         vae = (option, str(self.base_model.folder)) if config.vae is None else (f"{self.task}.vae", config.vae)
         variant = config.variant if config.vae is None else None
-        self.latents = LatentSpace(*vae, self.base, self.device, self.weight_dtype, self.encoded_by, variant)
+        self.latents = LatentSpace(*vae, self.base, self.device, self.weight_dtype, self.run.encoded_by, variant)
         self.latents.offloaded = config.cache_latents is not None
         self.prompts = Prompts(self.base_model)
         self.learned = self.build_objective()
@@ -88,14 +89,10 @@ class StableDiffusionTrainer(Trainer):
         """Whether text encoders are trained, so that captions are encoded in every step."""
         return False
 
-    def notes(self, train_set: Any) -> list[str]:
+    def notes(self, train_set: ImageData) -> list[str]:
         """Data without captions, and captions that are too long for the text encoder."""
-        if hasattr(train_set, "caption_note"):
-            found = [train_set.caption_note]
-        else:
-            note = f"the data set has no captions: every example has base.caption = {self._fixed_caption()!r}"
-            found = [None if "caption" in train_set.get(0, None) else note]
-        lost, end = self.prompts.truncated(train_set.captions()) if hasattr(train_set, "captions") else (0, None)
+        found, texts = [train_set.caption_note], train_set.captions()
+        lost, end = (0, None) if texts is None else self.prompts.truncated(texts)
         if lost:
             limit = self.prompts.tokenizers[0].model_max_length
             found.append(
@@ -189,14 +186,14 @@ class StableDiffusionTrainer(Trainer):
 
     # --- pictures
 
-    def sample_requests(self, validation_set: Any) -> list[dict]:
+    def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         """The prompts in turn, `valid_batch_size` in all; without any, captions of held-out examples."""
         prompts, count = self.config.validation_prompts, self.config.valid_batch_size
         if prompts is None:
             prompts = held_out_captions(validation_set, count) or self._known_prompts()[:count]
         return prompt_requests([{"prompt": prompt} for prompt in prompts], max(count, len(prompts)))
 
-    def evaluation_requests(self, count: int, validation_set: Any = None) -> list[dict]:
+    def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
         """Captions of held-out examples in turn, with their labels; without a validation set the prompts."""
         if validation_set is not None:
             return prompt_requests(captions_and_labels(validation_set, count), count)
@@ -205,7 +202,7 @@ class StableDiffusionTrainer(Trainer):
 
     def _known_prompts(self) -> list[str]:
         """Captions of the training set, where they are known, or the one that all of its examples have."""
-        return self.captions or [self._fixed_caption()]
+        return self.run.captions or [self._fixed_caption()]
 
     def _fixed_caption(self) -> str:
         return ", ".join(part for part in (self.base.trigger_word, self.base.caption) if part)

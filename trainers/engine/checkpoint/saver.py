@@ -150,7 +150,7 @@ class Saver:
             "num_examples": clock.num_examples,
             "fingerprint": train_set.fingerprint,
             "stream": stream_batches.positions(train_set) if self.base.streaming else None,
-            "label_names": getattr(train_set, "label_names", None),
+            "label_names": train_set.label_names,
             "meter": self.state.meter.state(),
             "divergence": counts,
             "scaler": scaler.state_dict() if scaler is not None else None,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from datasets_lib.example import ImageData
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.nonfinite import NonFiniteSteps
 from trainers.engine.tracking.meters import Meter
@@ -18,8 +18,9 @@ class TrainState:
     """Everything that training changes: weights, averages, optimizer, open windows of metrics, place in the data."""
 
     networks: dict[str, nn.Module]  # without wrappers
+    meta_networks: dict[str, nn.Module]  # without numbers, wrappers and shards: what an export fills
     optimizer: Optimizer
     ema: EMA | None
     meter: Meter
     nonfinite: NonFiniteSteps
-    train_set: Any
+    train_set: ImageData

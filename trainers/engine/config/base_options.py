@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from trainers.base import Bounds, NonNegative, Positive, PositiveFloat, Section
 from trainers.engine.config.eval_networks import classifier_problem, features_problem
+from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section
 
 OF_CAPTIONS = ("trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption")
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
@@ -141,7 +141,7 @@ class BaseConfig(Section):
     def __post_init__(self) -> None:
         self.output_dir = os.path.expanduser(self.output_dir)
 
-    def problems(self, base: Section) -> Iterator[tuple[str, str]]:
+    def problems(self) -> Iterator[tuple[str, str]]:
         if (self.num_epochs is None) == (self.max_train_steps is None):
             yield "num_epochs", "exactly one of num_epochs and max_train_steps must be set"
         sources = [name for name in ("dataset_name", "train_data_dir", "dataset") if getattr(self, name) is not None]

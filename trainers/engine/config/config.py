@@ -61,31 +61,32 @@ def check_config(
     schemas = {"base": BaseConfig, task: trainer_class.Config}
     document = _resolve(_merge(document, given, schemas))
 
-    sections = {}
+    checked: dict[str, dict[str, Any]] = {}
     for name, schema in schemas.items():
-        values, found = _check_section(name, document[name], schema, schemas)
-        problems += found
-        sections[name] = schema(**values)
+        checked[name], wrong_values = _check_section(name, document[name], schema, schemas)
+        problems += wrong_values
+    base, config = BaseConfig(**checked["base"]), trainer_class.Config(**checked[task])
+    sections = {"base": base, task: config}
     # rules over several options would only repeat what is wrong with one of them
     wrong = {problem.split(" = ")[0] for problem in problems}
-    found = [("base", *problem) for problem in data_problems(sections["base"])]
-    found += [(name, *problem) for name, section in sections.items() for problem in section.problems(sections["base"])]
+    found = [("base", *problem) for problem in (*data_problems(base), *base.problems())]
+    found += [(task, *problem) for problem in config.problems(base)]
     if not trainer_class.Config.reads_captions:
         condition = "a task that reads captions"
-        found += [("base", *problem) for problem in sections["base"].without_effect(OF_CAPTIONS, condition, False)]
-    if sections["base"].buckets and not trainer_class.Config.takes_buckets:
+        found += [("base", *problem) for problem in base.without_effect(OF_CAPTIONS, condition, False)]
+    if base.buckets and not trainer_class.Config.takes_buckets:
         found.append(("base", "buckets", f"{task} takes pictures of one size; set it to false"))
-    on_disk = any(name.startswith("cache_") and value == "disk" for name, value in vars(sections[task]).items())
+    on_disk = any(name.startswith("cache_") and value == "disk" for name, value in vars(config).items())
     cache_dir = ("encoder_cache_dir",), "cache_latents or cache_text: disk", on_disk
-    found += [("base", *problem) for problem in sections["base"].without_effect(*cache_dir)]
+    found += [("base", *problem) for problem in base.without_effect(*cache_dir)]
     for name, option, reason in found:
         if f"{name}.{option}" not in wrong:
             problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")
-    problems += _unknown_changes(sections["base"].allow_changes, schemas)
-    problems += resolve_launcher_values(sections["base"], os.environ)
+    problems += _unknown_changes(base.allow_changes, schemas)
+    problems += resolve_launcher_values(base, os.environ)
     if problems:
         raise ConfigError(problems)
-    return RunConfig(task, sections["base"], sections[task], trainer_class)
+    return RunConfig(task, base, config, trainer_class)
 
 
 def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from trainers.base import Section
+from trainers.options import Section
 
 
 class Option(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from datasets_lib.example import ImageData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.stream_batches import first_of_stream, stream_batches
@@ -77,21 +77,21 @@ def by_bucket(indices: Iterable[int], bucket_of: Callable[[int], int]) -> dict[i
     return members
 
 
-def order_of(train_set: Any, global_batch_size: int, base: BaseConfig) -> EpochOrder:
+def order_of(train_set: ImageData, global_batch_size: int, base: BaseConfig) -> EpochOrder:
     """The order of a run's examples."""
     if not base.buckets:
         return EpochOrder(len(train_set), base.seed)
     return BucketOrder(by_bucket(range(len(train_set)), train_set.bucket_of), global_batch_size, base.seed)
 
 
-def shard_for_rank(accelerator: Accelerator, base: BaseConfig, train_set: Any) -> tuple[Clock, Any]:
+def shard_for_rank(accelerator: Accelerator, base: BaseConfig, train_set: ImageData) -> tuple[Clock, ImageData]:
     """A run's clock, and what this process reads of the training set: its part of a stream, else all of it.
 
     Raises ValueError as Clock.of_run does, for a stream with fewer shards than readers, and where the processes do not
     see the same one. Collective.
     """
     if not base.streaming:
-        return Clock.of_run(base, len(train_set), accelerator, getattr(train_set, "bucket_of", None)), train_set
+        return Clock.of_run(base, len(train_set), accelerator, train_set.bucket_of), train_set
     workers = base.dataloader_num_workers
     if len(seen := set(gather_object([train_set.fingerprint]))) > 1:
         raise ValueError(
@@ -119,7 +119,7 @@ class SlotBatches:
 
 
 def training_batches(
-    train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stop: StopSignals
+    train_set: ImageData, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stop: StopSignals
 ) -> Iterator[Batch]:
     """Yields this process's micro-batches from `clock.origin_step` to the end of the run, on the device.
 
@@ -133,7 +133,7 @@ def training_batches(
 
 
 def examples_once(
-    dataset: Any,
+    dataset: ImageData,
     indices: Sequence[int],
     base: BaseConfig,
     process_index: int,
@@ -159,7 +159,9 @@ def examples_once(
     return zip(to_device(batches, examples.finish, device), weights, strict=True)
 
 
-def first_batch(train_set: Any, clock: Clock, base: BaseConfig, process_index: int, device: torch.device) -> Batch:
+def first_batch(
+    train_set: ImageData, clock: Clock, base: BaseConfig, process_index: int, device: torch.device
+) -> Batch:
     """The micro-batch with which training_batches begins, read in this process."""
     if base.streaming:
         return first_of_stream(train_set, clock, base, process_index, device)
@@ -169,9 +171,9 @@ def first_batch(train_set: Any, clock: Clock, base: BaseConfig, process_index: i
     return next(to_device((examples.batch(each) for each in keys), examples.finish, device))
 
 
-def skipped(train_set: Any) -> dict[str, int]:
+def skipped(train_set: ImageData) -> dict[str, int]:
     """What all processes could not read so far, of data that is no stream nothing. Collective."""
-    if not hasattr(train_set, "losses"):
+    if (own := train_set.losses()) is None:
         return {}
-    shards, images = map(sum, zip(*gather_object([train_set.losses()]), strict=True))
+    shards, images = map(sum, zip(*gather_object([own]), strict=True))
     return {"stream/skipped_shards": shards, "stream/skipped_images": images}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from datasets_lib.example import ImageData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import is_message
 from trainers.engine.run.randomness import example_generator
@@ -32,12 +33,11 @@ class SlotExamples(Dataset):
     whose examples are `in_memory` makes whole batches: `get_batch` on the host, `finish` on the device.
     """
 
-    def __init__(self, examples: Any, seed: int, augment: bool) -> None:
+    def __init__(self, examples: ImageData, seed: int, augment: bool) -> None:
         self.examples = examples
         self.seed = seed
-        self.augment = augment and getattr(examples, "random", True)
-        # of the type: what wraps a data set may pass on attributes that do not know its own `get`
-        self.in_memory = hasattr(type(examples), "get_batch") and examples.in_memory
+        self.augment = augment and examples.random
+        self.in_memory = examples.in_memory
 
     def batch(self, keys: Keys) -> Batch | Exception:
         """The batch of these keys, on the host and for `finish`."""

@@ -80,7 +80,11 @@ class DryRun:
 
     def _shortened(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
         """Sets the plan of the whole run and the few examples; returns the clock of the last steps."""
-        base, size, measured = self.run.base, clock.global_batch_size, self.run.trainer_class.statistics_samples
+        base, size, measured = (
+            self.run.base,
+            clock.global_batch_size,
+            getattr(self.run.trainer_class, "statistics_samples", 0),
+        )
         largest = ""
         if base.streaming:
             few, examples, few_examples = train_set, 0, measured
@@ -140,8 +144,6 @@ def _now() -> float:
 def _only(dataset: Any, candidates: Iterable[int], count: int) -> Any:
     """So many of the candidates, evenly spread; a data set that cannot be divided stays whole."""
     candidates = list(candidates)
-    if not hasattr(dataset, "only"):
-        return dataset
     return dataset.only([candidates[number] for number in spread(len(candidates), count)])
 
 
@@ -149,11 +151,11 @@ def _columns(sets: list[tuple[Any, Any]]) -> dict[str, tuple[int, int]]:
     """How many values encoders find in each column: of the whole sets, and of the few."""
     train_set = sets[0][0]
     counts = {}
-    for column in getattr(train_set, "picture_columns", ()):
-        known = [pair for pair in sets if column in getattr(pair[0], "picture_columns", ())]
+    for column in train_set.picture_columns:
+        known = [pair for pair in sets if column in pair[0].picture_columns]
         counts[column] = tuple(sum(each.image_count(column) for each in part) for part in zip(*known, strict=True))
-    if hasattr(train_set, "captions"):
-        known = [pair for pair in sets if hasattr(pair[0], "captions")]
+    if train_set.captions() is not None:
+        known = [pair for pair in sets if pair[0].captions() is not None]
         counts["caption"] = tuple(
             len({t for each in part for t in each.captions()}) for part in zip(*known, strict=True)
         )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from datasets_lib.example import Example, ImageData
 from trainers.engine.run.files import flush, write_tensors
 
 FORMAT = 1  # raise it when encoders' inputs, or the files here, change
@@ -115,24 +116,19 @@ def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path,
     return folder, changed
 
 
-class KeyedExamples:
+class KeyedExamples(ImageData):
     """A data set whose examples have the keys of their pictures, "<column>_key", instead of the pictures."""
 
-    def __init__(self, dataset: Any, keys: dict[str, list[tuple[str, ...]]]) -> None:
-        self.whole, self.keys = dataset, keys
+    def __init__(self, whole: ImageData, keys: dict[str, list[tuple[str, ...]]]) -> None:
+        self.whole, self.keys = whole, keys
+        self.fingerprint, self.random, self.notes = whole.fingerprint, whole.random, whole.notes
+        self.label_names, self.highest_label = whole.label_names, whole.highest_label
+        self.encoded_by, self.caption_note = whole.encoded_by, whole.caption_note
 
     def __len__(self) -> int:
         return len(self.whole)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("whole", "keys"):  # not there yet while a worker unpickles it
-            raise AttributeError(name)
-        return getattr(self.whole, name)
-
-    def prepare(self, show_progress: bool) -> None:
-        """Nothing has to be decoded."""
-
-    def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
+    def get(self, index: int, generator: torch.Generator | None) -> Example:
         example = self.whole.without_image(index, generator)
         for column, keys in self.keys.items():
             prefix = column.removesuffix("image")
@@ -140,7 +136,18 @@ class KeyedExamples:
             example[f"{column}_key"] = keys[place][flipped]
         return example
 
+    def name(self, index: int) -> str:
+        return self.whole.name(index)
 
-def uncached(dataset: Any) -> Any:
-    """The data set with its pictures."""
-    return getattr(dataset, "whole", dataset)
+    def bucket_of(self, index: int) -> int:
+        return self.whole.bucket_of(index)
+
+    def captions(self, column: str = "caption") -> Iterable[str] | None:
+        return self.whole.captions(column)
+
+    @property
+    def bad_count(self) -> int:
+        return self.whole.bad_count
+
+    def uncached(self) -> ImageData:
+        return self.whole

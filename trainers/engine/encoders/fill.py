@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from datasets_lib.example import ImageData
 from trainers.base import Encoder
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.collectives import run_on_all
@@ -31,7 +32,7 @@ Rows = dict[str, list[torch.Tensor]]  # by key, a tensor for each column
 class Picture(NamedTuple):
     """One picture of a data set: its number in a column, plain or mirrored."""
 
-    dataset: Any
+    dataset: ImageData
     column: str
     number: int
     flipped: bool
@@ -55,14 +56,17 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
             if dataset is None:
                 continue
             if encoder.reads == "caption":
-                wanted |= {text_key(text): text for text in _ask(dataset, "captions", name)()}
-            elif encoder.reads in _ask(dataset, "picture_columns", name):
+                wanted |= {text_key(text): text for text in _captions(dataset, name)}
+            elif encoder.reads in dataset.picture_columns:
                 columns[encoder.reads] = _picture_keys(accelerator, dataset, encoder.reads)
                 wanted |= {
                     key: Picture(dataset, encoder.reads, number, flipped)
                     for number, both in enumerate(columns[encoder.reads])
                     for flipped, key in enumerate(both)
                 }
+            elif not encoder.optional:
+                lacks = f"the data set does not list its pictures of column {encoder.reads}"
+                raise ValueError(f"encoder {name} cannot be cached: {lacks}; set its cache to null")
         encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
         encoders.release(name)
         seconds = time.perf_counter() - began - encoders.build_seconds.get(name, 0.0)
@@ -73,11 +77,13 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
     return DataSets(*cached)
 
 
-def _ask(dataset: Any, attribute: str, name: str) -> Any:
-    if not hasattr(dataset, attribute):
-        lacks = f"a {type(dataset).__name__} has no `{attribute}`, as datasets_lib's ImageDataset has it"
-        raise ValueError(f"encoder {name} cannot be cached: {lacks}; set its cache to null")
-    return getattr(dataset, attribute)
+def _captions(dataset: ImageData, name: str) -> Iterable[str]:
+    texts = dataset.captions()
+    if texts is None:
+        raise ValueError(
+            f"encoder {name} cannot be cached: the data set does not list its captions; set its cache to null"
+        )
+    return texts
 
 
 def _picture_keys(accelerator: Accelerator, dataset: Any, column: str) -> list[tuple[str, ...]]:

@@ -9,8 +9,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from trainers.base import Trainer
+from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.snapshot import full_tensor
+from trainers.engine.checkpoint.train_state import TrainState
 from trainers.engine.distributed.sharding import is_sharded, weight_of
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled
@@ -22,7 +23,7 @@ from trainers.engine.validation.validation import Validation
 
 
 def export_pipeline(
-    ctx: RunContext, trainer: Trainer, ema: EMA | None, tracker: Tracker, validation: Validation
+    ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Tracker, validation: Validation
 ) -> list[str]:
     """Writes what inference loads into the run folder, and to W&B where it is used; returns its entries. Collective.
 
@@ -30,23 +31,24 @@ def export_pipeline(
     """
     try:
         with tracker.phase("export", ctx.stop.steps_done):
-            trainer.statistics = validation.training_statistics()
-            return _export(ctx, trainer, ema, tracker)
+            if isinstance(trainer, MeasuresData):
+                trainer.statistics = validation.training_statistics()
+            return _export(ctx, trainer, state, tracker)
     except Abandoned:
         ctx.accelerator.print(f"The pipeline of step {ctx.stop.steps_done} is not written: the run is asked to stop")
         return []
 
 
-def _export(ctx: RunContext, trainer: Trainer, ema: EMA | None, tracker: Tracker) -> list[str]:
+def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Tracker) -> list[str]:
     live, output_dir, steps_done = trainer.unwrapped, ctx.output_dir, ctx.stop.steps_done
     wanted = ctx.accelerator.is_main_process
-    weights = {name: _averaged_weights(name, network, ema, wanted) for name, network in live.items()}
+    weights = {name: _averaged_weights(name, network, state.ema, wanted) for name, network in live.items()}
     answer: list = [[], None]
     if wanted:
         staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
         try:
             trainer.unwrapped = {
-                name: filled(plain, weights[name]).eval() for name, plain in trainer.meta_networks.items()
+                name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()
             }
             trainer.save_pipeline(staging)
             answer = [publish_pipeline(staging, output_dir), None]

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.base import Trainer
+from trainers.base import RunInfo, Trainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.distributed.backends import check_optimizer
@@ -31,14 +31,18 @@ SHOWN_CAPTIONS = 64  # that a task may draw at validations
 def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, data: DataSets) -> Trainer:
     """Makes the task's trainer, told where it runs, for how long, and what its data holds; it has no networks yet."""
     trainer = run.trainer_class(run.config, run.base)
-    trainer.device, trainer.weight_dtype = accelerator.device, weight_dtype(accelerator)
-    trainer.start_step, trainer.total_steps = clock.origin_step, clock.total_steps
-    if hasattr(data.train, "captions"):
-        trainer.captions = list(islice(dict.fromkeys(islice(data.train.captions(), 1000)), SHOWN_CAPTIONS))
-    trainer.label_names = getattr(data.train, "label_names", None)
-    trainer.encoded_by = getattr(data.train, "encoded_by", None)
-    highest = [getattr(dataset, "highest_label", None) for dataset in data]
-    trainer.highest_label = max((label for label in highest if label is not None), default=None)
+    texts = data.train.captions()
+    labels = [dataset.highest_label for dataset in data if dataset is not None]
+    trainer.run = RunInfo(
+        device=accelerator.device,
+        weight_dtype=weight_dtype(accelerator),
+        start_step=clock.origin_step,
+        total_steps=clock.total_steps,
+        label_names=data.train.label_names,
+        highest_label=max((label for label in labels if label is not None), default=None),
+        captions=None if texts is None else list(islice(dict.fromkeys(islice(texts, 1000)), SHOWN_CAPTIONS)),
+        encoded_by=data.train.encoded_by,
+    )
     trainer.setup()
     return trainer
 
@@ -51,8 +55,10 @@ def init_networks(trainer: Trainer) -> dict[str, nn.Module]:
 
 def prepare_networks(
     accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer, base: BaseConfig
-) -> Optimizer:
-    """Sets the trainer's `modules`, `unwrapped` and `meta_networks`; returns the prepared optimizer.
+) -> tuple[Optimizer, dict[str, nn.Module]]:
+    """Sets the trainer's `modules` and `unwrapped`; returns the prepared optimizer, and the networks without numbers.
+
+    The latter are copies as they were before wrappers and shards, which an export fills.
 
     Raises ValueError for an option that a network does not support, and for a network named like a folder of the run.
     """
@@ -71,7 +77,7 @@ def prepare_networks(
             option = "enable_xformers_memory_efficient_attention"
             _method(network, name, option, option)()
     check_optimizer(accelerator, trainer.config)
-    trainer.meta_networks = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
+    meta_networks = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_by_blocks(accelerator, networks)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -85,7 +91,7 @@ def prepare_networks(
     trainer.unwrapped = networks
     if base.compile:
         _compile(networks, base.compile_repeated_blocks)
-    return optimizer
+    return optimizer, meta_networks
 
 
 def filled(network: nn.Module, numbers: dict[str, Tensor]) -> nn.Module:

@@ -43,8 +43,6 @@ class Clock(NamedTuple):
         clock = cls(num_examples, base.train_batch_size, steps, processes, base.num_epochs, base.max_train_steps)
         if not base.buckets:
             return clock
-        if bucket_of is None:
-            raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
         return clock._replace(bucket_counts=tuple(Counter(map(bucket_of, range(num_examples))).values()))
 
     def resumed_at(self, step: int, slot: int) -> Clock:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
+from datasets_lib.example import ImageData
 from trainers.engine.config.config import RunConfig
 from trainers.engine.distributed.launch import numerics, start_accelerator
 from trainers.engine.distributed.shared_folders import Folders
@@ -22,8 +23,8 @@ from trainers.engine.run.signals import StopSignals
 class DataSets(NamedTuple):
     """The examples of a run."""
 
-    train: Any
-    validation: Any | None
+    train: ImageData
+    validation: ImageData | None
 
 
 @dataclass

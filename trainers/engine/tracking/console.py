@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from datasets_lib.example import ImageData
 from trainers.base import Trainer
 from trainers.engine.data.batches import skipped
 from trainers.engine.distributed.backends import engine_of
@@ -19,7 +19,7 @@ from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.advice import precision_note
 
 
-def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module], train_set: Any) -> str:
+def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module], train_set: ImageData) -> str:
     """The lines that say what is about to happen."""
     accelerator, folders, run, clock = ctx.accelerator, ctx.folders, ctx.run, ctx.clock
     base, config = run.base, run.config
@@ -44,7 +44,7 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     if folders.several:
         rows["output"] = f"{folders.places[0]}: checkpoints, logs, pictures, pipeline"
         rows["output elsewhere"] = f"{', '.join(folders.places[1:])}: checkpoints"
-    notes = [*getattr(train_set, "notes", []), *trainer.notes(train_set), *precision_note(accelerator, base)]
+    notes = [*train_set.notes, *trainer.notes(train_set), *precision_note(accelerator, base)]
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
     lines += [f"  NOTE: {note}" for note in notes]
     if clock.bucket_counts:
@@ -62,11 +62,11 @@ def _devices(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {device.type}{name}"
 
 
-def end_block(ctx: RunContext, trainer: Trainer, train_set: Any) -> str:
+def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
     """The lines that say where the pipeline is, how to load and sample it, and what the data lacked. Collective."""
     folders, output_dir = ctx.folders, ctx.output_dir
     usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
-    bad = getattr(train_set, "bad_count", 0)
+    bad = train_set.bad_count
     if bad:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
     if any(counts := skipped(train_set).values()):

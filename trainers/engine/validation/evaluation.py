@@ -24,7 +24,7 @@ from trainers.engine.validation.metrics import (
     spread,
     train_classifier,
 )
-from trainers.engine.validation.sampling import draw, gather, own_share
+from trainers.engine.validation.sampling import draw, evaluation_requests, gather, own_share
 
 REAL_PICTURES = 50_000  # at most, of each set, evenly spread, with which drawn ones are compared
 
@@ -46,7 +46,7 @@ class Evaluation:
         base, device = trainer.base, accelerator.device
         self.accelerator, self.trainer, self.sets = accelerator, trainer, (train_set, validation_set)
         self.watched = watched  # watched("what")(batches) shows a bar and ends with the run
-        self.requests = trainer.evaluation_requests(base.eval_num_samples, validation_set)
+        self.requests = evaluation_requests(trainer, base.eval_num_samples, validation_set)
         if not self.requests:
             without = " without base.validation_split" if trainer.draws_held_out and validation_set is None else ""
             raise ValueError(

@@ -30,6 +30,12 @@ def mean_over(
     for batch, weight in batches:
         rng = SlotRandom(seed, batch["slot"], "validation")
         for name, values in measure(encoders.encode(batch), rng).items():
+            if values.shape != batch["slot"].shape:
+                count = len(batch["slot"])
+                raise ValueError(
+                    f"the metric {name} has the shape {list(values.shape)}; it must be [{count}], a number for each "
+                    f"example: name the numbers of a vector one by one, such as {name}/0"
+                )
             sums[name] = sums.get(name, 0) + weight * values.float().sum()
         count += weight * len(batch["slot"])
     totals = add_up(torch.stack([*sums.values(), count])).tolist()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from datasets_lib.example import DataSet
 from trainers.base import Trainer
 from trainers.engine.run.randomness import SlotRandom
 
@@ -36,7 +36,12 @@ def evaluation_mode(trainer: Trainer, progress: Callable[[Iterable], Iterable] =
 
 
 def draw(
-    trainer: Trainer, requests: list[dict], numbers: list[int], seed: int, batch_size: int, held_out: Any = None
+    trainer: Trainer,
+    requests: list[dict],
+    numbers: list[int],
+    seed: int,
+    batch_size: int,
+    held_out: DataSet | None = None,
 ) -> dict[str, list[Tensor]]:
     """Pictures of the requests with these numbers, by name: a list of batches [B, C, H, W] in [0, 1] on the CPU.
 
@@ -47,7 +52,7 @@ def draw(
     for first in range(0, len(numbers), batch_size):
         chosen = numbers[first : first + batch_size]
         slots = torch.tensor(chosen, device=trainer.device)
-        asked = [_with_example(requests[number], held_out) for number in chosen]
+        asked = with_examples([requests[number] for number in chosen], held_out)
         drawn = trainer.sample(asked, SlotRandom(seed, slots, "sample"))
         for name, images in drawn.items():
             if images.ndim != 4 or len(images) != len(chosen):
@@ -57,8 +62,16 @@ def draw(
     return batches
 
 
-def _with_example(request: dict, held_out: Any) -> dict:
-    return held_out.get(request["example"], None) | request if "example" in request else request
+def with_examples(requests: list[dict], held_out: DataSet | None) -> list[dict]:
+    """The requests with the columns of the held-out examples that they name."""
+    if held_out is None:
+        return requests
+    return [held_out.get(r["example"], None) | r if "example" in r else r for r in requests]
+
+
+def evaluation_requests(trainer: Trainer, count: int, held_out: DataSet | None) -> list[dict]:
+    """What the task draws for metrics over many pictures, each request marked as part of an evaluation."""
+    return [request | {"evaluation": True} for request in trainer.evaluation_requests(count, held_out)]
 
 
 def own_share(count: int, accelerator: Accelerator) -> list[int]:
@@ -74,7 +87,7 @@ def gather(accelerator: Accelerator, rows: Tensor, count: int) -> Tensor:
 
 
 def draw_samples(
-    accelerator: Accelerator, trainer: Trainer, requests: list[dict], seed: int, held_out: Any
+    accelerator: Accelerator, trainer: Trainer, requests: list[dict], seed: int, held_out: DataSet | None
 ) -> dict[str, Tensor]:
     """Pictures [N, C, H, W] in [0, 1] of all requests by name, each process drawing its share. Collective."""
     numbers = own_share(len(requests), accelerator)

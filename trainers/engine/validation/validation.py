@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trainers.base import Trainer
+from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.data.batches import examples_once
-from trainers.engine.encoders.cache import uncached
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.optim.ema import EMA
 from trainers.engine.run.context import DataSets, RunContext
@@ -23,7 +22,7 @@ from trainers.engine.validation.evaluation import Evaluation
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import OfExamples, mean_over
 from trainers.engine.validation.metrics import spread
-from trainers.engine.validation.sampling import draw_samples, evaluation_mode
+from trainers.engine.validation.sampling import draw_samples, evaluation_mode, with_examples
 
 STREAMED = 2000  # examples of a stream at most, which are held in memory while they are measured
 
@@ -49,7 +48,9 @@ class Validation:
         self.saver, self.tracker = saver, tracker
         self.base = trainer.base
         if self.base.eval_steps is not None:
-            self.evaluation = Evaluation(ctx.accelerator, trainer, *map(uncached, data), self._watched)
+            self.evaluation = Evaluation(
+                ctx.accelerator, trainer, *(None if each is None else each.uncached() for each in data), self._watched
+            )
 
     def make_up(self, steps_done: int) -> None:
         """What the run that wrote the checkpoint did not get to."""
@@ -97,7 +98,8 @@ class Validation:
                 if requests:
                     pictures.append(self._draw(requests))
                     if self.accelerator.is_main_process:
-                        judged = self.trainer.sample_metrics(requests, pictures[-1])
+                        asked = with_examples(requests, self.data.validation)
+                        judged = self.trainer.sample_metrics(asked, pictures[-1])
                         metrics |= {f"{prefix}/{name}": value for name, value in judged.items()}
         names = list(pictures[0]) if pictures else []
         texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
@@ -113,7 +115,7 @@ class Validation:
 
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
         """A request with the name of its class."""
-        names = self.trainer.label_names
+        names = self.trainer.run.label_names
         return request | ({"label": names[request["label"]]} if names and "label" in request else {})
 
     def held_out_metrics(self) -> dict[str, float]:
@@ -124,15 +126,16 @@ class Validation:
 
     def training_statistics(self) -> dict[str, float]:
         """Means of the task's data_statistics with the weights that the pipeline will hold; Abandoned by a signal."""
-        wanted = self.trainer.statistics_samples
-        if wanted == 0:
+        trainer = self.trainer
+        if not isinstance(trainer, MeasuresData) or trainer.statistics_samples == 0:
             return {}
+        wanted = trainer.statistics_samples
         train_set = self.data.train.held(min(wanted, STREAMED)) if self.base.streaming else self.data.train
         share = self._share(train_set, spread(len(train_set), wanted))
         bar = self._watched if self.stop.waits else partial(passing_bar, self.accelerator)  # at the end it is done
         examples = self.stop.limited(bar("measuring")(share), "measuring")
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return self._mean_over(examples, self.trainer.data_statistics)
+            return self._mean_over(examples, trainer.data_statistics)
 
     def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
         add_up = partial(self.accelerator.reduce, reduction="sum")
