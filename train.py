@@ -29,7 +29,8 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     from trainers.engine.checkpoint import find, resume, saver  # not at the top: a config is checked in milliseconds
     from trainers.engine.data import batches
     from trainers.engine.encoders import fill, stages
-    from trainers.engine.export import model_card, pipeline
+    from trainers.engine.export import model_card
+    from trainers.engine.export.pipeline import export_pipeline
     from trainers.engine.optim import networks, optimizer, sanity_checks
     from trainers.engine.run import context, progress
     from trainers.engine.run.randomness import SlotRandom, seed_network
@@ -57,9 +58,11 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
             resume.load(ctx, trainer, encoders, state, resume_from, saved)
         rate_factor = optimizer.learning_rate_schedule(run.config, clock.total_steps)
         checks = sanity_checks.SanityChecks(ctx, state.networks, state.optimizer, rate_factor)
-        datasets_lib.prepare(*data, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes)
+        start_seconds = encoders.fill_seconds | datasets_lib.prepare(
+            *data, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes
+        )
         micro_batches = batches.training_batches(data.train, clock, base, accelerator.process_index, ctx.device, stop)
-        tracking = tracker.Tracker(ctx, encoders.fill_seconds)
+        tracking = tracker.Tracker(ctx, start_seconds)
         checkpoints = saver.Saver(ctx, state, tracking)
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
@@ -75,9 +78,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(state.nonfinite.poison_if_nonfinite(loss))
                     state.meter.add({"loss": loss} | values)
-                applied, norms = optimizer.optimizer_step(
-                    accelerator, state.optimizer, run.config.max_grad_norm, state.ema
-                )
+                applied, norms = optimizer.optimizer_step(accelerator, state.optimizer, run.config.max_grad_norm)
                 if state.ema is not None:
                     state.ema.update(step, applied)
                 state.meter.add(state.nonfinite.after_step(step, applied, norms) | norms)
@@ -95,13 +96,12 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
                     if stop.agreed():
                         break
                     if clock.due(done, base.save_model_steps, base.save_model_epochs) and done < clock.total_steps:
-                        pipeline.export_pipeline(ctx, trainer, state, tracking, validation)
+                        export_pipeline(ctx, trainer, state, tracking, validation)
                     validation.after_step(done)
             bar.close()
             checkpoints.wait()
             stop.finish(checkpoints.save, tracking.close)
-            files = pipeline.export_pipeline(ctx, trainer, state, tracking, validation)
-            model_card.publish(ctx, trainer, tracking, files)
+            model_card.publish(ctx, trainer, tracking, export_pipeline(ctx, trainer, state, tracking, validation))
             accelerator.print(console.end_block(ctx, trainer, data.train))
     return ctx.output_dir
 
@@ -184,25 +184,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dry_run(run: RunConfig) -> int:
     """Trains the last steps in a folder of their own and prints what the whole run takes: 0 where it fits, else 1."""
-    from trainers.engine.dry_run import report, suggestions
-    from trainers.engine.dry_run import sandbox as dry_run
+    from trainers.engine.dry_run import report, sandbox, suggestions
 
-    if dry_run.is_main():
-        print(f"dry run: {dry_run.PROMISE}", file=sys.stderr, flush=True)
-    with dry_run.open_dry_run(run) as rehearsal:
+    if sandbox.is_main():
+        print(f"dry run: {sandbox.PROMISE}", file=sys.stderr, flush=True)
+    with sandbox.open_dry_run(run) as dry_run:
         shortage = None
         try:
             with redirect_stdout(io.StringIO()):  # what a run says of itself is not true of this one
-                train(rehearsal.short, rehearsal)
+                train(dry_run.short, dry_run)
         except (MemoryError, RuntimeError, OSError) as error:
             shortage = suggestions.out_of_resources(error)
             if shortage is None:
                 raise
-        if not dry_run.is_main():
+        if not sandbox.is_main():
             if shortage is not None:
                 raise OSError(shortage.text)
             return 0
-        lines, fits = report.report(rehearsal, shortage)
+        lines, fits = report.report(dry_run, shortage)
     print("\n".join(lines), flush=True)
     return 0 if fits else 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -61,15 +62,20 @@ def build(args: Any, split: str) -> ImageData | None:
     return dataset
 
 
-def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int | None = None) -> None:
+def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int | None = None) -> dict[str, float]:
     """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start.
 
-    A stream, whose labels nobody has seen, is told how many classes the run knows.
+    A stream, whose labels nobody has seen, is told how many classes the run knows. Returns what decoding took, as
+    metrics "prepare_train/seconds" and "prepare_validation/seconds".
     """
-    for dataset in datasets:
+    seconds = {}
+    for split, dataset in zip(("train", "validation"), datasets, strict=False):
         if dataset is not None:
             dataset.limit_labels(num_classes)
+            began = time.perf_counter()
             dataset.prepare(show_progress)
+            seconds[f"prepare_{split}/seconds"] = time.perf_counter() - began
+    return seconds
 
 
 def _load(target: str) -> Callable:

@@ -1,29 +1,21 @@
-"""Fixtures: the tiny configs of configs/tests, runs in this process; what runs have logged."""
+"""Fixtures: the tiny configs of configs/tests, runs in this process."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import processes
 import pytest
-import tiny_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from processes import launch, start  # noqa: F401  what tests import from here
+from repository import ROOT, tiny
 
 from train import train
 from trainers.engine.config.config import load_config
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = (
-    "test_distributed",
-    "test_documents",
-    "test_nodes",
-    "test_stopping",
-)  # several processes at once, as users launch them
+LAUNCH = ("test_distributed", "test_documents", "test_nodes", "test_stopping")  # several processes at once, as users do
 
 
 def pytest_addoption(parser):
@@ -71,14 +63,6 @@ def fresh_accelerate(monkeypatch):
     GradientState._reset_state()
 
 
-def tiny(task):
-    """configs/tests/<task>.json, with the base model that it names made."""
-    path = ROOT / "configs" / "tests" / f"{task}.json"
-    if "outputs/tests/sd1" in path.read_text():
-        tiny_models.model("sd1")
-    return path
-
-
 @pytest.fixture
 def tiny_config(tmp_path):
     """config(task="ddpm", **{"base.seed": 1, ...}) -> path of a copy of configs/tests/<task>.json with these values."""
@@ -115,46 +99,3 @@ def network_without_dropout(tmp_path):
     settings = json.loads((ROOT / "configs/tests/models/unet2d.json").read_text()) | {"dropout": 0.0}
     (tmp_path / "network.json").write_text(json.dumps(settings))
     return str(tmp_path / "network.json")
-
-
-def recorded_samples(monkeypatch, trainer_class):
-    """The (pictures, labels, random source) of every call of the class-conditional trainer's sample(), as they come."""
-    drawn, original = [], trainer_class.sample
-
-    def recording(self, requests, rng):
-        found = original(self, requests, rng)
-        drawn.append((found["samples"], [request["label"] for request in requests], rng))
-        return found
-
-    monkeypatch.setattr(trainer_class, "sample", recording)
-    return drawn
-
-
-def wait_for(condition, process=None, seconds=300):
-    """What `condition()` returns when it is true; fails where the process ends before, or after some time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        assert process is None or process.poll() is None, "the process has ended"
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
-
-
-def read_metrics(folder, *, prefix=None):
-    """The lines of metrics.jsonl; with a prefix only those that have such a key."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if prefix is None or any(key.startswith(prefix) for key in line)]
-
-
-def losses(folder):
-    """{step: loss as float.hex()} of a run."""
-    return {line["step"]: line["loss"].hex() for line in read_metrics(folder) if "loss" in line}
-
-
-def logged_steps(folder):
-    """The steps that a run has logged so far: it may not have begun, be writing, or have been killed while it wrote."""
-    path = Path(folder) / "metrics.jsonl"
-    whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    return [line["step"] for line in map(json.loads, whole) if "loss" in line]

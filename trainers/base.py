@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,9 @@ class TrainerConfig(Section):
     """The options that every task has: optimizer, learning rate, averaging of the weights."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = ("valid_batch_size", "offload_ema")
+    replaced: ClassVar[dict[str, dict[Any, tuple[str, Any]]]] = {
+        "use_8bit_adam": {False: ("optimizer", "adamw"), True: ("optimizer", "adamw_8bit")}
+    }
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use for a trained network: left out where one is loaded
     initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # likewise, where it is whole
     export_is_base_model: ClassVar[bool] = False  # whether a finished run can stand for pretrained_model_name_or_path
@@ -45,11 +47,11 @@ class TrainerConfig(Section):
     lr_min_ratio: Fraction = 0.1  # floor of cosine_with_min_lr, as a part of learning_rate
     lr_num_cycles: Positive = 1  # restarts of cosine_with_restarts
     lr_power: PositiveFloat = 1.0  # exponent of polynomial
+    optimizer: str = "adamw"  # a name in OPTIMIZERS, such as adamw_8bit: on CUDA, with the extra bitsandbytes
     adam_beta1: Annotated[float, Bounds(0, 0.999999)] = 0.9  # decay of the mean of the gradient
     adam_beta2: Annotated[float, Bounds(0, 0.9999999)] = 0.999  # decay of the mean of its square
     adam_weight_decay: NonNegativeFloat = 1e-2  # decoupled, AdamW
     adam_epsilon: PositiveFloat = 1e-8  # added to the denominator
-    use_8bit_adam: bool = False  # AdamW with 8-bit state, needs the extra bitsandbytes and a CUDA device
     max_grad_norm: PositiveFloat | None = 1.0  # clip each network's gradient to this norm; null: no clipping
     use_ema: bool = True  # average the weights; validation shows both, the finished pipeline has the averaged ones
     ema_max_decay: Fraction = 0.9999  # upper limit of the average's decay
@@ -73,8 +75,6 @@ class TrainerConfig(Section):
                 yield option, f"has an effect with lr_scheduler: {schedule} only; leave it at {default}"
         averaging = ("ema_max_decay", "ema_inv_gamma", "ema_power", "offload_ema")
         yield from self.without_effect(averaging, "use_ema: true", self.use_ema)
-        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-            yield "use_8bit_adam", "needs bitsandbytes: pip install diffloop[bitsandbytes]"
         rates = self.learning_rate.values() if isinstance(self.learning_rate, dict) else ()
         if any(rate <= 0 for rate in rates):
             yield "learning_rate", "every rate must be above 0"

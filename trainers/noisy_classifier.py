@@ -34,6 +34,7 @@ class NoisyClassifierTrainer(Trainer):
     """Trains a UNet2DModel whose output has a channel per class; its mean over the pixels is the class's logit."""
 
     Config = NoisyClassifierConfig
+    config: NoisyClassifierConfig
     usage = (
         "from diffusers import UNet2DModel\n"
         'classifier = UNet2DModel.from_pretrained("{output_dir}", subfolder="classifier")\n'

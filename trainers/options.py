@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 
 class Bounds(NamedTuple):
@@ -43,6 +43,7 @@ class Section:
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
     reset_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that go when another one is overridden
     free_on_resume: ClassVar[tuple[str, ...]] = ()  # options that may change on resume: nothing trained depends on them
+    replaced: ClassVar[dict[str, dict[Any, tuple[str, Any]]]] = {}  # of earlier versions: {old: {value: (new, value)}}
 
     def __init_subclass__(cls) -> None:
         for name, value in vars(cls).items():
@@ -51,6 +52,12 @@ class Section:
                 raise TypeError(
                     f"{cls.__name__}.{name} = {value!r} has no annotation; write `{name}: <type> = {value!r}`"
                 )
+
+    @classmethod
+    def with_new_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Returns options that an earlier version wrote, such as a checkpoint's, as they read now."""
+        kept = {name: value for name, value in values.items() if name not in cls.replaced}
+        return dict(cls.replaced[name][values[name]] for name in values.keys() - kept.keys()) | kept
 
     def without_effect(self, options: Iterable[str], condition: str, holds: bool) -> Iterator[tuple[str, str]]:
         """Yields those of the options that were set though the condition does not hold that gives them an effect."""

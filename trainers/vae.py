@@ -118,6 +118,7 @@ class VAETrainer(Trainer):
     """Trains an AutoencoderKL, and a discriminator beside it where the loss is adversarial."""
 
     Config = VAEConfig
+    config: VAEConfig
     draws_held_out = True
     usage = (
         "from diffusers import AutoencoderKL\n"
@@ -172,11 +173,12 @@ class VAETrainer(Trainer):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _adversarial(self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int) -> Any:
-        from trainers.common.autoencoder.adversarial import adversarial_losses
+        from trainers.common.autoencoder.adversarial import Reconstruction, adversarial_losses
 
         networks = self.modules["discriminator"], self.raw("discriminator").averages
         last_layer = self.raw("vae").decoder.conv_out.weight
-        return adversarial_losses(self.config, *networks, images, reconstruction, reconstruction_loss, last_layer, step)
+        made = Reconstruction(images, reconstruction, reconstruction_loss, last_layer)
+        return adversarial_losses(self.config, *networks, made, step)
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """The loss without its adversarial part, its terms, PSNR and SSIM, all with the posterior's mode."""

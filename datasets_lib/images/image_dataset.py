@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,13 +25,12 @@ class ImageDataset(ImageData):
     otherwise each is `args.caption`, which `caption_note` says.
     """
 
-    prepare_seconds = 0.0  # that decoding ahead took
     picture_columns = ("image",)  # what `image` and `image_keys` know, for caches of encoded pictures
 
     def __init__(self, source: Source, args: Any, split: str):
         if not len(source.images):
             raise ValueError(f"the {split} set of {source.origin} has no images; check the data set")
-        self.source = source
+        self.source, self.args = source, args
         self.rows = select_rows(len(source.images), args, split)
         self.fingerprint = digest(source.fingerprint, split, np.array(self.rows, dtype=np.int64).tobytes())
         self.label_names = source.label_names
@@ -75,16 +73,15 @@ class ImageDataset(ImageData):
 
         The memory is per process. A broken image raises here, or is replaced, as it would be in `get`.
         """
-        began = time.perf_counter()
         self.pictures.prepare(show_progress)
-        self.prepare_seconds = time.perf_counter() - began
         self.random = self._is_random()
 
     def only(self, indices: Sequence[int]) -> ImageDataset:
         """Return the data set with these examples alone, decoded ahead only where the whole would be."""
         few = copy.copy(self)
         few.rows = [self.rows[index] for index in indices]
-        few.pictures = self.pictures.only(few.rows)
+        few.pictures = Pictures(self.source, few.rows, self.args)
+        few.pictures.cache_bytes = self.pictures.cache_bytes * len(few) // len(self)
         return few
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:

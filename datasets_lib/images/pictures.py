@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import math
@@ -50,16 +49,6 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def only(self, rows: list[int]) -> Pictures:
-        """Return the pictures of some of the rows, with their share of the memory."""
-        few = copy.copy(self)
-        vars(few).pop("buckets", None)
-        few.rows, few.decoded, few.sizes, few.contents = rows, None, {}, {}
-        few.cache_bytes = self.cache_bytes * len(rows) // len(self)
-        if self.bad is not None:
-            few.bad, few.good = (torch.zeros(len(rows), dtype=torch.bool).share_memory_() for _ in range(2))
-        return few
 
     @property
     def bad_count(self) -> int:

@@ -52,17 +52,10 @@ class PriorDataset(ImageData):
         for dataset in (self.instances, self.prior):
             dataset.prepare(show_progress)
 
-    @property
-    def prepare_seconds(self) -> float:
-        """The seconds that decoding ahead took."""
-        return sum(getattr(dataset, "prepare_seconds", 0.0) for dataset in (self.instances, self.prior))
-
     def only(self, indices: Sequence[int]) -> PriorDataset:
         """Return the data set with these examples alone, and as many pictures of the class."""
-        few = copy.copy(self)
-        few.instances = self.instances.only(indices)
-        few.prior = self.prior.only(range(min(len(indices), len(self.prior))))
-        return few
+        prior = self.prior.only(range(min(len(indices), len(self.prior))))
+        return PriorDataset(self.instances.only(indices), prior)
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Return the example and, prefixed, one of the class; without a generator the one at the same place."""

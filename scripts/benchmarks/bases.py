@@ -16,7 +16,7 @@ PARTS = {  # of the widths of Stable Diffusion 1.5's UNet; attention_head_dim is
 
 def stable_diffusion(size: str) -> Path:
     """The tests' smallest one, or one with a "quarter" or an "eighth" of the widths of Stable Diffusion 1.5's UNet."""
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT / "tests" / "helpers"))
     from tiny_models import TEXT_WIDTH, model
 
     tiny = model("sd1")

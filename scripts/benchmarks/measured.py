@@ -23,13 +23,14 @@ from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.sandbox import is_main
 from trainers.engine.optim import networks
 from trainers.engine.optim import optimizer as optimization
+from trainers.engine.optim.ema import EMA
 
 # so that of a small network, too, nothing but the smallest weights stays whole
 ZERO_3 = {
     "stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
 }  # fmt: skip
-ENGINES = {  # how many processes, and the faults of tests/faulty.py by which the engine runs on CPUs
+ENGINES = {  # how many processes, and the faults of tests/helpers/faulty.py by which the engine runs on CPUs
     "one process": (1, {}),
     "DDP": (2, {}),
     "FSDP2": (2, {"fsdp": {}}),
@@ -66,7 +67,7 @@ def restart(folder: str, engine: str, task: str, steps: str, *options: str) -> f
 
 
 def _configured(folder: str, engine: str, task: str, steps: str, options: Sequence[str]) -> RunConfig:
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT / "tests" / "helpers"))
     import faulty
 
     for fault, settings in ENGINES[engine][1].items():
@@ -82,7 +83,7 @@ def observed(steps: int) -> Iterator[dict[str, Any]]:
     found: dict[str, Any] = {}
     starts: list[float] = []
     messages, wire = Messages(), []
-    originals = networks.prepare_networks, optimization.set_learning_rates, optimization.optimizer_step
+    originals = networks.prepare_networks, optimization.set_learning_rates, optimization.optimizer_step, EMA.update
 
     def prepare(accelerator: Any, trainer: Any, *rest: Any) -> Any:
         optimizer = originals[0](accelerator, trainer, *rest)
@@ -101,18 +102,24 @@ def observed(steps: int) -> Iterator[dict[str, Any]]:
             messages.__enter__()
         return originals[1](*arguments)
 
-    def update(accelerator: Any, optimizer: Any, max_grad_norm: Any, ema: Any) -> Any:
+    def update(accelerator: Any, optimizer: Any, *rest: Any) -> Any:
         looked_into = len(starts) == WARM_STEPS
         gradient_bytes = held(gradients_of(optimizer)) if looked_into else 0
-        result = originals[2](accelerator, optimizer, max_grad_norm, ema)
+        result = originals[2](accelerator, optimizer, *rest)
         if looked_into:
-            found["held"] = states(found.pop("modules"), optimizer, ema) | {"gradients": gradient_bytes}
+            found["held"] = states(found.pop("modules"), optimizer) | {"averages": 0, "gradients": gradient_bytes}
         return result
+
+    def average(ema: EMA, *arguments: Any) -> None:
+        if len(starts) == WARM_STEPS:
+            found["held"]["averages"] = held(list(ema.averages.values()))
+        originals[3](ema, *arguments)
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(networks, "prepare_networks", prepare))
         patches.enter_context(patch.object(optimization, "set_learning_rates", begin))
         patches.enter_context(patch.object(optimization, "optimizer_step", update))
+        patches.enter_context(patch.object(EMA, "update", average))
         yield found
     timed = starts[WARM_STEPS : WARM_STEPS + steps + 1]
     found["step_seconds"] = statistics.median(b - a for a, b in pairwise(timed))

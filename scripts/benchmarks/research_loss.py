@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Distance = Callable[[Tensor, Tensor], Tensor]
+KL_SCALE, DISCRIMINATOR_SCALE = 1e-6, 1.0  # the script's defaults
 
 
 def perceptual_term(distance: Distance, reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -30,8 +31,6 @@ def research_loss(
     noise: Tensor,
     step: int,
     start_step: int,
-    kl_scale: float = 1e-6,
-    discriminator_scale: float = 1.0,
 ) -> Tensor | None:
     """The autoencoder's loss in a step; None in the steps that leave it alone."""
     if step % 2 and step >= start_step:
@@ -42,10 +41,10 @@ def research_loss(
     errors = functional.l1_loss(reconstruction, images, reduction="none") + perceptual
     summed = errors.sum() / len(images)
     kl = (mean.square() + logvar.exp() - 1 - logvar).sum() / 2 / len(images)
-    loss = summed + kl_scale * kl
+    loss = summed + KL_SCALE * kl
     if step >= start_step:
         adversarial = -discriminator(reconstruction).mean()
         last_layer = vae.decoder.conv_out.weight
         norms = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm() for term in (summed, adversarial)]
-        loss = loss + discriminator_scale * (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * adversarial
+        loss = loss + DISCRIMINATOR_SCALE * (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * adversarial
     return loss

@@ -41,7 +41,7 @@ def watch(module: torch.nn.Module, when: Callable[[], bool], found: dict[str, An
     module.register_forward_hook(after)
 
 
-def states(modules: list[torch.nn.Module], optimizer: Any, ema: Any) -> dict[str, int | None]:
+def states(modules: list[torch.nn.Module], optimizer: Any) -> dict[str, int | None]:
     """Bytes by what they are, after a step; DeepSpeed's optimizer moves weights of its own.
 
     Of gradients in flight only DDP's lasting buckets can be seen.
@@ -55,7 +55,6 @@ def states(modules: list[torch.nn.Module], optimizer: Any, ema: Any) -> dict[str
     return {
         "weights": held([*weights, *masters]),
         "moments": held([moment for moment in moments if moment.dim()]),
-        "averages": held(list(ema.averages.values()) if ema is not None else []),
         "gradients in flight": sum(int(size) for sizes in buckets for size in sizes.split(",")) if wrappers else None,
     }
 

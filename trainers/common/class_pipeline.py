@@ -65,16 +65,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __call__(
         self,
         classes: list[str | int] | str | int,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_scale: float | Guidance = 1.0,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         sampler: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Pictures, one per class given; see Guidance for its arguments. `output_type` is pil, np or pt."""
+        """Draws one picture per class given. `output_type` is pil, np or pt.
+
+        A Guidance in place of the scale also gives a rescale and an interval of noise levels.
+        """
         numbers = self.class_indices(classes if isinstance(classes, list) else [classes])
         if not numbers:
             raise ValueError("classes = []: name at least one class")
@@ -84,7 +85,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         sample = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
         scheduler = build_sampler(sampler or self.config.sampler, self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
-        guidance, sigma_of = Guidance(guidance_scale, guidance_rescale, guidance_interval), noise_levels(self.scheduler)
+        guidance = guidance_scale if isinstance(guidance_scale, Guidance) else Guidance(guidance_scale)
+        sigma_of = noise_levels(self.scheduler)
         asked, none = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.num_classes)}
         for timestep in self.progress_bar(scheduler.timesteps):
             prediction = guidance.predict(self._network, sample, timestep, asked, none, sigma_of(timestep))

@@ -69,7 +69,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
 
     A network that is saved as a whole says itself what it looks like.
     """
-    training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "use_8bit_adam"}
+    training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "optimizer"}
     training |= {"enable_xformers_memory_efficient_attention", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
     [task] = [section for section in document if section != "base"]
     schema = find_trainer(task, document["base"].get("trainer_class")).Config
@@ -77,7 +77,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # that is frozen
     finished = (run / "config.json").is_file()  # a single network
     networks = [run] if finished and (networks or folder == run) else networks
-    training |= set(schema.training_only)
+    training |= {*schema.training_only, *schema.replaced}
     whole = "model_config" in document[task] and len(networks) == 1
     training |= set(schema.initial_weights) if whole else set()
     kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}

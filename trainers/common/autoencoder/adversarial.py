@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,21 @@ LARGEST_WEIGHT = 1e4  # of the adaptive weight
 SCALE = 2.0**10  # of losses whose gradients are compared, which fp16 would lose
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """An autoencoder's pictures beside the images that they stand for, and what the adaptive weight needs of it."""
+
+    images: Tensor
+    pictures: Tensor
+    loss: Tensor  # of the pictures, without its adversarial part
+    last_layer: Tensor  # the decoder's last weight
+
+
 def adversarial_losses(
     config: Any,
     discriminator: nn.Module,
     averages: nn.Module,
-    images: Tensor,
-    reconstruction: Tensor,
-    reconstruction_loss: Tensor,
-    last_layer: Tensor,
+    reconstruction: Reconstruction,
     step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the autoencoder's and the discriminator's loss, and its terms to log.
@@ -31,14 +39,14 @@ def adversarial_losses(
     """
     kind, values = config.adversarial_loss, {}
     with frozen(discriminator):
-        adversarial = generator_loss(kind, discriminator(reconstruction))
+        adversarial = generator_loss(kind, discriminator(reconstruction.pictures))
     weight = config.adversarial_weight
     if config.adaptive_weight:
-        values["adaptive_weight"] = adaptive_weight(reconstruction_loss, adversarial, last_layer)
+        values["adaptive_weight"] = adaptive_weight(reconstruction.loss, adversarial, reconstruction.last_layer)
         weight = weight * values["adaptive_weight"]
 
-    real = images.detach().requires_grad_(config.r1_weight > 0)
-    logits_real, logits_reconstructed = discriminator(real), discriminator(reconstruction.detach())
+    real = reconstruction.images.detach().requires_grad_(config.r1_weight > 0)
+    logits_real, logits_reconstructed = discriminator(real), discriminator(reconstruction.pictures.detach())
     discriminating = discriminator_loss(kind, logits_real, logits_reconstructed)
     values |= {"adversarial": adversarial, "discriminator": discriminating}
     values |= {"logits_real": logits_real.mean(), "logits_reconstructed": logits_reconstructed.mean()}

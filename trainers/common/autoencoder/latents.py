@@ -35,13 +35,14 @@ def latents_problems(source: str) -> Iterator[str]:
         yield "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
 
 
-def cache_problems(base: BaseConfig, **caches: str | None) -> Iterator[tuple[str, str]]:
-    """Yields (option, problem) for caches that cannot hold what every example needs, by the options' names."""
+def cache_problems(caches: dict[str, str | None], base: BaseConfig) -> Iterator[tuple[str, str]]:
+    """Yields (option, problem) for caches of which every example would need another entry than the one that is kept."""
     if caches["cache_latents"] is not None and not base.center_crop:
         yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
-    reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
-    if base.streaming:
-        yield from ((option, reason) for option, kind in caches.items() if kind is not None)
+    for option, cache in caches.items():
+        if base.streaming and cache is not None:
+            reason = "keeps what is known before the first step, and with base.streaming nothing is; set it to null"
+            yield option, reason
 
 
 class LatentSpace:

@@ -7,16 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from trainers.base import (
-    BaseConfig,
-    Bounds,
-    Encoder,
-    Fraction,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    RandomSource,
-)
+from trainers.base import BaseConfig, Bounds, Encoder, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.autoencoder.latents import LatentSpace, cache_problems, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
 from trainers.common.diffusion.classes import count_classes, labels_of
@@ -57,7 +48,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
         yield from super().problems(base)
         if self.vae is not None:
             yield from (("vae", problem) for problem in latents_problems(self.vae))
-            yield from cache_problems(base, cache_latents=self.cache_latents)
+            yield from cache_problems({"cache_latents": self.cache_latents}, base)
             if self.classifier is not None:
                 yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
         yield from self.without_effect(("cache_latents",), "vae", self.vae is not None)

@@ -21,7 +21,7 @@ Condition = dict[str, Tensor]  # what is asked for: tensors [B, ...] by name
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy [B, ...], timesteps, condition) -> prediction [B, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Guidance:
     """How strongly, and at which noise levels, a prediction is pushed away from that without a condition.
 

@@ -12,7 +12,7 @@ from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Tra
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
 from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow
-from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d, unet2d_problems
 
@@ -181,8 +181,8 @@ class PixelDiffusionTrainer(Trainer):
         noise = initial_noise(shape, generators, self.device)
         scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)
         steps = self.config.ddpm_num_inference_steps
-        frames, show = self.frames, self._as_pictures
-        return show(denoise(predict, scheduler, noise, steps, generators, self.progress, frames, show))
+        after_step = keep_frames(self.frames, self._as_pictures)
+        return self._as_pictures(denoise(predict, scheduler, noise, steps, generators, self.progress, after_step))
 
     def _as_pictures(self, sample: Tensor) -> Tensor:
         if self.latents is None:

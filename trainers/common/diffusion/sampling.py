@@ -27,13 +27,9 @@ def denoise(
     num_inference_steps: int,
     generators: list[torch.Generator],
     progress: Callable[[Iterable], Iterable] = iter,
-    frames: list[Tensor] | None = None,
-    show: Callable[[Tensor], Tensor] | None = None,
+    after_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Runs the reverse process on a copy of `scheduler`; equal to what a pipeline draws from the same generators.
-
-    Where `frames` is a list, the pictures `show(sample)` [B, C, H, W] in [0, 1] after every step are appended to it.
-    """
+    """Runs the reverse process on a copy of `scheduler`; equal to what a pipeline draws from the same generators."""
     scheduler = type(scheduler).from_config(scheduler.config)  # set_timesteps changes a scheduler
     scheduler.set_timesteps(num_inference_steps)
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)  # a flow has none
@@ -42,9 +38,14 @@ def denoise(
     for timestep in progress(scheduler.timesteps):
         prediction = predict(scale(sample, timestep), timestep).float()
         sample = scheduler.step(prediction, timestep, sample, **random).prev_sample
-        if frames is not None:
-            frames.append((show or to_unit_range)(sample).cpu())
+        if after_step is not None:
+            after_step(sample)
     return sample
+
+
+def keep_frames(frames: list[Tensor] | None, show: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None] | None:
+    """Appends the pictures `show(sample)` of every step of denoise() to a list of frames, if there is one."""
+    return None if frames is None else lambda sample: frames.append(show(sample).cpu())
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:

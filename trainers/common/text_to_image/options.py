@@ -123,7 +123,7 @@ class StableDiffusionConfig(TrainerConfig):
 
     def _cache_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         """Where every example would need another entry than the one that is kept."""
-        yield from cache_problems(base, cache_latents=self.cache_latents, cache_text=self.cache_text)
+        yield from cache_problems({"cache_latents": self.cache_latents, "cache_text": self.cache_text}, base)
         if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 

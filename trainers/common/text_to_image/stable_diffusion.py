@@ -12,7 +12,7 @@ from trainers.base import Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.diffusion.guidance import Condition, Guidance
 from trainers.common.diffusion.objective import Part, Predict
-from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.objective import Learned, build_diffusion
 from trainers.common.text_to_image.options import StableDiffusionConfig
@@ -225,8 +225,9 @@ class StableDiffusionTrainer(Trainer):
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return guidance.predict(self._network, noisy, timestep, asked, none, sigma=0.0)
 
-        sampler, steps, show = self.chosen_sampler(), config.num_inference_steps, self._as_pictures
-        return show(denoise(predict, sampler, noise, steps, generators, self.progress, self.frames, show))
+        sampler, steps = self.chosen_sampler(), config.num_inference_steps
+        after_step = keep_frames(self.frames, self._as_pictures)
+        return self._as_pictures(denoise(predict, sampler, noise, steps, generators, self.progress, after_step))
 
     def pipeline(self) -> Any:
         """diffusers' pipeline of the networks as they are, with its own copies of all else, on the CPU."""

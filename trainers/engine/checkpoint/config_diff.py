@@ -79,12 +79,18 @@ def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator
     if task != run.task:
         yield "base.task", task, run.task
     for section, now, before in (("base", run.base, saved["base"]), (run.task, run.config, saved[task])):
+        before = now.with_new_names(before)
         for name, option in options(type(now)).items():
             value = _plain(getattr(now, name))
             default = value if option.default is dataclasses.MISSING else _plain(option.default)
             old = before.get(name, default)
             if old != value:
                 yield f"{section}.{name}", old, value
+
+
+def optimizer_changed(state: dict[str, Any], run: RunConfig) -> bool:
+    """Whether the state in the checkpoint is another optimizer's."""
+    return any(key == f"{run.task}.optimizer" for key, _, _ in option_changes(state["config"], run))
 
 
 def _passive(run: RunConfig, key: str) -> tuple[str, ...]:

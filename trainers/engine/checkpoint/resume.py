@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.base import Trainer
-from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes
+from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes, optimizer_changed
 from trainers.engine.checkpoint.load import (
     compare_shape,
     put_optimizer_state,
@@ -24,14 +24,14 @@ from trainers.engine.checkpoint.writer import FORMAT
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import set_metrics_aside
-from trainers.engine.tracking.wandb_tracker import ID_FILE
+from trainers.engine.tracking.external import RUN_ID_FILES
 
 
 def set_aside_later(ctx: RunContext, resumed_from: Path, steps_done: int) -> None:
     """Renames what is not of the run that goes on from a checkpoint: `latest` must not return to the branch it left.
 
-    That is what is later, or all of it where the checkpoint is another folder's. W&B, which cannot take logged steps
-    back, gets a new run for the new branch. Collective.
+    That is what is later, or all of it where the checkpoint is another folder's. A tracker that cannot take logged
+    steps back, such as W&B, gets a new run for the new branch. Collective.
     """
     output_dir, logging_dir = ctx.output_dir, ctx.run.base.logging_dir
     ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(output_dir, logging_dir, resumed_from, steps_done))
@@ -50,7 +50,8 @@ def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_don
         folder.rename(folder.with_name(prefix + folder.name))
     if others or not own:
         set_metrics_aside(output_dir, prefix, keep=own)
-        (output_dir / logging_dir / ID_FILE).unlink(missing_ok=True)
+        for path in (output_dir / logging_dir).glob(RUN_ID_FILES):
+            path.unlink()
 
 
 def read_state(ctx: RunContext, folder: Path | None, train_set: Any) -> dict[str, Any]:
@@ -101,8 +102,8 @@ def load(
 ) -> None:
     """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
 
-    `saved` is the checkpoint's state.json. Raises ValueError where the checkpoint holds other networks or other shapes
-    than the run.
+    `saved` is the checkpoint's state.json. Another optimizer than the checkpoint's, if `base.allow_changes` accepts it,
+    starts without state. Raises ValueError where the checkpoint holds other networks or other shapes than the run.
     """
     warm_up(ctx, trainer, encoders, state)
     networks, ema, scaler = state.networks, state.ema, ctx.accelerator.scaler
@@ -116,7 +117,7 @@ def load(
                     f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
                 )
             averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
-    moments = read_optimizer_state(folder, networks)
+    moments = {} if optimizer_changed(saved, ctx.run) else read_optimizer_state(folder, networks)
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)

@@ -19,6 +19,7 @@ from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.config.files import ConfigError, read_config_file
 from trainers.engine.config.schema import coerce, describe_kind, nearest, options
+from trainers.engine.optim.table import optimizer_problem
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
 
@@ -71,6 +72,8 @@ def check_config(
     wrong = {problem.split(" = ")[0] for problem in problems}
     found = [("base", *problem) for problem in (*data_problems(base), *base.problems())]
     found += [(task, *problem) for problem in config.problems(base)]
+    if problem := optimizer_problem(config.optimizer):
+        found.append((task, "optimizer", problem))
     if not trainer_class.Config.reads_captions:
         condition = "a task that reads captions"
         found += [("base", *problem) for problem in base.without_effect(OF_CAPTIONS, condition, False)]
@@ -172,15 +175,27 @@ def _check_section(
     """Returns the values that fit, by name, and what is wrong with the others."""
     known, checked, problems = options(schema), {}, []
     for key, value in values.items():
-        shown = f"{section}.{key} = {_show(value)}"
         if key not in known:
-            problems.append(f"{shown}: unknown option; {_place(str(key), section, known, schemas)}")
+            problems += _unknown_option(section, str(key), value, schemas)
             continue
         try:
             checked[key] = coerce(value, known[key].kind)
         except ValueError as allowed:
-            problems.append(f"{shown}: must be {allowed}")
+            problems.append(f"{section}.{key} = {_show(value)}: must be {allowed}")
     return checked, problems
+
+
+def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[Section]]) -> list[str]:
+    """Says what to write instead; nothing for an earlier version's option at what is the default now.
+
+    The resolved configuration of an old run has all of them, and can still be read.
+    """
+    known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
+    replacements = schemas[section].replaced.get(key, {}).items()
+    name, now = next((new for old, new in replacements if old == value), (None, None))
+    if name is None:
+        return [f"{shown}: unknown option; {_place(key, section, known, schemas)}"]
+    return [] if now == known[name].default else [f"{shown}: has been replaced; write {name}: {now}"]
 
 
 def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from trainers.base import TrainerConfig
 from trainers.engine.distributed.deepspeed import check_deepspeed
+from trainers.engine.optim.table import OPTIMIZERS
 
 SUPPORTED = (
     DistributedType.NO,
@@ -74,8 +75,8 @@ def check_engine(accelerator: Accelerator) -> None:
         ),
         (
             isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-            "fsdp_offload_params = true: not supported; set it to false, and base.gradient_checkpointing or "
-            "use_8bit_adam where memory is short",
+            "fsdp_offload_params = true: not supported; set it to false, and base.gradient_checkpointing where memory "
+            "is short",
         ),
     ):
         if refused:
@@ -83,12 +84,22 @@ def check_engine(accelerator: Accelerator) -> None:
 
 
 def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
-    """Raises ValueError for 8-bit AdamW where the engine divides its state: it has no tensor for each weight."""
-    if config.use_8bit_adam and accelerator.distributed_type in ASKED_BY.values():
+    """Raises ValueError for an optimizer that the engine would silently compute otherwise, as its row says."""
+    engine, able = _row_name(accelerator), OPTIMIZERS[config.optimizer].engines
+    if engine not in able:
+        others = [name for name, row in OPTIMIZERS.items() if engine in row.engines]
         raise ValueError(
-            f"use_8bit_adam = true: not supported with {accelerator.distributed_type.value}, which divides the "
-            "optimizer's state over the processes already; set it to false, or launch with DDP"
+            f"optimizer = {config.optimizer}: not supported with {engine}, which divides weights and state over the "
+            f"processes and would compute it otherwise; set it to {' or '.join(others)}, or launch with "
+            f"{' or '.join(able)}"
         )
+
+
+def _row_name(accelerator: Accelerator) -> str:
+    """The engine as the table of optimizers calls it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.deepspeed_config['zero_optimization']['stage']}"
+    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else "DDP"
 
 
 def engine_of(accelerator: Accelerator) -> str:

@@ -9,17 +9,10 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    parse_flag_from_env,
-)
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed import backends
-
-TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "both": ["tensorboard", "wandb"], "none": None}
 
 
 def start_accelerator(base: BaseConfig) -> Accelerator:
@@ -36,10 +29,6 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
         # the plugin, because the number alone would give way to the environment
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps(base, launched)),
         mixed_precision=base.mixed_precision,
-        log_with=TRACKERS[base.logger],
-        project_config=ProjectConfiguration(
-            project_dir=base.output_dir, logging_dir=os.path.join(base.output_dir, base.logging_dir)
-        ),
         kwargs_handlers=[InitProcessGroupKwargs(_backend(), timeout=timedelta(seconds=base.collective_timeout))],
     )
     backends.check_engine(accelerator)

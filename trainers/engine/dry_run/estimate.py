@@ -1,4 +1,4 @@
-"""What a whole run takes, from the numbers that a rehearsal logged: memory by phase, time by part, disk."""
+"""What a whole run takes, from the numbers that a dry run logged: memory by phase, time by part, disk."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ PHASES = {
     "eval": "evaluation",
     "export": "export",
 }
+NOTHING = 1e-3  # seconds: a data set had nothing to decode
 NOT_PIPELINE = ("checkpoint-", "samples", "metrics", "config.yaml", "README.md", ".", "encoder-cache")
 
 
@@ -40,10 +41,10 @@ class Part(NamedTuple):
 
 
 class Measured:
-    """What a rehearsal logged, as far as it came."""
+    """What a dry run logged, as far as it came."""
 
-    def __init__(self, rehearsal: DryRun) -> None:
-        self.rehearsal, self.run, self.short = rehearsal, rehearsal.run, rehearsal.short
+    def __init__(self, dry_run: DryRun) -> None:
+        self.dry_run, self.run, self.short = dry_run, dry_run.run, dry_run.short
         self.folder = Path(self.short.base.output_dir)
         self.lines = read_lines(self.folder / METRICS)
         self.values = {key: value for line in self.lines for key, value in line.items()}
@@ -73,45 +74,43 @@ class Measured:
         """Of the timed steps together."""
         return statistics.harmonic_mean(self.timed)
 
-    def _seconds(self, phase: str) -> float:
-        return self.values[f"{phase}/seconds"] + self.values[f"{phase}/skipped_seconds"]
+    def _seconds(self, start: str) -> dict[str, float]:
+        """Seconds of the metrics "<start>NAME/seconds", by NAME."""
+        end = "/seconds"
+        return {
+            key.removeprefix(start).removesuffix(end): seconds
+            for key, seconds in self.values.items()
+            if key.startswith(start) and key.endswith(end)
+        }
 
     def time_parts(self) -> list[Part]:
         """What the whole run's time is made of."""
-        plan, scale = self.rehearsal.plan, self.rehearsal.scale
+        plan, scale, seconds = self.dry_run.plan, self.dry_run.scale, self._seconds("")
         parts = [Part("start and end", 1, self._rest())]
-        for column, seconds in self._fill_seconds().items():
-            share, what = self._missing(column), f"{scale.get(column, 1):.4g} times what was encoded here"
-            parts.append(Part(f"cache of {column}", 1, seconds * scale.get(column, 1.0) * share, what))
-        decoded = [pair for pair in self.rehearsal.sets if _prepare_seconds(pair[1])]
-        decoding = sum(_prepare_seconds(few) * len(whole) / len(few) for whole, few in decoded)
-        parts += [Part("decoding ahead", 1, decoding, f"{plan.examples + plan.held_out:,} pictures")]
+        for column, spent in self._seconds("cache_").items():
+            times = scale.get(f"cache_{column}", 1.0)
+            what = f"{times:.4g} times what was encoded here"
+            parts.append(Part(f"cache of {column}", 1, spent * times * self._missing(column), what))
+        decoding = sum(spent * scale[f"prepare_{split}"] for split, spent in self._seconds("prepare_").items())
+        if decoding > NOTHING:
+            parts.append(Part("decoding ahead", 1, decoding, f"{plan.examples + plan.held_out:,} pictures"))
         parts += [Part("steps", plan.steps, plan.global_batch_size / self.examples_per_second)]
-        parts += [Part("saves", plan.saves, self._seconds("save"))]
+        parts += [Part("saves", plan.saves, seconds["save"])]
         items = [f"{plan.held_out:,} held-out examples"] if plan.held_out else []
-        items += ["a sampler's steps"] if self.rehearsal.samples else []
+        items += ["a sampler's steps"] if self.dry_run.samples else []
         how = f"{' and '.join(items)} at the pace of the few that were run" if items else ""
-        parts += [Part("validations", plan.validations, self._seconds("valid"), how)]
+        parts += [Part("validations", plan.validations, seconds["valid"], how)]
         if plan.evaluations:
             ratio = self.run.base.eval_num_samples / self.short.base.eval_num_samples
             how = f"{ratio:.4g} times that of {self.short.base.eval_num_samples} pictures, so rather too much"
-            parts.append(Part("evaluations", plan.evaluations, self._seconds("eval") * ratio, how))
-        parts += [Part("exports", plan.exports, self._seconds("export"))]
+            parts.append(Part("evaluations", plan.evaluations, seconds["eval"] * ratio, how))
+        parts += [Part("exports", plan.exports, seconds["export"])]
         return [part for part in parts if part.total > 0]
-
-    def _fill_seconds(self) -> dict[str, float]:
-        found = {}
-        for key, seconds in self.values.items():
-            if key.startswith("cache_"):
-                found[key.removeprefix("cache_").removesuffix("/seconds")] = seconds
-        return found
 
     def _rest(self) -> float:
         """The process's life until now without what is counted elsewhere; the first step, which warms up, is in it."""
-        phases = ("save", "valid", "eval", "export")
-        elsewhere = sum(self.values.get(f"{phase}/seconds", 0.0) for phase in phases)
-        elsewhere += sum(self._fill_seconds().values()) + sum(_prepare_seconds(few) for _, few in self.rehearsal.sets)
-        elsewhere += sum(self.rehearsal.plan.global_batch_size / rate for rate in self.rates[1:])
+        elsewhere = sum(self._seconds("").values()) - self.dry_run.skipped_seconds
+        elsewhere += sum(self.dry_run.plan.global_batch_size / rate for rate in self.rates[1:])
         return time.time() - psutil.Process().create_time() - elsewhere
 
     def _missing(self, column: str) -> float:
@@ -126,14 +125,14 @@ class Measured:
 
     def disk(self) -> dict[str, int]:
         """Bytes, of the whole run and free where it will be; "kept" and "at_once" are numbers of checkpoints."""
-        plan, limit = self.rehearsal.plan, self.run.base.checkpoints_total_limit
+        plan, limit = self.dry_run.plan, self.run.base.checkpoints_total_limit
         [checkpoint] = [_bytes_in(path) for path in self.folder.glob("checkpoint-*")]
         pipeline = sum(_bytes_in(path) for path in self.folder.iterdir() if not path.name.startswith(NOT_PIPELINE))
-        kinds = {column.rpartition("_")[2]: column for column in self._fill_seconds()}
+        kinds = {column.rpartition("_")[2]: column for column in self._seconds("cache_")}
         caches = 0
         for kind, column in kinds.items():
             encoded = sum(_bytes_in(path) for path in (self.folder / "encoder-cache").glob(f"{kind}-*"))
-            caches += round(encoded * self.rehearsal.scale.get(column, 1.0) * self._missing(column))
+            caches += round(encoded * self.dry_run.scale.get(f"cache_{column}", 1.0) * self._missing(column))
         kept = min(plan.saves, limit or plan.saves)
         at_once = min(plan.saves, kept + 1)  # an old one goes after the new one is there
         pipelines = min(plan.exports, 2)
@@ -146,10 +145,6 @@ class Measured:
             "needed": checkpoint * at_once + pipeline * pipelines + caches + SPARE_BYTES,
             "free": shutil.disk_usage(self.folder).free + _bytes_in(self.folder),
         }
-
-
-def _prepare_seconds(dataset: object) -> float:
-    return getattr(dataset, "prepare_seconds", 0.0)
 
 
 def _keys(folder: Path) -> set[str]:

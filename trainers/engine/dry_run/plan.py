@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from trainers.engine.config.config import RunConfig
 from trainers.engine.data.batches import by_bucket
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.context import DataSets, RunContext
+from trainers.engine.run.signals import Limits
 from trainers.engine.validation.metrics import LEAST_PICTURES, spread
 
 WARM_STEPS, TIMED_STEPS = 2, 5
@@ -53,15 +54,13 @@ class Plan(NamedTuple):
         )
 
 
-class DryRun:
-    """Makes a run short, and keeps what was left out: `plan` and the data sets are there once the data was read."""
+class DryRun(Limits):
+    """Makes a run short; `plan` and `scale` say what the whole run does, as soon as its data was read."""
 
     def __init__(self, run: RunConfig, short: RunConfig) -> None:
         self.run, self.short = run, short  # the whole one, and the one that is trained
         self.plan: Plan | None = None
-        self.sets: list[tuple[Any, Any]] = []  # (whole, few) of training and of validation
-        self.scale: dict[str, float] = {}  # how many times longer a loop or a column of the whole is, by name
-        self.skipped = 0.0  # seconds, of the phase that runs
+        self.scale: dict[str, float] = {}  # how many times longer the whole run takes for a part of it, by name
         self.samples = False  # whether a sampler ran
 
     def shorten(self, ctx: RunContext, data: DataSets) -> DataSets:
@@ -74,43 +73,27 @@ class DryRun:
                 f"--dry-run: the processes have {len(ctx.folders.mains)} output folders "
                 f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
             )
-        ctx.stop.limited, ctx.stop.take_skipped_seconds = self.limited, self.take_skipped_seconds
-        ctx.clock = self._shortened(ctx.clock, *data)
-        return DataSets(*(few for _, few in self.sets))
+        ctx.stop.limits = self
+        few, largest = self._few(ctx.clock, data)
+        examples, held_out = ctx.clock.num_examples or 0, 0 if data.validation is None else len(data.validation)
+        self.plan = Plan.of(ctx.clock, self.run.base, examples, held_out, largest)
+        self.scale = _scale(data, few, self.run)
+        ctx.clock = _last_steps(ctx.clock, None if self.run.base.streaming else len(few.train))
+        return few
 
-    def _shortened(self, clock: Clock, train_set: Any, validation_set: Any | None) -> Clock:
-        """Sets the plan of the whole run and the few examples; returns the clock of the last steps."""
-        base, size, measured = (
-            self.run.base,
-            clock.global_batch_size,
-            getattr(self.run.trainer_class, "statistics_samples", 0),
-        )
-        largest = ""
-        if base.streaming:
-            few, examples, few_examples = train_set, 0, measured
-        else:
-            candidates = range(len(train_set))
+    def _few(self, clock: Clock, data: DataSets) -> tuple[DataSets, str]:
+        """A part of each data set, of the largest bucket where there are some; and what is said of that."""
+        base, train_set, validation_set, largest = self.run.base, *data, ""
+        if not base.streaming:
+            candidates: Sequence[int] = range(len(train_set))
             if base.buckets:
                 candidates, largest = _largest_bucket(train_set)
-            few = _only(train_set, candidates, (WARM_STEPS + TIMED_STEPS) * size)
-            examples, few_examples = len(train_set), len(few)
-        held_out = 0 if validation_set is None else len(validation_set)
-        self.plan = Plan.of(clock, base, examples, held_out, largest)
-        self.sets = [(train_set, few), (validation_set, validation_set)]
-        if measured:
-            self.scale["measuring"] = min(examples or measured, measured) / min(few_examples, measured)
-        if held_out:
+            train_set = _only(train_set, candidates, (WARM_STEPS + TIMED_STEPS) * clock.global_batch_size)
+        if validation_set is not None:
             batches = HELD_OUT_BATCHES * clock.micro_batch_size * clock.num_processes
             count = max(batches, LEAST_PICTURES, self.run.config.valid_batch_size)  # a task may draw what it is shown
-            self.sets[1] = validation_set, _only(validation_set, range(held_out), count)
-            self.scale["validating"] = held_out / len(self.sets[1][1])
-        for column, (whole, few_values) in _columns([each for each in self.sets if each[0] is not None]).items():
-            self.scale[column] = whole / few_values
-        first = max(clock.total_steps - WARM_STEPS - TIMED_STEPS, 0)
-        counts = (few_examples,) if base.buckets else ()
-        fixed = {"num_epochs": None, "max_train_steps": clock.total_steps, "bucket_counts": counts}
-        fixed["num_examples"] = None if base.streaming else few_examples
-        return clock._replace(**fixed).resumed_at(first, first * size)
+            validation_set = _only(validation_set, range(len(validation_set)), count)
+        return DataSets(train_set, validation_set), largest
 
     def limited(self, items: Iterable, what: str) -> Iterator:
         """The first items of a loop whose length is known, all of another; adds up what the rest would have taken."""
@@ -125,14 +108,9 @@ class DryRun:
                 break
         if count:
             self.samples = True
-            self.skipped += (_now() - began) / max(shown - first, 1) * (count - shown)
+            self.skipped_seconds += (_now() - began) / max(shown - first, 1) * (count - shown)
         else:
-            self.skipped += (_now() - began) * (self.scale.get(what, 1.0) - 1.0)
-
-    def take_skipped_seconds(self) -> float:
-        """The seconds left out since the last call."""
-        seconds, self.skipped = self.skipped, 0.0
-        return seconds
+            self.skipped_seconds += (_now() - began) * (self.scale.get(what, 1.0) - 1.0)
 
 
 def _now() -> float:
@@ -141,25 +119,43 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _only(dataset: Any, candidates: Iterable[int], count: int) -> Any:
+def _last_steps(clock: Clock, num_examples: int | None) -> Clock:
+    """The clock of the last steps, on so many examples of one size; None: a stream."""
+    first = max(clock.total_steps - WARM_STEPS - TIMED_STEPS, 0)
+    counts = (num_examples,) if clock.bucket_counts else ()
+    fixed = {"num_epochs": None, "max_train_steps": clock.total_steps, "bucket_counts": counts}
+    return clock._replace(num_examples=num_examples, **fixed).resumed_at(first, first * clock.global_batch_size)
+
+
+def _only(dataset: Any, candidates: Sequence[int], count: int) -> Any:
     """So many of the candidates, evenly spread; a data set that cannot be divided stays whole."""
-    candidates = list(candidates)
     return dataset.only([candidates[number] for number in spread(len(candidates), count)])
 
 
-def _columns(sets: list[tuple[Any, Any]]) -> dict[str, tuple[int, int]]:
-    """How many values encoders find in each column: of the whole sets, and of the few."""
-    train_set = sets[0][0]
-    counts = {}
-    for column in train_set.picture_columns:
-        known = [pair for pair in sets if column in pair[0].picture_columns]
-        counts[column] = tuple(sum(each.image_count(column) for each in part) for part in zip(*known, strict=True))
-    if train_set.captions() is not None:
-        known = [pair for pair in sets if pair[0].captions() is not None]
-        counts["caption"] = tuple(
-            len({t for each in part for t in each.captions()}) for part in zip(*known, strict=True)
-        )
-    return counts
+def _scale(data: DataSets, few: DataSets, run: RunConfig) -> dict[str, float]:
+    """How many times longer the whole run takes for what the number of examples decides."""
+    found, pairs, measured = {}, list(zip(data, few, strict=True)), getattr(run.trainer_class, "statistics_samples", 0)
+    if run.base.streaming:
+        pairs[0] = None, None  # nobody knows how many examples it has, and no cache holds them
+    elif measured:
+        found["measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
+    for split, (whole, part) in zip(("train", "validation"), pairs, strict=True):
+        if whole is not None:
+            found[f"prepare_{split}"] = len(whole) / len(part)
+    found["validating"] = found.get("prepare_validation", 1.0)
+    sets = [DataSets(*each) for each in zip(*pairs, strict=True)]
+    for column in (*data.train.picture_columns, "caption"):
+        whole_values, few_values = (_values(each, column) for each in sets)
+        found[f"cache_{column}"] = whole_values / max(few_values, 1)
+    return found
+
+
+def _values(data: DataSets, column: str) -> int:
+    """How many values an encoder finds in a column of both sets."""
+    if column == "caption":
+        known = [each.captions() for each in data if each is not None]
+        return len({text for texts in known for text in texts or ()})
+    return sum(each.image_count(column) for each in data if each is not None and column in each.picture_columns)
 
 
 def _largest_bucket(train_set: Any) -> tuple[list[int], str]:

@@ -14,9 +14,9 @@ from trainers.engine.dry_run.suggestions import OutOfResources, Suggestion, disk
 GIB = 2**30
 
 
-def report(rehearsal: DryRun, shortage: OutOfResources | None) -> tuple[list[str], bool]:
+def report(dry_run: DryRun, shortage: OutOfResources | None) -> tuple[list[str], bool]:
     """The lines, and whether the run fits."""
-    measured, run = Measured(rehearsal), rehearsal.run
+    measured, run = Measured(dry_run), dry_run.run
     device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
     lines, disk = _memory(measured, device), None
     if measured.finished:
@@ -47,14 +47,14 @@ def _memory(measured: Measured, device: torch.device) -> list[str]:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         whose = f"of {torch.cuda.get_device_name(device)}, which has {total:.1f} GiB"
-    plan = measured.rehearsal.plan
+    plan = measured.dry_run.plan
     shape = f" ({plan.largest})" if plan is not None and plan.largest else ""
     rows = [f"  {phase:16} {peak:.2f} GiB" for phase, peak in measured.peaks().items()]
     return [f"Peak memory {whose}{shape}", *rows]
 
 
 def _speed(measured: Measured) -> list[str]:
-    plan = measured.rehearsal.plan
+    plan = measured.dry_run.plan
     timed, all_steps = len(measured.timed), len(measured.rates)
     steps = "1 step" if timed == 1 else f"{timed} steps"
     how = f"{steps} of {plan.global_batch_size} examples, after {all_steps - timed} to warm up"
@@ -79,7 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def _disk(measured: Measured, disk: dict[str, int]) -> list[str]:
-    plan, folder = measured.rehearsal.plan, Path(measured.run.base.output_dir)
+    plan, folder = measured.dry_run.plan, Path(measured.run.base.output_dir)
     checkpoints = f"{disk['kept']} of {plan.saves} checkpoints x {disk['checkpoint']:,} bytes"
     rows = [f"  checkpoints      {checkpoints} = {disk['kept'] * disk['checkpoint']:,} bytes"]
     rows += [f"  pipeline         {disk['pipeline']:,} bytes"]

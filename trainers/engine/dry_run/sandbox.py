@@ -1,4 +1,4 @@
-"""Where a rehearsal takes place: in a folder of its own beside the run's, with a configuration that does all once."""
+"""The folder of a dry run, beside the run's and removed afterwards, and its configuration, which does all once."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _short(run: RunConfig, folder: Path) -> RunConfig:
         "encoder_cache_dir": str(folder / "encoder-cache"),
         "resume_from_checkpoint": None,
         "push_to_hub": False,
-        "logger": {"both": "tensorboard", "wandb": "none"}.get(base.logger, base.logger),
+        "logger": "none",
         "logging_steps": 1,
     }
     return run._replace(base=dataclasses.replace(base, **once, **apart))

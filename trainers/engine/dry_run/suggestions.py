@@ -11,7 +11,7 @@ import torch
 from trainers.base import Section
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
-from trainers.engine.tracking.advice import bf16_speedup
+from trainers.engine.tracking.console import has_bf16
 
 ALLOCATION_TEXTS = ("DefaultCPUAllocator", "can't allocate memory", "out of memory")
 DISK_TEXTS = ("does not fit in", "No space left", "quota exceeded")
@@ -63,9 +63,8 @@ def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list
         Suggestion({f"{task}.cache_latents": "disk"}, "pictures are encoded once, and the encoder leaves the device"),
         Suggestion({f"{task}.cache_text": "disk"}, "captions are encoded once, and the encoder leaves the device"),
     ]
-    speedup = bf16_speedup(device) if base.mixed_precision == "no" else 0.0
-    if speedup >= 1:
-        effect = f"activations of 2 bytes instead of 4; a convolution was {speedup:.1f} times faster here"
+    if base.mixed_precision == "no" and has_bf16(device):
+        effect = "activations of 2 bytes instead of 4, computed in hardware"
         found.append(Suggestion({"base.mixed_precision": "bf16"}, effect))
     found.append(
         Suggestion(
@@ -79,7 +78,7 @@ def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list
 
 
 def disk_suggestions(run: RunConfig, disk: dict[str, int] | None) -> list[Suggestion]:
-    """For a run whose files do not fit; with the sizes of a rehearsal that got to its end, the number that fits."""
+    """For a run whose files do not fit; with the sizes from a dry run that got to its end, the number that fits."""
     if disk is None:
         return _without_numbers(run)
     checkpoint = disk["checkpoint"]

@@ -69,8 +69,9 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
                 raise ValueError(f"encoder {name} cannot be cached: {lacks}; set its cache to null")
         encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
         encoders.release(name)
-        seconds = time.perf_counter() - began - encoders.build_seconds.get(name, 0.0)
-        encoders.fill_seconds[encoder.reads] = encoders.fill_seconds.get(encoder.reads, 0.0) + seconds
+        seconds, metric = time.perf_counter() - began, f"cache_{encoder.reads}/seconds"
+        seconds += encoders.fill_seconds.get(metric, 0.0) - encoders.build_seconds.get(name, 0.0)
+        encoders.fill_seconds[metric] = seconds
     cached = [
         KeyedExamples(dataset, found) if found else dataset for dataset, found in zip(datasets, keys, strict=True)
     ]

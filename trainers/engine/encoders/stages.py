@@ -24,7 +24,7 @@ class FrozenEncoders:
         self.encoders = encoders
         self.device = device
         self.caches: dict[str, Cache] = {}
-        self.fill_seconds: dict[str, float] = {}  # that filling caches took by column, without building
+        self.fill_seconds: dict[str, float] = {}  # that filling caches took, without building: "cache_<column>/seconds"
         self.build_seconds: dict[str, float] = {}
         self._built: dict[str, nn.Module] = {}
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +20,7 @@ def ema_decay(step: int, config: TrainerConfig) -> float:
     return min(1 - (1 + step / config.ema_inv_gamma) ** -config.ema_power, config.ema_max_decay)
 
 
-PIECE = 1 << 24  # numbers that are moved at once, and by a thread where there are more
+PIECE = 1 << 24  # numbers that are moved at once: the differences, or the copies, need as much memory
 
 
 def move(averages: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
@@ -32,13 +31,10 @@ def move(averages: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
         torch._foreach_add_(some, differences)
 
 
-def move_on_host(averages: list[Tensor], weights: list[Tensor], rate: Tensor, ready: torch.cuda.Event) -> None:
-    """The same for averages in main memory; the copies wait for `ready` alone, on a stream of their own."""
-    with torch.cuda.stream(torch.cuda.Stream(rate.device)):
-        ready.wait()
-        factor = rate.item()
-        for some, towards in pieces(averages, weights):
-            torch._foreach_lerp_(some, [weight.to("cpu") for weight in towards], factor)
+def move_on_host(averages: list[Tensor], weights: list[Tensor], rate: float) -> None:
+    """The same for averages in main memory, to which weights on a device are copied."""
+    for some, towards in pieces(averages, weights):
+        torch._foreach_lerp_(some, [weight.to("cpu") for weight in towards], rate)
 
 
 def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -53,57 +49,30 @@ def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list
 
 
 class EMA:
-    """Averages of the trained parameters of several networks, by "network.parameter" name; of shards in their places.
-
-    Large ones in main memory move in a thread, beside the next forward and backward pass: `wait` before the weights
-    change. For small ones the thread costs more than it brings.
-    """
+    """Averages of the trained parameters of several networks, by "network.parameter" name; of shards where they are."""
 
     def __init__(self, networks: dict[str, nn.Module], config: TrainerConfig) -> None:
         self.config, self.networks = config, networks
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="averages")
-        self.moving: Future[None] | None = None
         self.parameters = {
             f"{name}.{key}": parameter
             for name, network in networks.items()
             for key, parameter in trained_parameters(network).items()
         }
         self.weights = [part_of(p).tensor for p in self.parameters.values()]  # the same memory
-        self._averages = {name: self._placed(p).clone() for name, p in zip(self.parameters, self.weights, strict=True)}
-        self.large = sum(average.numel() for average in self._averages.values()) > PIECE
-
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to("cpu") if self.config.offload_ema else tensor
-
-    @property
-    def averages(self) -> dict[str, Tensor]:
-        """The averages after the last update."""
-        self.wait()
-        return self._averages
-
-    def wait(self) -> None:
-        """Returns when the last update is over, which reads the weights until then."""
-        if self.moving is not None:
-            moving, self.moving = self.moving, None
-            moving.result()
+        device = "cpu" if config.offload_ema else None
+        self.averages = {
+            name: weight.to(device, copy=True) for name, weight in zip(self.parameters, self.weights, strict=True)
+        }
 
     @torch.no_grad()
     def update(self, step: int, applied: Tensor) -> None:
         """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
-        averages, weights = list(self.averages.values()), self.weights
+        averages = list(self.averages.values())
         rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
-        on_host = averages[0].device.type == "cpu"  # by offload_ema, or as ZeRO-3 keeps the weights there
-        if rate.is_cuda and on_host:
-            ready = torch.cuda.current_stream(rate.device).record_event()
-            self.moving = self.thread.submit(move_on_host, averages, weights, rate, ready)
-        elif on_host:
-            arguments = averages, [self._placed(weight) for weight in weights], rate.item()
-            if self.large:
-                self.moving = self.thread.submit(torch._foreach_lerp_, *arguments)
-            else:
-                torch._foreach_lerp_(*arguments)
+        if averages[0].device.type == "cpu":  # by offload_ema, or as ZeRO-3 keeps the weights there
+            move_on_host(averages, self.weights, rate.item())
         else:
-            move(averages, weights, rate)
+            move(averages, self.weights, rate)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""AdamW over the task's parameter groups, the learning rate of every step, clipping, and steps that must be skipped."""
+"""The optimizer over the task's parameter groups, the learning rate of each step, clipping, and steps to be skipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from trainers.base import TrainerConfig
 from trainers.engine.distributed.sharding import whole
-from trainers.engine.optim.ema import EMA
+from trainers.engine.optim.table import OPTIMIZERS
 from trainers.engine.run.clock import Clock
 
 LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -23,9 +23,10 @@ LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cos
 def build_optimizer(
     groups: list[dict[str, Any]], config: TrainerConfig, clock: Clock, device: torch.device
 ) -> Optimizer:
-    """Makes AdamW, with fused kernels where they exist; scale_lr multiplies the rates by the global batch size.
+    """Makes the run's optimizer; scale_lr multiplies the rates by the global batch size.
 
-    Raises ValueError for a group without trainable or with half-precision parameters.
+    Raises ValueError for a group without trainable or with half-precision parameters, and for an optimizer that this
+    device does not have.
     """
     for group in groups:
         if not group["params"]:
@@ -34,22 +35,7 @@ def build_optimizer(
         if dtypes:
             raise ValueError(f"network {group['name']} trains weights in {dtypes}; small updates vanish, use float32")
         group["initial_lr"] = group["lr"] * (clock.global_batch_size if config.scale_lr else 1)
-    settings = {
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.use_8bit_adam:
-        return _adamw_8bit(device)(groups, **settings)
-    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda", "mps"), **settings)
-
-
-def _adamw_8bit(device: torch.device) -> type[Optimizer]:
-    if device.type != "cuda":
-        raise ValueError(f"use_8bit_adam = true: needs a CUDA device, this run is on {device.type}; set it to false")
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit
+    return OPTIMIZERS[config.optimizer].build(groups, config, device)
 
 
 def learning_rate_schedule(config: TrainerConfig, total_steps: int) -> Callable[[int], float]:
@@ -119,22 +105,20 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
 
 
 def optimizer_step(
-    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None, ema: EMA | None = None
+    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clips each group, steps unless a gradient is not finite, clears the gradients; first `ema` must have moved.
+    """Clips each group, steps unless a gradient is not finite, clears the gradients.
 
     Returns `applied`, a 0-dim float tensor that is 0 where the step was skipped, and the norms before clipping as
     {"grad_norm/<group>": norm}; neither is known to the host. Averaged gradients are
     the same on every rank, so all ranks agree.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _deepspeed_step(accelerator, optimizer, ema)
+        return _deepspeed_step(accelerator, optimizer)
     accelerator.unscale_gradients(optimizer)
     norms = {f"grad_norm/{group['name']}": _clip(group["params"], max_grad_norm) for group in optimizer.param_groups}
     applied = torch.stack(list(norms.values())).isfinite().all().float()
     inner = optimizer.optimizer
-    if ema is not None:
-        ema.wait()
     if accelerator.scaler is not None:
         optimizer.step()  # the scaler skips on its own finding
     elif applied.device.type != "cpu" and inner.defaults.get("fused"):
@@ -146,13 +130,9 @@ def optimizer_step(
     return applied, norms
 
 
-def _deepspeed_step(
-    accelerator: Accelerator, optimizer: Optimizer, ema: EMA | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _deepspeed_step(accelerator: Accelerator, optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
     """The same by DeepSpeed, which clips by the norm of all groups, and skips where that is not finite."""
     engine, device = accelerator.deepspeed_engine_wrapped.engine, accelerator.device
-    if ema is not None:
-        ema.wait()
     engine.step()
     norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=device)
     applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # the host knows it already

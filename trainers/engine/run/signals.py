@@ -31,8 +31,13 @@ class Abandoned(BaseException):
     """A validation is left unfinished, by all ranks at the same place."""
 
 
-def all_of(items: Iterable, what: str) -> Iterable:
-    return items
+class Limits:
+    """How far a run goes in loops within a step: through all of each; a dry run takes a part of them."""
+
+    skipped_seconds = 0.0  # that the rest of the loops until now would have taken
+
+    def limited(self, items: Iterable, what: str) -> Iterable:
+        return items
 
 
 @dataclass
@@ -65,10 +70,10 @@ class StopSignals:
         self.votes = CheckpointVotes()
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
+        self.ended = False  # whether all steps are done: what comes after them is not left unfinished
         self.steps_done = 0
         self.launcher = launcher_pid()
-        self.limited = all_of  # a dry run puts its own here, and how long what it skipped would have taken
-        self.take_skipped_seconds: Callable[[], float] | None = None
+        self.limits = Limits()
 
     def __enter__(self) -> StopSignals:
         self.handlers: dict[int, Any] = {}
@@ -132,13 +137,13 @@ class StopSignals:
                 break
 
     def watch(self, items: Iterable, what: str) -> Iterator:
-        """The items of a long loop within a step, as many on every rank; raises Abandoned once a stop is agreed on.
+        """The items of a long loop, as many on every rank; within the steps raises Abandoned once a stop is agreed on.
 
-        A rehearsal sees the first ones; `what` they are says for how many they stand.
+        A dry run sees the first ones; `what` they are says for how many they stand.
         """
-        for item in self.limited(items, what):
+        for item in self.limits.limited(items, what):
             yield item
-            if self.agreed():
+            if not self.ended and self.agreed():
                 raise Abandoned
 
     def finish(self, save: Callable[[int], None], close: Callable[[], None]) -> None:
@@ -148,7 +153,7 @@ class StopSignals:
         then: a launcher sends more of them when its first process ends.
         """
         if not self.agreed(wait=True):
-            self.waits = False
+            self.waits, self.ended = False, True
             faulthandler.cancel_dump_traceback_later()
             return
         save(self.steps_done)

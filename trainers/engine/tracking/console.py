@@ -16,7 +16,6 @@ from trainers.engine.distributed.backends import engine_of
 from trainers.engine.distributed.sharding import shape_of
 from trainers.engine.optim.optimizer import warmup_steps
 from trainers.engine.run.context import RunContext
-from trainers.engine.tracking.advice import precision_note
 
 
 def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module], train_set: ImageData) -> str:
@@ -44,7 +43,9 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     if folders.several:
         rows["output"] = f"{folders.places[0]}: checkpoints, logs, pictures, pipeline"
         rows["output elsewhere"] = f"{', '.join(folders.places[1:])}: checkpoints"
-    notes = [*train_set.notes, *trainer.notes(train_set), *precision_note(accelerator, base)]
+    notes = [*train_set.notes, *trainer.notes(train_set)]
+    if base.mixed_precision == "no" and has_bf16(ctx.device):
+        notes.append("this device computes bf16 in hardware: base.mixed_precision=bf16 would use it")
     lines = [f"  {name:16} {value}" for name, value in rows.items()]
     lines += [f"  NOTE: {note}" for note in notes]
     if clock.bucket_counts:
@@ -60,6 +61,13 @@ def _devices(accelerator: Accelerator) -> str:
     device = accelerator.device
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return f"{accelerator.num_processes} x {device.type}{name}"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU or a CPU computes bfloat16 in hardware; of another device that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:

@@ -1,11 +1,14 @@
-"""Means over the steps since the last log line; numbers wait on the device, as a step needs no synchronisation."""
+"""What is measured between two log lines: means over the steps, examples per second, the peak of memory."""
 
 from __future__ import annotations
 
 import math
+import re
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,12 +16,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 UNREAD_CALLS = 1000  # of add() that wait on the device at most, should nobody ask for the means
+PROCESS = Path("/proc/self")
+RESET_PEAK = "5"  # what clear_refs takes for "forget the highest resident size"
 
 
 class Meter:
     """Sums and counts by name; what is not finite is left out, so that one skipped step does not hide a window.
 
-    Numbers are added up on the host, in double precision and one after the other: a resumed run gets the same bits.
+    Numbers wait on the device, as a step needs no synchronisation; on the host they are added up in double precision
+    and one after the other: a resumed run gets the same bits.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -97,3 +103,28 @@ class Speed:
         rate = self.examples / max(time.perf_counter() - self.since - self.pauses, 1e-9)
         self.start()
         return {"examples_per_second": rate}
+
+
+class PeakMemory:
+    """The most memory that was in use since the last `take()`, in GiB: of the device on CUDA, else of this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def take(self) -> float:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            peak = _resident_peak()
+        return peak / 2**30
+
+
+def _resident_peak() -> int:
+    """Bytes; since the process began where the system does not let the peak be forgotten."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(encoding="ascii"))
+        (PROCESS / "clear_refs").write_text(RESET_PEAK, encoding="ascii")
+        return int(found[1]) * 1024
+    except (OSError, TypeError):  # no /proc, or no such line
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

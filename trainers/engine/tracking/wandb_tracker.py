@@ -1,45 +1,60 @@
-"""What only W&B keeps: one run over several starts, tables of pictures, and the pipeline as an artifact."""
+"""Weights & Biases: one run over several starts, tables of pictures, and pipelines as artifacts."""
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import wandb
+from torch import Tensor
 
-ID_FILE = "wandb-run-id"  # in logging_dir: under which id a resumed run continues
-
-
-def run_id(logging_dir: Path, start_step: int) -> str:
-    """The id under which a resumed run continues; a new one for a run from step 0."""
-    path = logging_dir / ID_FILE
-    if not (start_step and path.is_file()):
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+from trainers.engine.tracking.external import ExternalTracker, opaque_pixels
 
 
-def log_table(
-    tracker: Any, requests: list[dict[str, Any]], pictures: list[dict[str, list[np.ndarray]]], step: int
-) -> None:
-    """A table "<name>_table" for each name: a row per request, with its pictures by raw and by averaged weights."""
-    import wandb
+class WandBTracker(ExternalTracker):
+    """A run of the project `tracker_project`, which a resumed run continues."""
 
-    kinds = ["raw", "averaged"] if len(pictures) == 2 else ["picture"]
-    columns = ["number", *requests[0], *kinds]
-    for name in pictures[0]:
-        data = []
-        for number, request in enumerate(requests):
-            shown = [wandb.Image(drawn[name][number]) for drawn in pictures]
-            data.append([number, *map(str, request.values()), *shown])
-        tracker.log_table(f"{name}_table", columns, data, step=step)
+    def start(self) -> None:
+        base = self.run.base
+        try:
+            self.wandb_run = wandb.init(
+                project=base.tracker_project,
+                name=base.run_name or self.output_dir.resolve().name,
+                dir=str(self.logging_dir),
+                id=self.run_id("wandb"),
+                resume="allow",
+            )
+        except Exception as error:
+            if type(error).__module__.startswith("wandb"):
+                reason = f"base.logger = {base.logger}: W&B does not start: {error}"
+                raise ValueError(f"{reason}; run `wandb login`, or set WANDB_MODE=offline") from None
+            raise
+        self.wandb_run.config.update(self.run.as_dict(), allow_val_change=True)
 
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.wandb_run.log(values, step=step)
 
-def log_pipeline(tracker: Any, paths: list[Path], metadata: dict[str, Any]) -> None:
-    """The files of a pipeline as the next version of an artifact of type model."""
-    import wandb
+    def log_grids(self, grids: dict[str, Tensor], step: int) -> None:
+        for name, grid in grids.items():
+            self.wandb_run.log({name: [wandb.Image(opaque_pixels(grid))]}, step=step)
 
-    artifact = wandb.Artifact(f"pipeline-{tracker.run.id}", type="model", metadata=metadata)
-    for path in paths:
-        artifact.add_dir(str(path), name=path.name) if path.is_dir() else artifact.add_file(str(path))
-    tracker.run.log_artifact(artifact)
+    def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
+        """A table "<name>_table" for each name: a row per request, with its pictures by raw and by averaged weights."""
+        kinds = ["raw", "averaged"] if len(pictures) == 2 else ["picture"]
+        columns = ["number", *requests[0], *kinds]
+        for name in pictures[0]:
+            data = []
+            for number, request in enumerate(requests):
+                shown = [wandb.Image(opaque_pixels(drawn[name][number])) for drawn in pictures]
+                data.append([number, *map(str, request.values()), *shown])
+            self.wandb_run.log({f"{name}_table": wandb.Table(columns=columns, data=data)}, step=step)
+
+    def log_pipeline(self, paths: list[Path], metadata: dict[str, Any]) -> None:
+        """The files of a pipeline as the next version of an artifact of type model."""
+        artifact = wandb.Artifact(f"pipeline-{self.wandb_run.id}", type="model", metadata=metadata)
+        for path in paths:
+            artifact.add_dir(str(path), name=path.name) if path.is_dir() else artifact.add_file(str(path))
+        self.wandb_run.log_artifact(artifact)
+
+    def close(self) -> None:
+        self.wandb_run.finish()

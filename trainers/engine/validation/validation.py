@@ -132,10 +132,8 @@ class Validation:
         wanted = trainer.statistics_samples
         train_set = self.data.train.held(min(wanted, STREAMED)) if self.base.streaming else self.data.train
         share = self._share(train_set, spread(len(train_set), wanted))
-        bar = self._watched if self.stop.waits else partial(passing_bar, self.accelerator)  # at the end it is done
-        examples = self.stop.limited(bar("measuring")(share), "measuring")
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return self._mean_over(examples, trainer.data_statistics)
+            return self._mean_over(self._watched("measuring")(share), trainer.data_statistics)
 
     def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
         add_up = partial(self.accelerator.reduce, reduction="sum")
