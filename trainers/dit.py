@@ -27,7 +27,7 @@ class DiTConfig(ClassDiffusionConfig):
 
 
 class DiTTrainer(ClassDiffusionTrainer):
-    """Trains a DiTTransformer2DModel, whose blocks are modulated by timestep and class; it draws classes by name."""
+    """Trains a DiTTransformer2DModel, modulated by timestep and class; the result draws classes by name."""
 
     Config = DiTConfig
     task = "dit"

@@ -12,7 +12,7 @@ from run_folders import final_state, forget_after, losses, read_metrics
 from trainers import TRAINERS
 
 COMMON = [
-    "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.1",
+    "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.02",
     "base.checkpointing_steps=10", "base.valid_steps=10", "base.logger=tensorboard", "base.max_train_steps=20",
 ]  # fmt: skip
 TWO, ONE = ["base.train_batch_size=4"], ["base.train_batch_size=4", "base.gradient_accumulation_steps=2"]

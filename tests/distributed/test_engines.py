@@ -25,7 +25,7 @@ from trainers.engine.config.config import find_trainer
 
 STEPS = 12
 COMMON = [
-    "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.1",
+    "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.02",
     "base.checkpointing_steps=6", "base.valid_steps=6", f"base.max_train_steps={STEPS}", "base.train_batch_size=4",
 ]  # fmt: skip
 ONE = ["base.gradient_accumulation_steps=2"]  # as many examples as on two processes

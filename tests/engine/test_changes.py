@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from repository import ROOT
+from repository import ROOT, tiny
 from run_folders import final_state, losses, read_metrics
 
 from train import main, train
@@ -23,10 +25,17 @@ from trainers.engine.config.schema import options
 LATEST = {"base.resume_from_checkpoint": "latest"}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 6 steps, with checkpoints 3 and 6."""
+    folder = tmp_path_factory.mktemp("trained") / "config"
+    return train(load_config(tiny("ddpm"), [f"base.output_dir={folder}", "base.checkpointing_steps=3"]))
+
+
 @pytest.fixture
-def begun(tiny_config):
-    """(folder, resume): a run of 6 steps, and resume(**changes) -> exit code of a run that goes on from it."""
-    folder = train(load_config(tiny_config(**{"base.checkpointing_steps": 3})))
+def begun(trained, tiny_config, tmp_path):
+    """(folder, resume): the run, and resume(**changes) -> exit code of a run that goes on from it."""
+    folder = Path(shutil.copytree(trained, tmp_path / "config"))
 
     def resume(**values):
         AcceleratorState._reset_state(reset_partial_state=True)  # as a new process begins

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from processes import launch
-from repository import ROOT
 from run_folders import final_state, losses, read_metrics
 from safetensors.torch import load_file
+from script_calls import run_script
 
 from datasets_lib.images.image_dataset import ImageDataset
+from scripts import replay
 from scripts.replay import find_slots
-from scripts.replay import main as replay_main
 from scripts.replay import replay as replay_step
 from train import main
 from trainers.base import Trainer, TrainerConfig
@@ -168,14 +166,6 @@ def test_all_ranks_skip_what_one_found(tmp_path):
     assert final_state(tmp_path / "run", 2) == final_state(tmp_path / "run", 3)
 
 
-def replay(*arguments):
-    command = [sys.executable, "scripts/replay.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "ACCELERATE_USE_CPU": "true"}
-
-
 def test_replay_draws_the_same_batch(run_in_process):
     """The step after a checkpoint: the loss of the run bit for bit, with flips, crops, noise and dropout."""
     options = {"base.checkpointing_steps": 2, "base.random_flip": True, "base.resolution": 24}
@@ -197,28 +187,30 @@ def test_replay_names_what_is_broken(run_in_process, monkeypatch, capsys):
             example["image"][0, 3, 3] = math.nan
         return example
 
-    monkeypatch.setattr(ImageDataset, "get", broken)
-    folder = run_in_process(**{"base.max_train_steps": 10, "base.image_cache_mb": 0})  # what is decoded has no `get`
-    [line] = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
-    step, first, end = line["step"], *line["slots"]
-    capsys.readouterr()
-    found = replay_step(load_config(folder / "config.yaml"), folder, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "get", broken)
+        folder = run_in_process(
+            **{"base.max_train_steps": 10, "base.image_cache_mb": 0}
+        )  # what is decoded has no `get`
+        [line] = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
+        step, first, end = line["step"], *line["slots"]
+        capsys.readouterr()
+        found = replay_step(load_config(folder / "config.yaml"), folder, step)
     out = capsys.readouterr().out
     assert f"step {step}: slots {first} to {end - 1}, weights of the start" in out
     assert math.isnan(found["losses"][0])
     [slot] = [slot for slot in range(first, end) if EpochOrder(40, 0).index(slot) == 7]
     assert re.findall(r"slot (\d+): row \d+ of .*, pixels nan to nan, NOT FINITE", out) == [str(slot)]
-    done = replay(folder, step)  # in a process without the broken picture: the same slots, all finite
-    assert done.returncode == 0, done.stderr
-    assert f"slots {first} to {end - 1}" in done.stdout
-    assert "NOT FINITE" not in done.stdout
+    run_script(replay, folder, step)  # without the broken picture: the same slots, all finite
+    out = capsys.readouterr().out
+    assert f"slots {first} to {end - 1}" in out
+    assert "NOT FINITE" not in out
     assert Image.open(folder / f"replay-step-{step}.png").size[0] > 16
 
 
-def test_replay_says_what_it_cannot_do(tmp_path, run_in_process, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["replay.py", str(tmp_path), "3"])
+def test_replay_says_what_it_cannot_do(tmp_path, run_in_process):
     with pytest.raises(SystemExit, match="error: .*config.yaml does not exist"):
-        replay_main()
+        run_script(replay, tmp_path, 3)
     folder = run_in_process()
     with pytest.raises(ValueError, match="step 7 is not one of its steps, 1 to 6"):
         find_slots(folder, 7, 4)

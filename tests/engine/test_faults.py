@@ -18,16 +18,19 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from processes import Forked, start, wait_for
-from repository import ROOT
+from repository import ROOT, tiny
 from run_folders import final_state, logged_steps, losses, read_metrics
 
 from train import main, train
+from trainers.base import Trainer, TrainerConfig
 from trainers.engine.checkpoint import load, writer
 from trainers.engine.checkpoint.find import find_checkpoint
 from trainers.engine.checkpoint.manifest import DamagedCheckpoint, list_checkpoints, verify
-from trainers.engine.config.config import load_config
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.data import workers
 from trainers.engine.distributed.shared_folders import find_folders
+from trainers.engine.run.context import RunContext
 
 KILLED = [
     "configs/tests/ddpm.json", "base.max_train_steps=12", "base.checkpointing_steps=2", "base.valid_steps=3",
@@ -58,7 +61,7 @@ def uninterrupted(tmp_path_factory):
     return folder, seconds, int(output.rpartition(" lines")[0].split()[-1])
 
 
-@pytest.mark.parametrize("points", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
     """Half of the points by time, half at a line of the modules that write files."""
     whole, seconds, lines = uninterrupted
@@ -134,9 +137,16 @@ def flip_a_bit(path, rng):
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return train(load_config(tiny("ddpm"), [f"base.output_dir={folder}", "base.checkpointing_steps=3"]))
+
+
 @pytest.fixture
-def two_checkpoints(run_in_process):
-    return run_in_process(**{"base.checkpointing_steps": 3})
+def two_checkpoints(trained, tmp_path):
+    """The folder of a finished run with checkpoints 3 and 6."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monkeypatch, capsys):
@@ -144,6 +154,12 @@ def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monk
     monkeypatch.setattr(load, "load_file", lambda path: pytest.fail(f"{path} was loaded"))
     accelerator, rng, found = Accelerator(), random.Random(0), 0
     newest, folders = two_checkpoints / "checkpoint-6", find_folders(accelerator, two_checkpoints, "base.output_dir")
+
+    def find(name):
+        base = BaseConfig(output_dir=str(two_checkpoints), resume_from_checkpoint=name)
+        run = RunConfig("ddpm", base, TrainerConfig(), Trainer)
+        return find_checkpoint(RunContext(accelerator, run, folders, stop=None))
+
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
     assert len(files) == 7
     for file in files:
@@ -152,10 +168,10 @@ def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monk
             apply(newest / file, rng)
             with pytest.raises(DamagedCheckpoint):
                 verify(newest)
-            assert find_checkpoint(accelerator, folders, two_checkpoints, "latest").name == "checkpoint-3"
+            assert find("latest").name == "checkpoint-3"
             assert "WARNING: skipping a damaged checkpoint" in capsys.readouterr().out
             with pytest.raises(DamagedCheckpoint):
-                find_checkpoint(accelerator, folders, two_checkpoints, "checkpoint-6")
+                find("checkpoint-6")
             shutil.rmtree(newest)
             (tmp_path / "intact").rename(newest)
             found += 1
@@ -403,7 +419,7 @@ def test_a_rank_that_hangs(tmp_path):
     text = (tmp_path / "log").read_text()
     assert text.count("Timeout (0:00:07") == 2  # the dump of each rank, before the collective gives up
     assert 'faulty.py", line' in text.partition("in hanging")[0].splitlines()[-1]  # where the one hangs
-    assert "metering.py" in text  # where the other one waits for it
+    assert "meters.py" in text  # where the other one waits for it
     assert "Timed out waiting 8000ms" in text
 
 

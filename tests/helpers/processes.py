@@ -25,6 +25,7 @@ SERVER.set_forkserver_preload(
     ["faulty", "train", "trainers.ddpm", "trainers.vae", "trainers.sd_lora", "trainers.text_to_image",
      "trainers.engine.checkpoint.saver", "trainers.engine.validation.evaluation", "trainers.engine.tracking.tracker",
      "trainers.common.autoencoder.loss", "sklearn.datasets", "torchvision.utils", "huggingface_hub", "peft", "deepspeed",
+     "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler, which ZeRO would do in every rank
      "transformers.models.clip.modeling_clip", "diffusers.optimization",
      "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"]
 )  # fmt: skip

@@ -54,11 +54,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """The numbers of classes given by name or number; ValueError for one that the network does not know."""
         names = self.label_names
         known = {name: number for number, name in enumerate(names)}
-        found = [known.get(str(item), item) if isinstance(item, str) else item for item in classes]
-        for given, number in zip(classes, found, strict=True):
+        found = []
+        for given in classes:
+            number = known.get(given, given) if isinstance(given, str) else given
             if not (isinstance(number, int) and 0 <= number < self.num_classes):
                 allowed = ", ".join(names) or "their numbers"
                 raise ValueError(f"class {given!r}: must be one of 0 to {self.num_classes - 1}, or {allowed}")
+            found.append(number)
         return found
 
     @torch.no_grad()
@@ -91,9 +93,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for timestep in self.progress_bar(scheduler.timesteps):
             prediction = guidance.predict(self._network, sample, timestep, asked, none, sigma_of(timestep))
             sample = scheduler.step(prediction.float(), timestep, sample, generator=generator).prev_sample
-        images = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).numpy()
+        pictures = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
+        images = pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

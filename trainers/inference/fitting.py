@@ -37,7 +37,8 @@ def fit(picture: Image.Image, side: int) -> Fitted:
 
 def size_between(first: Size, last: Size, weight: float) -> Size:
     """(1 - weight) times the first, weight times the last."""
-    return tuple(round((1 - weight) * a + weight * b) for a, b in zip(first, last, strict=True))
+    height, width = (round((1 - weight) * a + weight * b) for a, b in zip(first, last, strict=True))
+    return height, width
 
 
 def unfit(square: Tensor, size: Size) -> Tensor:

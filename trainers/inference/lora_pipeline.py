@@ -112,7 +112,8 @@ def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
             layer = layers.get(module, layers.get(module.removeprefix("text_model.")))
             layer = getattr(layer, "base_layer", layer)  # an adapter is there already
             shape = [len(state[f"{module}.lora_B.weight"]), *state[f"{module}.lora_A.weight"].shape[1:]]
-            found = list(layer.weight.shape) if hasattr(layer, "weight") else "missing"
+            weight = getattr(layer, "weight", None)
+            found = "missing" if weight is None else list(weight.shape)
             if found != shape:
                 advice = "take the base that it was trained on"
                 raise ValueError(f"{file}: changes {network}.{module} {shape}, which in the base is {found}; {advice}")

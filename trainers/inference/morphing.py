@@ -60,14 +60,12 @@ class Morph:
     @torch.no_grad()
     def invert(self, pictures: Tensor, progress: Progress) -> None:
         """Finds the noises [1, c, h, w] of two pictures [2, 3, H, W] in [-1, 1], each with its own LoRA alone."""
-        self.noises = []
-        for number, picture in enumerate(pictures):
-            self.mix(number)
-            latents = picture_latents(self.pipeline.vae, picture[None])
-            following = f"inverting picture {number + 1}"
-            self.noises.append(
-                invert(self.predict(number), self.inverse, latents, lambda steps, text=following: progress(steps, text))
-            )
+        self.noises = [self._noise_of(number, picture[None], progress) for number, picture in enumerate(pictures)]
+
+    def _noise_of(self, number: int, picture: Tensor, progress: Progress) -> Tensor:
+        self.mix(number)
+        latents, text = picture_latents(self.pipeline.vae, picture), f"inverting picture {number + 1}"
+        return invert(self.predict(number), self.inverse, latents, lambda steps: progress(steps, text))
 
     def noise(self, weight: float) -> Tensor:
         """Between the noises of the pictures, [1, c, h, w]."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -20,9 +21,9 @@ from trainers.inference.lora_pipeline import check_finite, check_negative_prompt
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+    from transformers import PreTrainedModel
 
-
-SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "euler", "lcm")
+Sampler = Literal["ddpm", "ddim", "dpmsolver++", "euler", "lcm"]
 DDIM_TIMESTEPS = 50  # of the teacher, in the published LCM-LoRAs
 WHITE = 128  # of 255: from here on a mask's pixel is drawn anew
 
@@ -39,7 +40,7 @@ class Inpainting:
         if self.image.size != self.mask.size:
             (width, height), (w, h) = self.image.size, self.mask.size
             raise ValueError(f"--mask: has {w} x {h} pixels, and --image {width} x {height}; give one of the same size")
-        if self.mask.getextrema()[1] < WHITE:
+        if pil_to_tensor(self.mask).max() < WHITE:
             raise ValueError("--mask: nothing in it is white, so nothing would be drawn")
 
     def composed(self, drawn: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class PromptedPipeline:
             raise ValueError(f"--guidance-rescale {settings.guidance_rescale:g}: {found}; give --guidance above 1")
         if settings.clip_skip is not None:
             encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
-            self._make_skippable([encoder for encoder in encoders if encoder is not None])
+            self._make_skippable([encoder for encoder in encoders if encoder is not None], settings.clip_skip)
         if self.inpainting is None and pipeline.unet.config.in_channels == 9:
             raise ValueError("the pipeline is one for inpainting; give --image and --mask")
         if self.inpainting is not None:
@@ -112,11 +113,11 @@ class PromptedPipeline:
                     "--guidance-rescale: diffusers' inpainting has it for Stable Diffusion XL alone; set 0"
                 )
 
-    def _make_skippable(self, encoders: list[nn.Module]) -> None:
+    @staticmethod
+    def _make_skippable(encoders: list[PreTrainedModel], skipped: int) -> None:
         layers = min(encoder.config.num_hidden_layers for encoder in encoders)
-        if self.settings.clip_skip >= layers:
-            found = f"the text encoder has {layers} layers"
-            raise ValueError(f"--clip-skip {self.settings.clip_skip}: {found}; give at most {layers - 1}")
+        if skipped >= layers:
+            raise ValueError(f"--clip-skip {skipped}: the text encoder has {layers} layers; give at most {layers - 1}")
         for encoder in encoders:
             if not hasattr(encoder, "text_model"):  # diffusers asks for it there, and transformers 5 has it no more
                 object.__setattr__(encoder, "text_model", encoder)  # as a module it would contain itself
@@ -149,7 +150,7 @@ class PromptedPipeline:
             asked |= {"image": [self.inpainting.image] * count, "mask_image": [self.inpainting.mask] * count}
             asked["strength"] = self.inpainting.strength
         if self.frames is not None:
-            asked["callback_on_step_end"] = self._keep_frame
+            asked["callback_on_step_end"] = partial(self._keep_frame, self.frames)
         return self._finished(self.pipeline(**asked, generator=generators, output_type="pt").images)
 
     def _size(self) -> tuple[int, int]:
@@ -164,10 +165,12 @@ class PromptedPipeline:
         check_finite(images)
         return images if self.inpainting is None else self.inpainting.composed(images)
 
-    def _keep_frame(self, pipeline: Any, step: int, timestep: Tensor, known: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _keep_frame(
+        self, frames: list[Tensor], pipeline: Any, step: int, timestep: Tensor, known: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         scaling, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor or 0.0
         images = pipeline.vae.decode(known["latents"] / scaling + shift, return_dict=False)[0]
-        self.frames.append(self._finished(pipeline.image_processor.postprocess(images, "pt")))
+        frames.append(self._finished(pipeline.image_processor.postprocess(images, "pt")))
         return known
 
 

@@ -8,21 +8,21 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from datasets_lib.images.decode import read_picture
-from trainers.base import Trainer
+from trainers.base import Fraction, NonNegativeFloat, Positive, Section, Trainer
 from trainers.common.lora.files import ADAPTER, find_lora
-from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.prompt_requests import prompt_requests
+from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.inference.arguments import overrides_of, pipeline_options
 from trainers.inference.command import positive
 from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_lora
 from trainers.inference.prompted_drawing import (
-    SAMPLERS,
     Inpainting,
     PromptedPipeline,
     PromptSettings,
+    Sampler,
     for_pipelines,
     use_sampler,
 )
@@ -85,10 +85,13 @@ def scales_of(arguments: argparse.Namespace) -> list[float] | None:
 
 
 @dataclasses.dataclass(kw_only=True)
-class PipelineConfig(StableDiffusionConfig):
-    """What the command line may say of a pipeline that is no run."""
+class PipelineConfig(Section):
+    """Options of the command line for a pipeline that is no run; what is not set is left to PromptSettings."""
 
-    sampler: Literal[SAMPLERS] | None = None  # null: its own
+    sampler: Sampler | None = None  # null: the pipeline's own
+    num_inference_steps: Positive = 30  # steps of the sampler
+    guidance_scale: NonNegativeFloat = 7.5  # 1: none
+    guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
 
 
 class Drawing(NamedTuple):
@@ -154,6 +157,7 @@ def _of_pipeline(arguments: argparse.Namespace) -> Loaded:
 
 def _of_run(arguments: argparse.Namespace, saved: SavedRun) -> Loaded:
     trainer = load_trainer(saved, overrides_of(arguments, saved), arguments.weights, arguments.device)
+    assert isinstance(trainer, StableDiffusionTrainer)  # scripts/sample.py asks for others' pictures elsewhere
     config, pipeline = trainer.config, trainer.pipeline()
     config.valid_batch_size = arguments.number or config.valid_batch_size
     prompts = prompts_of(arguments) or [request["prompt"] for request in trainer.sample_requests(None)]

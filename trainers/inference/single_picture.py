@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets_lib
 from train import train
+from trainers.common.lora.training import AdapterConfig
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.engine.config.config import check_config
 from trainers.engine.config.files import read_config_file
@@ -45,7 +46,7 @@ def single_picture_lora(
     folder = arguments.output_dir.absolute().parent / f"lora-{name}-{digest}"
     document["base"] |= {"output_dir": str(folder), "train_data_dir": str(folder / "picture")}
     run = check_config(document, arguments.overrides, datasets_lib.problems)
-    if run.config.use_dora:
+    if isinstance(run.config, AdapterConfig) and run.config.use_dora:
         raise ValueError("lora.use_dora: the weights of a DoRA are no sum that can be mixed; leave it out")
     (folder / "picture").mkdir(parents=True, exist_ok=True)
     picture.square.save(folder / "picture" / f"{name}.png")

@@ -50,6 +50,9 @@ class LogitAverages(nn.Module):
     """
 
     DECAY = 0.99
+    sums: Tensor
+    collected: Tensor
+    step: Tensor
 
     def __init__(self) -> None:
         super().__init__()

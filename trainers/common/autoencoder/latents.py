@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainers.base import BaseConfig, Encoder, RandomSource
+from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
 
@@ -35,7 +35,7 @@ def latents_problems(source: str) -> Iterator[str]:
         yield "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
 
 
-def cache_problems(caches: dict[str, str | None], base: BaseConfig) -> Iterator[tuple[str, str]]:
+def cache_problems(caches: Mapping[str, CacheKind | None], base: BaseConfig) -> Iterator[tuple[str, str]]:
     """Yields (option, problem) for caches of which every example would need another entry than the one that is kept."""
     if caches["cache_latents"] is not None and not base.center_crop:
         yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
@@ -110,7 +110,7 @@ class LatentSpace:
             content.update(name.encode() + weights.numpy().tobytes())
         return content.hexdigest()[:16]
 
-    def encoder(self, cache: str | None = None, column: str = "") -> Encoder:
+    def encoder(self, cache: CacheKind | None = None, column: str = "") -> Encoder:
         """The stage that writes the mean and log-variance of each picture of `image`, or `<column>image`."""
 
         def write(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:

@@ -25,11 +25,14 @@ class AutoencoderLoss:
 
     def distances(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """How far each reconstruction [B, C, H, W] is from its picture, [B]: by pixels, and as a network sees it."""
-        kind, choice = self.config.reconstruction_loss, {"reduction": "none"}
-        if kind == "huber":
-            errors = functional.huber_loss(reconstruction, images, **choice, delta=self.config.huber_delta)
-        else:
-            errors = (functional.l1_loss if kind == "l1" else functional.mse_loss)(reconstruction, images, **choice)
+        match self.config.reconstruction_loss:
+            case "huber":
+                delta = self.config.huber_delta
+                errors = functional.huber_loss(reconstruction, images, reduction="none", delta=delta)
+            case "l1":
+                errors = functional.l1_loss(reconstruction, images, reduction="none")
+            case _:  # l2
+                errors = functional.mse_loss(reconstruction, images, reduction="none")
         distances = {"reconstruction": errors.mean((1, 2, 3))}
         if self.perceptual is not None:
             distances["perceptual"] = self.perceptual(reconstruction, images)
@@ -55,9 +58,10 @@ def quality(images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
 
     Without SSIM where its window does not fit.
     """
-    pictures = [(pixels / 2 + 0.5).clamp(0, 1) for pixels in (reconstruction, images)]
-    metrics = {"psnr": peak_signal_noise_ratio(*pictures, data_range=1.0, reduction="none", dim=(1, 2, 3))}
+    ours, wanted = ((pixels / 2 + 0.5).clamp(0, 1) for pixels in (reconstruction, images))
+    metrics = {"psnr": peak_signal_noise_ratio(ours, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))}
     if images.shape[-1] > SSIM_WINDOW:
-        found = structural_similarity_index_measure(*pictures, data_range=1.0, reduction="none")
+        found = structural_similarity_index_measure(ours, wanted, data_range=1.0, reduction="none")
+        assert isinstance(found, Tensor)  # a tuple only with return_full_image or return_contrast_sensitivity
         metrics["ssim"] = found.reshape(len(images))
     return metrics

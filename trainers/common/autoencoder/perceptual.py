@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,10 +20,14 @@ def load_perceptual(spec: str, resolution: int) -> nn.Module:
     Frozen, in float32; a gradient goes through to the pictures. Raises ValueError where its weights cannot be had.
     """
     name, _, file = spec.partition(":")
-    distance = MultiScaleSSIM(resolution) if spec == "ms_ssim" else None
-    if name == "lpips":
+    distance: nn.Module
+    if spec == "ms_ssim":
+        distance = MultiScaleSSIM(resolution)
+    elif name == "lpips":
         distance = LPIPS(file or None)
-    return (distance or FeatureDistance(name, file, resolution)).eval().requires_grad_(False)
+    else:
+        distance = FeatureDistance(name, file, resolution)
+    return distance.eval().requires_grad_(False)
 
 
 class MultiScaleSSIM(nn.Module):
@@ -78,6 +84,9 @@ class FeatureDistance(nn.Module):
     Summed over the last activation at each size that the network reaches, down to 2 pixels.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, file: str, resolution: int) -> None:
         super().__init__()
         from torchvision.models import get_model, get_model_weights
@@ -96,7 +105,7 @@ class FeatureDistance(nn.Module):
             self.network((_in_color(x) / 2 + 0.5 - self.mean) / self.std) for x in (pictures, others)
         ]
         distances = [_unit(rows) - _unit(of_others[node]) for node, rows in features.items()]
-        return sum(distance.square().sum(1).mean((1, 2)) for distance in distances)
+        return reduce(torch.add, (distance.square().sum(1).mean((1, 2)) for distance in distances))
 
 
 def _last_of_each_size(network: nn.Module, resolution: int) -> list[str]:
@@ -139,7 +148,7 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_weights(
-    name: str, file: str, own: dict[str, Tensor], names_in_file: dict[str, str], weights: dict[str, Any]
+    name: str, file: str, own: Mapping[str, Tensor], names_in_file: dict[str, str], weights: dict[str, Any]
 ) -> None:
     """Copies the weights of a file; ValueError where one is not there or has another shape."""
     for key, tensor in own.items():

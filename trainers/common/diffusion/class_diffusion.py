@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from trainers.base import BaseConfig, Bounds, Encoder, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
+from trainers.base import (
+    BaseConfig,
+    Bounds,
+    CacheKind,
+    Encoder,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    RandomSource,
+)
 from trainers.common.autoencoder.latents import LatentSpace, cache_problems, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
 from trainers.common.diffusion.classes import count_classes, labels_of
@@ -34,7 +44,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
     training_only: ClassVar[tuple[str, ...]] = ("cache_latents",)
 
     vae: str | None = None  # a finished vae run, or a hub name of an AutoencoderKL: diffuse its latents; null: pixels
-    cache_latents: Literal["memory", "disk"] | None = None  # encode each picture once; null: in every step
+    cache_latents: CacheKind | None = None  # encode each picture once; null: in every step
     num_classes: Positive | None = None  # null: as many as the data set names
     label_dropout: Fraction = 0.1  # part of the examples whose class is hidden in training
     guidance_scale: NonNegativeFloat = 1.0  # of the pictures at validations; 1: conditional alone, 0: no class
@@ -68,8 +78,10 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
             yield "valid_classes", "must name at least one class, or be null"
 
     def seen(self, base: BaseConfig) -> Grid | None:
-        settings = vae_config(self.vae) if self.vae is not None else None
-        return super().seen(base) if self.vae is None else settings and latent_grid(settings, base.resolution)
+        if self.vae is None:
+            return super().seen(base)
+        settings = vae_config(self.vae)
+        return None if settings is None else latent_grid(settings, base.resolution)
 
 
 class ClassDiffusionTrainer(PixelDiffusionTrainer):
@@ -77,6 +89,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
 
     config: ClassDiffusionConfig
     task: ClassVar[str]  # the section's name, for messages
+    num_classes: int
     classifier: ClassifierGuidance | None = None
     usage = (
         "from trainers.common.class_pipeline import ClassConditionalPipeline\n"
@@ -107,7 +120,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
                 config.classifier, config.classifier_scale, self.scheduler, self.num_classes, self.device
             )
 
-    def _class_numbers(self, classes: list[str | int]) -> list[int]:
+    def _class_numbers(self, classes: Sequence[str | int]) -> list[int]:
         """Names win over numbers: with the names "1" and "0" the class "1" is number 0."""
         names = self.run.label_names or []
         known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
@@ -147,8 +160,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
 
         config = self.config
         labels = torch.tensor([request["label"] for request in requests], device=self.device)
-        interval = tuple(config.guidance_interval) if config.guidance_interval else None
-        guidance = Guidance(config.guidance_scale, config.guidance_rescale, interval)
+        guidance = Guidance(config.guidance_scale, config.guidance_rescale, config.guidance_interval)
         asked, none = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.num_classes)}
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-class Networks(NamedTuple):
-    """Who is asked about the examples of a batch."""
+@dataclass(frozen=True)
+class Networks:
+    """A student to ask about the examples of a batch, and its teacher."""
 
     student: Predict
     teacher: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the same -> conditional, unconditional prediction
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return self.student(noisy, timesteps)
 
 
 class ConsistencyObjective:
@@ -49,7 +54,7 @@ class ConsistencyObjective:
 
     def loss(
         self,
-        networks: Networks,
+        networks: Predict,
         clean: Tensor,
         rng: RandomSource,
         mask: Tensor | None = None,
@@ -57,6 +62,7 @@ class ConsistencyObjective:
         prefix: str = "",
     ) -> Tensor:
         """Returns the distance of equation 16 at one random step per example, [B]; see DDPMObjective.loss."""
+        assert isinstance(networks, Networks), "the student needs a teacher"
         timesteps = self.skipped * (self.starts.draw(rng, f"{prefix}timestep", part) + 1) - 1
         earlier = (timesteps - self.skipped).clamp(min=0)
         w = self.w_min + (self.w_max - self.w_min) * rng.uniform(f"{prefix}guidance")
@@ -88,7 +94,7 @@ class ConsistencyObjective:
                 return (noisy - s * prediction) / a, prediction
             case "sample":
                 return prediction, (noisy - a * prediction) / s
-            case "v_prediction":
+            case _:  # v_prediction
                 return a * noisy - s * prediction, a * prediction + s * noisy
 
     def signal_and_noise(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ class Guidance:
 
     scale: float = 1.0
     rescale: float = 0.0
-    interval: tuple[float, float] | None = None
+    interval: Sequence[float] | None = None
 
     def predict(
         self, network: Network, noisy: Tensor, timestep: Tensor, asked: Condition, none: Condition, sigma: float

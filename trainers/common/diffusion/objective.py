@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy [B, ...], timesteps [B]) -> what the network says [B, ...]
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Part `number` of `count` equal parts of the time from pictures to noise."""
 
     number: int

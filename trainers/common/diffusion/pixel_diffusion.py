@@ -11,7 +11,7 @@ import torch
 from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
-from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow
+from trainers.common.diffusion.objective import DDPMObjective, Predict, RectifiedFlow
 from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d, unet2d_problems
@@ -125,6 +125,7 @@ class PixelDiffusionTrainer(Trainer):
     config: PixelDiffusionConfig
     network_name: ClassVar[str] = "unet"  # of its folder, as in diffusers' pipelines
     latents: LatentSpace | None = None
+    objective: DDPMObjective | RectifiedFlow
 
     def setup(self) -> None:
         self.latents = self.find_latents()
@@ -174,7 +175,7 @@ class PixelDiffusionTrainer(Trainer):
         """What the task sets in a UNet2DModel's config, whatever the file says."""
         return {}
 
-    def draw(self, predict: Any, rng: RandomSource) -> Tensor:
+    def draw(self, predict: Predict, rng: RandomSource) -> Tensor:
         """Pictures [B, C, H, W] in [0, 1]; `predict(noisy, timestep)` asks the network."""
         generators, size = rng.generators(), self.base.resolution
         shape = (self.base.channels, size, size) if self.latents is None else self.latents.shape

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 ADAPTER = "default"  # peft's name for it
-INITIALISATIONS = {"gaussian": "gaussian", "kaiming": True}  # of A; B starts at 0
+INITIALISATIONS: dict[str, Literal["gaussian"] | bool] = {
+    "gaussian": "gaussian",
+    "kaiming": True,
+}  # of A; B starts at 0
 
 
 def add_lora(
-    option: str, network: nn.Module, targets: list[str] | str, settings: dict[str, Any], without: str | None = None
+    option: str,
+    network: PeftAdapterMixin,
+    targets: list[str] | str,
+    settings: dict[str, Any],
+    without: str | None = None,
 ) -> nn.Module:
     """Freezes a network of diffusers or transformers and gives it an adapter with float32 weights.
 

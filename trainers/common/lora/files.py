@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers.loaders import PeftAdapterMixin
+    from peft import LoraConfig
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -43,13 +48,13 @@ class LoraFile(NamedTuple):
         settings, scalings = self.settings[network], {}
         patterns, usual = settings.get("alpha_pattern") or {}, settings.get("lora_alpha")
         for module, rank in self.ranks(network).items():
-            alpha = patterns.get(get_pattern_key(patterns, module), usual)
+            alpha = patterns.get(get_pattern_key(list(patterns), module), usual)
             divisor = rank**0.5 if settings.get("use_rslora") else rank
             scalings[module] = 1.0 if alpha is None else alpha / divisor
         return scalings
 
 
-def save_lora(folder: Path, networks: dict[str, nn.Module], about: dict[str, str]) -> Path:
+def save_lora(folder: Path, networks: Mapping[str, PeftAdapterMixin], about: dict[str, str]) -> Path:
     """Writes the adapters "default" of networks by name to a folder, in their dtype; returns the file.
 
     `about` is written into the file's header.
@@ -210,7 +215,7 @@ def adapter_settings(path: Path) -> dict[str, Settings]:
     return found
 
 
-def _written_settings(config: Any) -> Settings:
+def _written_settings(config: LoraConfig) -> Settings:
     """A LoraConfig as JSON can hold it, with sorted sets.
 
     The base's path is this machine's; dropout would act on pictures, as diffusers leaves it in training mode.

@@ -136,7 +136,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         """The texts in the file's header."""
         adapter = self.adapter()
         return {
-            "base_model": self.config.pretrained_model_name_or_path,
+            "base_model": self.base_model.source,
             "base_revision": self.config.revision or "",
             "base_variant": self.config.variant or "",
             "rank": str(adapter["r"]),

@@ -13,7 +13,7 @@ import torch
 from trainers.common.model_files import files_digest
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel
+    from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -106,8 +106,8 @@ class BaseModel:
 
         return self._read(UNet2DConditionModel, "unet", torch_dtype=dtype)
 
-    def _read(self, kind: type, name: str, **options: Any) -> Any:
-        variant = {"variant": self.variant} if self.variant else {}
+    def _read(self, kind: type[ModelMixin | PreTrainedModel], name: str, **options: Any) -> Any:
+        variant: dict[str, Any] = {"variant": self.variant} if self.variant else {}
         try:
             return kind.from_pretrained(self.folder / name, use_safetensors=True, **options, **variant)
         except (OSError, ValueError) as error:
@@ -123,7 +123,7 @@ class BaseModel:
             noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
             return diffusers.DDIMScheduler(**noise, clip_sample=False, steps_offset=1)
         name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "DDIMScheduler")
-        kind = getattr(diffusers, name, None)
+        kind: type[SchedulerMixin] | None = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"{self.option} = {self.source}: its scheduler is a {name}, which diffusers does not have")
         return kind.from_pretrained(path.parent)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.multimodal import CLIPScore
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
 
 class Features(nn.Module):
     """A CLIPModel whose features are tensors, which transformers 5 wraps in an output, and torchmetrics expects."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: CLIPModel) -> None:
         super().__init__()
         self.model, self.config = model, model.config
 
@@ -58,7 +61,11 @@ class ClipScore:
         except (OSError, ValueError) as error:
             raise _unreadable(option, source, error) from None
         # one process scores all pictures: the others must not be waited for
-        self.metric = CLIPScore(lambda: (Features(model), processor), sync_on_compute=False).to(device)
+        features = Features(model)
+        self.metric = CLIPScore(
+            lambda: (features, processor),  # type: ignore[arg-type,return-value]  # calls no other methods of a CLIPModel
+            sync_on_compute=False,
+        ).to(device)
         self.device = device
 
     def __call__(self, images: Tensor, prompts: list[str]) -> float:

@@ -33,7 +33,7 @@ def build_diffusion(task: str, config: StableDiffusionConfig, base_model: BaseMo
 
     Raises ValueError where the base model does not fit the config.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     if config.prediction_type is not None:
         changes["prediction_type"] = config.prediction_type
     if config.rescale_betas_zero_snr:

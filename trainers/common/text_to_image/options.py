@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from trainers.base import (
     BaseConfig,
+    CacheKind,
     Fraction,
     NonNegative,
     NonNegativeFloat,
@@ -62,8 +63,8 @@ class StableDiffusionConfig(TrainerConfig):
     timestep_bias_end: Positive = 1000  # of range: the one after the last
     prior_loss_weight: NonNegativeFloat = 1.0  # of the pictures in base.class_data_dir (prior preservation)
 
-    cache_latents: Literal["memory", "disk"] | None = None  # encode each picture once; null: in every step
-    cache_text: Literal["memory", "disk"] | None = None  # encode each caption once; null: in every step
+    cache_latents: CacheKind | None = None  # encode each picture once; null: in every step
+    cache_text: CacheKind | None = None  # encode each caption once; null: in every step
 
     validation_prompts: list[str] | None = None  # texts to draw; null: captions of the data, held-out first; []: none
     negative_prompt: str | None = None  # what pictures are pushed away from; null: the empty text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainers.base import Encoder
+from trainers.base import CacheKind, Encoder
 from trainers.common.text_to_image.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -43,7 +43,12 @@ class Prompts:
         return tokenizer(captions, return_tensors="pt", **options).input_ids
 
     def encoder(
-        self, device: torch.device, dtype: torch.dtype, cache: str | None, constants: tuple[str, ...], default: str
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache: CacheKind | None,
+        constants: tuple[str, ...],
+        default: str,
     ) -> Encoder:
         """The frozen stage from captions to embeddings; `constants` are texts beside the captions.
 
@@ -53,10 +58,10 @@ class Prompts:
         def build() -> nn.ModuleDict:
             return nn.ModuleDict({name: self.base_model.text_encoder(name, dtype) for name in self.names})
 
-        def encode(networks: nn.ModuleDict, captions: list[str]) -> dict[str, Tensor]:
-            return self.embed(networks, list(captions), device)
+        def encode(networks: nn.Module, captions: list[str]) -> dict[str, Tensor]:
+            return self.embed(dict(networks.named_children()), list(captions), device)
 
-        def source() -> dict[str, str]:
+        def source() -> dict[str, Any]:
             folders = (*self.names, *("tokenizer", "tokenizer_2")[: len(self.names)])
             digest = self.base_model.digest(*folders)
             return {"text encoders": digest, "variant": self.base_model.variant, "dtype": str(dtype)}
@@ -66,12 +71,13 @@ class Prompts:
     def truncated(self, captions: Iterable[str]) -> tuple[int, str | None]:
         """How many captions lose tokens at the tokenizers' length, and the end that the first of them loses."""
         captions, tokenizer = list(dict.fromkeys(captions)), self.tokenizers[0]
-        limit, lost, first = tokenizer.model_max_length, 0, None
+        limit, lost = tokenizer.model_max_length, 0
+        first: str | None = None
         for start in range(0, len(captions), 10_000):
             for ids in tokenizer(captions[start : start + 10_000], add_special_tokens=False).input_ids:
                 if len(ids) > limit - 2:  # without the marks of beginning and end
                     lost += 1
-                    first = first or tokenizer.decode(ids[limit - 2 :])
+                    first = first or tokenizer.batch_decode([ids[limit - 2 :]])[0]
         return lost, first
 
 

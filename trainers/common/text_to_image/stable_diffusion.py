@@ -20,7 +20,7 @@ from trainers.common.text_to_image.prompt_requests import captions_and_labels, h
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, constant_rows, size_conditions
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers import SchedulerMixin, UNet2DConditionModel
 
     from trainers.base import DataSet, ImageData
     from trainers.common.text_to_image.clip_score import ClipScore
@@ -38,6 +38,7 @@ class StableDiffusionTrainer(Trainer):
     def setup(self) -> None:
         config = self.config
         option, source = f"{self.task}.pretrained_model_name_or_path", config.pretrained_model_name_or_path
+        assert source is not None  # the config was checked
         self.base_model = BaseModel(option, source, config.revision, config.variant)
         vae = (option, str(self.base_model.folder)) if config.vae is None else (f"{self.task}.vae", config.vae)
         variant = config.variant if config.vae is None else None
@@ -52,7 +53,8 @@ class StableDiffusionTrainer(Trainer):
 
     def init_modules(self) -> dict[str, nn.Module]:
         networks = self.build_networks()
-        channels, wanted = networks["unet"].config.in_channels, self.latents.grid.channels
+        unet: UNet2DConditionModel = networks["unet"]
+        channels, wanted = unet.config.in_channels, self.latents.grid.channels
         if channels != wanted:  # such as 9 of one for inpainting
             option, source = f"{self.task}.pretrained_model_name_or_path", self.config.pretrained_model_name_or_path
             found = f"its UNet sees {channels} channels, and latents have {wanted}"
@@ -158,7 +160,7 @@ class StableDiffusionTrainer(Trainer):
         """With Stable Diffusion XL's sizes, those of the examples or, without any, of a whole picture."""
         if not self.base_model.is_xl:
             return embeds
-        target = tuple(side * self.latents.factor for side in shape[2:])
+        target = shape[2] * self.latents.factor, shape[3] * self.latents.factor
         whole = constant_rows(target, shape[0], self.device)
         known = {} if batch is None else batch
         sizes = known.get(f"{prefix}original_size", whole)
@@ -216,9 +218,9 @@ class StableDiffusionTrainer(Trainer):
         noise = initial_noise(self.latents.shape, generators, self.device)
         asked = self._condition(self.embed([request["prompt"] for request in requests]), noise.shape, None)
         negative = [request.get("negative_prompt", config.negative_prompt) for request in requests]
-        none = [self.empty() if text is None else self.embed([text]) for text in negative]
-        none = {name: torch.cat([each[name] for each in none]) for name in self.prompts.columns}
-        none = self._condition(none, noise.shape, None)
+        texts = [self.empty() if text is None else self.embed([text]) for text in negative]
+        embeds = {name: torch.cat([each[name] for each in texts]) for name in self.prompts.columns}
+        none = self._condition(embeds, noise.shape, None)
         # pipelines take a scale of at most 1 for no guidance
         guidance = Guidance(max(config.guidance_scale, 1.0), config.guidance_rescale)
 
@@ -247,12 +249,15 @@ class StableDiffusionTrainer(Trainer):
 
     def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
         """The CLIP score, cosine times 100 of picture and prompt, where a CLIP is given."""
-        if self.config.clip_score_model is None:
+        if self.clip_score is None:
             return {}
         return {"clip_score": self.clip_score(images["samples"], [request["prompt"] for request in requests])}
 
     @cached_property
-    def clip_score(self) -> ClipScore:
+    def clip_score(self) -> ClipScore | None:
+        source = self.config.clip_score_model
+        if source is None:
+            return None
         from trainers.common.text_to_image.clip_score import ClipScore
 
-        return ClipScore(f"{self.task}.clip_score_model", self.config.clip_score_model, self.device)
+        return ClipScore(f"{self.task}.clip_score_model", source, self.device)

@@ -32,7 +32,11 @@ def build_unet(
     """
     from diffusers import UNet2DConditionModel
 
-    decided = {"in_channels": latents.channels, "out_channels": latents.channels, "cross_attention_dim": text_width}
+    decided: Settings = {
+        "in_channels": latents.channels,
+        "out_channels": latents.channels,
+        "cross_attention_dim": text_width,
+    }
     settings = _read(model_config)
     decided["addition_embed_type"] = None if pooled_width is None else "text_time"
     if pooled_width is not None:

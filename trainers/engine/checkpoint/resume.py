@@ -11,7 +11,6 @@ from trainers.base import Trainer
 from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes, optimizer_changed
 from trainers.engine.checkpoint.load import (
     compare_shape,
-    put_optimizer_state,
     put_weights,
     read_optimizer_state,
     read_tensors,
@@ -21,6 +20,7 @@ from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.train_state import TrainState
 from trainers.engine.checkpoint.warm_up import warm_up
 from trainers.engine.checkpoint.writer import FORMAT
+from trainers.engine.distributed.sharding import load_optimizer_state
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import set_metrics_aside
@@ -121,7 +121,7 @@ def load(
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)
-    put_optimizer_state(moments, networks, state.optimizer)
+    load_optimizer_state(networks, state.optimizer, moments)
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     set_aside_later(ctx, folder, saved["step"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from accelerate.utils import DistributedType
-
 from trainers.base import Trainer
 from trainers.engine.checkpoint.train_state import TrainState
 from trainers.engine.data.batches import first_batch
+from trainers.engine.distributed import deepspeed
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import RunContext
 from trainers.engine.run.randomness import SlotRandom
@@ -19,7 +18,7 @@ def warm_up(ctx: RunContext, trainer: Trainer, encoders: FrozenEncoders, state: 
     processes would sum in another order than the uninterrupted one.
     """
     accelerator, clock, base = ctx.accelerator, ctx.clock, ctx.run.base
-    if accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.num_processes == 1 or deepspeed.in_use(accelerator):
         return
     # the step before: only networks that took part in it have had a backward in the uninterrupted run
     step = max(clock.origin_step - 1, 0)

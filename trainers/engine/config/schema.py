@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import tokenize
@@ -42,6 +43,7 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+@functools.cache
 def _trailing_comments(cls: type) -> dict[str, str]:
     """{field: comment on the last line of its declaration}, from the source; empty where there is no source."""
     if not (dataclasses.is_dataclass(cls) and issubclass(cls, Section)):

@@ -10,16 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
-
-
-class Backward(DeepSpeedEngineWrapper):
-    """accelerate's way into the engine, without the optimizer step that it takes within the last backward."""
-
-    def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
-        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
-        self.engine.backward(loss, **options)
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -30,6 +21,11 @@ def is_sharded(parameter: Tensor) -> bool:
 def is_divided(parameter: Tensor) -> bool:
     """Whether ZeRO-2 moves a part of it in each process, which may be none of it."""
     return hasattr(parameter, "_hp_mapping")
+
+
+def holds_part(parameter: Tensor) -> bool:
+    """Whether DeepSpeed divides what is moved of it, and with ZeRO-3 the weight as well."""
+    return is_sharded(parameter) or is_divided(parameter)
 
 
 def part_of(parameter: Tensor) -> Tensor:
@@ -120,17 +116,14 @@ def _place_in_state(optimizer: Any, parameter: Tensor) -> tuple[Tensor, slice]:
 
 
 @torch.no_grad()
-def load_optimizer(network: nn.Module, saved: dict[int, dict[str, Tensor]]) -> None:
-    """Takes whole states by the id of the parameter; parameters that DeepSpeed moves as one have one count of steps."""
+def load_optimizer(network: nn.Module, saved: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+    """Takes whole states by parameter; parameters that DeepSpeed moves as one have one count of steps."""
     optimizer = zero_optimizer(network)
-    for parameter in network.parameters():
-        if id(parameter) not in saved:
-            continue
+    for parameter, values in saved.items():
         flat, place = _place_in_state(optimizer, parameter)
         state = optimizer.state[flat]
-        for key, value in saved[id(parameter)].items():
+        for key, value in values.items():
             if value.ndim == 0:
                 state[key] = value.to(flat.device)
             else:
-                own = part_from(value, parameter)
-                state.setdefault(key, torch.zeros_like(flat))[place].copy_(own)
+                state.setdefault(key, torch.zeros_like(flat))[place].copy_(part_from(value, parameter))

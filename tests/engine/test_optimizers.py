@@ -11,9 +11,8 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import losses
+from run_folders import final_state, losses
 from safetensors.torch import load_file
-from test_resume import final_state
 from torch import nn
 
 from train import main

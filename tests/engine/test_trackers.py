@@ -8,7 +8,8 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import read_metrics, tiny
+from repository import tiny
+from run_folders import read_metrics
 
 from train import train
 from trainers.engine.config.base_options import BaseConfig
