@@ -24,7 +24,8 @@ def centred(pictures: list[Image.Image]) -> list[Image.Image]:
     found = []
     for picture in pictures:
         found.append(Image.new("RGB", (width, height), "white"))
-        found[-1].paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+        place = (width - picture.width) // 2, (height - picture.height) // 2
+        found[-1].paste(picture, place, picture if picture.mode == "RGBA" else None)
     return found
 
 

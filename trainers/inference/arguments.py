@@ -12,6 +12,7 @@ import yaml
 from trainers.base import Section, Trainer
 from trainers.engine.config.schema import coerce
 from trainers.engine.config.schema import options as options_of
+from trainers.inference.command import positive
 from trainers.inference.saved_run import SavedRun, load_trainer, open_run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -66,14 +67,6 @@ def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> di
         except (ValueError, yaml.YAMLError) as allowed:
             raise ValueError(f"{shown}: must be {allowed}") from None
     return found
-
-
-def positive(text: str) -> int:
-    """Parses an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
-    return number
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

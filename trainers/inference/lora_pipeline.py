@@ -52,21 +52,21 @@ def load_pipeline(
     return pipeline
 
 
-def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> list[str]:
-    """Loads LoRA files as adapters lora_0, lora_1, ... and activates them with their weights; returns the names.
+def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float]:
+    """Loads LoRA files as adapters lora_0, lora_1, ... and activates them; returns their weights by name.
 
     Raises FileNotFoundError for a missing file, ValueError for one that does not fit the pipeline.
     """
     files = [(find_lora(path), read_lora(path)) for path, _ in loras]
-    names = [f"lora_{number}" for number in range(len(files))]
-    for name, (file, lora) in zip(names, files, strict=True):
+    weights = {f"lora_{number}": weight for number, (_, weight) in enumerate(loras)}
+    for name, (file, lora) in zip(weights, files, strict=True):
         check_fit(file, lora, pipeline)
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
         for network in lora.tensors:
             getattr(pipeline, network).eval()  # no dropout in sampling
-    if names:
-        pipeline.set_adapters(names, [weight for _, weight in loras])  # only the last one is active after loading
-    return names
+    if weights:
+        pipeline.set_adapters(list(weights), list(weights.values()))  # only the last one is active after loading
+    return weights
 
 
 def weigh_loras(pipeline: Any, weights: dict[str, float]) -> None:

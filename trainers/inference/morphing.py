@@ -46,7 +46,7 @@ class Morph:
         self.pipeline, self.unet, self.adain = pipeline, pipeline.unet, adain
         self.sampler, self.inverse = ddim_schedulers(pipeline.scheduler, steps)
         check_morph(pipeline, loras, attention)
-        self.names = add_loras(pipeline, [(lora, 1.0) for lora in loras])
+        self.names = list(add_loras(pipeline, [(lora, 1.0) for lora in loras]))
         self.shared = SharedAttention(self.unet) if attention else None
         self.shared_steps = round(attention * steps)
         self.asked = [self._embedded(number, prompt) for number, prompt in enumerate(prompts)]

@@ -15,7 +15,8 @@ from trainers.base import Fraction, NonNegativeFloat, Positive, Section, Trainer
 from trainers.common.lora.files import ADAPTER, find_lora
 from trainers.common.text_to_image.prompt_requests import prompt_requests
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
-from trainers.inference.arguments import overrides_of, pipeline_options, positive
+from trainers.inference.arguments import overrides_of, pipeline_options
+from trainers.inference.command import positive
 from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_lora
 from trainers.inference.prompted_drawing import (
     Inpainting,
@@ -138,7 +139,7 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     asked = {"clip_skip": arguments.clip_skip, "lora_scales": scales_of(arguments)}
     asked |= {} if arguments.negative_prompt is None else {"negative_prompt": arguments.negative_prompt}
     load = _of_pipeline(arguments) if saved is None else _of_run(arguments, saved)
-    added = dict(zip(add_loras(load.pipeline, extra), (weight for _, weight in extra), strict=True))
+    added = add_loras(load.pipeline, extra)
     settings = PromptSettings(**load.settings | asked)
     load.pipeline.to(find_device(arguments.device))
     drawer = PromptedPipeline(load.pipeline, load.loras | added, settings, inpainting)
