@@ -34,7 +34,7 @@ class TrainerConfig(Section):
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use after training: ignored when a run is loaded
     initial_weights: ClassVar[tuple[str, ...]] = (
         "pretrained_model_name_or_path",
-    )  # ignored if the whole network is saved
+    )  # the same, if a whole network is saved
     export_is_base_model: ClassVar[bool] = False  # whether a finished run is a valid pretrained_model_name_or_path
     reads_captions: ClassVar[bool] = False  # whether captions and class images are used
     takes_buckets: ClassVar[bool] = False  # whether height and width may differ between batches

@@ -48,7 +48,7 @@ class StableDiffusionConfig(TrainerConfig):
     loss_type: Literal["l2", "huber"] = "l2"  # huber: 2 c (sqrt(e^2 + c^2) - c), for data with outliers
     huber_c: PositiveFloat = 0.1  # c of huber
     noise_offset: NonNegativeFloat = (
-        0.0  # add this times one normal number per channel to the noise, for darker and brighter pictures
+        0.0  # add this times a normal number per channel to the noise: darker, brighter pictures
     )
     input_perturbation: NonNegativeFloat = 0.0  # further noise in the UNet's input, not in its target; 0.1 is usual
     rescale_betas_zero_snr: bool = False  # make the last timestep pure noise (arXiv 2305.08891); needs v_prediction
@@ -64,9 +64,7 @@ class StableDiffusionConfig(TrainerConfig):
     cache_latents: CacheKind | None = None  # encode each picture once; null: at every step
     cache_text: CacheKind | None = None  # encode each caption once; null: at every step
 
-    validation_prompts: list[str] | None = (
-        None  # texts to draw; null: held-out captions, or else training captions; []: none
-    )
+    validation_prompts: list[str] | None = None  # texts to draw; null: captions, held-out first; []: none
     negative_prompt: str | None = None  # text that guidance moves away from; null: the empty text
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: the base model's own
     num_inference_steps: Positive = 30  # steps of the sampler
