@@ -32,7 +32,7 @@ class TextToImageConfig(StableDiffusionConfig):
     export_is_base_model: ClassVar[bool] = True
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-5  # peak of the schedule
-    model_config: str | None = None  # train from scratch: folder, JSON file or name in configs/models; null: no
+    model_config: str | None = None  # UNet from scratch: folder, JSON file or name in configs/models; null: the base's
     objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # training objective; a flow predicts noise minus picture
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of a flow's training times
     time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures than to noise

@@ -48,7 +48,7 @@ class StableDiffusionConfig(TrainerConfig):
     loss_type: Literal["l2", "huber"] = "l2"  # huber: 2 c (sqrt(e^2 + c^2) - c), for data with outliers
     huber_c: PositiveFloat = 0.1  # c of huber
     noise_offset: NonNegativeFloat = (
-        0.0  # add this times a normal number per channel to the noise: darker, brighter pictures
+        0.0  # add this times one number per channel to the noise: darker, brighter pictures
     )
     input_perturbation: NonNegativeFloat = 0.0  # further noise in the UNet's input, not in its target; 0.1 is usual
     rescale_betas_zero_snr: bool = False  # make the last timestep pure noise (arXiv 2305.08891); needs v_prediction
