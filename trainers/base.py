@@ -32,9 +32,7 @@ class TrainerConfig(Section):
         "use_8bit_adam": {False: ("optimizer", "adamw"), True: ("optimizer", "adamw_8bit")}
     }
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use after training: ignored when a run is loaded
-    initial_weights: ClassVar[tuple[str, ...]] = (
-        "pretrained_model_name_or_path",
-    )  # ignored if the whole network is saved
+    initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # ignored if all weights are saved
     export_is_base_model: ClassVar[bool] = False  # whether a finished run is a valid pretrained_model_name_or_path
     reads_captions: ClassVar[bool] = False  # whether captions and class images are used
     takes_buckets: ClassVar[bool] = False  # whether height and width may differ between batches

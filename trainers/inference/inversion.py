@@ -65,10 +65,7 @@ def latent_pictures(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def invert(
-    predict: Predict,
-    inverse: DDIMInverseScheduler,
-    latents: Tensor,
-    progress: Callable[[Iterable], Iterable] = iter,
+    predict: Predict, inverse: DDIMInverseScheduler, latents: Tensor, progress: Callable[[Iterable], Iterable] = iter
 ) -> Tensor:
     """Inverts latents to noise of the same shape, with the prediction at the start of each inverted step.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Sampler = Literal["ddpm", "ddim", "dpmsolver++", "euler", "lcm"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 DDIM_TIMESTEPS = 50  # of the teacher of the published LCM-LoRAs
 WHITE = 128  # of 255: a mask's pixels from here on are drawn anew
 

@@ -26,11 +26,7 @@ class Reconstruction:
 
 
 def adversarial_losses(
-    config: Any,
-    discriminator: nn.Module,
-    averages: nn.Module,
-    reconstruction: Reconstruction,
-    step: int,
+    config: Any, discriminator: nn.Module, averages: nn.Module, reconstruction: Reconstruction, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the sum of the autoencoder's and the discriminator's adversarial losses, and its terms to log.
 

@@ -32,13 +32,9 @@ class NoisyPixelsConfig(TrainerConfig):
     fixed_by_task: ClassVar[tuple[str, ...]] = ()  # settings of the network that the task decides, such as out_channels
 
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
-    pretrained_model_name_or_path: str | None = (
-        None  # initial weights: folder or hub name of a UNet2DModel; null: random
-    )
+    pretrained_model_name_or_path: str | None = None  # initial weights: folder or hub name; null: random
     ddpm_num_steps: Positive = 1000  # timesteps of the forward process
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = (
-        "linear"  # its noise variance per timestep
-    )
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # its noise per timestep
     rescale_betas_zero_snr: bool = False  # make the last timestep pure noise (arXiv 2305.08891); not with epsilon
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
@@ -86,9 +82,7 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of a flow's training times
     time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures than to noise
     time_logit_std: PositiveFloat = 1.0  # of logit_normal
-    time_shift: PositiveFloat = (
-        1.0  # shifts a flow's times towards noise, in training and sampling; 3 is usual at 1024 pixels
-    )
+    time_shift: PositiveFloat = 1.0  # shifts a flow's times towards noise, in sampling too; 3 is usual at 1024 pixels
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: ddpm, or euler of a flow

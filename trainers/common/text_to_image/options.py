@@ -47,9 +47,7 @@ class StableDiffusionConfig(TrainerConfig):
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
     loss_type: Literal["l2", "huber"] = "l2"  # huber: 2 c (sqrt(e^2 + c^2) - c), for data with outliers
     huber_c: PositiveFloat = 0.1  # c of huber
-    noise_offset: NonNegativeFloat = (
-        0.0  # add this times one normal number per channel to the noise, for darker and brighter pictures
-    )
+    noise_offset: NonNegativeFloat = 0.0  # size of a random shift of each channel's noise: darker, brighter pictures
     input_perturbation: NonNegativeFloat = 0.0  # further noise in the UNet's input, not in its target; 0.1 is usual
     rescale_betas_zero_snr: bool = False  # make the last timestep pure noise (arXiv 2305.08891); needs v_prediction
     dream_detail_preservation: PositiveFloat | None = None  # p of DREAM (arXiv 2312.00210), 1 is usual; null: off
@@ -64,9 +62,7 @@ class StableDiffusionConfig(TrainerConfig):
     cache_latents: CacheKind | None = None  # encode each picture once; null: at every step
     cache_text: CacheKind | None = None  # encode each caption once; null: at every step
 
-    validation_prompts: list[str] | None = (
-        None  # texts to draw; null: held-out captions, or else training captions; []: none
-    )
+    validation_prompts: list[str] | None = None  # texts to draw; null: captions, held-out first; []: none
     negative_prompt: str | None = None  # text that guidance moves away from; null: the empty text
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: the base model's own
     num_inference_steps: Positive = 30  # steps of the sampler
