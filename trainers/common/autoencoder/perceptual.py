@@ -38,15 +38,9 @@ class MultiScaleSSIM(nn.Module):
         from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
         # "simple" maps a scale's similarity to [0, 1]: cut off at 0, its power would have an infinite gradient there
-        similarity = multiscale_structural_similarity_index_measure(
-            pictures / 2 + 0.5,
-            others / 2 + 0.5,
-            data_range=1.0,
-            betas=self.weights,
-            reduction="none",
-            normalize="simple",
-        )
-        return 1 - similarity
+        options = {"data_range": 1.0, "betas": self.weights, "reduction": "none", "normalize": "simple"}
+        in_unit_range = pictures / 2 + 0.5, others / 2 + 0.5
+        return 1 - multiscale_structural_similarity_index_measure(*in_unit_range, **options)
 
 
 class LPIPS(nn.Module):

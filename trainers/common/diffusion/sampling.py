@@ -52,28 +52,23 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
 
     Raises ValueError for another.
     """
-    from diffusers import (
-        DDIMScheduler,
-        DPMSolverMultistepScheduler,
-        EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
-    )
+    import diffusers
 
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         if name == "dpmsolver++":
             config = scheduler.config
             settings = {"num_train_timesteps": config.num_train_timesteps, "flow_shift": config.shift}
             settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            return DPMSolverMultistepScheduler(**settings)
+            return diffusers.DPMSolverMultistepScheduler(**settings)
         if name != "euler":
             raise ValueError(f"sampler = {name}: a flow has euler or dpmsolver++")
         return type(scheduler).from_config(scheduler.config)
     if name == "ddim":
-        return DDIMScheduler.from_config(scheduler.config)
+        return diffusers.DDIMScheduler.from_config(scheduler.config)
     if name == "dpmsolver++":
-        return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
+        return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
     if name == "euler":
-        return EulerDiscreteScheduler.from_config(scheduler.config)
+        return diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
     if name != "ddpm":
         raise ValueError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++, euler")
     return type(scheduler).from_config(scheduler.config)

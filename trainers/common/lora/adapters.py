@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,21 +32,12 @@ def add_lora(
         config = LoraConfig(**settings | places, init_lora_weights=initial)
         network.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
-        examples = ", ".join(list(dict.fromkeys(_ending(name) for name in _linear_names(network)))[:12])
-        advice = f"modules of {type(network).__name__} end in {examples}"
+        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        endings = dict.fromkeys(re.sub(r".*\.(?=\D)", "", name) for name in linear)  # to_out.0 of a.b.to_out.0
+        advice = f"modules of {type(network).__name__} end in {', '.join(list(endings)[:12])}"
         raise ValueError(f"{option} = {targets}: no adapter can be put there ({error}); {advice}") from None
     cast_training_params(network, torch.float32)  # small updates vanish in half precision
     return network
-
-
-def _linear_names(network: nn.Module) -> Iterator[str]:
-    return (name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
-
-
-def _ending(name: str) -> str:
-    """to_out.0 of a.b.to_out.0."""
-    parts = name.split(".")
-    return ".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]
 
 
 @contextmanager

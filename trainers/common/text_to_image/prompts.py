@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainers.base import Encoder
 from trainers.common.text_to_image.base_model import BaseModel
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
@@ -31,16 +28,16 @@ class Prompts:
 
     def embed(self, networks: Mapping[str, nn.Module], captions: list[str], device: torch.device) -> dict[str, Tensor]:
         """Runs the text encoders `networks`, by name."""
-        tokens = [_moved(self._tokens(tokenizer, captions), device) for tokenizer in self.tokenizers]
+        tokens = []
+        for tokenizer in self.tokenizers:
+            options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            rows = tokenizer(captions, return_tensors="pt", **options).input_ids
+            rows = rows.pin_memory() if device.type == "cuda" else rows  # else the copy would wait for the device
+            tokens.append(rows.to(device, non_blocking=True))
         if not self.base_model.is_xl:
             return {EMBEDS: networks["text_encoder"](tokens[0])[0]}
         found = [networks[n](t, output_hidden_states=True) for n, t in zip(self.names, tokens, strict=True)]
         return {EMBEDS: torch.cat([each.hidden_states[-2] for each in found], dim=-1), POOLED: found[1][0]}
-
-    @staticmethod
-    def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        return tokenizer(captions, return_tensors="pt", **options).input_ids
 
     def encoder(
         self, device: torch.device, dtype: torch.dtype, cache: str | None, constants: tuple[str, ...], default: str
@@ -73,11 +70,6 @@ class Prompts:
                     lost += 1
                     first = first or tokenizer.decode(ids[limit - 2 :])
         return lost, first
-
-
-def _moved(tokens: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
 def size_conditions(sizes: Any, corners: Any, target: tuple[int, int]) -> Tensor:

@@ -16,14 +16,8 @@ from torch.optim import Optimizer
 from trainers.base import Trainer, TrainerConfig
 from trainers.engine.distributed import deepspeed, fsdp
 
-SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_CPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
 ASKED_BY = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *ASKED_BY.values())
 
 
 def check_devices() -> None:

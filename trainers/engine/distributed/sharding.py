@@ -30,7 +30,9 @@ class Part(NamedTuple):
         if zero.holds_part(self.parameter):
             return zero.whole_of(self.tensor, self.parameter)
         if isinstance(self.parameter, DTensor):
-            return _as_dtensor(self.tensor, self.parameter).full_tensor()
+            own, part = self.parameter, self.tensor.to(self.parameter.device)
+            place = {"shape": own.shape, "stride": own.stride(), "run_check": False}
+            return DTensor.from_local(part, own.device_mesh, own.placements, **place).full_tensor()
         return self.tensor
 
 
@@ -84,9 +86,9 @@ def refresh(networks: dict[str, nn.Module], masters: bool = False) -> None:
     FSDP2 keeps what it gathered in a forward pass until a backward pass, DeepSpeed whole weights, and with `masters`
     the optimizer's own. Collective.
     """
+    if (inner := zero.optimizer_of(networks)) is not None:
+        zero.refresh(inner, masters)
     for network in networks.values():
-        if zero.zero_optimizer(network) is not None:
-            zero.refresh(network, masters)
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -101,18 +103,14 @@ def like(saved: Tensor, own: Tensor) -> Tensor:
     return torch.empty_like(own, device=saved.device, dtype=saved.dtype).copy_(saved)
 
 
-def _as_dtensor(part: Tensor, own: DTensor) -> DTensor:
-    place = {"device_mesh": own.device_mesh, "placements": own.placements, "run_check": False}
-    return DTensor.from_local(part.to(own.device), **place, shape=own.shape, stride=own.stride())
-
-
 def optimizer_state(networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensor | Part]:
     """The state of what is trained, by "network.parameter.key"."""
     found: dict[str, Tensor | Part] = {}
+    inner = zero.optimizer_of(networks)
     for name, network in networks.items():
         for key, parameter in trained_parameters(network).items():
-            if zero.zero_optimizer(network) is not None:
-                state = zero.optimizer_parts(network, parameter)
+            if inner is not None:
+                state = zero.optimizer_parts(inner, parameter)
                 own = {k: value if value.ndim == 0 else Part(value, parameter) for k, value in state.items()}
             else:
                 own = {k: torch.as_tensor(value) for k, value in optimizer.state.get(parameter, {}).items()}
@@ -124,10 +122,9 @@ def load_optimizer_state(
     networks: dict[str, nn.Module], optimizer: Optimizer, saved: dict[nn.Parameter, dict[str, Tensor]]
 ) -> None:
     """Takes the whole state of what is trained, by parameter."""
-    for network in networks.values():
-        if zero.zero_optimizer(network) is not None:
-            zero.load_optimizer(network, saved)
-            return
+    if (inner := zero.optimizer_of(networks)) is not None:
+        zero.load_optimizer(inner, saved)
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         number: {key: value if value.ndim == 0 else like(value, p) for key, value in saved[p].items()}

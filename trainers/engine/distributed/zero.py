@@ -65,15 +65,14 @@ def _place_in_weight(parameter: Tensor) -> slice:
     return slice(address.start, address.start + address.numel)
 
 
-def zero_optimizer(network: nn.Module) -> Any | None:
-    """DeepSpeed's optimizer of a network; None on another engine."""
-    return getattr(network, "zero_optimizer", None)
+def optimizer_of(networks: dict[str, nn.Module]) -> Any | None:
+    """DeepSpeed's optimizer of the one network that it trains; None on another engine."""
+    return next((getattr(network, "zero_optimizer", None) for network in networks.values()), None)
 
 
 @torch.no_grad()
-def refresh(network: nn.Module, masters: bool = False) -> None:
+def refresh(optimizer: Any, masters: bool = False) -> None:
     """After `part_of` was written to: what other processes hold of it, and with `masters` the optimizer's copy."""
-    optimizer = zero_optimizer(network)
     if hasattr(optimizer, "persistent_parameters"):
         optimizer.parameter_offload.partition_all_parameters()  # some stay whole after a forward pass
         if optimizer.persistent_parameters:  # small ones, which ZeRO-3 keeps whole beside their parts
@@ -92,9 +91,8 @@ def refresh(network: nn.Module, masters: bool = False) -> None:
         optimizer.refresh_fp32_params()
 
 
-def optimizer_parts(network: nn.Module, parameter: Tensor) -> dict[str, Tensor]:
+def optimizer_parts(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     """This process's part of the state of a parameter by its key; what is one number is whole."""
-    optimizer = zero_optimizer(network)
     if not optimizer.state:
         return {}
     flat, place = _place_in_state(optimizer, parameter)
@@ -116,9 +114,8 @@ def _place_in_state(optimizer: Any, parameter: Tensor) -> tuple[Tensor, slice]:
 
 
 @torch.no_grad()
-def load_optimizer(network: nn.Module, saved: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+def load_optimizer(optimizer: Any, saved: dict[nn.Parameter, dict[str, Tensor]]) -> None:
     """Takes whole states by parameter; parameters that DeepSpeed moves as one have one count of steps."""
-    optimizer = zero_optimizer(network)
     for parameter, values in saved.items():
         flat, place = _place_in_state(optimizer, parameter)
         state = optimizer.state[flat]
