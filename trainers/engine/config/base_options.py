@@ -188,7 +188,7 @@ class BaseConfig(Section):
         for option in ("eval_num_samples", "eval_features", "eval_classifier"):
             if self.eval_steps is None and getattr(self, option) != type(self).__dataclass_fields__[option].default:
                 yield option, "has an effect with eval_steps only"
-        for option in ("label_column", "mask_column"):
+        for option in ("label_column", "mask_column", "caption_column"):
             if getattr(self, option) is not None and self.dataset is not None:
                 yield option, "has an effect with dataset_name and train_data_dir only"
         if self.dataset_args and self.dataset is None:
