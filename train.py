@@ -1,4 +1,4 @@
-"""diffloop: `accelerate launch train.py CONFIG [section.key=value ...]`, one loop for every diffusion task."""
+"""diffloop: `accelerate launch train.py CONFIG [section.key=value ...]`, one training loop for every task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainers.engine.config.files import ConfigError
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
-    from trainers.engine.checkpoint.train_state import TrainState
+    from trainers.engine.checkpoint.snapshot import TrainState
     from trainers.engine.dry_run.plan import DryRun
     from trainers.engine.run.context import DataSets, RunContext
 
@@ -42,17 +42,17 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         base, accelerator = run.base, ctx.accelerator
         resume_from = find.find_checkpoint(ctx)
 
-        # data first: the clock counts its examples, and a checkpoint is compared with both before it moves the clock
+        # data first: the clock counts its examples, and a checkpoint must match both before it sets the clock
         loaded = load_data(ctx, dry_run)
         saved = resume.read_state(ctx, resume_from, loaded.train)
         clock = ctx.clock
 
-        # frozen encoders fill their caches and leave the device before the network comes: a large one needs the room
+        # frozen encoders fill their caches and leave the device before the network is built: it may need all the memory
         trainer = networks.build_trainer(accelerator, run, clock, loaded)
         encoders = stages.build_encoders(trainer)
         data = fill.fill_caches(accelerator, encoders, base, loaded)
 
-        # networks, optimizer and averages; loader workers start last, as what is decoded before is shared with them
+        # networks, optimizer and averages; loader workers start last, so that they share what was decoded before
         state = build_state(ctx, trainer, data)
         if resume_from:
             resume.load(ctx, trainer, encoders, state, resume_from, saved)
@@ -67,7 +67,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
         with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
-            validation.make_up(clock.origin_step)  # one that the run was stopped in
+            validation.make_up(clock.origin_step)  # if the run was stopped during one
             speed = meters.Speed()
             for step in ctx.stop.steps(clock.origin_step, clock.total_steps):
                 rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
@@ -107,12 +107,12 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
 
 
 def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
-    """Builds both data sets and the clock that counts them; in a dry run a few examples and the last steps."""
+    """Builds both data sets and the clock that counts their examples; a dry run keeps a few examples and steps."""
     from trainers.engine.data.batches import shard_for_rank
     from trainers.engine.run.context import DataSets
 
     base = ctx.run.base
-    with ctx.accelerator.main_process_first():  # it downloads, the others find the files
+    with ctx.accelerator.main_process_first():  # it downloads; the others then find the files
         train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
     ctx.clock, train_set = shard_for_rank(ctx.accelerator, base, train_set)
     data = DataSets(train_set, validation_set)
@@ -123,8 +123,8 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
 
 
 def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState:
-    """Builds the task's networks, their optimizer and averages, and what counts the steps."""
-    from trainers.engine.checkpoint.train_state import TrainState
+    """Builds the task's networks, their optimizer and averages, the meter, and the counter of non-finite steps."""
+    from trainers.engine.checkpoint.snapshot import TrainState
     from trainers.engine.optim.ema import EMA
     from trainers.engine.optim.networks import init_networks, prepare_networks
     from trainers.engine.optim.nonfinite import NonFiniteSteps
@@ -141,15 +141,17 @@ def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: returns 0, 2 for a mistake in the configuration, 1 for one that shows later.
+    """Runs the command line; returns 0, 2 for a mistake in the configuration, or 1 for an error found later.
 
-    After a signal: 143 (TERM), 130 (INT) or 75 (USR1).
+    After a signal it returns 143 (TERM), 130 (INT) or 75 (USR1).
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", help="JSON or YAML file with the sections `base` and the task's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would take, from a few steps of it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="estimate the run's time, memory and disk space from a few steps"
+    )
     parser.add_argument("--describe", nargs="?", const="", metavar="TYPE", help="list the tasks, or a task's options")
     options = parser.parse_intermixed_args(arguments)
     if options.describe is None and options.config is None:
@@ -183,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dry_run(run: RunConfig) -> int:
-    """Trains the last steps in a folder of their own and prints what the whole run takes: 0 where it fits, else 1."""
+    """Trains the last steps in a temporary folder and prints what the whole run needs; returns 0 if it fits, else 1."""
     from trainers.engine.dry_run import report, sandbox, suggestions
 
     if sandbox.is_main():
@@ -191,7 +193,7 @@ def _dry_run(run: RunConfig) -> int:
     with sandbox.open_dry_run(run) as dry_run:
         shortage = None
         try:
-            with redirect_stdout(io.StringIO()):  # what a run says of itself is not true of this one
+            with redirect_stdout(io.StringIO()):  # the messages of a real run would be wrong here
                 train(dry_run.short, dry_run)
         except (MemoryError, RuntimeError, OSError) as error:
             shortage = suggestions.out_of_resources(error)
@@ -207,7 +209,7 @@ def _dry_run(run: RunConfig) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    """Prints an error that every process has once: when the first one ends, the launcher ends those that still wait."""
+    """Prints an error once though all processes have it: the launcher ends those that wait when the first one exits."""
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
         time.sleep(5)

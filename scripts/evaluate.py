@@ -47,7 +47,8 @@ from trainers.engine.validation.metrics import (
     train_classifier,
 )
 from trainers.engine.validation.sampling import draw, evaluation_mode, evaluation_requests
-from trainers.inference.arguments import OPTIONS, add_sampling_arguments, positive, trainer_of
+from trainers.inference.arguments import OPTIONS, add_sampling_arguments, trainer_of
+from trainers.inference.command import command, positive
 from trainers.inference.saved_run import find_device
 
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
@@ -192,6 +193,7 @@ def neighbours(drawn: Described, real: Described) -> Tensor:
     return grid_of([drawn.thumbnails[shown], real.thumbnails[indices[shown]]], len(shown))
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a run, one of its checkpoints, or a folder of pictures")
@@ -204,22 +206,20 @@ def main() -> None:
     parser.add_argument("--judge", help="classifier: a noisy_classifier run or a TorchScript file; default: an SVM")
     parser.add_argument("--output-dir", type=Path, help="default: RUN/evaluation, or FOLDER-evaluation")
     arguments = parser.parse_intermixed_args()
-    try:
-        for option, problem in (
-            ("--features", features_problem(arguments.features)),
-            ("--judge", arguments.judge and classifier_problem(arguments.judge)),
-        ):
-            if problem:
-                raise ValueError(f"{option} {getattr(arguments, option[2:])}: {problem}")
-        task = of_run(arguments) if arguments.real is None else of_folders(arguments)
-        metrics, picture = evaluate(task, arguments)
-        folder = arguments.output_dir or task.output_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        save_image(picture, folder / "nearest.png")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(json.dumps(metrics, indent=1))
+    for option, problem in (
+        ("--features", features_problem(arguments.features)),
+        ("--judge", arguments.judge and classifier_problem(arguments.judge)),
+    ):
+        if problem:
+            raise ValueError(f"{option} {getattr(arguments, option[2:])}: {problem}")
+    task = of_run(arguments) if arguments.real is None else of_folders(arguments)
+    metrics, picture = evaluate(task, arguments)
+    folder = arguments.output_dir or task.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(metrics, indent=1)
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    save_image(picture, folder / "nearest.png")
+    print(text)
 
 
 if __name__ == "__main__":

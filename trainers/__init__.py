@@ -1,6 +1,6 @@
-"""The tasks that diffloop trains, by the name of their section in the configuration."""
+"""The table of tasks, by the name of their section in the configuration."""
 
-# type -> "module:Class", imported only when used: a config is checked without loading the other tasks' libraries.
+# type -> "module:Class", imported only when used, so that other tasks' libraries need not be loaded
 TRAINERS = {
     "ddpm": "trainers.ddpm:DDPMTrainer",
     "conditional_ddpm": "trainers.conditional_ddpm:ConditionalDDPMTrainer",

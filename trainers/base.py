@@ -1,4 +1,4 @@
-"""The whole contract between the loop and a task: what a Trainer must say, and the options that every task has."""
+"""The contract between the loop and a task: the Trainer's methods, and the options that every task has."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from datasets_lib.example import DataSet, ImageData
 
 __all__ = [  # what a task imports from here
-    "BaseConfig", "Bounds", "Encoder", "Fraction", "MeasuresData", "NonNegative", "NonNegativeFloat", "Positive",
-    "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
+    "BaseConfig", "Bounds", "CacheKind", "Encoder", "Fraction", "MeasuresData", "NonNegative", "NonNegativeFloat",
+    "Positive", "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
 ]  # fmt: skip
 
 
@@ -31,37 +31,37 @@ class TrainerConfig(Section):
     replaced: ClassVar[dict[str, dict[Any, tuple[str, Any]]]] = {
         "use_8bit_adam": {False: ("optimizer", "adamw"), True: ("optimizer", "adamw_8bit")}
     }
-    training_only: ClassVar[tuple[str, ...]] = ()  # of no use for a trained network: left out where one is loaded
-    initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # likewise, where it is whole
-    export_is_base_model: ClassVar[bool] = False  # whether a finished run can stand for pretrained_model_name_or_path
-    reads_captions: ClassVar[bool] = False  # whether texts of examples, and pictures of their class, are of use
-    takes_buckets: ClassVar[bool] = False  # whether batches may have pictures of different height and width
+    training_only: ClassVar[tuple[str, ...]] = ()  # of no use after training: ignored when a run is loaded
+    initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # ignored if all weights are saved
+    export_is_base_model: ClassVar[bool] = False  # whether a finished run is a valid pretrained_model_name_or_path
+    reads_captions: ClassVar[bool] = False  # whether captions and class images are used
+    takes_buckets: ClassVar[bool] = False  # whether height and width may differ between batches
 
-    learning_rate: PositiveFloat | dict[str, float] = 1e-4  # at the top of the schedule; a dict: one per network
+    learning_rate: PositiveFloat | dict[str, float] = 1e-4  # peak of the schedule; a dict: one rate per network
     scale_lr: bool = False  # multiply the learning rate by the global batch size
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts",
         "polynomial", "one_cycle", "warmup_cosine",
-    ] = "cosine"  # learning rate as a function of the optimizer step  # fmt: skip
+    ] = "cosine"  # shape of the learning rate over the optimizer steps  # fmt: skip
     lr_warmup_steps: NonNegative | None = None  # steps; null: 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %
-    lr_min_ratio: Fraction = 0.1  # floor of cosine_with_min_lr, as a part of learning_rate
-    lr_num_cycles: Positive = 1  # restarts of cosine_with_restarts
+    lr_min_ratio: Fraction = 0.1  # floor of cosine_with_min_lr, as a fraction of learning_rate
+    lr_num_cycles: Positive = 1  # cycles of cosine_with_restarts
     lr_power: PositiveFloat = 1.0  # exponent of polynomial
     optimizer: str = "adamw"  # a name in OPTIMIZERS, such as adamw_8bit: on CUDA, with the extra bitsandbytes
-    adam_beta1: Annotated[float, Bounds(0, 0.999999)] = 0.9  # decay of the mean of the gradient
-    adam_beta2: Annotated[float, Bounds(0, 0.9999999)] = 0.999  # decay of the mean of its square
-    adam_weight_decay: NonNegativeFloat = 1e-2  # decoupled, AdamW
-    adam_epsilon: PositiveFloat = 1e-8  # added to the denominator
+    adam_beta1: Annotated[float, Bounds(0, 0.999999)] = 0.9  # decay of the gradient's moving average
+    adam_beta2: Annotated[float, Bounds(0, 0.9999999)] = 0.999  # decay of the squared gradient's moving average
+    adam_weight_decay: NonNegativeFloat = 1e-2  # decoupled weight decay, as in AdamW
+    adam_epsilon: PositiveFloat = 1e-8  # added to the denominator of the update
     max_grad_norm: PositiveFloat | None = 1.0  # clip each network's gradient to this norm; null: no clipping
-    use_ema: bool = True  # average the weights; validation shows both, the finished pipeline has the averaged ones
+    use_ema: bool = True  # average the weights; validation shows both, the finished pipeline holds the average
     ema_max_decay: Fraction = 0.9999  # upper limit of the average's decay
     ema_inv_gamma: PositiveFloat = 1.0  # decay at step s is 1 - (1 + s / ema_inv_gamma) ** -ema_power
     ema_power: PositiveFloat = 0.75  # see ema_inv_gamma
-    offload_ema: bool = False  # keep the averages in main memory: slower, and less memory of the device
-    valid_batch_size: Positive = 16  # pictures drawn at a validation, in all
+    offload_ema: bool = False  # keep the averages in main memory: slower, saves device memory
+    valid_batch_size: Positive = 16  # pictures drawn at each validation, over all processes
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
-        """Yields (option, what is wrong and what is allowed) for combinations that a type cannot express."""
+        """Yields (option, problem and remedy) for values and combinations that the types cannot rule out."""
         fields = type(self).__dataclass_fields__
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             yield "lr_warmup_steps", "has no effect with lr_scheduler: constant; use constant_with_warmup, or null"
@@ -81,7 +81,7 @@ class TrainerConfig(Section):
 
 
 class RandomSource(Protocol):
-    """Draws that depend on (seed, slot of the example, name of the draw) only; each name may be asked for once."""
+    """Random draws that depend only on (seed, slot of the example, name of the draw); each name can be used once."""
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor: ...  # [B, *shape] float32
 
@@ -94,14 +94,17 @@ class RandomSource(Protocol):
     def generators(self) -> list[torch.Generator]: ...  # one CPU generator per example, for diffusers' pipelines
 
 
+CacheKind = Literal["memory", "disk"]
+
+
 @dataclass
 class Encoder:
-    """A frozen stage in front of the network, such as a VAE's encoder: run by the loop, cacheable on its own.
+    """A frozen stage in front of the network, such as a VAE's encoder, which the loop runs and can cache.
 
-    `encode(module, values)` maps the column `reads` of a batch to the columns `writes`; it draws nothing random.
-    `build()` makes the module on first use. `cache` keeps what it wrote in memory or on disk, where `source()` (hashes
-    of files, dtype, options) and the value's content are the key. `constants` are values that the task will ask for
-    beside those of the data.
+    `encode(module, values)` maps the column `reads` of a batch to the columns `writes`; it must be deterministic.
+    `build()` makes the module on first use. `cache` keeps the outputs in memory or on disk; their key is `source()`
+    (hashes of files, dtype, options) and the content of the value. `constants` are values that the task will encode
+    besides those of the data.
     """
 
     reads: str
@@ -109,7 +112,7 @@ class Encoder:
     build: Callable[[], nn.Module]
     encode: Callable[[nn.Module, Any], dict[str, Tensor]]
     source: Callable[[], dict[str, Any]] = dict
-    cache: Literal["memory", "disk"] | None = None
+    cache: CacheKind | None = None
     constants: tuple[Any, ...] = ()
     optional: bool = False  # whether a batch may lack the column
     default: Any = None  # the value of examples that lack it; None: an error
@@ -117,46 +120,49 @@ class Encoder:
 
 @dataclass(kw_only=True)
 class RunInfo:
-    """What is known of a run before its networks are built."""
+    """Facts about a run that are known before its networks are built."""
 
     device: torch.device
-    weight_dtype: torch.dtype  # of frozen networks; trained ones are float32
-    start_step: int = 0  # where a resumed run goes on
-    total_steps: int | None = None  # None: a trained network is loaded, and nothing is trained
+    weight_dtype: torch.dtype  # of frozen networks; trained weights are float32
+    start_step: int = 0  # the first step of a resumed run
+    total_steps: int | None = None  # None: loaded for inference
     label_names: list[str] | None = None  # of the data set's classes
-    highest_label: int | None = None  # in the data set, if it is known
-    captions: list[str] | None = None  # some of the training set's
+    highest_label: int | None = None  # in the data set, if known
+    captions: list[str] | None = None  # some captions of the training set
     encoded_by: str | None = None  # digest of the network that made the data set's latents
 
 
 class Trainer(ABC):
-    """What one task's numbers mean. The loop owns devices, optimizer, averaging, data order, checkpoints and files.
+    """One task: its networks, loss, samples and saved pipeline.
 
-    Four duties: init_modules, compute_loss, sample, save_pipeline. A Trainer never sees what the loop owns, never calls
-    `backward`, `.item()`, `torch.randn` or asks for its rank.
+    The four required methods are init_modules, compute_loss, sample and save_pipeline. The loop owns devices,
+    optimizer, averaging, data order, checkpoints and files; a Trainer never calls `backward`, `.item()` or
+    `torch.randn`, and never asks for its rank.
     """
 
     Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section
-    usage: ClassVar[str] = (  # loads and samples the result; {output_dir} and the task's options are filled in
+    usage: ClassVar[str] = (  # code that loads and samples the result; {output_dir} and options are filled in
         "from diffusers import DiffusionPipeline\n"
         'pipeline = DiffusionPipeline.from_pretrained("{output_dir}")\n'
         'pipeline().images[0].save("sample.png")'
     )
     draws_held_out: ClassVar[bool] = False  # whether sample_requests names examples of the validation set
-    sample_batch_size: ClassVar[int | None] = None  # pictures that a validation draws at once; None: all of a process
+    sample_batch_size: ClassVar[int | None] = None  # pictures per call at validations; None: all of a process's
 
     # set by the loop: `run` before setup(), the rest before compute_loss, sample or encode are called
     run: RunInfo
-    modules: dict[str, nn.Module]  # prepared networks: call only their forward, DDP and FSDP hook there
-    unwrapped: dict[str, nn.Module]  # what raw() returns
-    encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): a constant through encoder `name`
+    modules: dict[str, nn.Module]  # wrapped networks: call only their forward, which DDP and FSDP hook
+    unwrapped: dict[str, nn.Module]  # the same without wrappers: see raw()
+    encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): output of encoder `name` for a constant
     training: bool = True  # False in validation: no label or caption dropout
-    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # put around a sampler's steps, as many on every rank
+    progress: Callable[[Iterable], Iterable] = staticmethod(
+        iter
+    )  # wraps a sampler's steps, of which every rank has the same number
     frames: list[Tensor] | None = None  # if a list, sample() appends its pictures [N, C, H, W] after every step
 
     # set by the task in setup()
     num_classes: int | None = None  # all labels are below it; None: the task reads no labels
-    grid_columns: int | None = None  # of the pictures at validations, raw above averaged; None: as square as can be
+    grid_columns: int | None = None  # columns of validation grids; None: as square as possible
 
     def __init__(self, config: TrainerConfig, base: BaseConfig) -> None:
         self.config = config
@@ -171,7 +177,7 @@ class Trainer(ABC):
         return self.run.weight_dtype
 
     def setup(self) -> None:
-        """Finds what encoders and networks share, such as the base model, and checks the data; nothing is random yet.
+        """Prepares what encoders and networks share, such as the base model, and checks the data; draws nothing random.
 
         Called once, before encoders() and init_modules().
         """
@@ -179,36 +185,36 @@ class Trainer(ABC):
 
     @abstractmethod
     def init_modules(self) -> dict[str, nn.Module]:
-        """Returns the networks to train by name: parameter group, checkpoint folder and metric prefix.
+        """Returns the networks to train; their names label parameter groups, checkpoint folders and metrics.
 
-        Trainable weights are float32, frozen ones are read straight in `self.weight_dtype`.
+        Trainable weights are float32; frozen ones are loaded in `self.weight_dtype`.
         """
 
     @abstractmethod
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar loss, the mean over the batch, and detached scalars to log, the same on every rank."""
+        """Returns the scalar loss (mean over the batch) and detached scalars to log, of the same names on all ranks."""
 
     @abstractmethod
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}; not called without requests."""
+        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}; never called with an empty list."""
 
     @abstractmethod
     def save_pipeline(self, output_dir: Path) -> None:
-        """Writes what inference loads, from `self.raw(name)`; main process only, no collective calls."""
+        """Writes the files for inference, from `self.raw(name)`; main process only, so without collective calls."""
 
     def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
-        """Returns what to draw at a validation: the same list on every rank; empty for a task without pictures.
+        """Returns the requests to draw at a validation: the same list on every rank, empty for a task without pictures.
 
-        A request {"example": i} reaches sample() and sample_metrics() with the columns of the validation set's example
-        i: see held_out_requests and stacked.
+        A request {"example": i} reaches sample() and sample_metrics() with the columns of example i of the validation
+        set: see held_out_requests and stacked.
         """
         return [{} for _ in range(self.config.valid_batch_size)]
 
     def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
-        """Returns what to draw for metrics over many pictures; a `label` says which class, all equally often.
+        """Returns `count` requests for metrics over many pictures; with classes, each `label` equally often.
 
-        Requests with an `example` are reconstructions, and compared with these held-out pictures. They reach sample()
-        with "evaluation": True, and one picture each is enough.
+        Requests with an `example` are reconstructions, which are compared with these held-out pictures. They reach
+        sample() with "evaluation": True; one picture each is enough.
         """
         return [{} for _ in range(count)]
 
@@ -226,7 +232,7 @@ class Trainer(ABC):
         return torch.stack([torch.as_tensor(request[column]) for request in requests]).to(self.device)
 
     def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
-        """Returns means over the pictures [N, C, H, W] that sample() drew of these requests; main process only."""
+        """Returns means over the pictures [N, C, H, W] that sample() drew for these requests; main process only."""
         return {}
 
     def notes(self, train_set: ImageData) -> list[str]:
@@ -234,28 +240,28 @@ class Trainer(ABC):
         return []
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """Returns numbers per example, {name: [B]}; by default the batch's loss.
+        """Returns metrics per example, {name: [B]}; by default the batch's loss.
 
-        A vector per example needs a name for each of its numbers: {"psnr/red": [B], "psnr/green": [B], ...}.
+        Name each number of a vector per example: {"psnr/red": [B], "psnr/green": [B], ...}.
         """
         loss, _ = self.compute_loss(batch, rng, step=0)
         return {"loss": loss.expand(len(batch["slot"]))}
 
     def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Returns what is logged of the means of validation_metrics over the validation set, the same on every rank."""
+        """Turns the means of validation_metrics over the validation set, the same on every rank, into logged values."""
         return means
 
     def encoders(self) -> dict[str, Encoder]:
         """Returns the frozen stages whose outputs compute_loss finds in its batch, in the order in which they run.
 
-        Called after setup() and before init_modules(): caches are filled, and the device is free again, by then.
+        Called after setup(); their caches are full, and the device is free again, before init_modules() is called.
         """
         return {}
 
     def param_groups(self, modules: dict[str, nn.Module]) -> list[dict[str, Any]]:
         """Returns optimizer groups {name, params, lr}, one per network; the gradient is clipped per group.
 
-        Raises ValueError where `learning_rate` names a network that is not there, or leaves one out.
+        Raises ValueError if `learning_rate` names an unknown network or leaves one out.
         """
         rates = self.config.learning_rate
         if isinstance(rates, dict) and set(rates) != set(modules):
@@ -277,20 +283,20 @@ class Trainer(ABC):
         return DiffusionPipeline.from_pretrained(output_dir)
 
     def usage_of(self, location: str | Path) -> str:
-        """The lines that load and sample the result from `location`, for the end of a run and the model card."""
+        """Returns code that loads and samples the result in `location`, for the end of a run and the model card."""
         return self.usage.format(**vars(self.config) | {"output_dir": location})
 
-    def raw(self, name: str) -> nn.Module:
-        """The network without wrappers; within save_pipeline a float32 CPU copy with the averaged weights."""
+    def raw(self, name: str) -> Any:
+        """Returns a network as init_modules made it; in save_pipeline a float32 CPU copy with averaged weights."""
         return self.unwrapped[name]
 
 
 @runtime_checkable
 class MeasuresData(Protocol):
-    """A Trainer whose pipeline holds numbers that are measured over training examples, such as a scaling factor.
+    """A Trainer whose pipeline holds numbers measured over training examples, such as a scaling factor.
 
-    Before save_pipeline the loop sets `statistics` to the means of data_statistics, with the weights that the pipeline
-    will hold; statistics_samples is how many examples that takes at most, 0 for none.
+    Before save_pipeline the loop sets `statistics` to the means of data_statistics over at most `statistics_samples`
+    examples (0: none), computed with the weights that the pipeline will hold.
     """
 
     statistics_samples: int

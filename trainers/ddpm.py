@@ -30,7 +30,7 @@ class DDPMTrainer(PixelDiffusionTrainer):
 
     def usage_of(self, location: str | Path) -> str:
         config, flow = self.config, self.config.objective == "rectified_flow"
-        steps = config.ddpm_num_inference_steps if flow else config.ddpm_num_steps  # fewer want another sampler
+        steps = config.ddpm_num_inference_steps if flow else config.ddpm_num_steps  # ancestral sampling needs all steps
         return self.usage.format(output_dir=location, steps=steps)
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,16 +18,12 @@ if TYPE_CHECKING:
 class DiTConfig(ClassDiffusionConfig):
     """Options of the section `dit`."""
 
-    pretrained_model_name_or_path: str | None = (
-        None  # initial weights: folder or hub name of a DiTTransformer2DModel; null: random
-    )
-
     def network_problems(self, grid: Grid) -> Iterator[str]:
         return dit_problems(self.model_config, grid)
 
 
 class DiTTrainer(ClassDiffusionTrainer):
-    """Trains a DiTTransformer2DModel, whose blocks are modulated by timestep and class; it draws classes by name."""
+    """Trains a DiTTransformer2DModel, modulated by timestep and class; the result draws classes by name."""
 
     Config = DiTConfig
     task = "dit"

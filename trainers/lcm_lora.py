@@ -1,4 +1,4 @@
-"""Task `lcm_lora`: an adapter with which a Stable Diffusion pipeline draws in four steps, arXiv 2311.05556."""
+"""Task `lcm_lora`: an adapter that lets a Stable Diffusion pipeline sample in four steps, arXiv 2311.05556."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainers.common.diffusion.consistency import Networks
     from trainers.common.diffusion.guidance import Condition
 
-# all that computes in the UNet but its first and last layer, as the published adapters have it
+# all layers of the UNet except the first and the last, as in the published adapters
 EVERYWHERE = [
     *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -33,15 +33,15 @@ class LCMLoRAConfig(AdapterConfig):
     """Options of the section `lcm_lora`."""
 
     rank: Positive = 64  # r: columns of A, rows of B
-    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or a pattern; null: its blocks' all
-    num_ddim_timesteps: Positive = 50  # steps from noise to picture of the teacher's DDIM solver
-    w_min: NonNegativeFloat = 5.0  # of the teacher's guidance, drawn per example: its guidance_scale is 1 + w
-    w_max: NonNegativeFloat = 15.0  # see w_min
+    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or a pattern; null: its blocks
+    num_ddim_timesteps: Positive = 50  # steps of the teacher's DDIM solver from noise to picture
+    w_min: NonNegativeFloat = 5.0  # least guidance w of the teacher, drawn per example; its guidance_scale is 1 + w
+    w_max: NonNegativeFloat = 15.0  # greatest w
     loss_type: Literal["l2", "huber"] = "huber"  # distance to the target; huber: sqrt(e^2 + c^2) - c
     huber_c: PositiveFloat = 0.001  # c of huber
-    sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: LCM's, which the adapter is made for
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: LCM's, for which the adapter is made
     num_inference_steps: Positive = 4  # steps of the sampler
-    guidance_scale: NonNegativeFloat = 1.0  # 1: none beside what the adapter has learned
+    guidance_scale: NonNegativeFloat = 1.0  # 1: only the guidance that the adapter has learned
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -75,10 +75,11 @@ class LCMLoRATrainer(AdapterTrainer):
         huber_c = config.huber_c if config.loss_type == "huber" else None
         scheduler = lcm_scheduler(base_model.sampler, config.num_ddim_timesteps)
         try:
-            distances = [ConsistencyObjective(scheduler, config.w_min, config.w_max, c) for c in (huber_c, None)]
+            objective = ConsistencyObjective(scheduler, config.w_min, config.w_max, huber_c)
         except ValueError as error:
             raise ValueError(f"{self.task}.{error} ({config.pretrained_model_name_or_path})") from None
-        return Learned(*distances, base_model.training_scheduler(), scheduler)
+        plain = ConsistencyObjective(scheduler, config.w_min, config.w_max)
+        return Learned(objective, plain, base_model.training_scheduler(), scheduler)
 
     def _asking(self, condition: Condition) -> Networks:
         import torch
@@ -90,10 +91,11 @@ class LCMLoRATrainer(AdapterTrainer):
         both = {name: torch.cat([rows, empty.get(name, rows)]) for name, rows in condition.items()}
 
         def teacher(noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-            """One forward of twice the batch."""
+            """Predicts with and without the condition, in one forward of twice the batch."""
             with lora_scaled(self.modules.values(), 0.0):
                 predictions = self._network(torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), both)
-            return predictions.float().chunk(2)
+            conditional, unconditional = predictions.float().chunk(2)
+            return conditional, unconditional
 
         return Networks(super()._asking(condition), teacher)
 
@@ -102,7 +104,7 @@ class LCMLoRATrainer(AdapterTrainer):
 
     @classmethod
     def load_pipeline(cls, output_dir: str | Path) -> Any:
-        """The base model with the adapter and LCM's scheduler."""
+        """Loads the base model with the adapter and LCM's scheduler."""
         from trainers.common.diffusion.consistency import lcm_scheduler
         from trainers.common.lora.files import read_about
 

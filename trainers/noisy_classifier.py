@@ -23,11 +23,11 @@ TASK = "noisy_classifier"
 
 @dataclass(kw_only=True)
 class NoisyClassifierConfig(NoisyPixelsConfig):
-    """Options of the section `noisy_classifier`; the noise must be that of the diffusion model which it is to guide."""
+    """Options of the section `noisy_classifier`; its noise schedule must be that of the diffusion model to guide."""
 
     fixed_by_task: ClassVar[tuple[str, ...]] = ("out_channels",)
 
-    num_classes: Positive | None = None  # null: as many as the data set names
+    num_classes: Positive | None = None  # null: the number of classes that the data set names
 
 
 class NoisyClassifierTrainer(Trainer):
@@ -35,6 +35,7 @@ class NoisyClassifierTrainer(Trainer):
 
     Config = NoisyClassifierConfig
     config: NoisyClassifierConfig
+    num_classes: int
     usage = (
         "from diffusers import UNet2DModel\n"
         'classifier = UNet2DModel.from_pretrained("{output_dir}", subfolder="classifier")\n'
@@ -55,7 +56,7 @@ class NoisyClassifierTrainer(Trainer):
         return metrics["loss"].mean(), {"accuracy": metrics["accuracy"].mean().detach()}
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """Cross-entropy and accuracy at a random timestep; in validation the accuracy without noise, too."""
+        """Returns cross-entropy and accuracy at a random timestep; in validation also the accuracy without noise."""
         from torch.nn.functional import cross_entropy
 
         images, labels = images_of(batch), labels_of(TASK, batch)

@@ -1,4 +1,4 @@
-"""Sections of the configuration: annotated fields with trailing comments, ranges of numbers, rules over options."""
+"""Sections of the configuration: annotated fields with trailing comments, ranges of numbers, rules between options."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 
-class Bounds(NamedTuple):
-    """The range that a number of the configuration must lie in; `open_low` leaves the lower end out."""
+@dataclass(frozen=True)
+class Bounds:
+    """The range allowed for a number of the configuration; `open_low` excludes the lower end."""
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         return above and value <= self.high
 
@@ -35,15 +36,15 @@ Fraction = Annotated[float, Bounds(0, 1)]
 
 @dataclass(kw_only=True)
 class Section:
-    """One section of the configuration. Every field is annotated and has a trailing comment, which `--describe` shows.
+    """One section of the configuration. Every field has an annotation and a trailing comment, which `--describe` shows.
 
-    A public attribute without an annotation would silently be no option, so it is a TypeError when the class is made.
+    A public attribute without an annotation would silently not become an option, so defining one raises TypeError.
     """
 
-    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of options of which an override replaces the others
-    reset_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that go when another one is overridden
-    free_on_resume: ClassVar[tuple[str, ...]] = ()  # options that may change on resume: nothing trained depends on them
-    replaced: ClassVar[dict[str, dict[Any, tuple[str, Any]]]] = {}  # of earlier versions: {old: {value: (new, value)}}
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # alternatives: overriding one resets the others
+    reset_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: others reset when it is overridden}
+    free_on_resume: ClassVar[tuple[str, ...]] = ()  # may change on resume: training does not depend on them
+    replaced: ClassVar[dict[str, dict[Any, tuple[str, Any]]]] = {}  # renamed options: {old: {value: (new, value)}}
 
     def __init_subclass__(cls) -> None:
         for name, value in vars(cls).items():
@@ -55,12 +56,12 @@ class Section:
 
     @classmethod
     def with_new_names(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Returns options that an earlier version wrote, such as a checkpoint's, as they read now."""
+        """Translates options written by an earlier version, such as those in a checkpoint."""
         kept = {name: value for name, value in values.items() if name not in cls.replaced}
         return dict(cls.replaced[name][values[name]] for name in values.keys() - kept.keys()) | kept
 
     def without_effect(self, options: Iterable[str], condition: str, holds: bool) -> Iterator[tuple[str, str]]:
-        """Yields those of the options that were set though the condition does not hold that gives them an effect."""
+        """Yields a problem for each option that was changed although the condition that it needs does not hold."""
         for option in options:
             if not holds and getattr(self, option) != type(self).__dataclass_fields__[option].default:
                 yield option, f"has an effect with {condition} only"

@@ -11,6 +11,7 @@ from trainers.common.lora.training import AdapterConfig, AdapterTrainer, target_
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -19,8 +20,8 @@ TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 class LoRAConfig(AdapterConfig):
     """Options of the section `lora`."""
 
-    train_text_encoder: bool = False  # adapters in the text encoders, too; learning_rate can be a dict
-    text_encoder_target_modules: list[str] | str | None = None  # the same of the text encoders; null: their attention
+    train_text_encoder: bool = False  # also adapt the text encoders; learning_rate can be a dict
+    text_encoder_target_modules: list[str] | str | None = None  # in the text encoders; null: their attention
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -32,7 +33,7 @@ class LoRAConfig(AdapterConfig):
 
 
 class LoRATrainer(AdapterTrainer):
-    """Trains adapters of the UNet and, where the config asks for it, of the text encoders on noisy pictures."""
+    """Trains adapters of the UNet and, with train_text_encoder, of the text encoders by denoising."""
 
     Config = LoRAConfig
     config: LoRAConfig
@@ -48,10 +49,10 @@ class LoRATrainer(AdapterTrainer):
             networks[name] = add_lora(option, encoder, targets, self.adapter(), self._unused(name, encoder))
         return networks
 
-    def _unused(self, name: str, encoder: nn.Module) -> str | None:
-        """The layer that nothing asks: of XL's first text encoder the last but one is read.
+    def _unused(self, name: str, encoder: PreTrainedModel) -> str | None:
+        """Returns a pattern of the unused layer: the last one of Stable Diffusion XL's first text encoder.
 
-        An adapter there would have no gradient, for which DDP would wait.
+        An adapter there would get no gradient, and DDP would wait for it.
         """
         last = encoder.config.num_hidden_layers - 1
         return rf".*layers\.{last}\..*" if self.base_model.is_xl and name == "text_encoder" else None

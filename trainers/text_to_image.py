@@ -1,4 +1,4 @@
-"""Task `text_to_image`: the whole UNet of a Stable Diffusion pipeline, fine-tuned or from scratch, arXiv 2112.10752."""
+"""Task `text_to_image`: a Stable Diffusion pipeline's whole UNet, fine-tuned or from scratch, arXiv 2112.10752."""
 
 from __future__ import annotations
 
@@ -28,18 +28,16 @@ class TextToImageConfig(StableDiffusionConfig):
     """Options of the section `text_to_image`."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "model_config")
-    initial_weights: ClassVar[tuple[str, ...]] = ()  # of the base model, its other parts are needed, too
+    initial_weights: ClassVar[tuple[str, ...]] = ()  # the base model's other parts are needed as well
     export_is_base_model: ClassVar[bool] = True
 
-    learning_rate: PositiveFloat | dict[str, float] = 1e-5  # at the top of the schedule
-    model_config: str | None = (
-        None  # a UNet from scratch: folder, JSON file or name in configs/models; null: the base's
-    )
-    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # what is learned; a flow predicts noise minus picture
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of the times that a flow is trained at
-    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures
+    learning_rate: PositiveFloat | dict[str, float] = 1e-5  # peak of the schedule
+    model_config: str | None = None  # UNet from scratch: folder, JSON file or name in configs/models; null: the base's
+    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # training objective; a flow predicts noise minus picture
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of a flow's training times
+    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures than to noise
     time_logit_std: PositiveFloat = 1.0  # of logit_normal
-    time_shift: PositiveFloat = 1.0  # moves a flow's times towards noise, in training and sampling; 3 at 1024 pixels
+    time_shift: PositiveFloat = 1.0  # shifts a flow's times towards noise, in sampling too; 3 is usual at 1024 pixels
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -58,7 +56,7 @@ class TextToImageConfig(StableDiffusionConfig):
 
 
 class TextToImageTrainer(StableDiffusionTrainer):
-    """Trains all of a UNet; the result is a whole pipeline."""
+    """Trains the whole UNet; the result is a complete pipeline."""
 
     Config = TextToImageConfig
     config: TextToImageConfig

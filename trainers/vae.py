@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainers.base import DataSet
-    from trainers.common.autoencoder.autoencoder import LatentStatistics
+    from trainers.common.autoencoder.autoencoder import AutoencoderKL, LatentStatistics
+    from trainers.common.autoencoder.discriminator import PatchDiscriminator
 
 ADVERSARIAL = (
     "adversarial_weight", "adversarial_start_step", "adaptive_weight", "discriminator_layers",
@@ -43,9 +44,9 @@ ADVERSARIAL = (
 
 @dataclass(kw_only=True)
 class VAEConfig(TrainerConfig):
-    """Options of the section `vae`. The loss of a picture is a mean over its pixels, its KL a sum over its latents."""
+    """Options of the section `vae`. The reconstruction loss is a mean over pixels, the KL a sum over latents."""
 
-    free_on_resume: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
+    free_on_resume: ClassVar[tuple[str, ...]] = (  # resuming compares the network itself
         *TrainerConfig.free_on_resume, "model_config",
     )  # fmt: skip
     training_only: ClassVar[tuple[str, ...]] = (
@@ -58,24 +59,24 @@ class VAEConfig(TrainerConfig):
 
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
     pretrained_model_name_or_path: str | None = None  # initial weights: folder or hub name; null: random
-    subfolder: str | None = None  # of the pretrained model, such as vae; null: the top, or a local vae
-    revision: str | None = None  # of the pretrained model on the hub; null: the newest
-    decoder_only: bool = False  # train the decoder alone: latents keep their meaning, scaling_factor its value
+    subfolder: str | None = None  # of the pretrained model, such as vae; null: its top folder, or a local vae folder
+    revision: str | None = None  # of the pretrained model on the hub; null: the latest
+    decoder_only: bool = False  # train only the decoder, so that latents and scaling_factor stay the same
     reconstruction_loss: Literal["l1", "l2", "huber"] = "l1"  # mean over pixels in [-1, 1]
-    huber_delta: PositiveFloat = 0.1  # where huber turns from square to straight, in pixel values
-    kl_weight: NonNegativeFloat = 1e-6  # times the KL in nats; published weights beside sums over pixels are larger
+    huber_delta: PositiveFloat = 0.1  # error at which huber turns from quadratic to linear, in pixel values
+    kl_weight: NonNegativeFloat = 1e-6  # weight of the KL in nats; for a loss summed over pixels it would be larger
     kl_warmup_steps: NonNegative = 0  # steps over which kl_weight rises from 0
     perceptual_loss: str | None = None  # lpips, lpips:FILE, NAME:FILE (torchvision) or ms_ssim; null: none
-    perceptual_weight: PositiveFloat = 1.0  # times the perceptual distance
-    adversarial_loss: Literal["hinge", "vanilla"] | None = None  # with a discriminator of patches; null: none
-    adversarial_weight: PositiveFloat = 0.5  # times the adversarial loss, and the adaptive weight
-    adversarial_start_step: NonNegative = 10_000  # optimizer step from which on there is a discriminator
-    adaptive_weight: bool = True  # balance the gradients at the decoder's last layer, per micro-batch
-    discriminator_layers: Positive = 3  # convolutions that halve the picture
-    discriminator_channels: Positive = 64  # of its first layer
-    r1_weight: NonNegativeFloat = 0.0  # half of it times the squared gradient of logits by real pixels; 0: none
-    lecam_weight: NonNegativeFloat = 0.0  # keeps logits near moving averages; 0: none
-    estimate_shift: bool = False  # write a shift_factor, too; Stable Diffusion 1 and 2 ignore it, 3 and Flux do not
+    perceptual_weight: PositiveFloat = 1.0  # weight of the perceptual distance
+    adversarial_loss: Literal["hinge", "vanilla"] | None = None  # with a patch discriminator; null: none
+    adversarial_weight: PositiveFloat = 0.5  # weight of the adversarial loss, multiplied by the adaptive weight
+    adversarial_start_step: NonNegative = 10_000  # optimizer step at which the discriminator starts
+    adaptive_weight: bool = True  # balance gradients at the decoder's last layer, per micro-batch
+    discriminator_layers: Positive = 3  # its convolutions that halve the resolution
+    discriminator_channels: Positive = 64  # output channels of its first layer
+    r1_weight: NonNegativeFloat = 0.0  # R1: half of it times the squared gradient of real logits; 0: none
+    lecam_weight: NonNegativeFloat = 0.0  # LeCam: keeps logits near moving averages; 0: none
+    estimate_shift: bool = False  # also write a shift_factor, which Stable Diffusion 1 and 2 ignore
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -85,13 +86,14 @@ class VAEConfig(TrainerConfig):
         elif self.model_config is not None:
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
         if self.perceptual_loss is not None:
-            problem = perceptual_problem(self.perceptual_loss, base.channels, base.resolution)
-            yield from (("perceptual_loss", text) for text in [problem] if problem)
+            found = perceptual_problem(self.perceptual_loss, base.channels, base.resolution)
+            if found is not None:
+                yield "perceptual_loss", found
         if self.adversarial_loss is not None:
             yield from self._adversarial_problems(base)
 
     def _without_effect(self) -> Iterator[tuple[str, str]]:
-        """Options that another one switches off."""
+        """Yields options that another option switches off."""
         pretrained = self.pretrained_model_name_or_path is not None
         for options, condition, holds in (
             (ADVERSARIAL, "adversarial_loss", self.adversarial_loss is not None),
@@ -115,7 +117,7 @@ class VAEConfig(TrainerConfig):
 
 
 class VAETrainer(Trainer):
-    """Trains an AutoencoderKL, and a discriminator beside it where the loss is adversarial."""
+    """Trains an AutoencoderKL, together with a discriminator if the loss is adversarial."""
 
     Config = VAEConfig
     config: VAEConfig
@@ -125,8 +127,8 @@ class VAETrainer(Trainer):
         'vae = AutoencoderKL.from_pretrained("{output_dir}")\n'
         "latents = vae.encode(pictures).latent_dist.sample() * vae.config.scaling_factor  # pictures in [-1, 1]"
     )
-    statistics_samples: int = 10_000  # with which the scaling factor is estimated
-    latent_statistics: LatentStatistics | None = None  # of the newest validation
+    statistics_samples: int = 10_000  # examples over which the scaling factor is estimated
+    latent_statistics: LatentStatistics | None = None  # of the latest validation
 
     def setup(self) -> None:
         self.statistics: dict[str, float] = {}
@@ -139,7 +141,7 @@ class VAETrainer(Trainer):
         if config.pretrained_model_name_or_path is None:
             vae = build_autoencoder(config.model_config, grid)
             if self.run.total_steps is not None:
-                vae.register_to_config(scaling_factor=None, shift_factor=None)  # unknown until they are measured
+                vae.register_to_config(scaling_factor=None, shift_factor=None)  # unknown until measured
         else:
             place = config.pretrained_model_name_or_path, grid, config.subfolder, config.revision
             vae = load_autoencoder("vae.pretrained_model_name_or_path", *place, trainable=True)
@@ -172,16 +174,18 @@ class VAETrainer(Trainer):
             loss, terms = loss + adversarial, terms | values
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _adversarial(self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int) -> Any:
+    def _adversarial(
+        self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         from trainers.common.autoencoder.adversarial import Reconstruction, adversarial_losses
 
-        networks = self.modules["discriminator"], self.raw("discriminator").averages
-        last_layer = self.raw("vae").decoder.conv_out.weight
-        made = Reconstruction(images, reconstruction, reconstruction_loss, last_layer)
-        return adversarial_losses(self.config, *networks, made, step)
+        vae: AutoencoderKL = self.raw("vae")
+        discriminator: PatchDiscriminator = self.raw("discriminator")
+        made = Reconstruction(images, reconstruction, reconstruction_loss, vae.decoder.conv_out.weight)
+        return adversarial_losses(self.config, self.modules["discriminator"], discriminator.averages, made, step)
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """The loss without its adversarial part, its terms, PSNR and SSIM, all with the posterior's mode."""
+        """Returns the non-adversarial loss, its terms, PSNR (dB) and SSIM, all for the posterior's mode."""
         from trainers.common.autoencoder.autoencoder import latent_moments
         from trainers.common.autoencoder.loss import quality
 
@@ -193,7 +197,7 @@ class VAETrainer(Trainer):
         return {"loss": loss} | metrics | {"kl": kl} | quality(images, reconstruction) | latent_moments(moments)
 
     def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
-        """The latents' standard deviations, per channel and over all, in place of their mean squares."""
+        """Replaces the latents' mean squares by standard deviations, per channel and overall."""
         from trainers.common.autoencoder.autoencoder import LatentStatistics
 
         self.latent_statistics = LatentStatistics(means)
@@ -201,7 +205,7 @@ class VAETrainer(Trainer):
         return kept | self.latent_statistics.as_metrics()
 
     def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
-        """Held-out pictures, evenly spread; without any, random latents alone, where their distribution is known."""
+        """Requests evenly spread held-out pictures, or else random latents if their distribution is known."""
         if validation_set is None:
             known = self._latent_distribution() is not None
             return [{} for _ in range(self.config.valid_batch_size if known else 0)]
@@ -211,7 +215,7 @@ class VAETrainer(Trainer):
         return self.held_out_requests(validation_set, count)
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Strips "original | reconstruction | difference" [N, C, H, 3W], and random latents decoded."""
+        """Draws strips "original | reconstruction | difference" [N, C, H, 3W], and decodes random latents."""
         import torch
 
         drawn = {}
@@ -220,7 +224,7 @@ class VAETrainer(Trainer):
             originals, reconstructions = to_unit_range(images), to_unit_range(self.modules["vae"](images)[0].float())
             if "evaluation" in requests[0]:
                 return {"samples": reconstructions}
-            differences = (0.5 + reconstructions - originals).clamp(0, 1)  # grey means none
+            differences = (0.5 + reconstructions - originals).clamp(0, 1)  # grey: no difference
             drawn["reconstructions"] = torch.cat([originals, reconstructions, differences], dim=3)
         distribution = self._latent_distribution()
         if distribution is not None:
@@ -229,20 +233,22 @@ class VAETrainer(Trainer):
         return drawn
 
     def _latent_distribution(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation per channel, of the newest validation, or as the network's config says."""
+        """Mean and standard deviation [c, 1, 1] of the latest validation, or else from the network's config."""
         import torch
 
-        config, statistics = self.raw("vae").config, self.latent_statistics
+        vae: AutoencoderKL = self.raw("vae")
+        config, statistics = vae.config, self.latent_statistics
         if statistics is None and config.scaling_factor is None:
             return None
         if statistics is None:
-            pair = torch.tensor(config.shift_factor or 0.0), torch.tensor(1 / config.scaling_factor)
+            mean, std = torch.tensor(config.shift_factor or 0.0), torch.tensor(1 / config.scaling_factor)
         else:
-            pair = statistics.mean, statistics.std
-        return tuple(values.to(self.device, torch.float32).reshape(-1, 1, 1) for values in pair)
+            mean, std = statistics.mean, statistics.std
+        mean, std = (values.to(self.device, torch.float32).reshape(-1, 1, 1) for values in (mean, std))
+        return mean, std
 
     def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """What the scaling factor is estimated from."""
+        """Returns the latent moments from which the scaling factor is estimated."""
         from trainers.common.autoencoder.autoencoder import latent_moments
 
         return latent_moments(self.modules["vae"](batch["image"], decode=False)[1])
@@ -250,11 +256,11 @@ class VAETrainer(Trainer):
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.autoencoder.autoencoder import LatentStatistics
 
-        vae = self.raw("vae")
+        vae: AutoencoderKL = self.raw("vae")
         if self.statistics:
             found = LatentStatistics(self.statistics)
             shift = found.total_mean if self.config.estimate_shift else None
-            scale = 1 / max(found.total_std, 1e-8)  # an encoder may have become constant
+            scale = 1 / max(found.total_std, 1e-8)  # in case the encoder has become constant
             vae.register_to_config(scaling_factor=scale, shift_factor=shift)
         vae.save_pretrained(output_dir)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class HeldExamples(ImageData):
     """Examples of a stream by number, such as those to validate on: rows in memory, whose pictures are encoded.
 

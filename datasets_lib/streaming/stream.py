@@ -175,8 +175,8 @@ class Stream(ImageData):
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
             raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
         return HeldExamples(
-            rows,
-            self.example,
+            rows=rows,
+            make_example=self.example,
             fingerprint=self.fingerprint,
             label_names=self.label_names,
             highest_label=max(map(self.columns.label_of, rows), default=None) if self.columns.label else None,

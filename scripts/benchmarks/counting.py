@@ -56,20 +56,28 @@ class NormsInFloat32(TorchFunctionMode):
         return function(*arguments, **options)
 
 
+def zeros(**shapes: tuple[int, ...]) -> Inputs:
+    """Batches of zeros of these shapes by name, and of timesteps; () is a whole number."""
+    return lambda size: {
+        name: torch.zeros(size, *shape, dtype=torch.float32 if shape else torch.long)
+        for name, shape in (shapes | {"timestep": ()}).items()
+    }
+
+
 def count(build: Callable[[], nn.Module], inputs: Inputs, precisions: tuple[Precision, ...], cuda: bool) -> Network:
     """Builds the network for each precision without memory, and counts its passes as on CUDA or as on a CPU."""
     found = {}
     with FakeTensorMode():
         for precision in precisions:
-            network = _built(build, precision)
+            network = _built(build, torch.bfloat16 if precision == "bf16" else torch.float32)
             found[precision] = passes_of(network, inputs, precision, cuda)
     layers = sum(any(True for _ in module.parameters(recurse=False)) for module in network.modules())
     return Network(units_of(network), layers, found)
 
 
-def _built(build: Callable[[], nn.Module], precision: Precision) -> nn.Module:
+def _built(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
+    torch.set_default_dtype(dtype)
     try:
         return build().train()
     finally:

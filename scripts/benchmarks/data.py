@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 import datasets_lib
-from scripts.benchmarks.runs import synchronize
+from scripts.benchmarks.runs import in_turns, median_ratio
 from trainers.base import Encoder
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data.batches import training_batches
@@ -48,31 +51,27 @@ LATENTS = Encoder(
 )
 
 
-def table(repetitions: int, seconds: float) -> list[dict[str, Any]]:
+def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Medians of repetitions in turns for each source and number of workers, and the decoded cache over each."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_pictures(Path(folder))
-        sides = {
-            (source, workers): stack.enter_context(closing(batches_of(source, workers, Path(folder))))
-            for source in SOURCES
-            for workers in WORKERS.get(source, (0, 1, 2))
-        }
-        found: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
-        for repetition in range(repetitions):
-            for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
-                found[side].append(speed(sides[side], seconds, warm_up=1 + READ_AHEAD * side[1]))
-                wait_for_workers()
-    cached = found["decoded cache", 0]
-    return [
+        sides = {}
+        for source in SOURCES:
+            for workers in WORKERS.get(source, (0, 1, 2)):
+                batches = stack.enter_context(closing(batches_of(source, workers, Path(folder))))
+                sides[source, workers] = partial(speed, batches, asked.seconds, 1 + READ_AHEAD * workers)
+        found = in_turns(sides, asked.pairs)
+    rows = [
         {
             "source": source,
             "workers": workers,
             "images_per_second": statistics.median(rates),
-            "decoded_cache_over_it": statistics.median(a / b for a, b in zip(cached, rates, strict=True)),
+            "decoded_cache_over_it": median_ratio(found["decoded cache", 0], rates),
             "runs": rates,
         }
         for (source, workers), rates in found.items()
     ]
+    return {"data": rows}
 
 
 def write_pictures(folder: Path) -> None:
@@ -122,9 +121,7 @@ def speed(batches: Iterator[dict[str, Any]], seconds: float, warm_up: int) -> fl
     """Pictures per second, after the batches that were read ahead while another side was timed."""
     for _ in range(warm_up):
         next(batches)
-    synchronize()
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        done += len(next(batches)["slot"])
-    synchronize()
-    return done / (time.perf_counter() - began)
+    timer = Timer("next(batches)", globals={"batches": batches}, num_threads=torch.get_num_threads())
+    rate = BATCH / timer.blocked_autorange(min_run_time=seconds).mean
+    wait_for_workers()
+    return rate

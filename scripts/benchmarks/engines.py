@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import statistics
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from scripts.benchmarks.counting import Network, count
+from scripts.benchmarks.counting import Network, count, zeros
 from scripts.benchmarks.measured import ENGINES
-from scripts.benchmarks.predictions import dit_inputs, timesteps
-from scripts.benchmarks.runs import in_processes
+from scripts.benchmarks.runs import in_processes, in_turns
 from scripts.benchmarks.scaling import GLOO, Collective, Hardware, activations, exchanged, flops_of, held, step
 from trainers.common.diffusion.dit_transformer import build_dit
 from trainers.common.model_files import Grid
@@ -26,34 +23,24 @@ GRID, CLASSES = Grid(1, 16), 10  # of the configs in measured.py
 BATCH, WIDTH = 4, 4  # few examples, so that messages take a part of a step; bytes of float32
 OWN_LOOPBACK = ("unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 MIB = 2**20
-
-
-def unet_inputs(size: int) -> dict[str, Tensor]:
-    return {"sample": torch.zeros(size, GRID.channels, GRID.resolution, GRID.resolution)} | timesteps(size)
-
-
 NETWORKS = {
-    "ddpm": (lambda: build_unet2d("unet_digits", None, GRID), unet_inputs),
-    "dit": (lambda: build_dit("dit_digits", None, GRID, CLASSES), dit_inputs(GRID.resolution, GRID.channels)),
+    "ddpm": (lambda: build_unet2d("unet_digits", None, GRID), zeros(sample=(1, 16, 16))),
+    "dit": (lambda: build_dit("dit_digits", None, GRID, CLASSES), zeros(hidden_states=(1, 16, 16), class_labels=())),
 }
 
 
-def tables(pairs: int, steps: int) -> dict[str, list[dict[str, Any]]]:
+def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Rows of the tables `engines`, what is held and sent, and `steps`: runs take turns, in processes of one thread."""
     by_bytes, by_time = [], []
     for task, (build, inputs) in NETWORKS.items():
         network = count(build, inputs, ("no",), cuda=False)
-        found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
-        links = []
-        for pair in range(pairs):
-            for engine in ENGINES if pair % 2 == 0 else reversed(ENGINES):
-                found[engine].append(run(engine, task, steps))
-            with tempfile.TemporaryDirectory() as folder:
-                links.append(launched("links", folder, "DDP", 10 * steps))
+        sides = {engine: partial(run, engine, task, asked.steps) for engine in ENGINES}
+        found = in_turns(sides | {"links": partial(links, 10 * asked.steps)}, asked.pairs)
+        messages = found.pop("links")
         for engine, runs in found.items():
             name = {"network": f"{task}, {network.parameters / 1e6:.1f} M", "engine": engine}
             by_bytes.append(name | bytes_of(engine, network, runs))
-            by_time.append(name | times_of(engine, network, runs, found["one process"], links))
+            by_time.append(name | times_of(engine, network, runs, found["one process"], messages))
     return {"engines": by_bytes, "steps": by_time}
 
 
@@ -64,11 +51,15 @@ def run(engine: str, task: str, steps: int) -> dict[str, Any]:
         return launched("measure", *given) | {"restart_seconds": launched("restart", *given)}
 
 
-def launched(mode: str, folder: str, engine: str, *arguments: Any) -> Any:
+def links(repetitions: int) -> dict[str, list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return launched("links", folder, "DDP", repetitions)
+
+
+def launched(mode: str, folder: str | Path, engine: str, *arguments: Any) -> Any:
     """What a function of measured.py found on the first of the engine's processes."""
-    given = [mode, folder, engine, *map(str, arguments)]
-    in_processes("scripts.benchmarks.measured", given, ENGINES[engine][0], 1, own_loopback())
-    return json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
+    given = [mode, str(folder), engine, *map(str, arguments)]
+    return in_processes("scripts.benchmarks.measured", given, folder, ENGINES[engine][0], 1, own_loopback())
 
 
 def own_loopback() -> tuple[str, ...]:
@@ -82,13 +73,13 @@ def bytes_of(engine: str, network: Network, runs: list[dict[str, Any]]) -> dict[
     processes, first = ENGINES[engine][0], runs[0]
     messages = exchanged(engine, network, processes, WIDTH)
     given = [Collective(kind, "backward", *sums) for kind, sums in first["messages"].items()]
-    kept = {name: size for name, size in held(engine, network, processes, WIDTH).items() if name in first["held"]}
-    kept["activations"] = activations(network.passes["no"], BATCH, False)
     measured = first["held"] | {"activations": first["activations"]}
-    return {f"{name}_mib": (_mib(measured[name]), size / MIB) for name, size in kept.items()} | {
+    kept = held(engine, network, processes, WIDTH) | {"activations": activations(network.passes["no"], BATCH, False)}
+    pairs = {name: (measured[name], size) for name, size in kept.items() if name in measured}
+    return {f"{name}_mib": ("-" if a is None else a / MIB, b / MIB) for name, (a, b) in pairs.items()} | {
         "sent_on_the_wire_mib": _median(runs, "wire") / processes / MIB,
-        "in_messages": _sent(given, processes) / MIB,
-        "calculated": _sent(messages, processes) / MIB,
+        "in_messages": sum(each.sent(processes, GLOO) for each in given) / MIB,
+        "calculated": sum(each.sent(processes, GLOO) for each in messages) / MIB,
         "on_a_ring": sum(each.sent(processes) for each in messages) / MIB,
     }
 
@@ -111,14 +102,6 @@ def times_of(
         "single_runs": [1000 * run["step_seconds"] for run in runs],
         "messages_alone": links,
     }
-
-
-def _mib(size: int | None) -> float | str:
-    return "-" if size is None else size / MIB
-
-
-def _sent(messages: list[Collective], processes: int) -> float:
-    return sum(each.sent(processes, GLOO) for each in messages)
 
 
 def _median(runs: list[dict[str, Any]], name: str) -> float:

@@ -6,11 +6,13 @@ The bare one has a single batch that is on the device, torch's random numbers, a
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,16 +21,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from scripts.benchmarks.bases import stable_diffusion
-from scripts.benchmarks.runs import DEVICE, configured, examples_per_second, in_turns, quiet, synchronize
-from trainers.base import RunInfo
-from trainers.engine.checkpoint.saver import Saver
+from scripts.benchmarks.runs import DEVICE, beside, configured, examples_per_second, median_ratio, synchronize
+from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig
-from trainers.engine.data import batches as feeding
-from trainers.engine.data import prefetch, workers
-from trainers.engine.optim import ema
-from trainers.engine.optim import optimizer as optimization
+from trainers.engine.data import batches, prefetch, workers
+from trainers.engine.optim import ema, optimizer
 from trainers.engine.run import randomness
 from trainers.engine.tracking import meters, tracker
+from trainers.engine.validation.validation import Validation
 
 TASKS = ("ddpm", "conditional_ddpm", "vae", "lora", "text_to_image")
 # the smallest have no dropout on their weights, no second network and cached frozen stages: as the bare side
@@ -50,14 +50,14 @@ REALISTIC = {
 }
 
 
-def table(pairs: int, steps: int, tasks: Sequence[str] = TASKS) -> list[dict[str, Any]]:
+def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """A row for each task and size: the ratio of the sides by pairs, its median, and the parts of a step."""
     rows = []
-    for task in tasks:
+    for task in TASKS:
         for size in ("smallest", "realistic"):
             with tempfile.TemporaryDirectory() as folder:
-                rows.append({"task": task, "network": size} | compared(task, size, folder, pairs, steps))
-    return rows
+                rows.append({"task": task, "network": size} | compared(task, size, folder, asked.pairs, asked.steps))
+    return {"loop": rows}
 
 
 def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1) -> RunConfig:
@@ -71,68 +71,60 @@ def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1) -> R
 
 def compared(task: str, size: str, folder: str, pairs: int, steps: int) -> dict[str, Any]:
     run = run_of(task, size, folder, steps, pairs)
-    rates = in_turns(run, {"bare": bare_loop(run)})
+    rates = beside(run, {"bare": partial(bare_step, run)})
     ratios = [a / b for a, b in zip(rates["diffloop"], rates["bare"], strict=True)]
-    found = {"median_ratio": statistics.median(ratios), "ratios": ratios} | rates
+    found = {"median_ratio": median_ratio(rates["diffloop"], rates["bare"]), "ratios": ratios} | rates
     return found | {"ms_per_step": parts_of_a_step(run_of(task, size, f"{folder}/parts", steps))}
 
 
-def bare_loop(run: RunConfig) -> Callable[[int], float]:
-    """Trains so many steps more and returns the examples per second."""
-    torch.manual_seed(0)
-    with quiet():
-        trainer = run.trainer_class(run.config, run.base)
-        names = list("0123456789")
-        trainer.run = RunInfo(device=DEVICE, weight_dtype=torch.float32, label_names=names, total_steps=1)
-        trainer.setup()
-        [network] = trainer.init_modules().values()
-    network.train().to(DEVICE)
-    if DEVICE.type == "cuda":  # as train() does there
-        network.to(memory_format=torch.channels_last)
+def bare_step(run: RunConfig, trainer: Trainer) -> Callable[[], None]:
+    """A step of the bare loop over a copy of the trainer's network."""
+    [network] = copy.deepcopy(list(trainer.unwrapped.values()))
     weights = [p for p in network.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in weights]
-    optimizer, loss = torch.optim.AdamW(weights, lr=1e-4, fused=True), LOSSES[run.task](trainer, network, run, DEVICE)
+    adamw = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+    loss = (vae_loss if run.task == "vae" else denoising_loss)(trainer, network, run)
 
-    def train_steps(steps: int) -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            loss().backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if run.config.use_ema:
-                with torch.no_grad():
-                    torch._foreach_lerp_(averages, weights, 0.01)
-        synchronize()
-        return steps * run.base.train_batch_size / (time.perf_counter() - began)
+    def step() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        adamw.step()
+        adamw.zero_grad()
+        if run.config.use_ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 0.01)
 
-    return train_steps
+    return step
 
 
-def ddpm_loss(trainer: Any, network: nn.Module, run: RunConfig, device: torch.device) -> Callable[[], Tensor]:
-    size, scheduler, base = run.base.train_batch_size, trainer.scheduler, run.base
-    images = torch.rand(size, base.channels, base.resolution, base.resolution, device=device) * 2 - 1
-    classes = trainer.num_classes if run.task == "conditional_ddpm" else None
-    labels = torch.arange(size, device=device) % classes if classes else None
+def denoising_loss(trainer: Any, network: nn.Module, run: RunConfig) -> Callable[[], Tensor]:
+    """The squared error of the prediction on pictures, or on latents that are drawn anew in each step."""
+    base, size, text_width = run.base, run.base.train_batch_size, getattr(network.config, "cross_attention_dim", None)
+    side = base.resolution // (4 if text_width else 1)  # the autoencoder's factor
+    mean, deviation = torch.rand(2, size, network.config.in_channels, side, side, device=DEVICE) * 2 - 1
+    scheduler = trainer.learned.scheduler if text_width else trainer.scheduler
     velocity = run.config.prediction_type == "v_prediction"
+    classes = trainer.num_classes if run.task == "conditional_ddpm" else None
+    text = {"encoder_hidden_states": torch.randn(size, 16, text_width, device=DEVICE)} if text_width else {}
 
     def loss() -> Tensor:
-        noise = torch.randn_like(images)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), device=device)
-        asked = {}
+        clean = mean + deviation * torch.randn_like(mean) if text_width else mean
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), device=DEVICE)
+        asked = dict(text)
         if classes:
-            hidden = torch.rand(size, device=device) < run.config.label_dropout
-            asked["class_labels"] = torch.where(hidden, classes, labels)
-        predicted = network(scheduler.add_noise(images, noise, timesteps), timesteps, **asked).sample
-        target = scheduler.get_velocity(images, noise, timesteps) if velocity else noise
+            hidden = torch.rand(size, device=DEVICE) < run.config.label_dropout
+            asked["class_labels"] = torch.where(hidden, classes, torch.arange(size, device=DEVICE) % classes)
+        predicted = network(scheduler.add_noise(clean, noise, timesteps), timesteps, **asked).sample
+        target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
         return nn.functional.mse_loss(predicted, target)
 
     return loss
 
 
-def vae_loss(trainer: Any, network: nn.Module, run: RunConfig, device: torch.device) -> Callable[[], Tensor]:
+def vae_loss(trainer: Any, network: nn.Module, run: RunConfig) -> Callable[[], Tensor]:
     base = run.base
-    images = torch.rand(base.train_batch_size, base.channels, base.resolution, base.resolution, device=device) * 2 - 1
+    images = torch.rand(base.train_batch_size, base.channels, base.resolution, base.resolution, device=DEVICE) * 2 - 1
 
     def loss() -> Tensor:
         posterior = network.encode(images).latent_dist
@@ -142,34 +134,12 @@ def vae_loss(trainer: Any, network: nn.Module, run: RunConfig, device: torch.dev
     return loss
 
 
-def latent_loss(trainer: Any, network: nn.Module, run: RunConfig, device: torch.device) -> Callable[[], Tensor]:
-    size, settings, scheduler = run.base.train_batch_size, network.config, trainer.base_model.training_scheduler()
-    side = run.base.resolution // 4  # the autoencoder's factor
-    mean, deviation = torch.randn(2, size, settings.in_channels, side, side, device=device)
-    text = torch.randn(size, 16, settings.cross_attention_dim, device=device)
-
-    def loss() -> Tensor:
-        latents = mean + deviation * torch.randn_like(mean)
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), device=device)
-        predicted = network(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
-        return nn.functional.mse_loss(predicted, noise)
-
-    return loss
-
-
-LOSSES = {
-    "ddpm": ddpm_loss, "conditional_ddpm": ddpm_loss, "vae": vae_loss, "lora": latent_loss,
-    "text_to_image": latent_loss,
-}  # fmt: skip
-
-
 def parts_of_a_step(run: RunConfig) -> dict[str, float]:
     """Milliseconds of each part in a run of its own, means without the warm-up; `other` is what no part covers."""
     seconds: dict[str, list[float]] = {}
     found: dict[str, float] = {}
 
-    def keep_second_window(saving: Saver, steps_done: int) -> None:
+    def keep_second_window(validation: Validation, steps_done: int) -> None:
         if steps_done == run.base.logging_steps:
             seconds.clear()
         if steps_done == 2 * run.base.logging_steps:  # after the steps a task may look at its data once more
@@ -179,7 +149,7 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
         for name, owner, method in (
             ("forward", run.trainer_class, "compute_loss"),
             ("backward", Accelerator, "backward"),
-            ("optimizer", optimization, "optimizer_step"),
+            ("optimizer", optimizer, "optimizer_step"),
             ("averaging", ema.EMA, "update"),
             ("randomness", randomness.SlotRandom, "normal"),
             ("randomness", randomness.SlotRandom, "integers"),
@@ -191,9 +161,9 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
             ("transfer", workers.SlotExamples, "finish"),
         ):
             patches.enter_context(patch.object(owner, method, timed(getattr(owner, method), name, seconds)))
-        patches.enter_context(patch.object(feeding, "training_batches", _timed_batches(seconds)))
-        patches.enter_context(patch.object(Saver, "after_step", keep_second_window))
-        [rate] = examples_per_second(run)
+        timed_data = partial(timed_batches, batches.training_batches, seconds)
+        patches.enter_context(patch.object(batches, "training_batches", timed_data))
+        [rate] = examples_per_second(run, keep_second_window)
     found["forward"] -= found.get("randomness", 0.0)  # which is a part of it
     found["data"] -= found["transfer"]
     total = 1000 * run.base.train_batch_size / rate
@@ -213,16 +183,6 @@ def timed(function: Callable, name: str, seconds: dict[str, list[float]]) -> Cal
     return call
 
 
-def _timed_batches(seconds: dict[str, list[float]]) -> Callable:
-    original = feeding.training_batches
-
-    def batches(*arguments: Any) -> Iterator[Any]:
-        found = original(*arguments)
-        step = timed(lambda: next(found, None), "data", seconds)
-        try:
-            while (batch := step()) is not None:
-                yield batch
-        finally:
-            found.close()
-
-    return batches
+def timed_batches(original: Callable, seconds: dict[str, list[float]], *arguments: Any) -> Iterator[Any]:
+    with closing(original(*arguments)) as found:
+        yield from iter(timed(lambda: next(found, None), "data", seconds), None)

@@ -6,8 +6,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ import torch
 import torch.distributed as dist
 from psutil import Process
 
-from scripts.benchmarks.runs import ROOT, configured, examples_per_second
-from scripts.benchmarks.watching import Messages, gradients_of, held, loopback_bytes, states, watch
+from scripts.benchmarks.loop import run_of
+from scripts.benchmarks.runs import configured, examples_per_second, from_tests, seconds_of
+from scripts.benchmarks.watching import Messages, bucket_bytes, gradients_of, held, loopback_bytes, states, watch
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.sandbox import is_main
-from trainers.engine.optim import networks
 from trainers.engine.optim import optimizer as optimization
-from trainers.engine.optim.ema import EMA
+from trainers.engine.validation.validation import Validation
 
 # so that of a small network, too, nothing but the smallest weights stays whole
 ZERO_3 = {
@@ -44,86 +43,73 @@ NUMBER_BYTES = 4
 
 
 def measure(folder: str, engine: str, task: str, steps: str, *options: str) -> dict[str, Any]:
-    """Of a run of so many steps after WARM_STEPS, and one more."""
-    run = _configured(folder, engine, task, steps, options)
-    with observed(int(steps)) as found:
-        examples_per_second(run)
-    return found
+    """Bytes that this process holds and exchanges in a step, all processes' bytes on the wire, and seconds of a step.
+
+    The last two are the mean and the median of so many steps after WARM_STEPS.
+    """
+    found: dict[str, Any] = {}
+    times: list[float] = []  # of the start, and of the end of each step
+    wire, messages, step = [], Messages(), optimization.optimizer_step
+
+    def look(validation: Validation, steps_done: int) -> None:
+        state, modules = validation.saver.state, validation.trainer.modules.values()
+        if steps_done == WARM_STEPS:
+            messages.__exit__(None, None, None)
+            for hooks in found.pop("hooks"):
+                hooks.close()
+            found["held"] |= states(modules, state.optimizer, state.ema)
+        if steps_done in (WARM_STEPS, WARM_STEPS + int(steps)):
+            wire.append(loopback_bytes())
+        times.append(time.perf_counter())
+        if steps_done == WARM_STEPS - 1:
+            found["hooks"] = [watch(module, found) for module in modules]
+            messages.__enter__()
+
+    def look_and_step(accelerator: Any, optimizer: Any, *rest: Any) -> Any:
+        if len(times) == WARM_STEPS:
+            found["held"] = {"gradients": held(gradients_of(optimizer))}
+        return step(accelerator, optimizer, *rest)
+
+    with patch.object(optimization, "optimizer_step", look_and_step):
+        examples_per_second(_configured(folder, engine, task, steps, options), look)
+    timed = times[WARM_STEPS : WARM_STEPS + int(steps) + 1]
+    found["step_seconds"] = statistics.median(b - a for a, b in pairwise(timed))
+    return found | {"messages": messages.found, "wire": (wire[1] - wire[0]) / int(steps)}
 
 
 def restart(folder: str, engine: str, task: str, steps: str, *options: str) -> float:
     """Seconds from the start of this process to the first step of that run when it goes on from its checkpoint."""
     again = "base.resume_from_checkpoint=latest", f"base.max_train_steps={WARM_STEPS + int(steps) + 2}"
-    run, began, starts = _configured(folder, engine, task, steps, [*options, *again]), Process().create_time(), []
-    original = optimization.set_learning_rates
-
-    def begin(*arguments: Any) -> Any:
-        starts.append(time.time())
-        return original(*arguments)
-
-    with patch.object(optimization, "set_learning_rates", begin):
-        examples_per_second(run)
-    return starts[0] - began
+    times: list[float] = []
+    run = _configured(folder, engine, task, steps, [*options, *again])
+    examples_per_second(run, lambda validation, steps_done: times.append(time.time()))
+    return times[0] - Process().create_time()
 
 
 def _configured(folder: str, engine: str, task: str, steps: str, options: Sequence[str]) -> RunConfig:
-    sys.path.append(str(ROOT / "tests" / "helpers"))
-    import faulty
-
+    faulty = from_tests("faulty")
     for fault, settings in ENGINES[engine][1].items():
         getattr(faulty, fault)(settings)
-    return configured(CONFIGS[task], folder, WARM_STEPS + int(steps) + 1, list(options), windows=0)
+    return configured(CONFIGS[task], folder, WARM_STEPS + int(steps) + 1, options, windows=0)
 
 
-@contextmanager
-def observed(steps: int) -> Iterator[dict[str, Any]]:
-    """Fills what is found with bytes that this process holds and gives to messages in a step, both processes' bytes on
-    the wire and seconds of a step, medians or means of so many.
-    """
-    found: dict[str, Any] = {}
-    starts: list[float] = []
-    messages, wire = Messages(), []
-    originals = networks.prepare_networks, optimization.set_learning_rates, optimization.optimizer_step, EMA.update
+def reductions(folder: str, task: str, size: str, steps: str) -> dict[str, float]:
+    """Examples per second, and the bytes that this process gives to reductions in a step: of gradients, and others."""
+    found, run, all_reduce = {"other_bytes": 0.0}, run_of(task, size, folder, int(steps)), dist.all_reduce
 
-    def prepare(accelerator: Any, trainer: Any, *rest: Any) -> Any:
-        optimizer = originals[0](accelerator, trainer, *rest)
-        for module in trainer.modules.values():
-            watch(module, lambda: len(starts) == WARM_STEPS, found)
-        found["modules"] = list(trainer.modules.values())
-        return optimizer
+    def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:  # DDP's reducer does not call it
+        found["other_bytes"] += tensor.nbytes / run.base.max_train_steps
+        return all_reduce(tensor, *arguments, **options)
 
-    def begin(*arguments: Any) -> Any:
-        if len(starts) == WARM_STEPS:
-            messages.__exit__(None, None, None)
-        if len(starts) in (WARM_STEPS, WARM_STEPS + steps):
-            wire.append(loopback_bytes())
-        starts.append(time.perf_counter())
-        if len(starts) == WARM_STEPS:
-            messages.__enter__()
-        return originals[1](*arguments)
+    def look(validation: Validation, steps_done: int) -> None:
+        if steps_done == run.base.max_train_steps:
+            modules = validation.trainer.modules.values()
+            found["trained_bytes"] = sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
+            found["gradient_bytes"] = bucket_bytes(modules) or 0
 
-    def update(accelerator: Any, optimizer: Any, *rest: Any) -> Any:
-        looked_into = len(starts) == WARM_STEPS
-        gradient_bytes = held(gradients_of(optimizer)) if looked_into else 0
-        result = originals[2](accelerator, optimizer, *rest)
-        if looked_into:
-            found["held"] = states(found.pop("modules"), optimizer) | {"averages": 0, "gradients": gradient_bytes}
-        return result
-
-    def average(ema: EMA, *arguments: Any) -> None:
-        if len(starts) == WARM_STEPS:
-            found["held"]["averages"] = held(list(ema.averages.values()))
-        originals[3](ema, *arguments)
-
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(networks, "prepare_networks", prepare))
-        patches.enter_context(patch.object(optimization, "set_learning_rates", begin))
-        patches.enter_context(patch.object(optimization, "optimizer_step", update))
-        patches.enter_context(patch.object(EMA, "update", average))
-        yield found
-    timed = starts[WARM_STEPS : WARM_STEPS + steps + 1]
-    found["step_seconds"] = statistics.median(b - a for a, b in pairwise(timed))
-    found["messages"], found["wire"] = messages.found, (wire[1] - wire[0]) / steps
+    with patch.object(dist, "all_reduce", counting):
+        [rate] = examples_per_second(run, look)
+    return found | {"examples_per_second": rate}
 
 
 def links(folder: str, engine: str, repetitions: str) -> dict[str, list[float]]:
@@ -139,22 +125,20 @@ def links(folder: str, engine: str, repetitions: str) -> dict[str, list[float]]:
 
 def _seconds(kind: str, numbers: int, repetitions: int) -> float:
     whole, own = torch.ones(numbers), torch.ones(numbers // dist.get_world_size())
-    calls = {
+    call = {
         "all_reduce": lambda: dist.all_reduce(whole),
         "all_gather": lambda: dist.all_gather_into_tensor(whole, own),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(own, whole),
-    }
+    }[kind]
     times = []
     for _ in range(repetitions):
         dist.barrier()
-        began = time.perf_counter()
-        calls[kind]()
-        times.append(time.perf_counter() - began)
+        times.append(seconds_of(call, 1))
     return statistics.median(times)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    result = {"measure": measure, "restart": restart, "links": links}[sys.argv[1]](*sys.argv[2:])
+    function, own_folder = sys.argv[1:3]
+    result = {"measure": measure, "restart": restart, "reductions": reductions, "links": links}[function](*sys.argv[2:])
     if is_main():
-        Path(sys.argv[2], "found.json").write_text(json.dumps(result), encoding="utf-8")
+        Path(own_folder, "found.json").write_text(json.dumps(result), encoding="utf-8")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from scripts.benchmarks.counting import Inputs, Network, count
-from scripts.benchmarks.scaling import FLOAT, Hardware, activations, exchanged, flops_of, held, step
+from scripts.benchmarks.counting import Inputs, Network, Precision, count, zeros
+from scripts.benchmarks.scaling import FLOAT, Hardware, activations, assumptions, exchanged, flops_of, held, step
 from trainers.common.diffusion.dit_transformer import build_dit
 from trainers.common.model_files import Grid
 from trainers.common.text_to_image.unet2d_condition import build_unet
 
 # the precision of the passes, by engine
-ENGINES = {"DDP": "autocast", "FSDP2": "bf16", "ZeRO-2": "autocast", "ZeRO-3": "autocast"}
+ENGINES: dict[str, Precision] = {"DDP": "autocast", "FSDP2": "bf16", "ZeRO-2": "autocast", "ZeRO-3": "autocast"}
 WIDTH = 2  # bytes of a number in bf16
 GPUS, PARTS_GPUS = (8, 64, 512), 64
 SAME = 0.9  # of the fastest engine's rate: the model is no better, so the simplest one of these is taken
@@ -25,48 +25,37 @@ TOKENS = 77  # of a caption
 class Case(NamedTuple):
     """A network, what it sees, and how it is trained; latents and texts come from caches, so it is alone on the GPU."""
 
-    build: Callable[[], torch.nn.Module]
+    build: Callable[[], nn.Module]
     inputs: Inputs
     batch: int  # of a GPU
     checkpointing: bool
 
 
-def unet_inputs(side: int, text_width: int, **more: int) -> Inputs:
-    def inputs(size: int) -> dict[str, Tensor]:
-        told = {name: torch.zeros(size, width) for name, width in more.items()}
-        text = {"encoder_hidden_states": torch.zeros(size, TOKENS, text_width)}
-        return {"sample": torch.zeros(size, 4, side, side)} | text | told | timesteps(size)
-
-    return inputs
-
-
-def dit_inputs(side: int, channels: int = 4) -> Inputs:
-    def inputs(size: int) -> dict[str, Tensor]:
-        labels = torch.zeros(size, dtype=torch.long)
-        return {"hidden_states": torch.zeros(size, channels, side, side), "class_labels": labels} | timesteps(size)
-
-    return inputs
-
-
-def timesteps(size: int) -> dict[str, Tensor]:
-    return {"timestep": torch.zeros(size, dtype=torch.long)}
-
-
 CASES = {
-    "SD 1.5, 512 px": Case(lambda: build_unet("unet_sd15", Grid(4, 64), 768), unet_inputs(64, 768), 16, False),
+    "SD 1.5, 512 px": Case(
+        lambda: build_unet("unet_sd15", Grid(4, 64), 768),
+        zeros(sample=(4, 64, 64), encoder_hidden_states=(TOKENS, 768)),
+        16,
+        False,
+    ),
     "SDXL, 1024 px": Case(
         lambda: build_unet("unet_sdxl", Grid(4, 128), 2048, 1280),
-        unet_inputs(128, 2048, text_embeds=1280, time_ids=6),
+        zeros(sample=(4, 128, 128), encoder_hidden_states=(TOKENS, 2048), text_embeds=(1280,), time_ids=(6,)),
         8,
         True,
     ),
-    "DiT 2B, 512 px": Case(lambda: build_dit("dit_2b", None, Grid(4, 64), 1000), dit_inputs(64), 32, True),
+    "DiT 2B, 512 px": Case(
+        lambda: build_dit("dit_2b", None, Grid(4, 64), 1000),
+        zeros(hidden_states=(4, 64, 64), class_labels=()),
+        32,
+        True,
+    ),
 }
 
 
-def tables(hardware: Hardware) -> dict[str, list[dict[str, Any]]]:
+def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Rows of the tables `predictions`, and of `memory` with what the bytes are on PARTS_GPUS."""
-    found, parts = [], []
+    hardware, found, parts = assumptions(asked.assume), [], []
     for name, case in CASES.items():
         network = count(case.build, case.inputs, ("autocast", "bf16"), cuda=True)
         for gpus in GPUS:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.runs import machine
+import diffusers
+import torch
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
-DISTRIBUTED = DOCUMENT.with_name("distributed.md")
-RESULTS = Path(__file__).parents[2] / "outputs" / "benchmarks"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "outputs" / "benchmarks"
 
 
-def write(
-    table: str, rows: list[dict[str, Any]], command: str, document: Path = DOCUMENT, assumed: str | None = None
-) -> Path:
+def write(table: str, rows: list[dict[str, Any]], command: str, document: Path, assumed: str | None = None) -> Path:
     """Writes the rows as outputs/benchmarks/TABLE.json, and puts them in the place of the document's older ones.
 
     What was calculated says what was `assumed` in the place of the machine.
@@ -54,3 +55,20 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
     return str(value)
+
+
+def machine() -> dict[str, Any]:
+    """The name and load of the machine, threads and versions: what a measurement depends on beside the command."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "machine": f"{name}, {os.cpu_count()} cores",
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

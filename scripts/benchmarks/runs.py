@@ -1,33 +1,40 @@
-"""Runs of train() that are measured: configured for speed, quiet, and each with accelerate as new."""
+"""Runs of train() that are measured, and sides that are measured in turns."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import json
+import multiprocessing
 import os
-import platform
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from train import train
-from trainers.engine.checkpoint.saver import Saver
+from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.run.run_folder import METRICS, read_lines
 from trainers.engine.validation.validation import Validation
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts train()
+Side, Found = TypeVar("Side"), TypeVar("Found")
+Look = Callable[[Validation, int], None]  # gets the number of steps that are done
 
 
-def configured(config: str, folder: str, steps: int, overrides: list[str] = (), windows: int = 1) -> RunConfig:
-    """A run that logs every so many steps, so many times after the first one, which warms up."""
+def configured(config: str, folder: str, steps: int, overrides: Sequence[str] = (), windows: int = 1) -> RunConfig:
+    """A run that logs every `steps` steps: once to warm up, then `windows` times."""
     last = (1 + windows) * steps
     task = load_config(config, []).task
     quiet = [
@@ -38,27 +45,48 @@ def configured(config: str, folder: str, steps: int, overrides: list[str] = (), 
     return load_config(config, [*quiet, *overrides])
 
 
-def examples_per_second(run: RunConfig) -> list[float]:
-    """Of train(), by windows after the first: with data, averaging and logging, without validation and saves."""
-    with quiet(), fresh_accelerate(), patch.object(Validation, "after_step"):  # a sampler's 1,000 steps
-        folder = train(run)
-    return logged(folder, "examples_per_second")[1:]
+def examples_per_second(run: RunConfig, look: Look = lambda validation, steps_done: None) -> list[float]:
+    """Trains; returns the logged rates without the first: with data, averaging and logging, without saves.
+
+    `look` is called in place of validations, which the rates leave out: before the first step and after each.
+    """
+    with quiet(), fresh_accelerate(), patch.multiple(Validation, make_up=look, after_step=look):
+        train(run)
+    return logged(run, "examples_per_second")[1:]
 
 
-def logged(folder: Path, name: str) -> list[float]:
+def logged(run: RunConfig, name: str) -> list[float]:
     """A metric of a run at its log lines."""
-    return [line[name] for line in read_lines(folder / METRICS) if name in line]
+    return [line[name] for line in read_lines(Path(run.base.output_dir) / METRICS) if name in line]
 
 
-def in_processes(module: str, arguments: list[str], processes: int, threads: int, alone: Sequence[str] = ()) -> None:
-    """Runs a module in processes of so many threads, behind the command `alone`; RuntimeError where it fails."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-    command = [*alone, sys.executable, *(torchrun if processes > 1 else []), "-m", module, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
+def beside(run: RunConfig, others: dict[str, Callable[[Trainer], Callable[[], Any]]]) -> dict[str, list[float]]:
+    """Examples per second of "diffloop" and of the others by windows of steps, in turns in one process.
+
+    The others make their step from the trainer before its first one. Whenever train() has logged, each does as many.
+    """
+    window, made = run.base.logging_steps, {}
+    rates: dict[str, list[float]] = {name: [] for name in others}
+
+    def take_turns(validation: Validation, steps_done: int) -> None:
+        validation.saver.wait()  # the thread that writes the last checkpoint would take time from the others
+        if steps_done == 0:
+            made.update({name: make(validation.trainer) for name, make in others.items()})
+        elif steps_done % window == 0:
+            for name, step in made.items():
+                rates[name].append(window * run.base.train_batch_size / seconds_of(step, window))
+
+    ours = examples_per_second(run, take_turns)
+    return {"diffloop": ours} | {name: found[1:] for name, found in rates.items()}
+
+
+def seconds_of(step: Callable[[], Any], steps: int) -> float:
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize()
+    return time.perf_counter() - began
 
 
 def synchronize() -> None:
@@ -66,21 +94,48 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(run: RunConfig, others: dict[str, Callable[[int], float]]) -> dict[str, list[float]]:
-    """Examples per second by windows, of "diffloop" and of the others, which all meet the same machine.
+def in_turns(sides: dict[Side, Callable[[], Found]], repetitions: int) -> dict[Side, list[Found]]:
+    """Calls each side as often, to and fro, so that all meet the same machine."""
+    found: dict[Side, list[Found]] = {side: [] for side in sides}
+    for repetition in range(repetitions):
+        for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
+            found[side].append(sides[side]())
+    return found
 
-    Whenever train() has logged, each of the others does as many steps, within a pause that train() does not count.
+
+def median_ratio(rates: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios of rates that were measured at about the same time."""
+    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
+
+
+def in_new_process(function: Callable[..., Found], *arguments: Any) -> Found:
+    """Calls a function in a process with as many threads, whose memory holds nothing else."""
+    threads = torch.get_num_threads()
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as process:
+        return process.apply(function, arguments)
+
+
+def in_processes(
+    module: str, arguments: Sequence[str], folder: str | Path, processes: int, threads: int, prefix: Sequence[str] = ()
+) -> Any:
+    """Runs a module in processes behind the command `prefix`; returns what they leave in the folder's found.json.
+
+    Raises RuntimeError where it fails.
     """
-    rates: dict[str, list[float]] = {name: [] for name in others}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
+    command = [*prefix, sys.executable, *(torchrun if processes > 1 else []), "-m", module, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
 
-    def take_turns(saving: Saver, steps_done: int) -> None:
-        if steps_done % run.base.logging_steps == 0:
-            for name, train_steps in others.items():
-                rates[name].append(train_steps(run.base.logging_steps))
 
-    with patch.object(Saver, "after_step", take_turns):
-        ours = examples_per_second(run)
-    return {"diffloop": ours} | {name: found[1:] for name, found in rates.items()}
+def from_tests(module: str) -> ModuleType:
+    """A module of tests/helpers: tiny models, and engines as they run on CPUs."""
+    sys.path.append(str(ROOT / "tests" / "helpers"))
+    return importlib.import_module(module)
 
 
 @contextlib.contextmanager
@@ -98,22 +153,3 @@ def fresh_accelerate() -> Iterator[None]:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement depends on, beside the command."""
-    import diffusers
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "machine": f"{name}, {os.cpu_count()} cores",
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

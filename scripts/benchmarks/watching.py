@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.benchmarks.counting import bytes_of, saving
 from trainers.engine.distributed.sharding import local
 
-MESSAGES = {  # torch's names
-    "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "allgather_": "all_gather", "reduce_": "reduce",
-    "_reduce_scatter_base_": "reduce_scatter", "reduce_scatter_": "reduce_scatter", "broadcast_": "broadcast",
-    "allgather_into_tensor_coalesced_": "all_gather", "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "allreduce_coalesced_": "all_reduce",
-}  # fmt: skip
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast")
 
 
-def watch(module: torch.nn.Module, when: Callable[[], bool], found: dict[str, Any]) -> None:
-    """Counts what autograd keeps of a forward pass; weights that were gathered for it are gone again at its end."""
-    watching, kept = ExitStack(), []
+def watch(module: nn.Module, found: dict[str, Any]) -> ExitStack:
+    """Counts what autograd keeps of a forward pass until it is closed.
+
+    Weights that were gathered for the pass are gone again at its end.
+    """
+    hooks, watching, kept = ExitStack(), ExitStack(), []
 
     def before(*_: Any) -> None:
-        if when():
-            kept.append(watching.enter_context(saving(module, {})))
+        kept.append(watching.enter_context(saving(module, {})))
 
     def after(*_: Any) -> None:
         watching.close()
-        if kept:
-            found["activations"] = found.get("activations", 0) + bytes_of(kept.pop())
+        found["activations"] = found.get("activations", 0) + bytes_of(kept.pop())
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after)):
+        hooks.callback(handle.remove)
+    return hooks
 
 
-def states(modules: list[torch.nn.Module], optimizer: Any) -> dict[str, int | None]:
+def states(modules: Iterable[nn.Module], optimizer: Any, ema: Any) -> dict[str, int | None]:
     """Bytes by what they are, after a step; DeepSpeed's optimizer moves weights of its own.
 
     Of gradients in flight only DDP's lasting buckets can be seen.
     """
-    inner = optimizer.optimizer
+    inner, modules = optimizer.optimizer, list(modules)
     masters = getattr(inner, "single_partition_of_fp32_groups", getattr(inner, "fp32_partitioned_groups_flat", []))
-    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
-    buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in wrappers]
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     weights = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]
     return {
         "weights": held([*weights, *masters]),
         "moments": held([moment for moment in moments if moment.dim()]),
-        "gradients in flight": sum(int(size) for sizes in buckets for size in sizes.split(",")) if wrappers else None,
+        "averages": held(list(ema.averages.values()) if ema is not None else []),
+        "gradients in flight": bucket_bytes(modules),
     }
+
+
+def bucket_bytes(modules: Iterable[nn.Module]) -> int | None:
+    """Bytes of the gradients that DDP reduces in a step; None without DDP."""
+    wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in wrappers]
+    return sum(int(size) for sizes in buckets for size in sizes.split(",")) if wrappers else None
 
 
 def gradients_of(optimizer: Any) -> list[Tensor | None]:
@@ -81,9 +83,10 @@ class Messages(TorchDispatchMode):
         self.found: dict[str, list[int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        name = function.__name__.partition(".")[0]
-        if function.namespace == "c10d" and name in MESSAGES:
-            sums = self.found.setdefault(MESSAGES[name], [0, 0])
+        name = function.__name__.replace("_", "")  # such as _allgather_base_ and allreduce_coalesced_
+        kind = next((kind for kind in KINDS if name.startswith(kind.replace("_", ""))), None)
+        if function.namespace == "c10d" and kind is not None:
+            sums = self.found.setdefault(kind, [0, 0])
             sums[0] += 1
             sums[1] += max(_bytes_in(argument) for argument in arguments)
         return function(*arguments, **(options or {}))

@@ -94,6 +94,6 @@ def test_efficiency_is_by_process_and_pair():
         for rate in (10.0, 14.0, 12.0)
     ]
     alone = [{"examples_per_second": rate} for rate in (5.0, 10.0, 8.0)]
-    row = scale._row("ddpm", 2, 1, runs, alone)
+    row = scale.row("ddpm", 2, 1, runs, alone)
     assert (row["examples_per_second_each"], row["efficiency"], row["ratios"]) == (6.0, 0.75, [1.0, 0.7, 0.75])
     assert (row["trained_mib"], row["reduced_gradients_mib_per_step"], row["other_bytes_per_step"]) == (2.0, 1.0, 9)

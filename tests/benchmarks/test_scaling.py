@@ -12,8 +12,8 @@ from torch import Size, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scripts.benchmarks import engines, measured, predictions, scaling
-from scripts.benchmarks.counting import Network, Passes, bytes_of, count, passes_of, saving, units_of
-from scripts.benchmarks.predictions import CASES, dit_inputs
+from scripts.benchmarks.counting import Network, Passes, bytes_of, count, passes_of, saving, units_of, zeros
+from scripts.benchmarks.predictions import CASES
 from scripts.benchmarks.scaling import Collective, Hardware, exchanged, held, part, step
 from trainers.common.diffusion.dit_transformer import build_dit
 from trainers.common.model_files import Grid
@@ -141,8 +141,11 @@ def test_linear_layers_by_hand():
 
 GRID = Grid(1, 16)
 TINY = {
-    "unet": (lambda: build_unet2d("configs/tests/models/unet2d.json", None, GRID), engines.unet_inputs),
-    "dit": (lambda: build_dit("configs/tests/models/dit_transformer.json", None, GRID, 10), dit_inputs(16, 1)),
+    "unet": (lambda: build_unet2d("configs/tests/models/unet2d.json", None, GRID), zeros(sample=(1, 16, 16))),
+    "dit": (
+        lambda: build_dit("configs/tests/models/dit_transformer.json", None, GRID, 10),
+        zeros(hidden_states=(1, 16, 16), class_labels=()),
+    ),
 }
 
 

@@ -143,8 +143,8 @@ def test_a_run_that_is_shorter_than_a_dry_run(dry_run):
 
 def test_the_real_cadences_are_counted():
     base = BaseConfig(max_train_steps=20, checkpointing_steps=6, valid_epochs=1, eval_steps=10, save_model_epochs=2)
-    found = Plan.of(Clock(10, 2, 1, 1, max_train_steps=20), base, 10, 3, "")
-    assert found == Plan(20, 2, 10, 3, saves=4, validations=4, evaluations=2, exports=2, largest="")
+    clock = Clock(10, 2, 1, 1, max_train_steps=20)
+    assert Plan.of(clock, base) == Plan(clock, saves=4, validations=4, evaluations=2, exports=2)
 
 
 def test_the_last_steps_are_run_on_examples_of_the_largest_bucket(dry_run, tmp_path, monkeypatch):
@@ -377,7 +377,7 @@ def test_the_folder_of_a_killed_dry_run_goes_and_that_of_a_living_one_stays(dry_
         raise ValueError("in use")
 
     left.mkdir()
-    monkeypatch.setattr(dry_runs, "take", in_use)  # a lock keeps out other processes only
+    monkeypatch.setattr(dry_runs, "lock_folder", in_use)  # a lock keeps out other processes only
     with pytest.raises(ValueError, match="in use"):
         dry_run()
     left.rmdir()  # fails where it is not there

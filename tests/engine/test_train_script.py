@@ -22,13 +22,17 @@ from PIL import Image
 from processes import wait_for
 from run_folders import losses, read_metrics
 
+import datasets_lib
 from train import main, train
 from trainers import TRAINERS
+from trainers.ddpm import DDPMTrainer
 from trainers.engine.config.config import find_trainer, load_config
 from trainers.engine.distributed.backends import check_devices, check_engine
 from trainers.engine.distributed.deepspeed import configure_deepspeed
 from trainers.engine.optim import networks
 from trainers.engine.run.randomness import SlotRandom
+from trainers.engine.validation import sampling
+from trainers.inference.saved_run import load_trainer, open_run
 
 PIPELINE = {
     "model_index.json",
@@ -494,15 +498,71 @@ def test_start_and_end_blocks(tiny_config, capsys):
     assert "DDPMPipeline.from_pretrained(" in text
 
 
+def train_and_draw(task, run_in_process, **options):
+    """Trains a task's tiny config with held-out examples; the run draws at its end, an evaluation from its checkpoint.
+
+    Returns the run's folder after all that the task says of its pictures was asked for.
+    """
+    held_out = {"base.max_train_samples": 8, "base.validation_split": 0.004}  # 7 of the digits
+    folder = run_in_process(task=task, **held_out, **options)
+    trainer = load_trainer(open_run(folder))
+    validation_set = datasets_lib.build(trainer.base, "validation")
+    requests = sampling.evaluation_requests(trainer, 3, validation_set)
+    assert len(requests) == (3 if trainer.sample_requests(validation_set) else 0)
+    with sampling.evaluation_mode(trainer):
+        drawn = sampling.draw(trainer, requests, list(range(len(requests))), 0, 2, validation_set)
+    pictures = {name: torch.cat(batches) for name, batches in drawn.items()}
+    for name, images in pictures.items():
+        assert len(images) == len(requests), name
+        assert 0 <= images.min() <= images.max() <= 1, name
+    if requests:
+        assert pictures["samples"].shape[1:] == (trainer.base.channels, *[trainer.base.resolution] * 2)
+        metrics = trainer.sample_metrics(sampling.with_examples(requests, validation_set), pictures)
+        assert all(isinstance(value, float) for value in metrics.values())
+        assert list((folder / "samples").glob("*-step-*.png"))
+    return folder
+
+
 @pytest.mark.parametrize("task", TRAINERS)
-def test_every_task_has_a_tiny_config_and_learns(task, run_in_process):
+def test_every_task_has_a_tiny_config_and_learns_and_draws(task, run_in_process):
     """Over 60 steps on the same 8 examples the loss must fall clearly: the update goes the right way."""
-    folder = run_in_process(
-        task=task, **{"base.max_train_steps": 60, "base.logging_steps": 20, "base.max_train_samples": 8}
-    )
+    folder = train_and_draw(task, run_in_process, **{"base.max_train_steps": 60, "base.logging_steps": 20})
     first, *_, last = [line["loss"] for line in read_metrics(folder, prefix="loss")]
     assert last < 0.9 * first
+    assert {"valid/loss", "valid_ema/loss"} <= read_metrics(folder, prefix="valid/")[-1].keys()
     assert find_trainer(task).load_pipeline(folder) is not None
+
+
+def raising(*arguments):
+    raise RuntimeError("broken")
+
+
+def broken_for(key):
+    """A sample() that raises for requests with such a key."""
+    sample = DDPMTrainer.sample
+    return lambda self, requests, rng: raising() if key in requests[0] else sample(self, requests, rng)
+
+
+BROKEN = {
+    "sample": {"sample": raising},
+    "sample of evaluations": {"sample": broken_for("evaluation")},
+    "sample of held-out requests": {
+        "sample": broken_for("image"),
+        "sample_requests": lambda self, validation_set: self.held_out_requests(validation_set, 2),
+    },
+    "sample_metrics": {"sample_metrics": raising},
+    "sample_requests": {"sample_requests": raising},
+    "evaluation_requests": {"evaluation_requests": raising},
+    "validation_metrics": {"validation_metrics": raising},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_the_test_of_every_task_would_notice(what, run_in_process, monkeypatch):
+    for method, replacement in BROKEN[what].items():
+        monkeypatch.setattr(DDPMTrainer, method, replacement)
+    with pytest.raises(RuntimeError, match="broken"):
+        train_and_draw("ddpm", run_in_process, **{"base.max_train_steps": 1})
 
 
 @pytest.mark.slow

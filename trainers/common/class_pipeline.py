@@ -1,4 +1,4 @@
-"""The pipeline of a class-conditional network of pixels or latents, which diffusers does not have."""
+"""A pipeline for class-conditional UNets and transformers of pixels or latents, which diffusers lacks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trainers.common.diffusion.sampling import build_sampler, to_unit_range
 class ClassConditionalPipeline(DiffusionPipeline):
     """Draws pictures of classes by name or number.
 
-    The network is a `unet` or a `transformer`. It has one embedding more than there are classes; the last one means
-    "no class". A `vae` decodes where the network draws latents. `sampler` is a name that build_sampler knows;
-    `id2label` gives names to numbers or is None: a dict, as diffusers takes lists for components.
+    The network is a `unet` or a `transformer` with one embedding per class and a last one for "no class". A `vae`
+    decodes if the network draws latents. `sampler` is a name that build_sampler knows; `id2label` names the classes,
+    or is None: a dict, because diffusers takes lists for components.
     """
 
     _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012  # as diffusers declares it
@@ -36,7 +36,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def network(self) -> UNet2DModel | DiTTransformer2DModel:
-        """The one of the two that there is."""
+        """The UNet or transformer."""
         return self.transformer if self.unet is None else self.unet
 
     @property
@@ -46,19 +46,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def label_names(self) -> list[str]:
-        """The names in the order of their numbers; empty where there are none."""
-        names = {int(number): name for number, name in (self.config.id2label or {}).items()}  # JSON's keys are texts
+        """The names in the order of their numbers; empty without names."""
+        names = {int(number): name for number, name in (self.config.id2label or {}).items()}  # JSON's keys are strings
         return [names[number] for number in sorted(names)]
 
     def class_indices(self, classes: list[str | int]) -> list[int]:
-        """The numbers of classes given by name or number; ValueError for one that the network does not know."""
+        """The numbers of classes given by name or number; ValueError for an unknown one."""
         names = self.label_names
         known = {name: number for number, name in enumerate(names)}
-        found = [known.get(str(item), item) if isinstance(item, str) else item for item in classes]
-        for given, number in zip(classes, found, strict=True):
+        found = []
+        for given in classes:
+            number = known.get(given, given) if isinstance(given, str) else given
             if not (isinstance(number, int) and 0 <= number < self.num_classes):
                 allowed = ", ".join(names) or "their numbers"
                 raise ValueError(f"class {given!r}: must be one of 0 to {self.num_classes - 1}, or {allowed}")
+            found.append(number)
         return found
 
     @torch.no_grad()
@@ -72,9 +74,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Draws one picture per class given. `output_type` is pil, np or pt.
+        """Draws one picture per class. `output_type` is pil, np or pt.
 
-        A Guidance in place of the scale also gives a rescale and an interval of noise levels.
+        `guidance_scale` may be a Guidance, which adds a rescale and an interval of noise levels.
         """
         numbers = self.class_indices(classes if isinstance(classes, list) else [classes])
         if not numbers:
@@ -91,9 +93,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for timestep in self.progress_bar(scheduler.timesteps):
             prediction = guidance.predict(self._network, sample, timestep, asked, none, sigma_of(timestep))
             sample = scheduler.step(prediction.float(), timestep, sample, generator=generator).prev_sample
-        images = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).numpy()
+        pictures = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
+        images = pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -27,7 +27,7 @@ class Change(NamedTuple):
 def breaking_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: Any) -> list[Change]:
     """Everything that makes the rest of the run another one than the uninterrupted run would have been."""
     found = [
-        Change((key.partition(".")[2], key), f"{key}: {show(before)} -> {show(now)}")
+        Change((key.partition(".")[2], key), f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
         for key, before, now in option_changes(state["config"], run)
         if key.partition(".")[2] not in _passive(run, key)
     ]
@@ -67,7 +67,7 @@ def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:
 def harmless_changes(state: dict[str, Any], run: RunConfig) -> list[str]:
     """Options with another value that do not touch what is trained."""
     return [
-        f"{key}: {show(before)} -> {show(now)}"
+        f"{key}: {json.dumps(before)} -> {json.dumps(now)}"
         for key, before, now in option_changes(state["config"], run)
         if key.partition(".")[2] in _passive(run, key) and key not in OWN_TO_A_RUN
     ]
@@ -125,7 +125,3 @@ def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
 def _plain(value: Any) -> Any:
     """As it comes back from state.json."""
     return json.loads(json.dumps(value))
-
-
-def show(value: Any) -> str:
-    return json.dumps(value)

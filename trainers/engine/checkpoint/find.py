@@ -52,7 +52,7 @@ def _find_latest(accelerator: Accelerator, folders: Folders, output_dir: Path) -
             return folder
         for fault in faults:
             accelerator.print(f"WARNING: skipping {fault}", flush=True)
-        if advice := _advice(folder.name, copies):
+        if advice := _advice(copies):
             advice = f"to go on from {folder.name}, {advice}"
             accelerator.print(f"  {advice}", flush=True)
         newest_advice = newest_advice or advice
@@ -82,7 +82,7 @@ def _faults(name: str, copies: list[Copy]) -> list[str]:
     return [f"{name}: it is not the same in {' and '.join(copy.place for copy in copies)}"]
 
 
-def _advice(name: str, copies: list[Copy]) -> str:
+def _advice(copies: list[Copy]) -> str:
     """What makes it count, where one folder has an intact one."""
     intact = next((copy for copy in copies if not copy.fault), None)
     if intact is None:

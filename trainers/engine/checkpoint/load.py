@@ -9,11 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from trainers.engine.checkpoint.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
 from trainers.engine.distributed.sharding import Part, configuration, like, part_from, refresh, trained_parameters
-from trainers.engine.distributed.zero import load_optimizer, zero_optimizer
 
 
 def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) -> None:
@@ -79,8 +77,8 @@ def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor | Par
         )
 
 
-def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[int, dict[str, Tensor]]:
-    """The saved state of what is trained by the id of the parameter; ValueError for what this run does not train."""
+def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The saved state of what is trained, by parameter; ValueError for what this run does not train."""
     saved: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition(".")
@@ -88,20 +86,4 @@ def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[i
     own = {f"{name}.{key}": p for name, network in networks.items() for key, p in trained_parameters(network).items()}
     if not saved.keys() <= own.keys():
         raise ValueError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
-    return {id(own[name]): values for name, values in saved.items()}
-
-
-def put_optimizer_state(
-    saved: dict[int, dict[str, Tensor]], networks: dict[str, nn.Module], optimizer: Optimizer
-) -> None:
-    for network in networks.values():
-        if zero_optimizer(network) is not None:
-            load_optimizer(network, saved)
-            return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        number: {key: value if value.ndim == 0 else like(value, p) for key, value in saved[id(p)].items()}
-        for number, p in enumerate(parameters)
-        if id(p) in saved
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {own[name]: values for name, values in saved.items()}

@@ -9,20 +9,16 @@ from typing import Any
 
 from trainers.base import Trainer
 from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes, optimizer_changed
-from trainers.engine.checkpoint.load import (
-    compare_shape,
-    put_optimizer_state,
-    put_weights,
-    read_optimizer_state,
-    read_tensors,
-    read_weights,
-)
+from trainers.engine.checkpoint.load import compare_shape, put_weights, read_optimizer_state, read_tensors, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.checkpoint.train_state import TrainState
-from trainers.engine.checkpoint.warm_up import warm_up
+from trainers.engine.checkpoint.snapshot import TrainState
 from trainers.engine.checkpoint.writer import FORMAT
+from trainers.engine.data.batches import first_batch
+from trainers.engine.distributed import deepspeed
+from trainers.engine.distributed.sharding import load_optimizer_state
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import RunContext
+from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.run.run_folder import set_metrics_aside
 from trainers.engine.tracking.external import RUN_ID_FILES
 
@@ -93,19 +89,14 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: Any) -> dict[str
 
 
 def load(
-    ctx: RunContext,
-    trainer: Trainer,
-    encoders: FrozenEncoders,
-    state: TrainState,
-    folder: Path,
-    saved: dict[str, Any],
+    ctx: RunContext, trainer: Trainer, encoders: FrozenEncoders, state: TrainState, folder: Path, saved: dict[str, Any]
 ) -> None:
     """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
 
     `saved` is the checkpoint's state.json. Another optimizer than the checkpoint's, if `base.allow_changes` accepts it,
     starts without state. Raises ValueError where the checkpoint holds other networks or other shapes than the run.
     """
-    warm_up(ctx, trainer, encoders, state)
+    _warm_up(ctx, trainer, encoders, state)
     networks, ema, scaler = state.networks, state.ema, ctx.accelerator.scaler
     for name, network in networks.items():
         compare_shape(folder / name, network, ctx.run.base.allow_changes)
@@ -121,9 +112,27 @@ def load(
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)
-    put_optimizer_state(moments, networks, state.optimizer)
+    load_optimizer_state(networks, state.optimizer, moments)
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     set_aside_later(ctx, folder, saved["step"])
     state.meter.load(saved["meter"])
     state.nonfinite.load(saved["divergence"])
+
+
+def _warm_up(ctx: RunContext, trainer: Trainer, encoders: FrozenEncoders, state: TrainState) -> None:
+    """Runs one backward pass before a checkpoint is loaded, and discards it.
+
+    DDP puts its gradient buckets in another order after the first one, so without it a resumed run on three or more
+    processes would sum in another order than the uninterrupted one.
+    """
+    accelerator, clock, base = ctx.accelerator, ctx.clock, ctx.run.base
+    if accelerator.num_processes == 1 or deepspeed.in_use(accelerator):
+        return
+    # the step before: only networks that took part in it have had a backward in the uninterrupted run
+    step = max(clock.origin_step - 1, 0)
+    batch = encoders.encode(first_batch(state.train_set, clock, base, accelerator.process_index, accelerator.device))
+    loss, _ = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
+    accelerator.backward(loss)
+    state.optimizer.zero_grad()
+    accelerator.step = 0

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from trainers.engine.checkpoint import writer
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.checkpoint.snapshot import Snapshot, find_not_finite, snapshot
-from trainers.engine.checkpoint.train_state import TrainState
+from trainers.engine.checkpoint.snapshot import Snapshot, TrainState, find_not_finite, snapshot
 from trainers.engine.data import stream_batches
 from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.tracker import Tracker

@@ -11,21 +11,28 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.engine.checkpoint.train_state import TrainState
-from trainers.engine.distributed.sharding import (
-    Part,
-    configuration,
-    local,
-    optimizer_state,
-    part_of,
-    trained_parameters,
-    weight_of,
-    whole,
-)
+from datasets_lib.example import ImageData
+from trainers.engine.distributed import sharding
+from trainers.engine.distributed.sharding import Part, trained_parameters
 from trainers.engine.optim.ema import EMA
+from trainers.engine.optim.nonfinite import NonFiniteSteps
+from trainers.engine.tracking.meters import Meter
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes: weights, averages, optimizer, open windows of metrics, place in the data."""
+
+    networks: dict[str, nn.Module]  # without wrappers
+    meta_networks: dict[str, nn.Module]  # without numbers, wrappers and shards: what an export fills
+    optimizer: Optimizer
+    ema: EMA | None
+    meter: Meter
+    nonfinite: NonFiniteSteps
+    train_set: ImageData
 
 
 @dataclass
@@ -66,10 +73,10 @@ def snapshot(state: TrainState, about: dict[str, Any], wanted: bool, kept: dict[
         for folder, (values, settings) in sets.items():
             if _in_diffusers_format(network):
                 tensors[f"{folder}/{DIFFUSERS_WEIGHTS}"] = values
-                texts[f"{folder}/config.json"] = json.dumps(configuration(network) | settings, indent=2)
+                texts[f"{folder}/config.json"] = json.dumps(sharding.configuration(network) | settings, indent=2)
             else:
                 tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
-    tensors["optimizer.safetensors"] = copied(optimizer_state(networks, state.optimizer), "optimizer's")
+    tensors["optimizer.safetensors"] = copied(sharding.optimizer_state(networks, state.optimizer), "optimizer's")
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # the copies are under way
     return Snapshot(step, tensors, texts)
@@ -86,14 +93,14 @@ def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: 
 
 def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
     parts = {
-        f"weight {name}.{key}": part_of(parameter).tensor
+        f"weight {name}.{key}": sharding.part_of(parameter).tensor
         for name, network in networks.items()
         for key, parameter in trained_parameters(network).items()
     }
     parts |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
-    for name, value in optimizer_state(networks, optimizer).items():
+    for name, value in sharding.optimizer_state(networks, optimizer).items():
         parameter, _, key = name.rpartition(".")
-        parts[f"{key} of {parameter}"] = value.tensor if isinstance(value, Part) else local(value)
+        parts[f"{key} of {parameter}"] = value.tensor if isinstance(value, Part) else sharding.local(value)
     by_device: dict[torch.device, list[str]] = {}
     for name, part in parts.items():
         by_device.setdefault(part.device, []).append(name)
@@ -109,7 +116,7 @@ def trained_state(network: nn.Module) -> dict[str, Tensor | Part]:
     """A network's weights and buffers by name, without what is frozen."""
     parameters = dict(network.named_parameters(remove_duplicate=False))  # tied ones by all of their names
     return {
-        name: weight_of(parameters[name]) if name in parameters else tensor
+        name: sharding.weight_of(parameters[name]) if name in parameters else tensor
         for name, tensor in network.state_dict().items()
         if name not in parameters or parameters[name].requires_grad
     }
@@ -123,13 +130,13 @@ def _in_diffusers_format(network: nn.Module) -> bool:
 
 def full_tensor(tensor: Tensor | Part, wanted: bool) -> Tensor:
     """A CPU copy that shares no memory, or an empty tensor where it is not wanted; every rank gathers shards."""
-    found = whole(tensor)
+    found = sharding.whole(tensor)
     return found.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
 
 
 def _copied(tensor: Tensor | Part, wanted: bool, kept: dict[str, Tensor], name: str) -> Tensor:
     """The copy in the place of that name, as soon as the device is done."""
-    found = whole(tensor)
+    found = sharding.whole(tensor)
     if not wanted:
         return torch.empty(0)
     place = kept.get(name)

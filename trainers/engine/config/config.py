@@ -24,10 +24,6 @@ from trainers.engine.optim.table import optimizer_problem
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
 
 
-def no_problems(base: BaseConfig) -> Iterable[tuple[str, str]]:
-    return ()
-
-
 class RunConfig(NamedTuple):
     """A checked configuration: the task's name, both sections and the class that trains it."""
 
@@ -43,7 +39,9 @@ class RunConfig(NamedTuple):
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, data_problems: Check = no_problems) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, data_problems: Check = lambda base: ()
+) -> RunConfig:
     """Reads CONFIG, applies `section.key=value` overrides and checks both sections together.
 
     `data_problems(base)` yields what the data sets have to say; the engine does not know them.
@@ -53,7 +51,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, data_probl
 
 
 def check_config(
-    document: dict[str, Any], overrides: list[str] | None = None, data_problems: Check = no_problems
+    document: dict[str, Any], overrides: list[str] | None = None, data_problems: Check = lambda base: ()
 ) -> RunConfig:
     """The same of a document that was read already."""
     given, problems = _parse_overrides(overrides or [])

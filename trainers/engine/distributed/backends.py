@@ -10,20 +10,15 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch import nn
+from torch.optim import Optimizer
 
-from trainers.base import TrainerConfig
-from trainers.engine.distributed.deepspeed import check_deepspeed
+from trainers.base import Trainer, TrainerConfig
+from trainers.engine.distributed import deepspeed, fsdp
 from trainers.engine.optim.table import OPTIMIZERS
 
-SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_CPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
 ASKED_BY = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *ASKED_BY.values())
 
 
 def check_devices() -> None:
@@ -45,7 +40,7 @@ def check_engine(accelerator: Accelerator) -> None:
 
     accelerate runs DDP where FSDP was asked for and there are no GPUs, and where DeepSpeed was asked for on CPUs.
     """
-    engine, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
+    engine = accelerator.distributed_type
     if engine not in SUPPORTED:
         raise ValueError(
             f"the launcher chose {engine.value}: not supported; launch with DDP (accelerate launch --multi_gpu), or "
@@ -58,29 +53,10 @@ def check_engine(accelerator: Accelerator) -> None:
                 f"{flag} = true: {asked.value} was asked for, and accelerate runs {engine.value} on "
                 f"{accelerator.device.type} instead; launch on two GPUs or more, or without {asked.value}"
             )
-    if engine == DistributedType.DEEPSPEED:
-        check_deepspeed(accelerator)
-    if engine != DistributedType.FSDP:
-        return
-    for refused, text in (
-        (plugin.fsdp_version != 2, f"fsdp_version = {plugin.fsdp_version}: must be 2"),
-        (
-            plugin.cpu_ram_efficient_loading,
-            "fsdp_cpu_ram_efficient_loading = true: frozen networks would be empty on all processes but the first; "
-            "set it to false",
-        ),
-        (
-            plugin.activation_checkpointing,
-            "fsdp_activation_checkpointing = true: it renames weights; set base.gradient_checkpointing instead",
-        ),
-        (
-            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-            "fsdp_offload_params = true: not supported; set it to false, and base.gradient_checkpointing where memory "
-            "is short",
-        ),
-    ):
-        if refused:
-            raise ValueError(text)
+    if deepspeed.in_use(accelerator):
+        deepspeed.check_deepspeed(accelerator)
+    if engine == DistributedType.FSDP:
+        fsdp.check_fsdp(accelerator)
 
 
 def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
@@ -102,6 +78,19 @@ def _row_name(accelerator: Accelerator) -> str:
     return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else "DDP"
 
 
+def prepare(
+    accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer
+) -> tuple[list[nn.Module], Optimizer]:
+    """Returns the networks as the engine trains them, and the optimizer; ValueError for what the engine cannot do."""
+    check_optimizer(accelerator, trainer.config)
+    if deepspeed.in_use(accelerator):
+        return deepspeed.prepare(accelerator, trainer, networks, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        fsdp.shard_by_blocks(accelerator, networks)
+    *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    return prepared, optimizer
+
+
 def engine_of(accelerator: Accelerator) -> str:
     """What runs, for the start of a run: the engine, its processes and nodes, what is sharded, and the backend."""
     engine, count = accelerator.distributed_type, accelerator.num_processes
@@ -114,7 +103,7 @@ def engine_of(accelerator: Accelerator) -> str:
         blocks = ", ".join(plugin.transformer_cls_names_to_wrap or ()) or "the network"
         kept = "" if plugin.reshard_after_forward else ", kept until the backward pass is over"
         name = f"FSDP2, 1/{count} of the network in each process, gathered by {blocks}{kept}"
-    if engine == DistributedType.DEEPSPEED:
+    if deepspeed.in_use(accelerator):
         name = _deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"], count)
     return f"{name}; {count} process{'es' * (count > 1)} on {nodes} node{'s' * (nodes > 1)}, {dist.get_backend()}"
 

@@ -1,13 +1,17 @@
-"""What a run asks of DeepSpeed, and what it does not do with it."""
+"""What a run asks of DeepSpeed, what it refuses, and its way through the engine: prepare, backward, step."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from trainers.base import TrainerConfig
+from trainers.base import Trainer, TrainerConfig
 from trainers.engine.config.base_options import BaseConfig
 
 DDP = "launch with DDP (accelerate launch --multi_gpu)"
@@ -25,6 +29,39 @@ ZERO_OPTIONS = frozenset(
      "stage3_param_persistence_threshold", "stage3_gather_16bit_weights_on_model_save", "memory_efficient_linear")
 )  # fmt: skip
 OFFLOAD_OPTIONS = frozenset(("device", "nvme_path", "pin_memory"))
+
+
+class Backward(DeepSpeedEngineWrapper):
+    """accelerate's way into the engine, without the optimizer step that it takes within the last backward."""
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **options)
+
+
+def in_use(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def prepare(
+    accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer
+) -> tuple[list[nn.Module], Optimizer]:
+    """What accelerator.prepare gives; raises ValueError as configure_deepspeed does."""
+    configure_deepspeed(accelerator, networks, trainer.config, trainer.base)
+    [network] = networks.values()
+    engine, optimizer = accelerator.prepare(network, optimizer)
+    accelerator.deepspeed_engine_wrapped = Backward(engine)
+    network.zero_optimizer = optimizer.optimizer  # where the parts of its weights are asked for
+    return [engine], optimizer
+
+
+def step(accelerator: Accelerator, optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clips by the norm of all groups, and steps unless that is not finite; returns what optimizer_step does."""
+    engine, device = accelerator.deepspeed_engine_wrapped.engine, accelerator.device
+    engine.step()
+    norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+    applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # the host knows it already
+    return applied, {f"grad_norm/{optimizer.param_groups[0]['name']}": norm}
 
 
 def check_deepspeed(accelerator: Accelerator) -> None:

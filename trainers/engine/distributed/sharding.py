@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from trainers.engine.distributed import zero
-
-# of diffusers' networks that do not name theirs
-UNET_BLOCKS = ("ResnetBlock2D", "Attention")
-# the embedding apart from its block: a DiT calls that of its first block once more, outside of it
-TRANSFORMER_BLOCKS = ("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings")
-
-
-def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:
-    """Tells FSDP2 which modules are gathered one by one: those that the launch names, else the network's blocks.
-
-    Raises ValueError for more than one network, and for modules that the network does not have.
-    """
-    if len(networks) > 1:
-        raise ValueError(
-            f"FSDP2 shards one network, and this run trains {len(networks)} ({', '.join(networks)}); launch with DDP, "
-            "or train one of them"
-        )
-    [(name, network)] = networks.items()
-    plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in network.modules()}
-    asked = plugin.transformer_cls_names_to_wrap
-    missing = [each for each in asked or () if each not in there]
-    if missing:
-        raise ValueError(
-            f"fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, and network {name} has none; leave the "
-            "option out, or choose among its modules"
-        )
-    if asked is None:
-        own = TRANSFORMER_BLOCKS if there.intersection(TRANSFORMER_BLOCKS) else UNET_BLOCKS
-        blocks = getattr(network, "_no_split_modules", None) or own
-        plugin.transformer_cls_names_to_wrap = sorted(there.intersection(blocks))
-    if plugin.mixed_precision_policy is not None:  # gradients are summed in float32, as DDP does
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
 class Part(NamedTuple):
@@ -61,10 +27,12 @@ class Part(NamedTuple):
 
     def whole(self) -> Tensor:
         """All parts together. Collective where it is divided."""
-        if zero.is_sharded(self.parameter) or zero.is_divided(self.parameter):
+        if zero.holds_part(self.parameter):
             return zero.whole_of(self.tensor, self.parameter)
         if isinstance(self.parameter, DTensor):
-            return _as_dtensor(self.tensor, self.parameter).full_tensor()
+            own, part = self.parameter, self.tensor.to(self.parameter.device)
+            place = {"shape": own.shape, "stride": own.stride(), "run_check": False}
+            return DTensor.from_local(part, own.device_mesh, own.placements, **place).full_tensor()
         return self.tensor
 
 
@@ -75,7 +43,7 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 def part_of(parameter: Tensor) -> Part:
     """What this process moves and averages of a parameter, the same memory."""
-    if zero.is_sharded(parameter) or zero.is_divided(parameter):
+    if zero.holds_part(parameter):
         return Part(zero.part_of(parameter), parameter)
     return Part(local(parameter.detach()), parameter)
 
@@ -85,7 +53,7 @@ def part_from(whole: Tensor, parameter: Tensor) -> Tensor:
 
     Fused AdamW walks through memory: state in another layout than its weight would belong to other elements.
     """
-    if zero.is_sharded(parameter) or zero.is_divided(parameter):
+    if zero.holds_part(parameter):
         return zero.part_from(whole, parameter)
     return local(like(whole, parameter.detach()))
 
@@ -118,9 +86,9 @@ def refresh(networks: dict[str, nn.Module], masters: bool = False) -> None:
     FSDP2 keeps what it gathered in a forward pass until a backward pass, DeepSpeed whole weights, and with `masters`
     the optimizer's own. Collective.
     """
+    if (inner := zero.optimizer_of(networks)) is not None:
+        zero.refresh(inner, masters)
     for network in networks.values():
-        if zero.zero_optimizer(network) is not None:
-            zero.refresh(network, masters)
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -135,23 +103,35 @@ def like(saved: Tensor, own: Tensor) -> Tensor:
     return torch.empty_like(own, device=saved.device, dtype=saved.dtype).copy_(saved)
 
 
-def _as_dtensor(part: Tensor, own: DTensor) -> DTensor:
-    place = {"device_mesh": own.device_mesh, "placements": own.placements, "run_check": False}
-    return DTensor.from_local(part.to(own.device), **place, shape=own.shape, stride=own.stride())
-
-
 def optimizer_state(networks: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Tensor | Part]:
     """The state of what is trained, by "network.parameter.key"."""
     found: dict[str, Tensor | Part] = {}
+    inner = zero.optimizer_of(networks)
     for name, network in networks.items():
         for key, parameter in trained_parameters(network).items():
-            if zero.zero_optimizer(network) is not None:
-                state = zero.optimizer_parts(network, parameter)
+            if inner is not None:
+                state = zero.optimizer_parts(inner, parameter)
                 own = {k: value if value.ndim == 0 else Part(value, parameter) for k, value in state.items()}
             else:
                 own = {k: torch.as_tensor(value) for k, value in optimizer.state.get(parameter, {}).items()}
             found |= {f"{name}.{key}.{k}": value for k, value in own.items()}
     return found
+
+
+def load_optimizer_state(
+    networks: dict[str, nn.Module], optimizer: Optimizer, saved: dict[nn.Parameter, dict[str, Tensor]]
+) -> None:
+    """Takes the whole state of what is trained, by parameter."""
+    if (inner := zero.optimizer_of(networks)) is not None:
+        zero.load_optimizer(inner, saved)
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {key: value if value.ndim == 0 else like(value, p) for key, value in saved[p].items()}
+        for number, p in enumerate(parameters)
+        if p in saved
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,16 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
-
-
-class Backward(DeepSpeedEngineWrapper):
-    """accelerate's way into the engine, without the optimizer step that it takes within the last backward."""
-
-    def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
-        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
-        self.engine.backward(loss, **options)
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -30,6 +21,11 @@ def is_sharded(parameter: Tensor) -> bool:
 def is_divided(parameter: Tensor) -> bool:
     """Whether ZeRO-2 moves a part of it in each process, which may be none of it."""
     return hasattr(parameter, "_hp_mapping")
+
+
+def holds_part(parameter: Tensor) -> bool:
+    """Whether DeepSpeed divides what is moved of it, and with ZeRO-3 the weight as well."""
+    return is_sharded(parameter) or is_divided(parameter)
 
 
 def part_of(parameter: Tensor) -> Tensor:
@@ -69,15 +65,14 @@ def _place_in_weight(parameter: Tensor) -> slice:
     return slice(address.start, address.start + address.numel)
 
 
-def zero_optimizer(network: nn.Module) -> Any | None:
-    """DeepSpeed's optimizer of a network; None on another engine."""
-    return getattr(network, "zero_optimizer", None)
+def optimizer_of(networks: dict[str, nn.Module]) -> Any | None:
+    """DeepSpeed's optimizer of the one network that it trains; None on another engine."""
+    return next((getattr(network, "zero_optimizer", None) for network in networks.values()), None)
 
 
 @torch.no_grad()
-def refresh(network: nn.Module, masters: bool = False) -> None:
+def refresh(optimizer: Any, masters: bool = False) -> None:
     """After `part_of` was written to: what other processes hold of it, and with `masters` the optimizer's copy."""
-    optimizer = zero_optimizer(network)
     if hasattr(optimizer, "persistent_parameters"):
         optimizer.parameter_offload.partition_all_parameters()  # some stay whole after a forward pass
         if optimizer.persistent_parameters:  # small ones, which ZeRO-3 keeps whole beside their parts
@@ -96,9 +91,8 @@ def refresh(network: nn.Module, masters: bool = False) -> None:
         optimizer.refresh_fp32_params()
 
 
-def optimizer_parts(network: nn.Module, parameter: Tensor) -> dict[str, Tensor]:
+def optimizer_parts(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     """This process's part of the state of a parameter by its key; what is one number is whole."""
-    optimizer = zero_optimizer(network)
     if not optimizer.state:
         return {}
     flat, place = _place_in_state(optimizer, parameter)
@@ -120,17 +114,13 @@ def _place_in_state(optimizer: Any, parameter: Tensor) -> tuple[Tensor, slice]:
 
 
 @torch.no_grad()
-def load_optimizer(network: nn.Module, saved: dict[int, dict[str, Tensor]]) -> None:
-    """Takes whole states by the id of the parameter; parameters that DeepSpeed moves as one have one count of steps."""
-    optimizer = zero_optimizer(network)
-    for parameter in network.parameters():
-        if id(parameter) not in saved:
-            continue
+def load_optimizer(optimizer: Any, saved: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+    """Takes whole states by parameter; parameters that DeepSpeed moves as one have one count of steps."""
+    for parameter, values in saved.items():
         flat, place = _place_in_state(optimizer, parameter)
         state = optimizer.state[flat]
-        for key, value in saved[id(parameter)].items():
+        for key, value in values.items():
             if value.ndim == 0:
                 state[key] = value.to(flat.device)
             else:
-                own = part_from(value, parameter)
-                state.setdefault(key, torch.zeros_like(flat))[place].copy_(own)
+                state.setdefault(key, torch.zeros_like(flat))[place].copy_(part_from(value, parameter))

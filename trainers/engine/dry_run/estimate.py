@@ -15,14 +15,8 @@ from trainers.engine.dry_run.plan import WARM_STEPS, DryRun
 from trainers.engine.encoders.cache import Cache
 from trainers.engine.run.run_folder import METRICS, read_lines
 
-PHASES = {
-    "start": "start",
-    "": "steps",
-    "save": "save",
-    "valid": "validation",
-    "eval": "evaluation",
-    "export": "export",
-}
+PHASES = ("start", "steps", "save", "validation", "evaluation", "export")
+PREFIXES = {"steps": "", "validation": "valid", "evaluation": "eval"}  # of metrics; the phase's own name otherwise
 NOTHING = 1e-3  # seconds: a data set had nothing to decode
 NOT_PIPELINE = ("checkpoint-", "samples", "metrics", "config.yaml", "README.md", ".", "encoder-cache")
 
@@ -47,26 +41,24 @@ class Measured:
         self.dry_run, self.run, self.short = dry_run, dry_run.run, dry_run.short
         self.folder = Path(self.short.base.output_dir)
         self.lines = read_lines(self.folder / METRICS)
-        self.values = {key: value for line in self.lines for key, value in line.items()}
+        logged = {key: value for line in self.lines for key, value in line.items()}
+        self.seconds = {key.removesuffix("/seconds"): logged[key] for key in logged if key.endswith("/seconds")}
         self.rates = [line["examples_per_second"] for line in self.lines if "examples_per_second" in line]
         self.timed = self.rates[WARM_STEPS:] or self.rates
 
     @property
     def finished(self) -> bool:
-        return "export/seconds" in self.values
+        return "export" in self.seconds
 
     def peaks(self) -> dict[str, float]:
         """GiB by phase, of those that ended."""
-        found = {}
-        for prefix, phase in PHASES.items():
-            peaks = [line[key] for line in self.lines if (key := f"{prefix}/peak_memory_gib".lstrip("/")) in line]
-            if peaks:
-                found[phase] = max(peaks)
-        return found
+        keys = {phase: f"{PREFIXES.get(phase, phase)}/peak_memory_gib".lstrip("/") for phase in PHASES}
+        found = {phase: [line[key] for line in self.lines if key in line] for phase, key in keys.items()}
+        return {phase: max(peaks) for phase, peaks in found.items() if peaks}
 
     def unfinished_phase(self) -> str:
         """The first phase that did not end."""
-        phases = [phase for phase in PHASES.values() if phase != "evaluation" or self.run.base.eval_steps is not None]
+        phases = [phase for phase in PHASES if phase != "evaluation" or self.run.base.eval_steps is not None]
         return next((phase for phase in phases if phase not in self.peaks()), phases[-1])
 
     @property
@@ -75,17 +67,12 @@ class Measured:
         return statistics.harmonic_mean(self.timed)
 
     def _seconds(self, start: str) -> dict[str, float]:
-        """Seconds of the metrics "<start>NAME/seconds", by NAME."""
-        end = "/seconds"
-        return {
-            key.removeprefix(start).removesuffix(end): seconds
-            for key, seconds in self.values.items()
-            if key.startswith(start) and key.endswith(end)
-        }
+        """Those that begin so, by the rest of their names."""
+        return {key.removeprefix(start): seconds for key, seconds in self.seconds.items() if key.startswith(start)}
 
     def time_parts(self) -> list[Part]:
         """What the whole run's time is made of."""
-        plan, scale, seconds = self.dry_run.plan, self.dry_run.scale, self._seconds("")
+        plan, held_out, scale = self.dry_run.plan, self.dry_run.held_out, self.dry_run.scale
         parts = [Part("start and end", 1, self._rest())]
         for column, spent in self._seconds("cache_").items():
             times = scale.get(f"cache_{column}", 1.0)
@@ -93,24 +80,24 @@ class Measured:
             parts.append(Part(f"cache of {column}", 1, spent * times * self._missing(column), what))
         decoding = sum(spent * scale[f"prepare_{split}"] for split, spent in self._seconds("prepare_").items())
         if decoding > NOTHING:
-            parts.append(Part("decoding ahead", 1, decoding, f"{plan.examples + plan.held_out:,} pictures"))
-        parts += [Part("steps", plan.steps, plan.global_batch_size / self.examples_per_second)]
-        parts += [Part("saves", plan.saves, seconds["save"])]
-        items = [f"{plan.held_out:,} held-out examples"] if plan.held_out else []
+            parts.append(Part("decoding ahead", 1, decoding, f"{(plan.clock.num_examples or 0) + held_out:,} pictures"))
+        parts += [Part("steps", plan.clock.total_steps, plan.clock.global_batch_size / self.examples_per_second)]
+        parts += [Part("saves", plan.saves, self.seconds["save"])]
+        items = [f"{held_out:,} held-out examples"] if held_out else []
         items += ["a sampler's steps"] if self.dry_run.samples else []
         how = f"{' and '.join(items)} at the pace of the few that were run" if items else ""
-        parts += [Part("validations", plan.validations, seconds["valid"], how)]
+        parts += [Part("validations", plan.validations, self.seconds["valid"], how)]
         if plan.evaluations:
             ratio = self.run.base.eval_num_samples / self.short.base.eval_num_samples
             how = f"{ratio:.4g} times that of {self.short.base.eval_num_samples} pictures, so rather too much"
-            parts.append(Part("evaluations", plan.evaluations, seconds["eval"] * ratio, how))
-        parts += [Part("exports", plan.exports, seconds["export"])]
+            parts.append(Part("evaluations", plan.evaluations, self.seconds["eval"] * ratio, how))
+        parts += [Part("exports", plan.exports, self.seconds["export"])]
         return [part for part in parts if part.total > 0]
 
     def _rest(self) -> float:
         """The process's life until now without what is counted elsewhere; the first step, which warms up, is in it."""
-        elsewhere = sum(self._seconds("").values()) - self.dry_run.skipped_seconds
-        elsewhere += sum(self.dry_run.plan.global_batch_size / rate for rate in self.rates[1:])
+        elsewhere = sum(self.seconds.values()) - self.dry_run.skipped_seconds
+        elsewhere += sum(self.dry_run.plan.clock.global_batch_size / rate for rate in self.rates[1:])
         return time.time() - psutil.Process().create_time() - elsewhere
 
     def _missing(self, column: str) -> float:

@@ -26,32 +26,20 @@ HELD_OUT_BATCHES = 4  # of each process
 class Plan(NamedTuple):
     """What the whole run does, by the real clock from step 0."""
 
-    steps: int
-    global_batch_size: int
-    examples: int
-    held_out: int
+    clock: Clock
     saves: int
     validations: int
     evaluations: int
     exports: int
-    largest: str  # what is said of the shape of the examples
 
     @classmethod
-    def of(cls, clock: Clock, base: BaseConfig, examples: int, held_out: int, largest: str) -> Plan:
+    def of(cls, clock: Clock, base: BaseConfig) -> Plan:
         def times(*cadence: int | None) -> int:
             return sum(clock.due(done, *cadence) for done in range(1, clock.total_steps + 1))
 
-        return cls(
-            clock.total_steps,
-            clock.global_batch_size,
-            examples,
-            held_out,
-            times(base.checkpointing_steps),
-            times(base.valid_steps, base.valid_epochs),
-            times(base.eval_steps) if base.eval_steps is not None else 0,
-            times(base.save_model_steps, base.save_model_epochs),
-            largest,
-        )
+        saves, validations = times(base.checkpointing_steps), times(base.valid_steps, base.valid_epochs)
+        evaluations = times(base.eval_steps) if base.eval_steps is not None else 0
+        return cls(clock, saves, validations, evaluations, times(base.save_model_steps, base.save_model_epochs))
 
 
 class DryRun(Limits):
@@ -60,6 +48,7 @@ class DryRun(Limits):
     def __init__(self, run: RunConfig, short: RunConfig) -> None:
         self.run, self.short = run, short  # the whole one, and the one that is trained
         self.plan: Plan | None = None
+        self.held_out, self.largest = 0, ""  # examples, and what is said of the shape of those that are run
         self.scale: dict[str, float] = {}  # how many times longer the whole run takes for a part of it, by name
         self.samples = False  # whether a sampler ran
 
@@ -74,26 +63,25 @@ class DryRun(Limits):
                 f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
             )
         ctx.stop.limits = self
-        few, largest = self._few(ctx.clock, data)
-        examples, held_out = ctx.clock.num_examples or 0, 0 if data.validation is None else len(data.validation)
-        self.plan = Plan.of(ctx.clock, self.run.base, examples, held_out, largest)
+        self.plan, self.held_out = Plan.of(ctx.clock, self.run.base), len(data.validation or ())
+        few = self._few(ctx.clock, data)
         self.scale = _scale(data, few, self.run)
         ctx.clock = _last_steps(ctx.clock, None if self.run.base.streaming else len(few.train))
         return few
 
-    def _few(self, clock: Clock, data: DataSets) -> tuple[DataSets, str]:
-        """A part of each data set, of the largest bucket where there are some; and what is said of that."""
-        base, train_set, validation_set, largest = self.run.base, *data, ""
+    def _few(self, clock: Clock, data: DataSets) -> DataSets:
+        """A part of each data set, of the largest bucket where there are some."""
+        base, (train_set, validation_set) = self.run.base, data
         if not base.streaming:
             candidates: Sequence[int] = range(len(train_set))
             if base.buckets:
-                candidates, largest = _largest_bucket(train_set)
+                candidates, self.largest = _largest_bucket(train_set)
             train_set = _only(train_set, candidates, (WARM_STEPS + TIMED_STEPS) * clock.global_batch_size)
         if validation_set is not None:
             batches = HELD_OUT_BATCHES * clock.micro_batch_size * clock.num_processes
             count = max(batches, LEAST_PICTURES, self.run.config.valid_batch_size)  # a task may draw what it is shown
             validation_set = _only(validation_set, range(len(validation_set)), count)
-        return DataSets(train_set, validation_set), largest
+        return DataSets(train_set, validation_set)
 
     def limited(self, items: Iterable, what: str) -> Iterator:
         """The first items of a loop whose length is known, all of another; adds up what the rest would have taken."""

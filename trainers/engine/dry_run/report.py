@@ -21,7 +21,9 @@ def report(dry_run: DryRun, shortage: OutOfResources | None) -> tuple[list[str],
     lines, disk = _memory(measured, device), None
     if measured.finished:
         disk = measured.disk()
-        lines += [*_speed(measured), *_time(measured), *_disk(measured, disk)]
+        parts = measured.time_parts()
+        lines += ["", _speed(measured), "", f"Time: {duration(sum(part.total for part in parts))}, from step 0"]
+        lines += [*map(_row, parts), *_disk(measured, disk)]
         if disk["needed"] > disk["free"]:
             shortage = OutOfResources("disk", f"{disk['needed']:,} bytes are needed at once, {disk['free']:,} are free")
     if shortage is None:
@@ -47,23 +49,15 @@ def _memory(measured: Measured, device: torch.device) -> list[str]:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         whose = f"of {torch.cuda.get_device_name(device)}, which has {total:.1f} GiB"
-    plan = measured.dry_run.plan
-    shape = f" ({plan.largest})" if plan is not None and plan.largest else ""
+    shape = f" ({measured.dry_run.largest})" if measured.dry_run.largest else ""
     rows = [f"  {phase:16} {peak:.2f} GiB" for phase, peak in measured.peaks().items()]
     return [f"Peak memory {whose}{shape}", *rows]
 
 
-def _speed(measured: Measured) -> list[str]:
-    plan = measured.dry_run.plan
-    timed, all_steps = len(measured.timed), len(measured.rates)
-    steps = "1 step" if timed == 1 else f"{timed} steps"
-    how = f"{steps} of {plan.global_batch_size} examples, after {all_steps - timed} to warm up"
-    return ["", f"Speed: {measured.examples_per_second:.1f} examples/s ({how})"]
-
-
-def _time(measured: Measured) -> list[str]:
-    parts = measured.time_parts()
-    return ["", f"Time: {duration(sum(part.total for part in parts))}, from step 0", *map(_row, parts)]
+def _speed(measured: Measured) -> str:
+    timed, size = len(measured.timed), measured.dry_run.plan.clock.global_batch_size
+    steps = f"{timed} step{'s' * (timed > 1)} of {size} examples, after {len(measured.rates) - timed} to warm up"
+    return f"Speed: {measured.examples_per_second:.1f} examples/s ({steps})"
 
 
 def _row(part: Part) -> str:

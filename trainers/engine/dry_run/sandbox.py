@@ -14,9 +14,7 @@ from typing import TextIO
 
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, DryRun
-from trainers.engine.run.lock import NAME as LOCK
-from trainers.engine.run.lock import take
-from trainers.engine.run.run_folder import check_run_folder
+from trainers.engine.run.run_folder import LOCK, check_run_folder, lock_folder
 from trainers.engine.validation.metrics import LEAST_PICTURES
 
 PROMISE = f"the run's last {WARM_STEPS + TIMED_STEPS} steps, one validation, one save; nothing of it stays"
@@ -30,7 +28,9 @@ def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
     Raises ValueError while another dry run for the same folder goes on.
     """
     check_run_folder(run.base)
-    folder, main = _folder_beside(Path(run.base.output_dir).absolute()), is_main()
+    output_dir, main = Path(run.base.output_dir).absolute(), is_main()
+    parent = next(parent for parent in output_dir.parents if parent.is_dir())
+    folder = parent / f".{output_dir.name[:200]}-dry-run"  # a file system's names have 255 bytes
     lock = _claim(folder) if main else None
     try:
         yield DryRun(run, _short(run, folder))
@@ -53,7 +53,7 @@ def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
 def _claim(folder: Path) -> TextIO | None:
     """Locks the folder, and empties it of what a dry run left that was killed."""
     folder.mkdir(exist_ok=True)
-    lock = take(folder)
+    lock = lock_folder(folder)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -65,11 +65,6 @@ def _claim(folder: Path) -> TextIO | None:
 def is_main() -> bool:
     """Whether this is the first process, also where they are not connected."""
     return int(os.environ.get("RANK", 0)) == 0
-
-
-def _folder_beside(output_dir: Path) -> Path:
-    parent = next(parent for parent in output_dir.parents if parent.is_dir())
-    return parent / f".{output_dir.name[:200]}-dry-run"  # a file system's names have 255 bytes
 
 
 def _short(run: RunConfig, folder: Path) -> RunConfig:

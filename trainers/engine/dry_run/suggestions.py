@@ -23,9 +23,6 @@ class OutOfResources(NamedTuple):
     of: str
     text: str
 
-    def __str__(self) -> str:
-        return self.text
-
 
 def out_of_resources(error: Exception) -> OutOfResources | None:
     """What an error says is too little; None for an error of another kind."""
@@ -79,19 +76,14 @@ def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list
 
 def disk_suggestions(run: RunConfig, disk: dict[str, int] | None) -> list[Suggestion]:
     """For a run whose files do not fit; with the sizes from a dry run that got to its end, the number that fits."""
-    if disk is None:
-        return _without_numbers(run)
-    checkpoint = disk["checkpoint"]
-    others = disk["needed"] - disk["at_once"] * checkpoint
-    fitting = (disk["free"] - others) // checkpoint - 1  # an old one goes after the new one is there
-    if 1 <= fitting < disk["kept"]:
-        saved = (disk["kept"] - fitting) * checkpoint
-        return [Suggestion({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
-    return _without_numbers(run)
-
-
-def _without_numbers(run: RunConfig) -> list[Suggestion]:
     found = []
+    if disk is not None:
+        checkpoint = disk["checkpoint"]
+        others = disk["needed"] - disk["at_once"] * checkpoint
+        fitting = (disk["free"] - others) // checkpoint - 1  # an old one goes after the new one is there
+        if 1 <= fitting < disk["kept"]:
+            saved = (disk["kept"] - fitting) * checkpoint
+            return [Suggestion({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
     if run.base.checkpoints_total_limit is None:
         found.append(Suggestion({"base.checkpoints_total_limit": 1}, "only the newest checkpoint is kept"))
     return [*found, Suggestion({"base.output_dir": "FOLDER"}, "one on another disk")]

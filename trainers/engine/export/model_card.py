@@ -57,28 +57,22 @@ def check_hub_login(push_to_hub: bool) -> None:
 
 
 def publish(ctx: RunContext, trainer: Trainer, tracker: Tracker, pipeline_files: list[str]) -> None:
-    """Writes the card, and uploads the finished pipeline where it is asked for; only the main process does."""
+    """Writes the card; where it is asked for, uploads the finished pipeline with its card and grids, no checkpoints.
+
+    Only the main process does.
+    """
     if not ctx.accelerator.is_main_process:
         return
-    repository = create_repository(ctx.run, ctx.output_dir) if ctx.run.base.push_to_hub else None
-    write_card(ctx.run, trainer, repository or ctx.output_dir, tracker)
-    if repository:
-        upload(repository, ctx.output_dir, pipeline_files, tracker.grids)
-
-
-def create_repository(run: RunConfig, output_dir: Path) -> str:
-    """Makes the repository where it does not exist; returns its id, owner/name."""
+    if not ctx.run.base.push_to_hub:
+        write_card(ctx.run, trainer, ctx.output_dir, tracker)
+        return
     from huggingface_hub import HfApi
 
-    return HfApi().create_repo(run.base.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
-
-
-def upload(repository: str, output_dir: Path, pipeline_files: list[str], grids: list[Path]) -> None:
-    """Uploads the finished pipeline, its card and grids, never checkpoints or logs."""
-    from huggingface_hub import HfApi
-
+    name = ctx.run.base.hub_model_id or ctx.output_dir.resolve().name
+    repository = HfApi().create_repo(name, exist_ok=True).repo_id
+    write_card(ctx.run, trainer, repository, tracker)
     patterns = [pattern for name in pipeline_files for pattern in (name, f"{name}/*")]
-    patterns += ["README.md", *(f"samples/{grid.name}" for grid in grids)]
-    place = {"repo_id": repository, "folder_path": output_dir}
+    patterns += ["README.md", *(f"samples/{grid.name}" for grid in tracker.grids)]
+    place = {"repo_id": repository, "folder_path": ctx.output_dir}
     HfApi().upload_folder(**place, allow_patterns=patterns, commit_message="Upload pipeline")
     print(f"Uploaded to {repository}")

@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainers.base import MeasuresData, Trainer
-from trainers.engine.checkpoint.snapshot import full_tensor
-from trainers.engine.checkpoint.train_state import TrainState
+from trainers.engine.checkpoint.snapshot import TrainState, full_tensor
 from trainers.engine.distributed.sharding import is_sharded, weight_of
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled

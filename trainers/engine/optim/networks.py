@@ -9,18 +9,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.base import RunInfo, Trainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
-from trainers.engine.distributed.backends import check_optimizer
-from trainers.engine.distributed.deepspeed import configure_deepspeed
+from trainers.engine.distributed import backends
 from trainers.engine.distributed.launch import weight_dtype
-from trainers.engine.distributed.sharding import shard_by_blocks
-from trainers.engine.distributed.zero import Backward
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.context import DataSets
 from trainers.engine.run.run_folder import CHECKPOINT_NAME
@@ -76,17 +72,8 @@ def prepare_networks(
         if base.enable_xformers_memory_efficient_attention:
             option = "enable_xformers_memory_efficient_attention"
             _method(network, name, option, option)()
-    check_optimizer(accelerator, trainer.config)
     meta_networks = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
-    if accelerator.distributed_type == DistributedType.FSDP:
-        shard_by_blocks(accelerator, networks)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        configure_deepspeed(accelerator, networks, trainer.config, base)
-    *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        [network], [engine] = networks.values(), prepared
-        accelerator.deepspeed_engine_wrapped = Backward(engine)
-        network.zero_optimizer = optimizer.optimizer  # where the parts of its weights are asked for
+    prepared, optimizer = backends.prepare(accelerator, trainer, networks, optimizer)
     trainer.modules = dict(zip(networks, prepared, strict=True))
     trainer.unwrapped = networks
     if base.compile:

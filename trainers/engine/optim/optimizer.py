@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 
 from trainers.base import TrainerConfig
+from trainers.engine.distributed import deepspeed
 from trainers.engine.distributed.sharding import whole
 from trainers.engine.optim.table import OPTIMIZERS
 from trainers.engine.run.clock import Clock
-
-LAMBDA_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 def build_optimizer(
@@ -113,8 +111,8 @@ def optimizer_step(
     {"grad_norm/<group>": norm}; neither is known to the host. Averaged gradients are
     the same on every rank, so all ranks agree.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _deepspeed_step(accelerator, optimizer)
+    if deepspeed.in_use(accelerator):
+        return deepspeed.step(accelerator, optimizer)
     accelerator.unscale_gradients(optimizer)
     norms = {f"grad_norm/{group['name']}": _clip(group["params"], max_grad_norm) for group in optimizer.param_groups}
     applied = torch.stack(list(norms.values())).isfinite().all().float()
@@ -128,15 +126,6 @@ def optimizer_step(
         inner.step()
     inner.zero_grad()
     return applied, norms
-
-
-def _deepspeed_step(accelerator: Accelerator, optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same by DeepSpeed, which clips by the norm of all groups, and skips where that is not finite."""
-    engine, device = accelerator.deepspeed_engine_wrapped.engine, accelerator.device
-    engine.step()
-    norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=device)
-    applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # the host knows it already
-    return applied, {f"grad_norm/{optimizer.param_groups[0]['name']}": norm}
 
 
 def _clip(parameters: list[Tensor], max_grad_norm: float | None) -> Tensor:

@@ -18,11 +18,7 @@ class SanityChecks:
     """Prints a warning where a run does something else than it seems to do."""
 
     def __init__(
-        self,
-        ctx: RunContext,
-        networks: dict[str, nn.Module],
-        optimizer: Optimizer,
-        rate_factor: Callable[[int], float],
+        self, ctx: RunContext, networks: dict[str, nn.Module], optimizer: Optimizer, rate_factor: Callable[[int], float]
     ) -> None:
         self.accelerator, self.optimizer, self.clock = ctx.accelerator, optimizer, ctx.clock
         self.parameters = [p for network in networks.values() for p in trained_parameters(network).values()]

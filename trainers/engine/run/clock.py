@@ -78,10 +78,7 @@ class Clock(NamedTuple):
 
     def epochs(self, steps_done: int) -> dict[str, float]:
         """What is logged of the epochs that are over; of a stream nothing."""
-        return {} if self.num_examples is None else {"epoch": self.epochs_done(steps_done)}
-
-    def epochs_done(self, steps_done: int) -> float:
-        return self.slot_at(steps_done) / self.epoch_slots
+        return {} if self.num_examples is None else {"epoch": self.slot_at(steps_done) / self.epoch_slots}
 
     def due(self, steps_done: int, every_steps: int | None, every_epochs: int | None = None) -> bool:
         """Whether the step that was just done is one of a cadence, or the last one of the run."""

@@ -12,14 +12,8 @@ from trainers.engine.run.clock import Clock
 
 
 def progress_bar(accelerator: Accelerator, clock: Clock) -> tqdm:
-    return tqdm(
-        total=clock.total_steps,
-        initial=clock.origin_step,
-        desc="steps",
-        unit="step",
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-    )
+    shown = {"disable": not accelerator.is_main_process, "dynamic_ncols": True}
+    return tqdm(total=clock.total_steps, initial=clock.origin_step, desc="steps", unit="step", **shown)
 
 
 def passing_bar(accelerator: Accelerator, what: str) -> Callable[[Iterable], Iterable]:

@@ -1,27 +1,30 @@
-"""The folder of a run: opened at the start, its files put in place so that a reader never sees half of them."""
+"""The folder of a run: locked while it runs, its files put in place so that a reader never sees half of them."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.shared_folders import PROBE, Folders, find_folders
-from trainers.engine.run.lock import take
 
 # of a finished pipeline, a single network, or an adapter
 INDEX_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
 RUN_FILES = ("metrics.jsonl", "config.yaml", *INDEX_FILES, "README.md")
 CHECKPOINT_NAME = re.compile(r"checkpoint-([1-9]\d*)")
 LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
+LOCK = ".lock"
 METRICS = "metrics.jsonl"
 SKIPPED_STEPS = "skipped_steps.jsonl"
 
@@ -41,11 +44,38 @@ def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Fold
 
 def _take(base: BaseConfig, locks: ExitStack) -> None:
     output_dir = Path(base.output_dir)
-    lock = take(output_dir)
+    lock = lock_folder(output_dir)
     if lock is not None:  # else what looks left behind may be a living run's
         locks.enter_context(lock)
         _sweep(output_dir)
     _refuse_another_run(output_dir, base)
+
+
+def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | None:
+    """Locks the folder until the returned file is closed or this process ends; None where that is not supported.
+
+    A POSIX lock: data workers that this process forks do not inherit it, so they cannot keep a dead run's folder
+    locked. Raises ValueError with the holder's pid and host where another run has the folder.
+    """
+    file = (output_dir / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"WARNING: {output_dir} cannot be locked ({error}); see to it that only one run uses it", flush=True)
+            file.close()
+            return None
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"{option} = {output_dir}: in use by {holder}; wait for that run, stop it with kill -TERM, or choose "
+            f"another {option}"
+        ) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def check_run_folder(base: BaseConfig) -> None:
@@ -85,17 +115,14 @@ def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
         (output_dir / index).unlink(missing_ok=True)  # until one is back, nothing takes a mixture for a pipeline
     names = sorted(path.name for path in staging.iterdir())
     for name in sorted(names, key=INDEX_FILES.__contains__):
-        _remove(output_dir / name)
+        old = output_dir / name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
         (staging / name).rename(output_dir / name)
     staging.rmdir()
     return names
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -37,7 +37,8 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
         f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps):.0f} warm-up"
     )
     rows["precision"] = {"no": "float32"}.get(base.mixed_precision, base.mixed_precision)
-    rows["devices"] = _devices(accelerator)
+    gpu = f" ({torch.cuda.get_device_name(ctx.device)})" if ctx.device.type == "cuda" else ""
+    rows["devices"] = f"{accelerator.num_processes} x {ctx.device.type}{gpu}"
     rows["engine"] = engine_of(accelerator)
     rows["output"] = str(Path(base.output_dir))
     if folders.several:
@@ -55,12 +56,6 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     if warmup_steps(config, clock.total_steps) >= clock.total_steps:
         lines.append("  NOTE: the warm-up is as long as the run; the learning rate never reaches its value")
     return "\n".join(lines)
-
-
-def _devices(accelerator: Accelerator) -> str:
-    device = accelerator.device
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{accelerator.num_processes} x {device.type}{name}"
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -81,11 +76,7 @@ def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
         shards, images = counts
         usage += f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
     place = folders.places[0] if folders.several else output_dir
-    return f"The pipeline is in {place}. To load and sample it:\n\n{_indented(usage)}\n"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+    return f"The pipeline is in {place}. To load and sample it:\n\n{textwrap.indent(usage, '  ')}\n"
 
 
 def show_metrics(bar: tqdm, metrics: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ class WandBTracker(ExternalTracker):
     def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
         """A table "<name>_table" for each name: a row per request, with its pictures by raw and by averaged weights."""
         kinds = ["raw", "averaged"] if len(pictures) == 2 else ["picture"]
-        columns = ["number", *requests[0], *kinds]
+        columns: list[str | int] = ["number", *requests[0], *kinds]
         for name in pictures[0]:
-            data = []
+            data: list[Iterable[Any]] = []
             for number, request in enumerate(requests):
                 shown = [wandb.Image(opaque_pixels(drawn[name][number])) for drawn in pictures]
                 data.append([number, *map(str, request.values()), *shown])

@@ -28,7 +28,8 @@ def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None
     zoom = max(1, (VISIBLE_SIZE if texts is None else READABLE_SIZE) // pictures[0].shape[-2])
     enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
     if texts is not None:
-        enlarged = [_with_texts(images, texts) for images in enlarged]
+        strips = _strips(texts, enlarged[0].shape[-1])  # white, and of the same height for all
+        enlarged = [torch.cat([images, strips.expand(-1, images.shape[1], -1, -1)], dim=2) for images in enlarged]
     grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
     channels, height, width = grids[0].shape
     gap = torch.ones(channels, 8, width) if below else torch.ones(channels, height, 8)
@@ -55,12 +56,6 @@ def labelled_grid(columns: dict[str, Tensor], rows: list[str]) -> Tensor:
     for number, name in enumerate(names):
         left[:, heads.shape[2] + 2 + number * (height + 2) :, 2:][:, :height] = name
     return torch.cat([left, torch.cat([top, grid], dim=1)], dim=2)
-
-
-def _with_texts(images: Tensor, texts: list[str]) -> Tensor:
-    """Pictures with a white strip below, of the same height for all, that holds their texts."""
-    strips = _strips(texts, images.shape[-1])
-    return torch.cat([images, strips.expand(-1, images.shape[1], -1, -1)], dim=2)
 
 
 def _strips(texts: list[str], width: int, height: int | None = None) -> Tensor:

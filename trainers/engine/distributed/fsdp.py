@@ -1,0 +1,66 @@
+"""What FSDP2 gathers at once, and the options of its launcher that a run refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+# of diffusers' networks that do not name theirs
+UNET_BLOCKS = ("ResnetBlock2D", "Attention")
+# the embedding apart from its block: a DiT calls that of its first block once more, outside of it
+TRANSFORMER_BLOCKS = ("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings")
+
+
+def check_fsdp(accelerator: Accelerator) -> None:
+    """Raises ValueError for options of the launcher that are not supported."""
+    plugin = accelerator.state.fsdp_plugin
+    for refused, text in (
+        (plugin.fsdp_version != 2, f"fsdp_version = {plugin.fsdp_version}: must be 2"),
+        (
+            plugin.cpu_ram_efficient_loading,
+            "fsdp_cpu_ram_efficient_loading = true: frozen networks would be empty on all processes but the first; "
+            "set it to false",
+        ),
+        (
+            plugin.activation_checkpointing,
+            "fsdp_activation_checkpointing = true: it renames weights; set base.gradient_checkpointing instead",
+        ),
+        (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "fsdp_offload_params = true: not supported; set it to false, and base.gradient_checkpointing where memory "
+            "is short",
+        ),
+    ):
+        if refused:
+            raise ValueError(text)
+
+
+def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:
+    """Tells FSDP2 which modules are gathered one by one: those that the launch names, else the network's blocks.
+
+    Raises ValueError for more than one network, and for modules that the network does not have.
+    """
+    if len(networks) > 1:
+        raise ValueError(
+            f"FSDP2 shards one network, and this run trains {len(networks)} ({', '.join(networks)}); launch with DDP, "
+            "or train one of them"
+        )
+    [(name, network)] = networks.items()
+    plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in network.modules()}
+    asked = plugin.transformer_cls_names_to_wrap
+    missing = [each for each in asked or () if each not in there]
+    if missing:
+        raise ValueError(
+            f"fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, and network {name} has none; leave the "
+            "option out, or choose among its modules"
+        )
+    if asked is None:
+        own = TRANSFORMER_BLOCKS if there.intersection(TRANSFORMER_BLOCKS) else UNET_BLOCKS
+        blocks = getattr(network, "_no_split_modules", None) or own
+        plugin.transformer_cls_names_to_wrap = sorted(there.intersection(blocks))
+    if plugin.mixed_precision_policy is not None:  # gradients are summed in float32, as DDP does
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
