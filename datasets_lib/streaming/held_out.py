@@ -26,8 +26,6 @@ class HeldExamples(ImageData):
     label_names: list[str] | None
     highest_label: int | None
     encoded_by: str | None
-    captioned: bool
-    caption: str
     notes: list[str]
 
     random = False
