@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from trainers.common.lora.files import (
     write_lora,
     write_tensors,
 )
+from trainers.inference.command import command
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
 STARTS = {"kohya": "lora_", "diffusers": ("unet.", "text_encoder.", "text_encoder_2.")}
@@ -198,17 +198,15 @@ def _is_known(name: str) -> bool:
     return "_".join(PART.findall(name)) == name
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="a LoRA as .safetensors, or a folder with one")
     parser.add_argument("output", type=Path, help="a new .safetensors file")
     parser.add_argument("--to", choices=("kohya", "diffusers"), required=True)
     options = parser.parse_args()
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        convert(options.input, options.output, options.to)
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    convert(options.input, options.output, options.to)
     print(f"{options.to} format: {options.output}")
 
 

@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainers.inference.arguments import DTYPES, positive
+from trainers.inference.arguments import DTYPES
+from trainers.inference.command import command, positive
 
 SETTINGS = ".class_images.json"  # hidden, so that it is no part of the data
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="folder or hub name of a pipeline")
@@ -37,16 +39,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; each has its own")
     options = parser.parse_args()
     state = PartialState()
-    try:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        if state.is_main_process:
-            _remember(options)
-        missing = [n for n in range(options.number) if not (options.folder / f"{n:05d}.png").is_file()]
-        state.wait_for_everyone()  # all have looked before the first one writes
-        if missing:
-            _draw(options, missing[state.process_index :: state.num_processes], state)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        _remember(options)
+    missing = [n for n in range(options.number) if not (options.folder / f"{n:05d}.png").is_file()]
+    state.wait_for_everyone()  # all have looked before the first one writes
+    if missing:
+        _draw(options, missing[state.process_index :: state.num_processes], state)
     if state.is_main_process:
         print(f"{len(missing)} pictures drawn, {options.number} in all: {options.folder}")
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.common.lora.files import make_readable, read_lora
 from trainers.inference.arguments import DTYPES
+from trainers.inference.command import check_new, command
 from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_lora
 
 
@@ -25,11 +26,12 @@ def merge(base: str, loras: list[tuple[Path, float]]) -> Any:
     for path, _ in loras:  # before a base is loaded, or downloaded
         read_lora(path)
     pipeline = load_pipeline(base)
-    pipeline.fuse_lora(adapter_names=add_loras(pipeline, loras))
+    pipeline.fuse_lora(adapter_names=list(add_loras(pipeline, loras)))
     pipeline.unload_lora_weights()
     return pipeline
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a folder or hub name")
@@ -40,16 +42,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
     options = parser.parse_args()
     staging = options.output.with_name(f".tmp-{options.output.name}-{secrets.token_hex(4)}")
+    check_new(options.output)
     try:
-        if options.output.exists():
-            raise ValueError(f"{options.output}: exists; choose a new folder")
         pipeline = merge(options.base, [parse_lora(text) for text in options.lora])
         pipeline.to(DTYPES[options.dtype]).save_pretrained(staging)
         for file in staging.rglob("*.safetensors"):
             make_readable(file)
         staging.rename(options.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"merged: {options.output}")

@@ -33,9 +33,9 @@ from trainers.common.autoencoder.options import latent_grid, perceptual_problem
 from trainers.common.autoencoder.perceptual import load_perceptual
 from trainers.common.lora.files import find_lora, read_lora
 from trainers.common.text_to_image.base_model import BaseModel, base_model_problems
-from trainers.engine.config.errors import Interrupted
 from trainers.inference.animation import centred, contact_sheet, write_gif, write_mp4
-from trainers.inference.arguments import DTYPES, positive
+from trainers.inference.arguments import DTYPES
+from trainers.inference.command import command, positive
 from trainers.inference.fitting import Fitted, fit, size_between, unfit
 from trainers.inference.inversion import ddim_schedulers
 from trainers.inference.lora_pipeline import load_pipeline
@@ -210,15 +210,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
+@command
 def main() -> None:
-    arguments = parse(sys.argv[1:])
-    try:
-        print(run(arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(interruption.code)
+    print(run(parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from trainers.engine.run.clock import Clock
 from trainers.engine.run.context import DataSets
 from trainers.engine.run.randomness import SlotRandom, seed_network
 from trainers.engine.run.run_folder import SKIPPED_STEPS, read_lines
+from trainers.inference.command import command
 
 
 def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, int]:
@@ -103,6 +104,7 @@ def describe(train_set: Any, keys: list[tuple[int, int]], batch: dict[str, Any])
         print(f"    slot {slot}: {name}, {kind} {image.min():.3g} to {image.max():.3g}{finite}")
 
 
+@command
 def main() -> None:
     from torchvision.utils import save_image
 
@@ -110,11 +112,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("step", type=int, help="as metrics.jsonl counts, from 1")
     options = parser.parse_args()
-    try:
-        run = load_config(options.run / "config.yaml")
-        found = replay(run, options.run, options.step)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run = load_config(options.run / "config.yaml")
+    found = replay(run, options.run, options.step)
     if found["pictures"] is None:
         return  # latents
     path = options.run / f"replay-step-{options.step}.png"

@@ -28,7 +28,8 @@ from trainers.engine.validation.grids import grid_of, labelled_grid
 from trainers.engine.validation.metrics import spread
 from trainers.engine.validation.sampling import draw, evaluation_mode
 from trainers.inference.again import again
-from trainers.inference.arguments import add_sampling_arguments, overrides_of, positive
+from trainers.inference.arguments import add_sampling_arguments, overrides_of
+from trainers.inference.command import command, positive
 from trainers.inference.output_folder import output_folder
 from trainers.inference.picture_files import as_pil, save_picture, settings_of, write_settings
 from trainers.inference.prompts import Drawing, add_prompt_arguments, is_pipeline, of_prompts, refuse_prompts, row_names
@@ -159,12 +160,10 @@ def draw_into(folder: Path, arguments: argparse.Namespace, drawing: Drawing, sav
         write_settings(folder / "denoising.json", settings)
 
 
+@command
 def main() -> None:
     arguments = parse(sys.argv[1:])
-    try:
-        print(run(arguments) if arguments.again is None else f"the same pixels: {again(arguments.again)}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print(run(arguments) if arguments.again is None else f"the same pixels: {again(arguments.again)}")
 
 
 if __name__ == "__main__":

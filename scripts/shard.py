@@ -35,7 +35,8 @@ from trainers.engine.config.config import load_config
 from trainers.engine.distributed.collectives import run_on_all, run_on_main
 from trainers.engine.run.files import flush
 from trainers.engine.run.run_folder import LOCK, lock_folder
-from trainers.inference.arguments import DTYPES, positive
+from trainers.inference.arguments import DTYPES
+from trainers.inference.command import command, positive
 
 
 def read_base(source: Path, overrides: list[str]) -> BaseConfig:
@@ -173,6 +174,7 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
     accelerator.print(f"{folder}: {len(dataset):,} examples")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FOLDER_OR_CONFIG")
@@ -184,22 +186,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=16, help="pictures to encode at once (16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the latents (float32)")
     options = parser.parse_intermixed_args()
-    try:
-        accelerator = Accelerator()
-        base = read_base(options.source, options.overrides)
-        space = None
-        if options.latents is not None:
-            for problem in latents_problems(options.latents):
-                raise ValueError(f"--latents = {options.latents}: {problem}")
-            if base.buckets or base.random_flip:
-                raise ValueError("base.buckets and base.random_flip: latents are of pictures of one size as they are")
-            space = LatentSpace("--latents", options.latents, base, accelerator.device, torch.float32)
-        with locked(accelerator, options.output_dir):
-            for split in ("train", "validation"):
-                shard_split(accelerator, base, split, space, options)
-        accelerator.end_training()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    accelerator = Accelerator()
+    base = read_base(options.source, options.overrides)
+    space = None
+    if options.latents is not None:
+        for problem in latents_problems(options.latents):
+            raise ValueError(f"--latents = {options.latents}: {problem}")
+        if base.buckets or base.random_flip:
+            raise ValueError("base.buckets and base.random_flip: latents are of pictures of one size as they are")
+        space = LatentSpace("--latents", options.latents, base, accelerator.device, torch.float32)
+    with locked(accelerator, options.output_dir):
+        for split in ("train", "validation"):
+            shard_split(accelerator, base, split, space, options)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

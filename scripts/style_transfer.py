@@ -23,8 +23,8 @@ from datasets_lib.images.decode import read_picture
 from datasets_lib.sources.folder import EXTENSIONS
 from trainers.common.lora.files import find_lora, read_lora
 from trainers.engine.run.randomness import SlotRandom
-from trainers.inference.arguments import positive
 from trainers.inference.canny import canny
+from trainers.inference.command import command, positive
 from trainers.inference.lora_pipeline import (
     add_loras,
     check_finite,
@@ -103,8 +103,7 @@ def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any
             found = f"has {name} = {own}, BASE {wanted}; give one for the same family"
             raise ValueError(f"--controlnet {arguments.controlnet}: {found}")
     pipeline = AutoPipelineForImage2Image.from_pipe(base, controlnet=controlnet)
-    names = add_loras(pipeline, loras)
-    weigh_loras(pipeline, dict(zip(names, (weight for _, weight in loras), strict=True)))
+    weigh_loras(pipeline, add_loras(pipeline, loras))
     if arguments.sampler is not None:
         use_sampler(pipeline, arguments.sampler, [path for path, _ in loras])
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
@@ -198,12 +197,9 @@ def names_of(files: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{n:05d}-{name}" for n, name in enumerate(names)]
 
 
+@command
 def main() -> None:
-    arguments = parse(sys.argv[1:])
-    try:
-        print(run(arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print(run(parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.validation.metrics import describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import evaluation_requests
-from trainers.inference.arguments import add_sampling_arguments, overrides_of, positive, trainer_of
+from trainers.inference.arguments import add_sampling_arguments, overrides_of, trainer_of
+from trainers.inference.command import command, positive
 from trainers.inference.saved_run import AVERAGED, RAW, open_run
 
 COLUMNS = {
@@ -99,6 +100,7 @@ def plot(name: str, rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run with classes")
@@ -108,15 +110,12 @@ def main() -> None:
     add_sampling_arguments(parser)
     arguments = parser.parse_intermixed_args()
     name, rows = arguments.vary.partition("=")[0], []
-    try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        for row in sweep(arguments):
-            rows.append(row)
-            arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        arguments.output.with_suffix(".md").write_text(as_table(name, rows), encoding="utf-8")
-        plot(name, rows, arguments.output.with_suffix(".png"))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    for row in sweep(arguments):
+        rows.append(row)
+        arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    arguments.output.with_suffix(".md").write_text(as_table(name, rows), encoding="utf-8")
+    plot(name, rows, arguments.output.with_suffix(".png"))
     print(as_table(name, rows), end="")
 
 

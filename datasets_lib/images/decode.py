@@ -9,14 +9,12 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from datasets_lib.checks import one_of
 from datasets_lib.images.buckets import Size, best
-from datasets_lib.images.transforms import INTERPOLATIONS, resize, resized_size
+from datasets_lib.images.transforms import resize, resized_size
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-PILLOW_LIMIT = 2 * 178956970  # pixels; above it Pillow refuses by itself
 
 
 class ImageError(ValueError):
@@ -25,10 +23,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads an image and resizes it to just cover the best of `sizes`: the part of loading that is never random.
-
-    Raises ValueError for settings that cannot be met.
-    """
+    """Reads an image and resizes it to just cover the best of `sizes`: the part of loading that is never random."""
 
     sizes: tuple[Size, ...]
     channels: int
@@ -36,32 +31,15 @@ class ImageReader:
     background_color: str
     max_image_pixels: int
 
-    def __post_init__(self):
-        one_of("base.channels", self.channels, MODES)
-        one_of("base.interpolation", self.interpolation, INTERPOLATIONS)
-        if not 0 < self.max_image_pixels <= PILLOW_LIMIT:
-            raise ValueError(
-                f"base.max_image_pixels is {self.max_image_pixels}; give 1 to {PILLOW_LIMIT}, Pillow's own limit, "
-                "and scale larger images down beforehand"
-            )
-        try:
-            ImageColor.getrgb(self.background_color)
-        except ValueError as error:
-            raise ValueError(
-                f"base.background_color is {self.background_color!r}, not a colour; "
-                "give a name such as white or a code such as #ffffff"
-            ) from error
-
     def target(self, size: Size) -> Size:
         """Return the size of what an example shows of an image of this size."""
         return self.sizes[0] if len(self.sizes) == 1 else best(size, self.sizes)
 
-    def read(self, source: Path | bytes | np.ndarray) -> torch.Tensor:
-        """Return uint8 [C, H, W]; raise ImageError, which does not know the image's name, for whatever is wrong."""
-        return self.read_sized(source)[0]
+    def read(self, source: Path | bytes | np.ndarray) -> tuple[torch.Tensor, Size]:
+        """Return uint8 [C, H, W], and (height, width) of the upright image before it was resized.
 
-    def read_sized(self, source: Path | bytes | np.ndarray) -> tuple[torch.Tensor, Size]:
-        """Return what `read` does, and (height, width) of the upright image before it was resized."""
+        Whatever is wrong raises ImageError, which does not know the image's name.
+        """
         try:
             with self._open(source) as image:
                 image.load()

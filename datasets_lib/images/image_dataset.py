@@ -21,8 +21,7 @@ from datasets_lib.images.transforms import View, draw, draw_view, mirror, normal
 class ImageDataset(ImageData):
     """Examples of one split, decoded on demand or, after `prepare`, once for all.
 
-    `random` is False when `get` would not use its generator. `captioned` tells whether captions come from the data;
-    otherwise each is `args.caption`, which `caption_note` says.
+    `random` is False when `get` would not use its generator.
     """
 
     picture_columns = ("image",)  # what `image` and `image_keys` know, for caches of encoded pictures
@@ -37,8 +36,6 @@ class ImageDataset(ImageData):
         self.highest_label = max(source.labels) if source.labels else None
         self.notes = source.notes
         self.texts = Captions(source, args)
-        self.captioned = source.captions is not None
-        self.caption = args.caption
         self.caption_note = self.texts.note
 
         self.pictures = Pictures(source, self.rows, args)

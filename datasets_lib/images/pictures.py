@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets_lib.checks import one_of
 from datasets_lib.images.buckets import Size, sizes_of
 from datasets_lib.images.decode import ImageError, ImageReader
 from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all
@@ -37,7 +36,6 @@ class Pictures:
         # What is transparent in a mask is not part of it.
         self.mask_reader = dataclasses.replace(self.reader, channels=1, background_color="black")
         self.channels = args.channels + (source.masks is not None)
-        one_of("base.bad_images", args.bad_images, ("error", "skip"))
         # Flags in shared memory: workers report what they find, and none is counted twice.
         skipping = args.bad_images == "skip"
         self.bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_() if skipping else None
@@ -145,7 +143,7 @@ class Pictures:
     def decode(self, position: int) -> Picture:
         """Return the pixels and the size of a picture; raise ImageError that names it, whatever is wrong."""
         with self._naming(position):
-            pixels, size = self.reader.read_sized(self._image(position))
+            pixels, size = self.reader.read(self._image(position))
         if self.source.masks is not None:
             pixels = torch.cat([pixels, self._read_mask(position, size)])
         return pixels, size
@@ -154,7 +152,7 @@ class Pictures:
         mask = self.source.masks[self.rows[position]]
         name = f"its mask {mask}" if isinstance(mask, Path) else "its mask"
         with self._naming(position, name):
-            pixels, mask_size = self.mask_reader.read_sized(mask)
+            pixels, mask_size = self.mask_reader.read(mask)
             if mask_size != size:
                 sizes = [f"{width} x {height}" for height, width in (mask_size, size)]
                 raise ImageError(f"the mask has {sizes[0]} pixels, the image {sizes[1]}")

@@ -21,6 +21,4 @@ def select_rows(count: int, args: Any, split: str) -> list[int]:
             )
     if split == "validation":
         return sorted(order[:held_out] if held_out else order)
-    if args.max_train_samples is not None and args.max_train_samples < 1:
-        raise ValueError(f"base.max_train_samples is {args.max_train_samples}; give at least 1, or null for all")
     return sorted(order[held_out:][: args.max_train_samples])

@@ -31,7 +31,7 @@ class PriorDataset(ImageData):
     def __init__(self, instances: ImageData, prior: ImageDataset) -> None:
         self.instances, self.prior = instances, prior
         self.fingerprint = digest(instances.fingerprint, prior.fingerprint)
-        self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.caption!r}"]
+        self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.texts.fixed!r}"]
         self.label_names, self.highest_label = instances.label_names, instances.highest_label
         self.encoded_by, self.caption_note = instances.encoded_by, instances.caption_note
 

@@ -41,13 +41,11 @@ def load(args: Any) -> dict[str, Any]:
     """Return the splits by name; whatever `datasets` raises becomes one error that says what to do."""
     import datasets
 
-    folder = Path(args.dataset_name).expanduser()
-    with _explained(args, folder):
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(folder)
+    with _found(args) as name:
+        if any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(name)
         else:
-            with _reachable(args, folder) as name:
-                loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
+            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -55,16 +53,31 @@ def data_files(args: Any) -> dict[str, list[str]]:
     """Return the paths or URLs of the files of each split; nothing is loaded. Errors are those of `load`."""
     import datasets
 
-    folder = Path(args.dataset_name).expanduser()
-    with _explained(args, folder), _reachable(args, folder) as name:
+    with _found(args) as name:
         builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
     return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
 
 
 @contextlib.contextmanager
-def _explained(args: Any, folder: Path) -> Iterator[None]:
+def _found(args: Any) -> Iterator[str]:
+    """The name under which `datasets` is to look; if the hub does not answer, inside it looks in its cache only.
+
+    By itself it would retry for long.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder, before = Path(args.dataset_name).expanduser(), datasets.config.HF_HUB_OFFLINE
     try:
-        yield
+        if not folder.is_dir():
+            try:
+                HfApi().dataset_info(args.dataset_name, timeout=10)
+            except HfHubHTTPError:
+                pass  # the hub answered, if only to refuse; load_dataset will say why
+            except Exception:
+                datasets.config.HF_HUB_OFFLINE = True
+        yield str(folder) if folder.is_dir() else args.dataset_name
     except Exception as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(
@@ -73,34 +86,6 @@ def _explained(args: Any, folder: Path) -> Iterator[None]:
             "else give a local copy: base.dataset_name=FOLDER (parquet, arrow, images or save_to_disk) or "
             "base.train_data_dir=FOLDER (images)"
         ) from error
-
-
-@contextlib.contextmanager
-def _reachable(args: Any, folder: Path) -> Iterator[str]:
-    """The name under which `datasets` is to look."""
-    if folder.is_dir():
-        yield str(folder)
-        return
-    with offline_if_unreachable(args.dataset_name):
-        yield args.dataset_name
-
-
-@contextlib.contextmanager
-def offline_if_unreachable(name: str) -> Iterator[None]:
-    """While the hub does not answer, let `datasets` look in its cache only: by itself it would retry for long."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    before = datasets.config.HF_HUB_OFFLINE
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except HfHubHTTPError:
-        pass  # the hub answered, if only to refuse; load_dataset will say why
-    except Exception:
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 

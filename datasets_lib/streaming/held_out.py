@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class HeldExamples(ImageData):
     """Examples of a stream by number, such as those to validate on: rows in memory, whose pictures are encoded.
 
@@ -26,8 +26,6 @@ class HeldExamples(ImageData):
     label_names: list[str] | None
     highest_label: int | None
     encoded_by: str | None
-    captioned: bool
-    caption: str
     notes: list[str]
 
     random = False

@@ -52,7 +52,6 @@ class Stream(ImageData):
         self.label_names = self.columns.label_names
         self.highest_label = None if None in known else about.get("highest_label")
         self.encoded_by = about.get("encoded_by")
-        self.captioned, self.caption = self.columns.caption is not None, args.caption
         names = [shard.name for shard in self.shards]
         self.fingerprint = digest(names, list(sizes(self.shards)), sorted(features), self.label_names)
         count = "" if None in known else f", {sum(record['examples'] for record in known):,} examples"
@@ -78,7 +77,8 @@ class Stream(ImageData):
     @property
     def caption_note(self) -> str | None:
         """The line that a task which reads captions shows where there are none."""
-        return Captions(Source([], self.origin, "", captions=[] if self.captioned else None), self.args).note
+        captions = None if self.columns.caption is None else []
+        return Captions(Source([], self.origin, "", captions=captions), self.args).note
 
     def example(self, row: RawRow, generator: torch.Generator | None) -> dict[str, Any]:
         """Return the example of a row, as ImageDataset.get does; raise ImageError for a picture that is broken."""
@@ -175,14 +175,12 @@ class Stream(ImageData):
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
             raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
         return HeldExamples(
-            rows,
-            self.example,
+            rows=rows,
+            make_example=self.example,
             fingerprint=self.fingerprint,
             label_names=self.label_names,
             highest_label=max(map(self.columns.label_of, rows), default=None) if self.columns.label else None,
             encoded_by=self.encoded_by,
-            captioned=self.captioned,
-            caption=self.caption,
             notes=self.notes,
         )
 

@@ -27,7 +27,7 @@ import datasets_lib
 from trainers.engine.config.config import RunConfig
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.metrics import Described, class_accuracy, describe, pictures_of, train_classifier
-from trainers.inference.arguments import positive
+from trainers.inference.command import command, positive
 from trainers.inference.saved_run import open_run
 
 CPU = torch.device("cpu")
@@ -144,6 +144,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     return metrics | {"scale_0_is_base": torch.equal(without, drawn)}, pairs(drawn, styled, captions)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="a finished text_to_image run")
@@ -153,10 +154,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=50, help="drawings at once")
     parser.add_argument("--output-dir", type=Path, help="default: LORA_RUN/evaluation")
     arguments = parser.parse_args()
-    try:
-        metrics, picture = run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    metrics, picture = run(arguments)
     folder = arguments.output_dir or arguments.lora / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")

@@ -18,6 +18,10 @@ from fontTools.ttLib import TTCollection, TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from trainers.inference.command import check_new, command
+
 SUFFIXES = {".ttf", ".otf", ".ttc", ".otc"}
 MARGIN = 2  # pixels around a letter at the least
 Face = tuple[Path, int]  # a font file and the number of the face in it
@@ -118,6 +122,7 @@ def write_split(folder: Path, members: list[tuple[Face, list[Image.Image]]], let
         writer.writerows(rows)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a new folder")
@@ -125,14 +130,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="pixels")
     parser.add_argument("--held-out", type=float, default=0.1, help="part of the fonts for validation")
     arguments = parser.parse_args()
-    try:
-        if arguments.output.exists():
-            raise ValueError(f"{arguments.output} exists; choose a new folder")
-        if not 0 < arguments.held_out <= 0.5:
-            raise ValueError(f"--held-out {arguments.held_out}: must be above 0 and at most 0.5")
-        found = make_alphabet(arguments.output, find_fonts(arguments.fonts), arguments.size, arguments.held_out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    check_new(arguments.output)
+    if not 0 < arguments.held_out <= 0.5:
+        raise ValueError(f"--held-out {arguments.held_out}: must be above 0 and at most 0.5")
+    found = make_alphabet(arguments.output, find_fonts(arguments.fonts), arguments.size, arguments.held_out)
     print(f"{found['fonts']} fonts, {found['skipped']} skipped (no A to Z, or drawn as another one)")
     print(f"{found['train']} pictures in {arguments.output / 'train'}, {found['validation']} held out")
 

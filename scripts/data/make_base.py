@@ -25,7 +25,7 @@ import datasets_lib
 from trainers.common.autoencoder.latents import latents_problems
 from trainers.common.autoencoder.options import find_subfolder
 from trainers.engine.config.config import load_config
-from trainers.inference.arguments import positive
+from trainers.inference.command import check_new, command, positive
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's
@@ -66,8 +66,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
 
 def make_base(options: argparse.Namespace) -> str:
     """Writes the folder and says what is in it; ValueError for what it cannot be made from."""
-    if options.output.exists():
-        raise ValueError(f"{options.output}: exists; choose a new folder")
+    check_new(options.output)
     for problem in latents_problems(options.vae):
         raise ValueError(f"VAE = {options.vae}: {problem}")
     base = load_config(options.config, options.overrides, datasets_lib.problems).base
@@ -82,6 +81,7 @@ def make_base(options: argparse.Namespace) -> str:
     return f"{len(captions)} captions, {len(tokenizer)} tokens: {options.output}"
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="a finished vae run, or another folder of an AutoencoderKL")
@@ -93,10 +93,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=positive, default=77, help="tokens of a caption")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args()
-    try:
-        print(make_base(options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print(make_base(options))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from trainers.inference.command import check_new, command
+
 SIZE = 32  # pixels
 MARGIN = 3  # pixels, so that turned digits stay whole
 HELD_OUT = 0.2  # of the 1,797 digits
@@ -91,12 +95,12 @@ def make_digits(output: Path) -> dict[str, int]:
     return {split: len(numbers) for split, numbers in splits.items()}
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a new folder")
     output = parser.parse_args().output
-    if output.exists():
-        sys.exit(f"error: {output}: exists; choose a new folder")
+    check_new(output)
     found = make_digits(output)
     print(f"{found['train']} digits, {found['validation']} held out, as {', '.join(STYLES)}: {output}")
 

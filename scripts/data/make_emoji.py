@@ -19,6 +19,10 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from trainers.inference.command import check_new, command
+
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)  # two of them make a flag
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 MARGIN = 2  # pixels around a picture at the least
@@ -94,21 +98,18 @@ def make_emoji(output: Path, path: Path, size: int) -> int:
     return len(list(output.glob("*.png")))
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("--font", type=Path, help="file of a font with colour bitmaps; default: Noto Color Emoji")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     arguments = parser.parse_args()
-    try:
-        if arguments.size < 16:
-            raise ValueError(f"--size {arguments.size}: must be at least 16")
-        if arguments.output.exists():
-            raise ValueError(f"{arguments.output}: exists; choose a new folder")
-        font = arguments.font or find_font()
-        count = make_emoji(arguments.output, font, arguments.size)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if arguments.size < 16:
+        raise ValueError(f"--size {arguments.size}: must be at least 16")
+    check_new(arguments.output)
+    font = arguments.font or find_font()
+    count = make_emoji(arguments.output, font, arguments.size)
     print(f"{count} pictures of {font.name}: {arguments.output}")
 
 

@@ -22,7 +22,7 @@ from run_folders import final_state, forget_after, losses, read_metrics
 
 import datasets_lib
 from datasets_lib.images.buckets import best, bucket_sizes, kept_part
-from datasets_lib.report.contact_sheet import contact_sheet
+from scripts.inspect_data import sheet_of
 from trainers.engine.checkpoint.config_diff import check_steps
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import check_config
@@ -559,9 +559,9 @@ def test_the_report_shows_the_buckets(inspect, folder, tmp_path):
 
 def test_pictures_of_several_sizes_on_one_sheet():
     dataset = image_dataset(pictures(3), **BUCKETS)
-    sheet = contact_sheet(dataset, [0, 1, 2])
-    widest, tallest = 6 * 20, 6 * 20  # pixels: whole times 20, 16 and 20, at least 112
-    assert sheet.size == (3 * (widest + 6) + 6, tallest + 39 + 6 + 6)
+    sheet = sheet_of(dataset, [0, 1, 2])
+    widest, tallest = 6 * 20, 6 * 20  # pixels: of 20 x 20, which holds all, six times
+    assert sheet.size == (3 * (widest + 2) + 2, tallest + 16 + 2 + 2)
 
 
 def test_a_step_can_be_replayed(run_in_process, options, tmp_path):

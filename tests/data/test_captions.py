@@ -34,7 +34,7 @@ def test_a_file_of_pairs(tmp_path):
     ]
     dataset = build(pairs(tmp_path, *rows))
     assert (values(dataset), captions(dataset)) == ([1, 0, 1], ["two", "one", "zwei"])
-    assert (dataset.captioned, dataset.label_names, dataset.notes) == (True, None, [])
+    assert (dataset.caption_note, dataset.label_names, dataset.notes) == (None, None, [])
     assert list(dataset.captions()) == ["two", "one", "uno", "zwei"]
     as_metadata = [{"file_name": row["image"], "label": "cat", "title": "t"} for row in rows]
     dataset = build(pairs(tmp_path, *as_metadata), caption_column="title", validation_split=0.3)

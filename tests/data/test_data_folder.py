@@ -18,7 +18,7 @@ def test_images_of_any_depth_in_order_and_hidden_files_ignored(tmp_path):
     dataset = build(tmp_path, caption="a picture")
     assert values(dataset) == [1, 2]
     assert captions(dataset) == ["a picture"] * 2
-    assert (dataset.captioned, dataset.label_names, dataset.notes) == (False, None, [])
+    assert (dataset.label_names, dataset.notes) == (None, [])
 
 
 def test_a_missing_folder_is_named_in_full(tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_metadata_jsonl(tmp_path, column):
     rows = [{"file_name": "y/b.png", column: "two"}, {"file_name": "x/a.png", column: ["one", "uno"]}]
     write(tmp_path / "metadata.jsonl", *rows, "")
     dataset = build(tmp_path)
-    assert dataset.captioned
+    assert dataset.caption_note is None
     assert dataset.label_names is None
     assert (values(dataset), captions(dataset)) == ([2, 1], ["two", "one"])
 
@@ -164,7 +164,7 @@ def test_metadata_without_captions_selects_images(tmp_path):
     save(tmp_path / "b.png", 2)
     write(tmp_path / "metadata.jsonl", {"file_name": "b.png", "width": 16})
     dataset = build(tmp_path, caption="x")
-    assert (values(dataset), captions(dataset), dataset.captioned) == ([2], ["x"], False)
+    assert (values(dataset), captions(dataset)) == ([2], ["x"])
     assert re.search("1 of 2 images in .* are not in metadata.jsonl: left out", dataset.notes[0])
 
 

@@ -70,7 +70,7 @@ def test_parquet_with_the_features_of_mnist(mnist, build, channels):
     dataset = build(mnist, channels=channels, resolution=28)
     assert len(dataset) == 40
     assert dataset.label_names == list("0123456789")
-    assert not dataset.captioned
+    assert dataset.caption_note is not None
     for index in (0, 39):
         example = dataset.get(index, None)
         datasets_lib.check_example(example, settings(channels=channels, resolution=28))
@@ -136,7 +136,7 @@ def test_an_image_folder_with_captions(build, tmp_path):
     (tmp_path / "data" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "seven"}')
     dataset = build(tmp_path / "data")
     example = dataset.get(0, None)
-    assert dataset.captioned
+    assert dataset.caption_note is None
     assert example["caption"] == "seven"
     assert round(float(example["image"].mean() + 1) * 127.5) == 7
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile
 
+import datasets_lib
 from datasets_lib.images.decode import ImageError, ImageReader
 from datasets_lib.images.transforms import resized_size
+from trainers.engine.config.config import ConfigError, load_config
 
 SIZE = 64
 
@@ -28,7 +30,7 @@ def gradient(scale):
 
 def pixel(image, path, channels=3, background="white", **options):
     """The values of one pixel in the middle of an even image, after reading it from a file."""
-    read = reader(channels, background=background).read(saved(image, path, **options))
+    read = reader(channels, background=background).read(saved(image, path, **options))[0]
     assert read.shape == (channels, SIZE, SIZE)
     return read[:, SIZE // 2, SIZE // 2].tolist()
 
@@ -46,7 +48,7 @@ def pixel(image, path, channels=3, background="white", **options):
     ],
 )
 def test_deep_images_keep_their_gradient(tmp_path, values, name):
-    pixels = reader().read(saved(Image.fromarray(values), tmp_path / name)).numpy()
+    pixels = reader().read(saved(Image.fromarray(values), tmp_path / name))[0].numpy()
     expected = np.rint(gradient(255))
     assert np.abs(pixels - expected).max() <= 1
     assert pixels.mean() == pytest.approx(255 / 2, abs=0.5)
@@ -55,7 +57,7 @@ def test_deep_images_keep_their_gradient(tmp_path, values, name):
 
 def test_a_dark_deep_image_stays_dark(tmp_path):
     path = saved(Image.fromarray(np.full((SIZE, SIZE), 257 * 10, dtype=np.uint16)), tmp_path / "dark.png")
-    assert reader(1).read(path).unique().tolist() == [10]
+    assert reader(1).read(path)[0].unique().tolist() == [10]
 
 
 def test_a_float_image_with_nan_is_refused(tmp_path):
@@ -103,7 +105,7 @@ def test_exif_orientation_is_applied(tmp_path):
     image.paste(255, (0, 0, SIZE, SIZE))
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: turn a quarter clockwise to see it
-    pixels = reader(1).read(saved(image, tmp_path / "a.png", exif=exif))
+    pixels = reader(1).read(saved(image, tmp_path / "a.png", exif=exif))[0]
     assert pixels.shape == (1, 2 * SIZE, SIZE)
     assert pixels[0, :SIZE].unique().tolist() == [255]
     assert pixels[0, SIZE:].unique().tolist() == [0]
@@ -114,7 +116,7 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path):
     path = saved(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with Image.open(path) as image:
         assert image.n_frames == 2
-    assert reader().read(path)[:, 0, 0].tolist() == [0, 0, 255]
+    assert reader().read(path)[0][:, 0, 0].tolist() == [0, 0, 255]
 
 
 @pytest.mark.parametrize("name", ["empty.jpg", "text.jpg"])
@@ -159,15 +161,20 @@ def test_the_pixel_limit_holds_for_the_resized_size(tmp_path):
         reader(limit=1_000_000).read(path)
 
 
-def test_settings_that_cannot_be_met():
-    with pytest.raises(ValueError, match=r"base.channels is 2; it must be one of: 1, 3, 4"):
-        reader(channels=2)
-    with pytest.raises(ValueError, match=r"base.interpolation is 'bilinar'.*did you mean 'bilinear'"):
-        reader(interpolation="bilinar")
-    with pytest.raises(ValueError, match=r"base.background_color is 'whit', not a colour; give a name such as white"):
-        reader(background="whit")
-    with pytest.raises(ValueError, match=r"base.max_image_pixels is 400000000; give 1 to 357913940"):
-        reader(limit=400_000_000)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("channels=2", "must be one of 1, 3, 4"),
+        ("interpolation=bilinar", "must be one of nearest, bilinear, bicubic, lanczos"),
+        ("background_color=whit", "must be a colour: a name such as white, or #rrggbb"),
+        ("bad_images=drop", "must be one of error, skip"),
+        ("max_image_pixels=400000000", r"must be int in \[1, 357913940\]"),
+        ("max_train_samples=0", "must be int at least 1 or null"),
+    ],
+)
+def test_settings_that_cannot_be_met(setting, message, tiny_config):
+    with pytest.raises(ConfigError, match=f"base.{setting.partition('=')[0]} = .*{message}"):
+        load_config(tiny_config(), [f"base.{setting}"], datasets_lib.problems)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,7 @@ def test_settings_that_cannot_be_met():
 )
 def test_the_short_side_is_resized(size, expected):
     assert resized_size(size, (32, 32)) == expected
-    pixels = reader(resolution=32).read(np.zeros((size[1], size[0], 3), dtype=np.uint8))
+    pixels = reader(resolution=32).read(np.zeros((size[1], size[0], 3), dtype=np.uint8))[0]
     assert pixels.shape == (3, expected[1], expected[0])
     assert reader(resolution=32).resized_bytes(np.zeros((size[1], size[0], 3), dtype=np.uint8)) == pixels.numel()
 
@@ -183,8 +190,8 @@ def test_the_short_side_is_resized(size, expected):
 def test_downscaling_is_antialiased():
     stripes = np.tile(np.array([0, 255], dtype=np.uint8), (256, 128))
     # Every other column is white: without antialiasing the result is all black or all white.
-    assert reader(1, resolution=32).read(stripes).float().mean().item() == pytest.approx(127.5, abs=1)
-    assert set(reader(1, resolution=32, interpolation="nearest").read(stripes).unique().tolist()) <= {0, 255}
+    assert reader(1, resolution=32).read(stripes)[0].float().mean().item() == pytest.approx(127.5, abs=1)
+    assert set(reader(1, resolution=32, interpolation="nearest").read(stripes)[0].unique().tolist()) <= {0, 255}
 
 
 # --- sizes from headers
@@ -211,7 +218,7 @@ def test_the_header_says_the_size_of_the_upright_picture(tmp_path, name, orienta
     else:
         Image.new("RGB", (40, 20)).save(tmp_path / name, exif=exif)
     expected = (20, 40) if orientation < 5 else (40, 20)
-    assert reader().size(tmp_path / name) == reader().read_sized(tmp_path / name)[1] == expected
+    assert reader().size(tmp_path / name) == reader().read(tmp_path / name)[1] == expected
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.gif", "a.bmp"])

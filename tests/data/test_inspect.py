@@ -11,37 +11,14 @@ import torch
 from image_sets import build_for_test
 from PIL import Image
 from reports import section
-from repository import ROOT
 from tiny_models import model
 
-from datasets_lib.inspect import DEFAULTS, SOURCES, main, read_base
-from datasets_lib.report.contact_sheet import COLUMNS, contact_sheet, spread, to_pil
-from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.config.schema import options
+from scripts import inspect_data
 
 
 def picture(path, width=20, height=16, value=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), (value, 0, 0)).save(path)
-
-
-# --- the defaults
-
-
-def test_the_defaults_are_those_of_the_configuration():
-    known = options(BaseConfig)
-    for name, default in DEFAULTS.items():
-        value = (
-            getattr(BaseConfig(dataset="digits", num_epochs=1), name) if name not in SOURCES else known[name].default
-        )
-        assert value == default, name
-
-
-def test_every_option_that_a_data_set_reads_has_a_default():
-    texts = [path.read_text() for path in (ROOT / "datasets_lib").rglob("*.py") if path.name != "inspect.py"]
-    read = {name for text in texts for name in re.findall(r"(?<!_)\bargs\.([a-z_]+)", text)}
-    assert read <= set(DEFAULTS)
-    assert len(read) > 20
 
 
 # --- the report
@@ -159,12 +136,6 @@ def test_a_data_set_of_ones_own(inspect, tmp_path):
 # --- the contact sheet
 
 
-def test_pictures_are_spread_evenly():
-    assert spread(range(5)) == [0, 1, 2, 3, 4]
-    assert spread(range(95), 48) == list(range(0, 95, 2))
-    assert spread([7, 8, 9], 2) == [7, 9]
-
-
 class Grey:
     """Example i is grey of value 5 i."""
 
@@ -174,89 +145,46 @@ class Grey:
 
 
 def test_each_cell_shows_its_picture_and_a_text_below():
-    sheet = np.asarray(contact_sheet(Grey(), list(range(11))).convert("L"))
-    side, width, height = 112, 118, 112 + 39 + 6  # four times 28; a margin of 6 pixels and three lines of 13
-    assert sheet.shape == (2 * height + 6, COLUMNS * width + 6)
+    sheet = np.asarray(inspect_data.sheet_of(Grey(), list(range(11))).convert("L"))
+    side, width, height = 112, 114, 112 + 18  # four times 28; a margin of 2 pixels and a line of 16
+    assert sheet.shape == (2 * height + 2, inspect_data.COLUMNS * width + 2)
     for number in range(11):
-        top, left = number // COLUMNS * height + 6, number % COLUMNS * width + 6
+        top, left = number // inspect_data.COLUMNS * height + 2, number % inspect_data.COLUMNS * width + 2
         assert (sheet[top : top + side, left : left + side] == 5 * number).all()
-        assert (sheet[top + side : top + side + 13, left : left + side] < 128).any(), "a line of text"
-    assert (sheet[height + 6 :, 3 * width + 6 :] == 255).all()
+        assert (sheet[top + side : top + side + 14, left : left + side] < 128).any(), "a line of text"
+    assert (sheet[height + 2 :, 3 * width + 2 :] == 255).all()
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_tensors_become_pictures_again(channels, mode):
-    values = torch.arange(channels * 4 * 5, dtype=torch.uint8).view(channels, 4, 5) * 3
-    picture = to_pil(values / 127.5 - 1)
-    assert (picture.mode, picture.size) == (mode, (5, 4))
-    assert np.array_equal(np.asarray(picture).reshape(4, 5, channels), values.permute(1, 2, 0).numpy())
+def test_what_is_transparent_is_white_on_the_sheet():
+    class Clear:
+        def get(self, index, generator):
+            return {"image": torch.cat([torch.zeros(3, 4, 4), torch.full((1, 4, 4), -1.0)])}
+
+    assert (np.asarray(inspect_data.sheet_of(Clear(), [0]))[2:100] == 255).all()
 
 
 # --- configurations
 
 
-def test_an_override_of_the_data_set_replaces_it(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text("base: {dataset_name: x, dataset_config_name: y, resolution: 12, num_epochs: 3}\nvae: {}\n")
-    args = read_base(path, ["base.train_data_dir=pictures", "base.random_flip=true"])
-    given = {"train_data_dir": "pictures", "resolution": 12, "random_flip": True}
-    assert vars(args) == {**DEFAULTS, **given}
-    assert read_base(path, ["base.train_data_dir=null"]).dataset_name == "x"
+def test_a_training_command_line_is_read_as_train_py_reads_it(tmp_path, inspect):
+    picture(tmp_path / "data" / "a.png")
+    options = ["base.train_data_dir=" + str(tmp_path / "data"), "base.max_train_steps=9", "lora.rank=4"]
+    code, lines, _ = inspect(*options, dataset_name="x", dataset_config_name="y", resolution=12)
+    assert (code, section(lines, "train")["columns"][0]) == (0, "image: float32 [3, 12, 12]")
+    assert "base.rezolution" in inspect("base.rezolution=3", dataset="digits", channels=1)[2]
 
 
 @pytest.mark.parametrize(
-    ("text", "arguments", "message"),
+    ("arguments", "message"),
     [
-        ("base: {", [], "cannot be read: "),
-        ("vae: {}", [], "c.yaml has no section `base` with options"),
-        ("- a", [], "c.yaml has no section `base` with options"),
-        ("base: 3", [], "c.yaml has no section `base` with options"),
-        ("", [], "c.yaml has no section `base` with options"),
-        (
-            "base: {dataset: digits, resolution: big}",
-            [],
-            "base.resolution is 'big'; it must be of the type of 64, its default",
-        ),
-        ("base: {dataset: '${nope}'}", [], "cannot be read: Interpolation key 'nope' not found"),
-        ("base: {}", [], "exactly one of dataset_name, train_data_dir, dataset must be set in base, not none"),
-        ("base: {dataset: digits, train_data_dir: x}", [], "must be set in base, not train_data_dir and dataset"),
-        ("base: {dataset: digit}", [], "base.dataset is 'digit': .*did you mean 'digits'"),
-        ("base: {dataset: digits, background_color: wite}", [], "base.background_color is 'wite': must be a colour"),
-        ("base: {train_data_dir: none}", [], "base.train_data_dir: there is no folder"),
-        (
-            "base: {dataset: digits}",
-            ["base.resolutoin=3"],
-            "the override of base is 'resolutoin'; .*did you mean 'resolution'",
-        ),
-        ("base: {dataset: digits}", ["resolution=3"], "resolution=3: an override reads base.key=value"),
-        (
-            "base: {dataset: digits}",
-            ["--tokenizer", "none"],
-            "--tokenizer: there is no folder .*none; give MODEL/tokenizer",
-        ),
-        (
-            "base: {dataset: digits}",
-            ["--tokenizer", "configs"],
-            "--tokenizer: configs holds no tokenizer (?s:.*); give MODEL/tokenizer",
-        ),
-        (
-            "base: {dataset: digits}",
-            ["--output", "a.jpg"],
-            "--output: a.jpg must be a .png file in a folder that exists",
-        ),
-        (
-            "base: {dataset: digits}",
-            ["--output", "none/a.png"],
-            "--output: none/a.png must be a .png file in a folder that exists",
-        ),
+        (["base.dataset=null", "base.train_data_dir=none"], "base.train_data_dir: there is no folder"),
+        (["--tokenizer", "none"], "--tokenizer: there is no folder .*none; give MODEL/tokenizer"),
+        (["--tokenizer", "configs"], "--tokenizer: configs holds no tokenizer (?s:.*); give MODEL/tokenizer"),
+        (["--output", "a.jpg"], "--output: a.jpg must be a .png file in a folder that exists"),
+        (["--output", "none/a.png"], "--output: none/a.png must be a .png file in a folder that exists"),
     ],
 )
-def test_what_cannot_be_read_is_said(tmp_path, capsys, text, arguments, message):
-    (tmp_path / "c.yaml").write_text(text)
-    assert main([str(tmp_path / "c.yaml"), "--output", str(tmp_path / "s.png"), *arguments]) == 1
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_a_config_that_is_not_there(capsys):
-    assert main(["none.yaml"]) == 1
-    assert "config file none.yaml does not exist" in capsys.readouterr().err
+def test_what_cannot_be_read_is_said(inspect, arguments, message):
+    code, _, error = inspect(*arguments, dataset="digits", channels=1)
+    assert code == 1
+    assert re.search(f"^error: {message}", error)

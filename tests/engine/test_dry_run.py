@@ -36,7 +36,7 @@ CADENCES = {
     "base.checkpointing_steps": 6,
     "base.checkpoints_total_limit": 2,
     "base.valid_steps": 9,
-    "base.validation_split": 0.1,
+    "base.validation_split": 0.02,
     "base.save_model_steps": 8,
 }
 
@@ -464,7 +464,7 @@ def test_durations(seconds, text):
 
 @pytest.mark.slow
 def test_two_processes_print_once(tiny_config, tmp_path):
-    path = tiny_config(**{"base.validation_split": 0.1, "base.max_train_steps": 12})
+    path = tiny_config(**{"base.validation_split": 0.02, "base.max_train_steps": 12})
     done = launch(path, "--dry-run", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("It fits.") == done.stdout.count("Peak memory") == 1

@@ -370,7 +370,7 @@ def test_the_checkpoint_is_remembered(trained, call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm", "vae"])
 def test_pictures_of_other_tasks_again(run_in_process, call, tmp_path, monkeypatch, task):
-    folder = run_in_process(task=task, **{"base.validation_split": 0.1})
+    folder = run_in_process(task=task, **{"base.validation_split": 0.02})
     found = call(folder, "--number", 5, "--batch-size", 2, "--seed", 2)
     number = sorted(name for name in found if name.endswith("00003.png"))[0]
     grid = sorted(name for name in found if "/" not in name)[0]

@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import pytest
 from processes import start
 from run_folders import final_state, forget_after, losses
+from script_calls import run_script
 from shard_files import broken, png, write_shards, write_tar
 from streams import COUNT, SIZES, base_of, number_of, numbers, run_options, stream_of
 
 import datasets_lib
-from datasets_lib.inspect import main as inspect
 from datasets_lib.streaming import reader as stream_reader
 from datasets_lib.streaming import rows as shard_rows
 from datasets_lib.streaming.place import Place
 from datasets_lib.streaming.rows import RawRow
 from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
 from datasets_lib.streaming.stream import Stream
+from scripts import inspect_data
 from train import main, train
 from trainers.engine.config.config import load_config
 from trainers.engine.data import batches
@@ -174,9 +175,14 @@ def test_a_diverged_stream_is_not_sent_to_a_script_that_needs_numbers(folder, ti
 
 def test_inspecting_a_stream(folder, tmp_path, capsys):
     (tmp_path / "config.json").write_text(
-        json.dumps({"base": {"train_data_dir": str(folder), "streaming": True, "channels": 1}})
+        json.dumps(
+            {
+                "base": {"train_data_dir": str(folder), "streaming": True, "channels": 1, "max_train_steps": 1},
+                "ddpm": {},
+            }
+        )
     )
-    assert inspect([str(tmp_path / "config.json"), "--output", str(tmp_path / "sheet.png")]) == 0
+    run_script(inspect_data, tmp_path / "config.json", "--output", tmp_path / "sheet.png")
     out = capsys.readouterr().out
     assert f"examples       {COUNT}" in out
     assert "a stream of 5 shards" in out

@@ -121,7 +121,7 @@ class BaseConfig(Section):
     random_flip: bool = False  # mirror half of the examples in training
     background_color: str = "white"  # put behind transparent pixels if channels is not 4
     bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
-    max_image_pixels: Positive = 178956970  # larger images are refused before they are decoded
+    max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 178956970  # larger images are refused; Pillow refuses more
     image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
     streaming: bool = False  # read shards one after the other: .parquet or .tar files of train_data_dir or dataset_name
     shuffle_buffer_size: Positive | None = None  # with streaming: examples per reader to draw the next from; null: none
@@ -172,14 +172,13 @@ class BaseConfig(Section):
         yield from self.without_effect(("bucket_max_pixels", "bucket_step"), "buckets: true", self.buckets)
         yield from self.without_effect(("compile_repeated_blocks",), "compile: true", self.compile)
         yield from self.without_effect(("shuffle_buffer_size", "shard_retries"), "streaming: true", self.streaming)
-        yield from self.without_effect(
-            ("shuffle_buffer_resume",), "shuffle_buffer_size", bool(self.shuffle_buffer_size)
-        )
+        buffered = self.shuffle_buffer_size is not None
+        yield from self.without_effect(("shuffle_buffer_resume",), "shuffle_buffer_size", buffered)
         on_hub = self.dataset_name is not None or self.streaming
         yield from self.without_effect(("dataset_config_name", "cache_dir", "image_column"), "dataset_name", on_hub)
         of_evaluations = ("eval_num_samples", "eval_features", "eval_classifier")
         yield from self.without_effect(of_evaluations, "eval_steps", self.eval_steps is not None)
-        columns = ("label_column", "mask_column")
+        columns = ("label_column", "mask_column", "caption_column")
         yield from self.without_effect(columns, "dataset_name and train_data_dir", self.dataset is None)
         if self.dataset_args and self.dataset is None:
             yield "dataset_args", "has an effect with dataset only"

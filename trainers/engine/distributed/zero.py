@@ -62,11 +62,8 @@ def part_from(whole: Tensor, parameter: Tensor) -> Tensor:
         size, rank = tagged(parameter).ds_tensor.numel(), dist.get_rank(tagged(parameter).ds_process_group)
         own = whole.flatten()[rank * size : (rank + 1) * size]
         return nn.functional.pad(own, (0, size - own.numel()))
-    return (
-        whole.flatten()[_place_in_weight(parameter)]
-        if tagged(parameter)._hp_mapping is not None
-        else whole.flatten()[:0]
-    )
+    has_part = tagged(parameter)._hp_mapping is not None
+    return whole.flatten()[_place_in_weight(parameter) if has_part else slice(0)]
 
 
 def _place_in_weight(parameter: Tensor) -> slice:

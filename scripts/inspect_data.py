@@ -1,0 +1,106 @@
+"""Shows what a run's data looks like: scripts/inspect_data.py CONFIG [section.key=value ...], as for train.py
+
+Reads every picture, lists what cannot be used, and writes a contact sheet: each picture as a network sees it, with its
+number and caption below. Exit code 1 if the configuration cannot be read or pictures cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets_lib
+from datasets_lib.images.image_dataset import ImageDataset
+from datasets_lib.report.statistics import Line, caption_lines, column_lines, label_lines, picture_lines, scan
+from datasets_lib.sources.class_images import PriorDataset
+from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.config import load_config
+from trainers.engine.validation.metrics import spread
+from trainers.inference.animation import centred, contact_sheet
+from trainers.inference.command import command
+from trainers.inference.picture_files import as_pil
+
+PICTURES, COLUMNS = 48, 8  # of the contact sheet
+STREAMED = 1000  # of a stream's examples, its first
+
+
+def parts(base: BaseConfig) -> Iterator[tuple[str, Any]]:
+    """Yields the data sets of a configuration by name; the pictures of a class are one of their own."""
+    train = datasets_lib.build(base, "train")
+    if base.streaming:
+        train = train.held(STREAMED)
+    yield "train", train.instances if isinstance(train, PriorDataset) else train
+    if isinstance(train, PriorDataset):
+        yield "class pictures", train.prior
+    if (held_out := datasets_lib.build(base, "validation")) is not None:
+        yield "validation", held_out
+
+
+def report(dataset: Any, tokenizer: Any | None, show_progress: bool) -> tuple[list[Line], list[int]]:
+    """Returns the lines on a data set, and the indices of its usable examples."""
+    lines = [("examples", f"{len(dataset):,}"), *(("", note) for note in dataset.notes)]
+    if not isinstance(dataset, ImageDataset):
+        return [*lines, *column_lines(dataset.get(0, None))], list(range(len(dataset)))
+    found = scan(dataset.pictures, show_progress)
+    usable = [item.position for item in found if item.fault is None]
+    if usable:
+        lines += column_lines(dataset.get(usable[0], None))
+    lines += picture_lines(found, dataset.pictures)
+    if dataset.source.labels is not None:
+        lines += label_lines([dataset.source.labels[row] for row in dataset.rows], dataset.label_names)
+    return [*lines, *caption_lines(dataset, tokenizer)], usable
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Returns a tokenizer from a local folder, such as MODEL/tokenizer."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"--tokenizer: there is no folder {Path(folder).resolve()}; give MODEL/tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"--tokenizer: {folder} holds no tokenizer ({error}); give MODEL/tokenizer") from error
+
+
+def sheet_of(dataset: Any, indices: list[int]) -> Image.Image:
+    """The examples' pictures in rows; without randomness, as in validation."""
+    examples = [dataset.get(index, None) for index in indices]
+    texts = [f"{index} {example.get('caption', '')}" for index, example in zip(indices, examples, strict=True)]
+    return contact_sheet(centred([as_pil(example["image"] / 2 + 0.5) for example in examples]), COLUMNS, texts)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="of any run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="count the captions' tokens too")
+    parser.add_argument("--output", type=Path, default=Path("inspect.png"), help="contact sheet (inspect.png)")
+    options = parser.parse_intermixed_args()
+    if options.output.suffix.lower() != ".png" or not options.output.parent.is_dir():
+        raise ValueError(f"--output: {options.output} must be a .png file in a folder that exists")
+    base = load_config(options.config, options.overrides, datasets_lib.problems).base
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    bad = 0
+    for name, dataset in parts(base):
+        lines, usable = report(dataset, tokenizer, show_progress=sys.stderr.isatty())
+        print(f"{name}:", *(f"  {title:14} {text}" for title, text in lines), sep="\n")
+        bad += len(dataset) - len(usable)
+        if name == "train" and usable and "image" in dataset.get(usable[0], None):
+            sheet_of(dataset, [usable[place] for place in spread(len(usable), PICTURES)]).save(options.output)
+            print(f"  {'contact sheet':14} {options.output}")
+    if bad:
+        print(f"\n{bad:,} pictures cannot be used, see above: repair or remove them, or set base.bad_images=skip")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
