@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +100,14 @@ def draw(
     """The frames' weights from 0 to 1, and the frames as squares [N, 3, S, S] in [0, 1] on the CPU."""
     options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain")}
     morph = Morph(pipeline, loras, prompts_of(arguments), **options)
-    morph.invert(torch.stack([picture.pixels for picture in pictures]).to(pipeline.device), progress)
+    morph.invert(torch.stack([picture.pixels for picture in pictures]).to(pipeline.device), tqdm)
     weights = arguments.weights or torch.linspace(0, 1, arguments.frames, dtype=torch.float64).tolist()
-    frames = morph.frames(weights, progress)
+    frames = morph.frames(weights, tqdm)
     if distance is None:
         return weights, frames
     distances = [distance(*(2 * frames[n : n + 2, None] - 1)).item() for n in range(len(frames) - 1)]
     weights = evenly_distant(weights, distances)
-    return weights, morph.frames(weights, progress)
-
-
-def progress(steps: Iterable, text: str) -> Iterable:
-    return tqdm(steps, desc=text)
+    return weights, morph.frames(weights, tqdm)
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
@@ -144,7 +139,7 @@ def write(
     sheet = centred([*map(as_pil, [given[0], *frames, given[1]])])
     write_gif(sheet[1:-1], folder / "morph.gif", json.dumps(settings))
     if not write_mp4(sheet[1:-1], folder / "morph.mp4", json.dumps(settings)):
-        print("no morph.mp4: neither imageio with imageio-ffmpeg nor av is installed")
+        print("no morph.mp4: imageio with imageio-ffmpeg is not installed")
     texts = [arguments.first.name, *(f"{weight:.3g}" for weight in weights), arguments.last.name]
     save_picture(contact_sheet(sheet, SHEET_COLUMNS, texts), folder / "morph.png", settings | {"file": "morph.png"})
     return psnr

@@ -464,17 +464,6 @@ def test_an_mp4_by_imageio(tmp_path, monkeypatch):
     assert "comment=text" in options["output_params"]
 
 
-def test_an_mp4_by_av(tmp_path, monkeypatch):
-    av = pytest.importorskip("av", reason="writes MP4 where it is installed")
-    monkeypatch.setattr(animation, "find_spec", lambda name: name == "av")
-    assert animation.write_mp4(frames_of(7, 5), tmp_path / "a.mp4", "a café")
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        assert container.metadata["comment"] == "a café"
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert [frame.shape for frame in frames] == [(6, 8, 3)] * 4
-    assert [abs(frame[2, 2, 0] - 40.0 * number) < 8 for number, frame in enumerate(frames)] == [True] * 4
-
-
 def test_a_contact_sheet_of_large_pictures_is_small():
     pictures = [Image.new("RGB", (1000, 500), "red")] * 4
     sheet = animation.contact_sheet(pictures, 2, ["a"] * 4)
@@ -510,7 +499,7 @@ def test_loras_are_trained_and_found_again(tmp_path, pictures, monkeypatch, caps
         monkeypatch, model("sd1"), *pictures, "--output-dir", tmp_path / "out", "--prompt", "a: photo", *FEW, *TRAINING
     )
     printed = capsys.readouterr().out
-    assert "no morph.mp4: neither imageio with imageio-ffmpeg nor av is installed" in printed
+    assert "no morph.mp4: imageio with imageio-ffmpeg is not installed" in printed
     assert "3 frames (first and last: " in printed
     written = {"frames", "morph.gif", "morph.json", "morph.png", ".diffloop.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == written

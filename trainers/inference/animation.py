@@ -1,4 +1,4 @@
-"""Sequences of pictures: contact sheet, GIF, and MP4 if a library that writes it is installed."""
+"""Pictures one after the other: contact sheet, GIF, and MP4 if imageio is installed."""
 
 from __future__ import annotations
 
@@ -49,35 +49,14 @@ def write_gif(frames: list[Image.Image], path: Path, text: str) -> None:
 def write_mp4(frames: list[Image.Image], path: Path, text: str) -> bool:
     """Writes H.264 of RGB pictures of one size, padded to even sides, with the text as its comment.
 
-    Returns False, without a file, if neither imageio with ffmpeg nor av is installed.
+    False, and no file, if imageio with ffmpeg is not installed.
     """
-    if find_spec("imageio") and find_spec("imageio_ffmpeg"):
-        write = _by_imageio
-    elif find_spec("av"):
-        write = _by_av
-    else:
+    if not (find_spec("imageio") and find_spec("imageio_ffmpeg")):
         return False
-    width, height = frames[0].size
-    even = [ImageOps.expand(frame, (0, 0, width % 2, height % 2), "white") for frame in frames]
-    write([np.asarray(frame) for frame in even], path, text)
-    return True
-
-
-def _by_imageio(frames: list[np.ndarray], path: Path, text: str) -> None:
     import imageio
 
+    width, height = frames[0].size
+    even = [np.asarray(ImageOps.expand(frame, (0, 0, width % 2, height % 2), "white")) for frame in frames]
     options: dict[str, Any] = {"macro_block_size": 2, "output_params": ["-metadata", f"comment={text}"]}
-    imageio.mimwrite(path, frames, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, **options)
-
-
-def _by_av(frames: list[np.ndarray], path: Path, text: str) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        container.metadata["comment"] = text
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    imageio.mimwrite(path, even, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, **options)
+    return True
