@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainers import TRAINERS
@@ -159,7 +159,7 @@ def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> di
 def _resolve(document: dict[str, Any]) -> dict[str, Any]:
     OmegaConf.clear_resolver("oc.env")  # a config is written to the run folder; the environment holds secrets
     try:
-        return _plain(OmegaConf.create(document), resolve=True, throw_on_missing=True)
+        return _plain(OmegaConf.create(document), resolve=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a reference"
         reason = str(error).splitlines()[0]
@@ -167,8 +167,9 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"{key}: {reason}{hint}"]) from None
 
 
-def _plain(config: Any, **options: bool) -> dict[str, Any]:
-    return cast("dict[str, Any]", OmegaConf.to_container(config, **options))  # all of ours are mappings
+def _plain(config: DictConfig | ListConfig, resolve: bool = False) -> dict[str, Any]:
+    found = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
+    return cast("dict[str, Any]", found)  # its type allows for lists too
 
 
 def _check_section(
