@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainers import TRAINERS
@@ -42,11 +42,7 @@ class RunConfig(NamedTuple):
 def load_config(
     path: str | Path, overrides: list[str] | None = None, data_problems: Check = lambda base: ()
 ) -> RunConfig:
-    """Reads CONFIG, applies `section.key=value` overrides and checks both sections together.
-
-    `data_problems(base)` yields the problems of data options, which the engine does not know. Raises FileNotFoundError
-    for a missing file, and ConfigError with all problems otherwise.
-    """
+    """Reads CONFIG, applies `section.key=value` overrides and checks everything; `data_problems` checks data options."""
     return check_config(read_config_file(Path(path)), overrides, data_problems)
 
 
@@ -167,7 +163,7 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"{key}: {reason}{hint}"]) from None
 
 
-def _plain(config: DictConfig | ListConfig, resolve: bool = False) -> dict[str, Any]:
+def _plain(config: object, resolve: bool = False) -> dict[str, Any]:
     found = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
     return cast("dict[str, Any]", found)  # its type allows for lists too
 
@@ -191,10 +187,7 @@ def _check_section(
 
 
 def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[Section]]) -> list[str]:
-    """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now.
-
-    So the resolved configuration of an old run, which has all of them, can still be read.
-    """
+    """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now."""
     known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
     replacements = schemas[section].replaced.get(key, {}).items()
     name, now = next((new for old, new in replacements if old == value), (None, None))

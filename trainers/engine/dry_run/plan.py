@@ -55,10 +55,7 @@ class DryRun(Limits):
         self.samples = False  # whether a sampler ran
 
     def shorten(self, ctx: RunContext, data: DataSets) -> DataSets:
-        """Returns the few examples that the last steps need, and sets the clock to these steps.
-
-        Raises ValueError if the processes have several output folders.
-        """
+        """Returns the few examples that the last steps need, and sets the clock to these steps."""
         if ctx.folders.several:
             raise ValueError(
                 f"--dry-run: the processes have {len(ctx.folders.mains)} output folders "

@@ -31,11 +31,7 @@ SKIPPED_STEPS = "skipped_steps.jsonl"
 
 @contextmanager
 def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Folders]:
-    """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block.
-
-    Raises on every rank: OSError if a folder cannot be written; ValueError if another run uses it, or if it holds a run
-    and none is resumed.
-    """
+    """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block."""
     folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
     with ExitStack() as locks:
         folders.on_mains(accelerator, lambda: _take(base, locks))
