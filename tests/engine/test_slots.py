@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from datasets_lib.checks import one_of
+from datasets_lib.example import ImageData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import is_message
 from trainers.engine.data.batches import EpochOrder, SlotBatches, examples_once, training_batches
@@ -20,7 +21,7 @@ from trainers.engine.run.signals import StopSignals
 STOPPING = StopSignals(Accelerator(cpu=True), BaseConfig())
 
 
-class Numbers:
+class Numbers(ImageData):
     """A data set whose examples are their index and a number drawn from the loader's generator."""
 
     fingerprint = "numbers"

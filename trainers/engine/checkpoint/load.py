@@ -40,10 +40,7 @@ def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) ->
 
 
 def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "") -> dict[str, dict[str, Tensor]]:
-    """Reads trained weights and buffers by network; the suffix "_ema" gives the averaged ones.
-
-    Raises ValueError if they do not fit these networks.
-    """
+    """Reads weights and buffers by network, averaged ones with the suffix "_ema"; ValueError if they do not fit."""
     weights = {name: read_tensors(folder / f"{name}{suffix}") for name in networks}
     for name, network in networks.items():
         _compare(folder / f"{name}{suffix}", weights[name], trained_state(network))

@@ -26,17 +26,12 @@ from trainers.engine.run.run_folder import set_metrics_aside
 from trainers.engine.tracking.external import RUN_ID_FILES
 
 
-def set_aside_later(ctx: RunContext, resumed_from: Path, steps_done: int) -> None:
-    """Renames the checkpoints that the resumed run abandons, so that `latest` does not return to them. Collective.
+def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_done: int) -> None:
+    """Renames the checkpoints that the resumed run abandons, so that `latest` does not return to them.
 
     These are the later ones, or all if the run resumes from another folder's checkpoint. A tracker that cannot delete
     logged steps, such as W&B, begins a new run.
     """
-    output_dir, logging_dir = ctx.output_dir, ctx.run.base.logging_dir
-    ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(output_dir, logging_dir, resumed_from, steps_done))
-
-
-def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_done: int) -> None:
     own = resumed_from.resolve().parent == output_dir.resolve()
     others = [
         folder
@@ -119,7 +114,8 @@ def load(
     load_optimizer_state(networks, state.optimizer, moments)
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
-    set_aside_later(ctx, folder, saved["step"])
+    logging_dir, step = ctx.run.base.logging_dir, saved["step"]
+    ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(ctx.output_dir, logging_dir, folder, step))
     state.meter.load(saved["meter"])
     state.nonfinite.load(saved["divergence"])
 

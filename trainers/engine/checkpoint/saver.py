@@ -1,7 +1,4 @@
-"""Saves checkpoints during training: a copy at the step, a thread that writes it, and a final rename.
-
-If the processes have several output folders, each gets every checkpoint, complete.
-"""
+"""Saves checkpoints during training: a copy at the step, a thread that writes it to each folder, a final rename."""
 
 from __future__ import annotations
 
@@ -45,10 +42,7 @@ class Saver:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """After an error each main process seals its unfinished checkpoint alone, as other ranks may be dead.
-
-        The resumed run checks whether all folders have it; until then no older checkpoint is removed.
-        """
+        """After an error main processes seal alone, as ranks may be dead; on resume all folders are compared."""
         if self.step and self.folders.is_main:
             try:
                 self._seal()
@@ -75,10 +69,7 @@ class Saver:
         self.wait()
 
     def begin(self, steps_done: int) -> None:
-        """Seals the previous checkpoint, copies everything trained, and lets the thread write it.
-
-        Does nothing if checkpoint-N exists. Raises ValueError if a weight or state is not finite, and what `wait` does.
-        """
+        """Seals the previous checkpoint, copies everything trained if it is finite, and lets the thread write it."""
         self.wait()
         counts = self.state.nonfinite.state()
         final = self.output_dir / f"checkpoint-{steps_done}"

@@ -82,10 +82,7 @@ def snapshot(state: TrainState, about: dict[str, Any], wanted: bool, kept: dict[
 
 
 def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
-    """Names a weight, average or optimizer state that is not finite on some rank, or None. Collective.
-
-    Buffers are not checked: a mask may hold infinities.
-    """
+    """Names a weight, average or optimizer state that is not finite on some rank, or None. Collective."""
     found = gather_object([_not_finite_here(networks, ema, optimizer)])  # FSDP2 gives each rank its part
     return next((name for name in found if name is not None), None)
 

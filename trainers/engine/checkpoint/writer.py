@@ -1,7 +1,4 @@
-"""Writes a checkpoint under a temporary name, flushes it, and renames it, so that a crash never leaves a partial one.
-
-Nothing here is collective.
-"""
+"""Writes a checkpoint under a temporary name, flushes and renames it: a crash never leaves a partial one."""
 
 from __future__ import annotations
 
@@ -23,10 +20,7 @@ INTACT = "older checkpoints are intact; make room and continue with base.resume_
 
 
 def stage(taken: Snapshot, output_dir: Path) -> Path:
-    """Writes and flushes a snapshot in a temporary folder, and returns the folder.
-
-    Raises OSError if it does not fit or cannot be written; the folder is removed then.
-    """
+    """Writes and flushes a snapshot in a temporary folder, which it returns; raises OSError if that fails."""
     name = f"checkpoint-{taken.step}"
     staging = output_dir / f".tmp-{name}-{secrets.token_hex(4)}"
     needed, free = taken.num_bytes + SPARE_BYTES, shutil.disk_usage(output_dir).free
@@ -55,10 +49,7 @@ def seal(staging: Path) -> None:
 
 
 def remove(folder: Path, thread: Executor) -> None:
-    """Renames an old checkpoint at once and deletes its files in a thread, as that may take long.
-
-    A failure prints a warning and does not stop the training.
-    """
+    """Renames an old checkpoint at once, and deletes its files in a thread; a failure only prints a warning."""
     try:
         trash = folder.rename(folder.with_name(f".trash-{folder.name}-{secrets.token_hex(4)}"))
         thread.submit(_remove_files, trash, folder.name)

@@ -201,10 +201,7 @@ class BaseConfig(Section):
 
 
 def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
-    """Replaces null by the values of `accelerate launch`; yields a problem if the configuration has another value.
-
-    The launcher exports `no` and 1 even if nobody asked for them, so these two contradict nothing.
-    """
+    """Replaces null by the launcher's values, whose defaults `no` and 1 count as unset; yields contradictions."""
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in get_args(Precision):
         yield f"ACCELERATE_MIXED_PRECISION = {precision}: must be no, fp16 or bf16; change --mixed_precision"

@@ -42,11 +42,7 @@ class RunConfig(NamedTuple):
 def load_config(
     path: str | Path, overrides: list[str] | None = None, data_problems: Check = lambda base: ()
 ) -> RunConfig:
-    """Reads CONFIG, applies `section.key=value` overrides and checks both sections together.
-
-    `data_problems(base)` yields the problems of data options, which the engine does not know. Raises FileNotFoundError
-    for a missing file, and ConfigError with all problems otherwise.
-    """
+    """Reads CONFIG, applies `section.key=value` overrides and checks everything; `data_problems` checks data options."""
     return check_config(read_config_file(Path(path)), overrides, data_problems)
 
 
@@ -159,7 +155,7 @@ def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> di
 def _resolve(document: dict[str, Any]) -> dict[str, Any]:
     OmegaConf.clear_resolver("oc.env")  # a config is written to the run folder; the environment holds secrets
     try:
-        return _plain(OmegaConf.create(document), resolve=True, throw_on_missing=True)
+        return _plain(OmegaConf.create(document), resolve=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a reference"
         reason = str(error).splitlines()[0]
@@ -167,8 +163,9 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"{key}: {reason}{hint}"]) from None
 
 
-def _plain(config: Any, **options: bool) -> dict[str, Any]:
-    return cast("dict[str, Any]", OmegaConf.to_container(config, **options))  # all of ours are mappings
+def _plain(config: object, resolve: bool = False) -> dict[str, Any]:
+    found = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
+    return cast("dict[str, Any]", found)  # its type allows for lists too
 
 
 def _check_section(
@@ -190,10 +187,7 @@ def _check_section(
 
 
 def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[Section]]) -> list[str]:
-    """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now.
-
-    So the resolved configuration of an old run, which has all of them, can still be read.
-    """
+    """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now."""
     known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
     replacements = schemas[section].replaced.get(key, {}).items()
     name, now = next((new for old, new in replacements if old == value), (None, None))

@@ -30,10 +30,7 @@ class Option(NamedTuple):
 
 
 def options(section: type[Section]) -> dict[str, Option]:
-    """Lists a section's options in the order of declaration, base classes first.
-
-    Raises TypeError for an annotated field that was lost because a subclass lacks its @dataclass decorator.
-    """
+    """Lists a section's options, base classes first; raises TypeError if a subclass lacks its @dataclass decorator."""
     kinds = typing.get_type_hints(section, include_extras=True)
     comments = {name: text for cls in reversed(section.__mro__) for name, text in _trailing_comments(cls).items()}
     fields = {field.name: field for field in dataclasses.fields(section)}

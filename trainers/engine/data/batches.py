@@ -84,11 +84,7 @@ def order_of(train_set: ImageData, global_batch_size: int, base: BaseConfig) -> 
 
 
 def shard_for_rank(accelerator: Accelerator, base: BaseConfig, train_set: ImageData) -> tuple[Clock, ImageData]:
-    """Makes the clock, and takes this process's part of the training set if that is a stream. Collective.
-
-    Raises ValueError as Clock.of_run does, for a stream with fewer shards than readers, and for one that is not the
-    same on all processes.
-    """
+    """Makes the clock, and takes this process's part of the training set if that is a stream. Collective."""
     if not isinstance(train_set, StreamData):
         return Clock.of_run(base, len(train_set), accelerator, train_set.bucket_of), train_set
     workers = base.dataloader_num_workers

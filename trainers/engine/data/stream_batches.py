@@ -24,10 +24,7 @@ READER = "reader"  # the column with the number and position of a batch's reader
 
 
 class StreamBatches(IterableDataset):
-    """This process's remaining micro-batches: batch n comes from reader (turn + n) mod the number of readers.
-
-    A data worker yields those of one reader. The k-th example of a batch gets the k-th of its slots.
-    """
+    """This process's remaining micro-batches; batch n comes from reader (turn + n) mod the number of readers."""
 
     def __init__(self, stream: StreamData, clock: Clock, base: BaseConfig, process_index: int) -> None:
         self.stream, self.clock, self.seed, self.process_index = stream, clock, base.seed, process_index

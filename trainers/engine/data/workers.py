@@ -97,10 +97,7 @@ def from_workers(
     device: torch.device,
     stop: StopSignals,
 ) -> Generator[Batch | Exception]:
-    """Yields the batches of a DataLoader with the arguments `source`, in order.
-
-    If a worker dies, this process reads the remaining batches, `rest(number)`, itself and requests a stop.
-    """
+    """Yields the batches of a DataLoader; if a worker dies, reads `rest(number)` here and requests a stop."""
     others: set[BaseProcess] = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(

@@ -37,10 +37,7 @@ def check_devices() -> None:
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Raises ValueError for an engine or an option of it that is not supported, and for one that accelerate ignores.
-
-    accelerate runs DDP if FSDP is asked for without GPUs, and if DeepSpeed is asked for on CPUs.
-    """
+    """Raises ValueError for an engine or an option of it that is not supported, or that accelerate ignores."""
     engine = accelerator.distributed_type
     if engine not in SUPPORTED:
         raise ValueError(

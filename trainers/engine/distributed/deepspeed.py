@@ -105,10 +105,7 @@ def _refuse_unknown(section: str, settings: dict[str, Any], allowed: frozenset[s
 def configure_deepspeed(
     accelerator: Accelerator, networks: dict[str, nn.Module], config: TrainerConfig, base: BaseConfig
 ) -> None:
-    """Sets DeepSpeed's options from the run's configuration, before it prepares the network.
-
-    Raises ValueError for what DeepSpeed does not support, and if the launcher's options differ.
-    """
+    """Sets DeepSpeed's options from the run's configuration; raises ValueError for contradictions."""
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     _refuse(networks, base)
     if accelerator.mixed_precision != base.mixed_precision:

@@ -40,10 +40,7 @@ def check_fsdp(accelerator: Accelerator) -> None:
 
 
 def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:
-    """Chooses the modules that FSDP2 gathers one by one: those named by the launcher, else the network's blocks.
-
-    Raises ValueError for more than one network, and for modules that the network does not have.
-    """
+    """Chooses the modules that FSDP2 gathers one by one: those named by the launcher, else the network's blocks."""
     if len(networks) > 1:
         raise ValueError(
             f"FSDP2 shards one network, and this run trains {len(networks)} ({', '.join(networks)}); launch with DDP, "

@@ -16,11 +16,7 @@ from trainers.engine.distributed import backends
 
 
 def start_accelerator(base: BaseConfig) -> Accelerator:
-    """Joins the processes that the launcher started.
-
-    Raises ValueError if they are not connected, or for an engine, a precision or a global batch size that they do not
-    support.
-    """
+    """Joins the launched processes; raises ValueError for what they, or their devices, do not support."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     backends.check_devices()
     if base.mixed_precision == "fp16" and not torch.cuda.is_available():

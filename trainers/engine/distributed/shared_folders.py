@@ -58,19 +58,13 @@ class Folders:
         return [f"{self.hosts[rank]}:{self.paths[rank]}" for rank in self.mains]
 
     def on_mains(self, accelerator: Accelerator, action: Callable[[], Result]) -> list[Result]:
-        """Runs an action on each folder's main process; all ranks return the results, or raise an error. Collective.
-
-        With several folders the error begins with the host's name.
-        """
+        """Runs an action on each folder's main process; all ranks return the results or raise an error. Collective."""
         where = f"on {self.hosts[self.rank]}: " if self.several else ""
         return run_on_ranks(accelerator, self.mains, action, where)
 
 
 def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
-    """Creates each process's folder `path`, and finds out which of them are the same. Collective.
-
-    Raises OSError on every rank if one cannot be written, or if the processes disagree on what is shared.
-    """
+    """Creates each process's folder `path`, and finds out which of them are the same. Collective."""
     token = path / f"{PROBE}{secrets.token_hex(8)}"
     try:
         error = _leave(token, option)

@@ -23,10 +23,7 @@ SECONDS_OF_MAIN = 5.0  # for the first process to read its numbers if all fail
 
 @contextmanager
 def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
-    """Yields the short run, in a folder on the run's disk that is removed afterwards; the run's own is not touched.
-
-    Raises ValueError during another dry run for the same folder.
-    """
+    """Yields the short run, in a folder beside the run's that is removed afterwards; the run's own is not touched."""
     check_run_folder(run.base)
     output_dir, main = Path(run.base.output_dir).absolute(), is_main()
     parent = next(parent for parent in output_dir.parents if parent.is_dir())

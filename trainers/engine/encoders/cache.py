@@ -26,11 +26,7 @@ def text_key(text: str) -> str:
 
 
 class Cache:
-    """Rows of tensors by key, in memory or in memory-mapped files of a folder.
-
-    A folder belongs to one encoder and is named by a hash of its `source`. Files appear complete; several processes may
-    add files.
-    """
+    """Rows of tensors by key, in memory or in a folder for one encoder, where several processes may add files."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -55,10 +51,7 @@ class Cache:
         return [file.get_tensor(f"{key}.{number}") for number in range(count)]
 
     def add(self, rows: dict[str, list[Tensor]]) -> None:
-        """Stores rows by key, in memory or in a file, which is flushed before it gets its name.
-
-        Raises OSError with the space needed and free if the file cannot be written.
-        """
+        """Stores rows by key, in memory or in a file, which is flushed before it gets its name."""
         if self.folder is None:
             self.rows_by_key |= rows
         elif rows:
@@ -79,10 +72,7 @@ class Cache:
                 ) from None
 
     def look(self) -> None:
-        """Finds the rows of new files in the folder; removes a file with a broken header, and prints a warning.
-
-        Raises OSError if a file may not be read.
-        """
+        """Finds the rows of new files in the folder; removes a file with a broken header, with a warning."""
         for path in sorted(self.folder.glob("rows-*.safetensors")) if self.folder is not None else ():
             if path.name in self.opened:
                 continue

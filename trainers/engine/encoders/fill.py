@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,21 +42,21 @@ class Picture(NamedTuple):
 
 
 def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, datasets: DataSets) -> DataSets:
-    """Fills the encoders' caches; returns the data sets with keys instead of cached pictures. Collective.
-
-    The encoders leave the device afterwards. Raises ValueError if a data set cannot list what is to be cached.
-    """
+    """Fills the encoders' caches; returns the data sets with keys instead of cached pictures. Collective."""
     keys: list[dict[str, list[tuple[str, ...]]]] = [{} for _ in datasets]
     for name, encoder in encoders.encoders.items():
         if encoder.cache is None:
             continue
+        refusal = f"encoder {name} cannot be cached: the data set {{}}; set its cache to null"
         began = time.perf_counter()
         wanted: dict[str, Any] = {text_key(value): value for value in encoder.constants}
         for dataset, columns in zip(datasets, keys, strict=True):
             if dataset is None:
                 continue
             if encoder.reads == "caption":
-                wanted |= {text_key(text): text for text in _captions(dataset, name)}
+                if (texts := dataset.captions()) is None:
+                    raise ValueError(refusal.format("does not list its captions"))
+                wanted |= {text_key(text): text for text in texts}
             elif encoder.reads in dataset.picture_columns:
                 columns[encoder.reads] = _picture_keys(accelerator, dataset, encoder.reads)
                 wanted |= {
@@ -65,8 +65,7 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
                     for flipped, key in enumerate(both)
                 }
             elif not encoder.optional:
-                lacks = f"the data set does not list its pictures of column {encoder.reads}"
-                raise ValueError(f"encoder {name} cannot be cached: {lacks}; set its cache to null")
+                raise ValueError(refusal.format(f"does not list its pictures of column {encoder.reads}"))
         encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
         encoders.release(name)
         seconds, metric = time.perf_counter() - began, f"cache_{encoder.reads}/seconds"
@@ -77,15 +76,6 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
         KeyedExamples(train, keys[0]) if keys[0] else train,
         KeyedExamples(validation, keys[1]) if validation is not None and keys[1] else validation,
     )
-
-
-def _captions(dataset: ImageData, name: str) -> Iterable[str]:
-    texts = dataset.captions()
-    if texts is None:
-        raise ValueError(
-            f"encoder {name} cannot be cached: the data set does not list its captions; set its cache to null"
-        )
-    return texts
 
 
 def _picture_keys(accelerator: Accelerator, dataset: ImageData, column: str) -> list[tuple[str, ...]]:
@@ -147,10 +137,7 @@ def _read(value: Any) -> Any:
 def _opened(
     accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: dict[str, Any]
 ) -> tuple[Cache, list[str], list[int]]:
-    """Returns the cache, its missing keys, and the processes that share the cache and the work. Collective.
-
-    Hosts may have separate folders, each of which gets all wanted values.
-    """
+    """Returns the cache, its missing keys, and the processes that share its folder and the work. Collective."""
     said = f"cache {name}: {{:,}} of {len(wanted):,} to encode, in {{}}".format
     if encoder.cache == "memory":
         accelerator.print(said(len(wanted), "memory"))

@@ -15,10 +15,7 @@ REMEMBERED = 1000  # at most this many constants: an evaluation may have many pr
 
 
 class FrozenEncoders:
-    """The encoders of a run by name, on the device and without gradients.
-
-    With an encoder in `caches`, a batch holds "<column>_key" instead of pictures.
-    """
+    """The encoders of a run by name; with one in `caches`, a batch holds "<column>_key" instead of pictures."""
 
     def __init__(self, encoders: dict[str, Encoder], device: torch.device) -> None:
         self.encoders = encoders
@@ -30,10 +27,7 @@ class FrozenEncoders:
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds the columns that the encoders write, unless the data set has them.
-
-        Raises ValueError if the data set lacks a column that an encoder reads.
-        """
+        """Adds the columns that the encoders write, unless the data set has them."""
         for name, encoder in self.encoders.items():
             if batch.keys() >= set(encoder.writes):
                 continue

@@ -24,10 +24,7 @@ from trainers.engine.validation.validation import Validation
 def export_pipeline(
     ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Tracker, validation: Validation
 ) -> list[str]:
-    """Writes what inference loads to the run folder and the trackers; returns the names of its entries. Collective.
-
-    Raises OSError on every rank if the main process cannot write. If the run is stopped meanwhile, writes nothing.
-    """
+    """Writes the finished pipeline, unless a stop interrupts it; returns the names of its entries. Collective."""
     try:
         with tracker.phase("export", ctx.stop.steps_done):
             if isinstance(trainer, MeasuresData):

@@ -99,10 +99,7 @@ def _without_numbers(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _compile(networks: dict[str, nn.Module], only_blocks: bool) -> None:
-    """Compiles in place, as a wrapper would change names in checkpoints; networks without named blocks as a whole.
-
-    Raises ValueError if only blocks are to be compiled and no network names any.
-    """
+    """Compiles in place, as a wrapper would change names in checkpoints; networks without named blocks as a whole."""
     with_blocks = {name for name, network in networks.items() if getattr(network, "_repeated_blocks", None)}
     if only_blocks and not with_blocks:
         raise ValueError(

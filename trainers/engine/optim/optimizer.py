@@ -22,11 +22,7 @@ from trainers.engine.run.clock import Clock
 def build_optimizer(
     groups: list[dict[str, Any]], config: TrainerConfig, clock: Clock, device: torch.device
 ) -> Optimizer:
-    """Makes the run's optimizer; scale_lr multiplies the rates by the global batch size.
-
-    Raises ValueError for a group without trainable parameters or with half-precision ones, and for an optimizer that
-    the device does not support.
-    """
+    """Builds the optimizer; scale_lr multiplies the rates by the global batch size."""
     for group in groups:
         if not group["params"]:
             raise ValueError(f"network {group['name']} has no trainable parameters; set requires_grad or leave it out")
@@ -48,10 +44,7 @@ def learning_rate_schedule(config: TrainerConfig, total_steps: int) -> Callable[
 
 
 def warmup_steps(config: TrainerConfig, total_steps: int) -> float:
-    """`lr_warmup_steps`, or the schedule's own: none, 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %.
-
-    For one_cycle it is not rounded, as in torch.
-    """
+    """`lr_warmup_steps`, or the schedule's own; not rounded for one_cycle, as in torch."""
     if config.lr_warmup_steps is not None:
         return config.lr_warmup_steps
     own = {"constant": 0, "one_cycle": 0.3 * total_steps, "warmup_cosine": round(0.15 * total_steps)}

@@ -33,10 +33,7 @@ class Clock(NamedTuple):
         accelerator: Accelerator,
         bucket_of: Callable[[int], int] | None = None,
     ) -> Clock:
-        """Makes the clock; with `base.buckets`, `bucket_of(index)` numbers the bucket of an example.
-
-        Raises ValueError for a data set without examples, or without the buckets that `base.buckets` needs.
-        """
+        """Makes the clock; with `base.buckets`, `bucket_of(index)` numbers the bucket of an example."""
         if num_examples == 0:
             raise ValueError("the training set has 0 examples; check the data options of section base")
         steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes

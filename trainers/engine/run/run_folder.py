@@ -31,11 +31,7 @@ SKIPPED_STEPS = "skipped_steps.jsonl"
 
 @contextmanager
 def open_run_folder(accelerator: Accelerator, base: BaseConfig, is_dry_run: bool) -> Iterator[Folders]:
-    """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block.
-
-    Raises on every rank: OSError if a folder cannot be written; ValueError if another run uses it, if it holds a run
-    and none is resumed, and for a dry run in several folders.
-    """
+    """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block."""
     folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
     if folders.several and is_dry_run:
         raise ValueError(

@@ -141,10 +141,7 @@ class StopSignals:
                 break
 
     def watch(self, items: Iterable[Item], what: str) -> Iterator[Item]:
-        """Yields a long loop's items, equally many on every rank; during the steps, an agreed stop raises Abandoned.
-
-        A dry run yields the first ones only, and uses the name `what` to estimate the rest.
-        """
+        """Yields a long loop's items, equally many on every rank; raises Abandoned if a stop is agreed on meanwhile."""
         for item in self.limits.limited(items, what):
             yield item
             if not self.ended and self.agreed():

@@ -32,7 +32,7 @@ class Tracker:
     def __init__(self, ctx: RunContext, start_seconds: dict[str, float]) -> None:
         accelerator, run, output_dir, start_step = ctx.accelerator, ctx.run, ctx.output_dir, ctx.clock.origin_step
         self.accelerator, self.stop = accelerator, ctx.stop
-        self.output_dir, self.start_step = output_dir, start_step
+        self.output_dir, self.start_step, self.metrics_file = output_dir, start_step, output_dir / METRICS
         self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
         self.start_seconds = start_seconds  # metrics of the time before the first step
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
@@ -82,16 +82,9 @@ class Tracker:
         while self.trackers:
             self.trackers.pop().close()
 
-    @property
-    def metrics_file(self) -> Path:
-        return self.output_dir / METRICS
-
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[dict[str, float]]:
-        """Logs the block's duration and peak memory, together with the values that it adds to the yielded dict.
-
-        In a dry run, shortened loops count in full. Nothing is logged if the block raises.
-        """
+        """Logs the block's duration and peak memory, with the values that it puts into the yielded dict."""
         self.peak_of_steps = max(self.peak_of_steps, self.memory.take())
         values: dict[str, float] = {}
         limits = self.stop.limits

@@ -32,10 +32,7 @@ REAL_PICTURES = 50_000  # of each data set at most, evenly spread
 
 
 class Evaluation:
-    """Compares drawn pictures with those of the training set, which are described once, at the first call.
-
-    Every call is collective. Raises ValueError if the task draws no pictures or a network cannot be loaded.
-    """
+    """Compares drawn pictures with those of the training set, described at the first call. All calls are collective."""
 
     def __init__(
         self,

@@ -14,10 +14,7 @@ PictureNetwork = Callable[[Tensor], Tensor]  # pictures [B, C, H, W] in [0, 1] o
 
 
 def load_features(spec: str, device: torch.device) -> PictureNetwork | None:
-    """Loads the network of `eval_features`; None for "none".
-
-    Raises ValueError if Inception cannot be downloaded or a file does not hold the network.
-    """
+    """Loads the network of `eval_features`; None for "none". Raises ValueError if it cannot be loaded."""
     if spec == "none":
         return None
     if spec == "inception":
@@ -32,10 +29,7 @@ def load_features(spec: str, device: torch.device) -> PictureNetwork | None:
 
 
 def load_classifier(spec: str, device: torch.device) -> PictureNetwork:
-    """Loads a finished noisy_classifier run or a TorchScript file that gives logits [B, classes] of clean pictures.
-
-    TorchScript classifiers get float32 in [-1, 1] with the run's channels, like networks in training.
-    """
+    """Loads a noisy_classifier run, or a TorchScript file that takes float32 in [-1, 1]: logits [B, classes]."""
     if (Path(spec) / "classifier" / "config.json").is_file():
         from diffusers import UNet2DModel
 

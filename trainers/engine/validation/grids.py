@@ -18,10 +18,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None = None) -> Tensor:
-    """Puts sets of pictures [N, C, H, W] side by side with a white gap, or one below another if columns are given.
-
-    `texts`, one for each of the N pictures, stand below them.
-    """
+    """Puts sets of pictures [N, C, H, W] side by side, or below each other if columns are given; N texts below them."""
     from torchvision.utils import make_grid
 
     below = columns is not None

@@ -21,10 +21,7 @@ def mean_over(
     measure: OfExamples,
     add_up: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> dict[str, float]:
-    """Means of `measure` over weighted batches, as of examples_once, with the same noise every time.
-
-    `add_up` sums over processes.
-    """
+    """Means of `measure` over weighted batches, with the same noise every time; `add_up` sums over processes."""
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), device=encoders.device)
     for batch, weight in batches:

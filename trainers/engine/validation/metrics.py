@@ -61,8 +61,8 @@ def describe(
             found[2].append(classifier(on_device).argmax(1).cpu())
         if labels is not None:
             found[3].append(labels.cpu())
-    optional = (torch.cat(parts) if parts else None for parts in found[1:4])
-    return Described(torch.cat(found[0]), *optional, torch.cat(found[4]))
+    measured, predicted, labelled = (torch.cat(parts) if parts else None for parts in found[1:4])
+    return Described(torch.cat(found[0]), measured, predicted, labelled, torch.cat(found[4]))
 
 
 def pictures_of(dataset: DataSet, numbers: list[int], batch_size: int) -> Iterator[Batch]:
@@ -97,11 +97,7 @@ def measure(
     held_out_distances: Tensor | None = None,
     recognise: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Computes all metrics that the measurements allow; one that cannot be computed is NaN.
-
-    `recognise(vectors) -> classes` replaces missing predictions; `held_out_distances` are the distances of held-out
-    pictures to their nearest training pictures.
-    """
+    """Computes all metrics that the measurements allow, NaN if one fails; `recognise` replaces missing predictions."""
     metrics: dict[str, float] = {}
     if drawn.features is not None and real.features is not None:
         metrics |= feature_metrics(drawn.features, real.features)
@@ -130,10 +126,7 @@ def _ratio(value: float, reference: float) -> float:
 
 
 def feature_metrics(drawn: Tensor, real: Tensor) -> dict[str, float]:
-    """Computes FID (arXiv 1706.08500), KID (1801.01401), improved precision and recall (1904.06991) of features [N, D].
-
-    Raises ValueError for fewer than five drawn or real pictures.
-    """
+    """Computes FID (arXiv 1706.08500), KID (1801.01401), improved precision and recall (1904.06991) of features."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -174,10 +167,7 @@ def accuracy_by_class(predicted: Tensor, labels: Tensor) -> dict[int, float]:
 
 
 def train_classifier(real: Described, most: int = 10_000) -> Callable[[Tensor], Tensor]:
-    """Trains a support vector machine on at most `most` real pictures, evenly chosen: vectors [N, V] -> classes [N].
-
-    Raises ValueError if they are all of one class.
-    """
+    """Trains a support vector machine on `most` real pictures, evenly chosen: vectors [N, V] -> classes [N]."""
     from sklearn.svm import SVC
 
     chosen = spread(len(real.vectors), most)

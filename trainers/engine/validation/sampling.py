@@ -17,10 +17,7 @@ from trainers.engine.run.randomness import SlotRandom
 
 @contextmanager
 def evaluation_mode(trainer: Trainer, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[None]:
-    """Inside the block networks are in eval mode without gradients, and `trainer.training` is False.
-
-    Compiled networks run uncompiled: each other mode and batch size would be compiled anew.
-    """
+    """Inside the block networks are in eval mode, uncompiled and without gradients; `trainer.training` is False."""
     modes = [(module, module.training) for network in trainer.modules.values() for module in network.modules()]
     trainer.training, trainer.progress = False, progress
     try:
@@ -43,11 +40,7 @@ def draw(
     batch_size: int,
     held_out: DataSet | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Draws the requests with these numbers: lists of batches [B, C, H, W] in [0, 1] on the CPU, by name.
-
-    A picture depends on the seed, its request and the request's number, not on the batch. Requests may name examples of
-    `held_out`.
-    """
+    """Draws requests in batches [B, C, H, W] in [0, 1] on the CPU, by name; the batch size changes no picture."""
     batches: dict[str, list[Tensor]] = {}
     for first in range(0, len(numbers), batch_size):
         chosen = numbers[first : first + batch_size]

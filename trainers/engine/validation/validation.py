@@ -30,10 +30,7 @@ Item = TypeVar("Item")
 
 
 class Validation:
-    """Runs validations and evaluations that are due. Every call is collective.
-
-    One that is interrupted by a stop logs nothing, and runs again on resume.
-    """
+    """Runs what is due, collectively; what a stop interrupts logs nothing and runs again on resume."""
 
     def __init__(
         self,
@@ -83,10 +80,7 @@ class Validation:
         return self.saver.watch(self.stop.watch(passing_bar(self.accelerator, what, items), what))
 
     def validate(self, steps_done: int) -> dict[str, float]:
-        """Returns metrics ("valid/loss", and "valid_ema/loss" of averaged weights), and logs grids of pictures.
-
-        The pictures of the raw weights come first, left or above, those of the averaged weights second.
-        """
+        """Returns metrics ("valid/loss", "valid_ema/loss"); logs grids of pictures, by raw weights and by averages."""
         weights: dict[str, AbstractContextManager] = {"valid": nullcontext()}
         weights |= {"valid_ema": self._averaged_weights()} if self.ema is not None else {}
         metrics: dict[str, float] = {}
