@@ -19,7 +19,7 @@ from trainers.engine.config.files import ConfigError
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
-    from trainers.engine.checkpoint.train_state import TrainState
+    from trainers.engine.checkpoint.snapshot import TrainState
     from trainers.engine.dry_run.plan import DryRun
     from trainers.engine.run.context import DataSets, RunContext
 
@@ -124,7 +124,7 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
 
 def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState:
     """Builds the task's networks, their optimizer and averages, the meter, and the counter of non-finite steps."""
-    from trainers.engine.checkpoint.train_state import TrainState
+    from trainers.engine.checkpoint.snapshot import TrainState
     from trainers.engine.optim.ema import EMA
     from trainers.engine.optim.networks import init_networks, prepare_networks
     from trainers.engine.optim.nonfinite import NonFiniteSteps

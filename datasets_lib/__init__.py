@@ -6,7 +6,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, overload
 
 from PIL import ImageColor
 
@@ -35,6 +35,14 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
         yield "background_color", "must be a colour: a name such as white, or #rrggbb"
     yield from buckets.problems(args)
     yield from stream_problems.problems(args)
+
+
+@overload
+def build(args: Any, split: Literal["train"]) -> ImageData: ...
+
+
+@overload
+def build(args: Any, split: str) -> ImageData | None: ...
 
 
 def build(args: Any, split: str) -> ImageData | None:
@@ -105,8 +113,10 @@ def _call(builder: Callable, args: Any, split: str) -> ImageData | None:
         ) from error
     dataset = builder(args, split, **args.dataset_args)
     needed = ("__len__", "get", "fingerprint", *(("bucket_of",) if args.buckets else ()))
-    lacking = [name for name in needed if dataset is not None and not hasattr(dataset, name)]
-    if not lacking and dataset is not None and not isinstance(dataset.fingerprint, str):
+    if dataset is None and split == "validation":
+        return None
+    lacking = [name for name in needed if not hasattr(dataset, name)]
+    if not lacking and not isinstance(dataset.fingerprint, str):
         lacking = ["a fingerprint that is text"]
     if lacking:
         raise ValueError(
@@ -114,4 +124,4 @@ def _call(builder: Callable, args: Any, split: str) -> ImageData | None:
             "a data set has __len__, get(index, generator) and fingerprint, a text that changes with its content, and "
             "for base.buckets bucket_of(index), a number that examples of one size share"
         )
-    return dataset if dataset is None or isinstance(dataset, ImageData) else adapted(dataset, args, split)
+    return dataset if isinstance(dataset, ImageData) else adapted(dataset, args, split)

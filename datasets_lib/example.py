@@ -115,6 +115,44 @@ class ImageData(DataSet, Protocol):
         return None
 
 
+class ExampleReader(Protocol):
+    """Reads the examples of one part of a stream."""
+
+    def next(self, generator: torch.Generator | None) -> Example: ...
+
+    def position(self) -> dict[str, Any]: ...  # from which open_reader continues
+
+
+@runtime_checkable
+class StreamData(ImageData, Protocol):
+    """A training set without length or order, whose examples this process's readers read in turn."""
+
+    origin: str
+    readers: tuple[dict[str, Any] | None, ...]  # each reader's position after the last example trained on; None: start
+    turn: int  # the reader whose batch is next
+    skipped_before: tuple[int, int]  # shards and pictures skipped by readers that no longer exist
+
+    def shard_for_rank(self, process_index: int, num_processes: int, workers: int) -> StreamData:
+        """Returns the stream with the readers of one process."""
+        ...
+
+    def open_reader(self, number: int, position: dict[str, Any] | None) -> ExampleReader:
+        """Returns a reader of this process at a position; None: the start."""
+        ...
+
+    def go_on(self, saved: list[dict[str, Any]], process_index: int) -> list[str]:
+        """Continues at the saved positions of all processes; returns lines that say what is skipped or read again."""
+        ...
+
+    def left_out(self, saved: list[dict[str, Any]]) -> str:
+        """Says what is not read if all readers begin the next epoch."""
+        ...
+
+    def held(self, count: float) -> ImageData:
+        """Returns at most this many of the first examples, in memory."""
+        ...
+
+
 def _lacks(dataset: object, method: str) -> NotImplementedError:
     return NotImplementedError(
         f"a {type(dataset).__name__} has no {method}(); `in_memory` and `picture_columns` say so"

@@ -3,6 +3,7 @@
 FID, KID, precision and recall with a feature network; class accuracy with a classifier, by default a support vector
 machine that is trained on the real pictures; distances to the nearest training pictures, which show memorisation.
 Of an autoencoder: its validation's metrics, and FID and KID of held-out pictures' reconstructions.
+Of any task what it says itself of the pictures that it drew, such as a PSNR.
 Prints JSON and writes it with a picture of nearest neighbours (drawn above, training below) to RUN/evaluation.
 """
 
@@ -46,7 +47,7 @@ from trainers.engine.validation.metrics import (
     spread,
     train_classifier,
 )
-from trainers.engine.validation.sampling import draw, evaluation_mode, evaluation_requests
+from trainers.engine.validation.sampling import draw, evaluation_mode, evaluation_requests, with_examples
 from trainers.inference.arguments import OPTIONS, add_sampling_arguments, trainer_of
 from trainers.inference.command import command, positive
 from trainers.inference.saved_run import find_device
@@ -54,15 +55,39 @@ from trainers.inference.saved_run import find_device
 NEIGHBOURS = 20  # pictures with the shortest distances are shown
 
 
+class SampleMetrics:
+    """Means of the task's own sample_metrics over batches of different sizes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.pictures: dict[str, int] = {}  # that the sum of each name is of
+
+    def add(self, metrics: dict[str, float], pictures: int) -> None:
+        for name, mean in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + pictures * mean
+            self.pictures[name] = self.pictures.get(name, 0) + pictures
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.pictures[name] for name, total in self.sums.items()}
+
+
 def drawn_pictures(
-    trainer: Trainer, requests: list[dict], held_out: Any | None, seed: int, size: int
+    trainer: Trainer,
+    requests: list[dict],
+    held_out: Any | None,
+    seed: int,
+    size: int,
+    of_task: SampleMetrics | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of pictures and of the classes that were asked for."""
+    """Batches of pictures and of the classes that were asked for; what the task says of them goes into `of_task`."""
     with evaluation_mode(trainer, lambda steps: tqdm(steps, desc="sampling", leave=False)):
         for start in tqdm(range(0, len(requests), size), desc="drawing"):
             numbers = list(range(start, min(start + size, len(requests))))
-            images = draw(trainer, requests, numbers, seed, size, held_out)
-            yield images.get("samples", next(iter(images.values())))[0], as_labels([requests[n] for n in numbers])
+            drawn = {name: images for name, [images] in draw(trainer, requests, numbers, seed, size, held_out).items()}
+            chosen = [requests[number] for number in numbers]
+            if of_task is not None:
+                of_task.add(trainer.sample_metrics(with_examples(chosen, held_out), drawn), len(chosen))
+            yield drawn.get("samples", next(iter(drawn.values()))), as_labels(chosen)
 
 
 def data_folder(folder: Path, resolution: int) -> Any:
@@ -96,6 +121,7 @@ class Task(NamedTuple):
     held_out: Any | None
     originals: list[int] | None  # where the drawn pictures are reconstructions: the held-out ones' numbers
     known: dict[str, float]  # metrics that need no drawn pictures
+    of_task: SampleMetrics  # what the task says of the pictures, once all are drawn
     device: torch.device
     output_dir: Path
 
@@ -111,10 +137,11 @@ def of_run(arguments: argparse.Namespace) -> Task:
     if not requests:
         without = " without base.validation_split" if trainer.draws_held_out and held_out is None else ""
         raise ValueError(f"task {saved.task} draws no pictures{without}")
-    drawn = drawn_pictures(trainer, requests, held_out, arguments.seed, arguments.batch_size)
+    of_task = SampleMetrics()
+    drawn = drawn_pictures(trainer, requests, held_out, arguments.seed, arguments.batch_size, of_task)
     originals = [request["example"] for request in requests] if "example" in requests[0] else None
     known = held_out_metrics(trainer, held_out, originals, arguments.batch_size) if originals else {}
-    return Task(drawn, train_set, held_out, originals, known, trainer.device, saved.folder / "evaluation")
+    return Task(drawn, train_set, held_out, originals, known, of_task, trainer.device, saved.folder / "evaluation")
 
 
 def of_folders(arguments: argparse.Namespace) -> Task:
@@ -141,6 +168,7 @@ def of_folders(arguments: argparse.Namespace) -> Task:
         held_out,
         None,
         {},
+        SampleMetrics(),
         find_device(arguments.device),
         folder.absolute().parent / f"{folder.name}-evaluation",
     )
@@ -166,7 +194,8 @@ def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any],
         drawn, originals = describe(task.drawn, task.device, *judges), described(task.held_out, task.originals)
         shown = spread(len(task.originals), NEIGHBOURS)
         picture = grid_of([originals.thumbnails[shown], drawn.thumbnails[shown]], len(shown))
-        return {"pictures": len(task.originals)} | task.known | measure_reconstructions(drawn, originals), picture
+        metrics = {"pictures": len(task.originals)} | task.known | measure_reconstructions(drawn, originals)
+        return finite(metrics | task.of_task.means()), picture
     real = described(task.train_set)
     held_out = described(task.held_out) if task.held_out is not None else None
     drawn = describe(task.drawn, task.device, *judges)
@@ -174,7 +203,7 @@ def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any],
     recognise = train_classifier(real) if classes and drawn.predicted is None else None
     metrics: dict[str, Any] = {"pictures": len(drawn.thumbnails), "real_pictures": len(real.thumbnails)}
     own = nearest(held_out.vectors, real.vectors)[0] if held_out is not None and not arguments.real_number else None
-    metrics |= measure(drawn, real, own, recognise)
+    metrics |= measure(drawn, real, own, recognise) | task.of_task.means()
     if classes:
         names = getattr(task.train_set, "label_names", None)
         found = accuracy_by_class(recognised(drawn, recognise), drawn.labels)
@@ -182,8 +211,12 @@ def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any],
         if held_out is not None and held_out.labels is not None:  # what the classifier gets on real pictures
             right = recognised(held_out, recognise) == held_out.labels
             metrics["class_accuracy_held_out"] = right.double().mean().item()
-    metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-    return metrics, neighbours(drawn, real)
+    return finite(metrics), neighbours(drawn, real)
+
+
+def finite(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics with None, which JSON has, for what is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
 
 
 def neighbours(drawn: Described, real: Described) -> Tensor:

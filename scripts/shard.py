@@ -33,8 +33,8 @@ from trainers.common.autoencoder.latents import LatentSpace, encode, latents_pro
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.distributed.collectives import run_on_all, run_on_main
-from trainers.engine.run import lock
 from trainers.engine.run.files import flush
+from trainers.engine.run.run_folder import LOCK, lock_folder
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, positive
 
@@ -70,7 +70,7 @@ def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
 
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        held.append(lock.take(folder, "--output-dir"))
+        held.append(lock_folder(folder, "--output-dir"))
 
     run_on_main(accelerator, take)
     try:
@@ -90,7 +90,7 @@ def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
                    if before.get(key) != settings.get(key)]  # fmt: skip
         if changed:
             raise ValueError(f"{folder}: holds shards with other settings ({'; '.join(changed)}); choose a new folder")
-    elif any(path.name != lock.NAME for path in folder.iterdir()):
+    elif any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
     else:
         file.write_text(json.dumps(settings), encoding="utf-8")

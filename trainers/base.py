@@ -32,9 +32,7 @@ class TrainerConfig(Section):
         "use_8bit_adam": {False: ("optimizer", "adamw"), True: ("optimizer", "adamw_8bit")}
     }
     training_only: ClassVar[tuple[str, ...]] = ()  # of no use after training: ignored when a run is loaded
-    initial_weights: ClassVar[tuple[str, ...]] = (
-        "pretrained_model_name_or_path",
-    )  # ignored if the whole network is saved
+    initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # ignored if all weights are saved
     export_is_base_model: ClassVar[bool] = False  # whether a finished run is a valid pretrained_model_name_or_path
     reads_captions: ClassVar[bool] = False  # whether captions and class images are used
     takes_buckets: ClassVar[bool] = False  # whether height and width may differ between batches
@@ -139,7 +137,12 @@ class Trainer(ABC):
 
     The four required methods are init_modules, compute_loss, sample and save_pipeline. The loop owns devices,
     optimizer, averaging, data order, checkpoints and files; a Trainer never calls `backward`, `.item()` or
-    `torch.randn`, and never asks for its rank.
+    `torch.randn`, and never asks for its rank. What it returns has the same names in the same order on every rank, as
+    numbers are added up, and pictures gathered, by their places.
+
+    A task's module is imported to check a config, so it imports diffusers, transformers and peft inside functions.
+    Classes derived from theirs, such as pipelines and networks, belong in `trainers/common`; for a task outside the
+    repository, in a module beside its own.
     """
 
     Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section
@@ -194,15 +197,24 @@ class Trainer(ABC):
 
     @abstractmethod
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar loss (mean over the batch) and detached scalars to log, of the same names on all ranks."""
+        """Returns the scalar loss, the mean over the batch, and detached scalars to log.
+
+        Their names depend on the step at most, so that they are the same on every rank.
+        """
 
     @abstractmethod
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}; never called with an empty list."""
+        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}; never called with an empty list.
+
+        All calls of a validation return the same names, in the same order on every rank.
+        """
 
     @abstractmethod
     def save_pipeline(self, output_dir: Path) -> None:
-        """Writes the files for inference, from `self.raw(name)`; main process only, so without collective calls."""
+        """Writes what inference loads, from `self.raw(name)`; main process only, no collective calls.
+
+        A model_index.json or config.json at its top is how scripts know a finished run that has no checkpoints left.
+        """
 
     def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         """Returns the requests to draw at a validation: the same list on every rank, empty for a task without pictures.
@@ -234,7 +246,10 @@ class Trainer(ABC):
         return torch.stack([torch.as_tensor(request[column]) for request in requests]).to(self.device)
 
     def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
-        """Returns means over the pictures [N, C, H, W] that sample() drew for these requests; main process only."""
+        """Returns means over the pictures [N, C, H, W] that sample() drew for these requests; main process only.
+
+        scripts/evaluate.py asks batch by batch, with the pictures of evaluation_requests.
+        """
         return {}
 
     def notes(self, train_set: ImageData) -> list[str]:
@@ -244,13 +259,17 @@ class Trainer(ABC):
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns metrics per example, {name: [B]}; by default the batch's loss.
 
-        Name each number of a vector per example: {"psnr/red": [B], "psnr/green": [B], ...}.
+        All batches have the same names, in the same order on every rank. A vector per example needs a name for each of
+        its numbers: {"psnr/red": [B], "psnr/green": [B], ...}.
         """
         loss, _ = self.compute_loss(batch, rng, step=0)
         return {"loss": loss.expand(len(batch["slot"]))}
 
     def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Turns the means of validation_metrics over the validation set, the same on every rank, into logged values."""
+        """Returns what is logged of the means of validation_metrics over the validation set.
+
+        It follows from the means alone, which are the same on every rank.
+        """
         return means
 
     def encoders(self) -> dict[str, Encoder]:
@@ -279,7 +298,7 @@ class Trainer(ABC):
 
     @classmethod
     def load_pipeline(cls, output_dir: str | Path) -> Any:
-        """Loads a finished run for inference."""
+        """Loads a finished run for inference: its only network, or what has its networks by name as attributes."""
         from diffusers import DiffusionPipeline
 
         return DiffusionPipeline.from_pretrained(output_dir)

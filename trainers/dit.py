@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 class DiTConfig(ClassDiffusionConfig):
     """Options of the section `dit`."""
 
-    pretrained_model_name_or_path: str | None = (
-        None  # initial weights: folder or hub name of a DiTTransformer2DModel; null: random
-    )
-
     def network_problems(self, grid: Grid) -> Iterator[str]:
         return dit_problems(self.model_config, grid)
 

@@ -33,14 +33,10 @@ class LCMLoRAConfig(AdapterConfig):
     """Options of the section `lcm_lora`."""
 
     rank: Positive = 64  # r: columns of A, rows of B
-    target_modules: list[str] | str | None = (
-        None  # endings of the UNet's modules, or a pattern; null: all in its blocks
-    )
+    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or a pattern; null: its blocks
     num_ddim_timesteps: Positive = 50  # steps of the teacher's DDIM solver from noise to picture
-    w_min: NonNegativeFloat = (
-        5.0  # lower end of the teacher's guidance w, drawn per example; its guidance_scale is 1 + w
-    )
-    w_max: NonNegativeFloat = 15.0  # upper end: see w_min
+    w_min: NonNegativeFloat = 5.0  # least guidance w of the teacher, drawn per example; its guidance_scale is 1 + w
+    w_max: NonNegativeFloat = 15.0  # greatest w
     loss_type: Literal["l2", "huber"] = "huber"  # distance to the target; huber: sqrt(e^2 + c^2) - c
     huber_c: PositiveFloat = 0.001  # c of huber
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: LCM's, for which the adapter is made

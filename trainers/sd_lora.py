@@ -21,9 +21,7 @@ class LoRAConfig(AdapterConfig):
     """Options of the section `lora`."""
 
     train_text_encoder: bool = False  # also adapt the text encoders; learning_rate can be a dict
-    text_encoder_target_modules: list[str] | str | None = (
-        None  # as target_modules, for the text encoders; null: attention
-    )
+    text_encoder_target_modules: list[str] | str | None = None  # in the text encoders; null: their attention
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)

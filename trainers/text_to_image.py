@@ -32,16 +32,12 @@ class TextToImageConfig(StableDiffusionConfig):
     export_is_base_model: ClassVar[bool] = True
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-5  # peak of the schedule
-    model_config: str | None = (
-        None  # a UNet from scratch: folder, JSON file or name in configs/models; null: the base's
-    )
+    model_config: str | None = None  # UNet from scratch: folder, JSON file or name in configs/models; null: the base's
     objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # training objective; a flow predicts noise minus picture
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of a flow's training times
     time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures than to noise
     time_logit_std: PositiveFloat = 1.0  # of logit_normal
-    time_shift: PositiveFloat = (
-        1.0  # shifts a flow's times towards noise, in training and sampling; 3 is usual at 1024 pixels
-    )
+    time_shift: PositiveFloat = 1.0  # shifts a flow's times towards noise, in sampling too; 3 is usual at 1024 pixels
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)

@@ -64,9 +64,7 @@ class VAEConfig(TrainerConfig):
     decoder_only: bool = False  # train only the decoder, so that latents and scaling_factor stay the same
     reconstruction_loss: Literal["l1", "l2", "huber"] = "l1"  # mean over pixels in [-1, 1]
     huber_delta: PositiveFloat = 0.1  # error at which huber turns from quadratic to linear, in pixel values
-    kl_weight: NonNegativeFloat = (
-        1e-6  # weight of the KL in nats; published weights for losses summed over pixels are larger
-    )
+    kl_weight: NonNegativeFloat = 1e-6  # weight of the KL in nats; for a loss summed over pixels it would be larger
     kl_warmup_steps: NonNegative = 0  # steps over which kl_weight rises from 0
     perceptual_loss: str | None = None  # lpips, lpips:FILE, NAME:FILE (torchvision) or ms_ssim; null: none
     perceptual_weight: PositiveFloat = 1.0  # weight of the perceptual distance

@@ -307,7 +307,7 @@ def test_epochs_are_counted_in_whole_steps():
     clock = Clock(21, 4, 1, 1, num_epochs=3, bucket_counts=(7, 1, 13))  # 2 + 1 + 4 steps
     assert (clock.epoch_slots, clock.total_steps) == (28, 21)
     assert [step for step in range(1, 22) if clock.due(step, None, 1)] == [7, 14, 21]
-    assert clock.epochs_done(14) == 2.0
+    assert clock.epochs(14) == {"epoch": 2.0}
     assert clock.resumed_at(5, 20).total_steps == 21
 
 

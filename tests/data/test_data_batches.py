@@ -213,7 +213,7 @@ def test_batches_of_a_data_set_of_ones_own(stopping):
 
 @pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm"])
 def test_a_run_is_the_same_with_and_without_the_cache(task, run_in_process):
-    options = {**RANDOM, "base.validation_split": 0.1, "base.checkpointing_steps": 3}
+    options = {**RANDOM, "base.validation_split": 0.02, "base.checkpointing_steps": 3}
     cached = run_in_process("cached", task, **options)
     plain = run_in_process("plain", task, **options, **{"base.image_cache_mb": 0})
     assert losses(cached) == losses(plain)

@@ -11,9 +11,10 @@ from run_folders import final_state, forget_after, losses, read_metrics
 
 from trainers import TRAINERS
 
+STEPS, HALF = 12, 6
 COMMON = [
     "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.02",
-    "base.checkpointing_steps=10", "base.valid_steps=10", "base.logger=tensorboard", "base.max_train_steps=20",
+    f"base.checkpointing_steps={HALF}", f"base.valid_steps={HALF}", "base.logger=tensorboard", f"base.max_train_steps={STEPS}",
 ]  # fmt: skip
 TWO, ONE = ["base.train_batch_size=4"], ["base.train_batch_size=4", "base.gradient_accumulation_steps=2"]
 
@@ -38,7 +39,7 @@ def two(tmp_path_factory):
 
 def test_two_micro_batches_on_one_process_are_one_on_each_of_two(one, two):
     assert losses(one[0]) == losses(two[0])
-    assert final_state(one[0], 20) == final_state(two[0], 20)
+    assert final_state(one[0], STEPS) == final_state(two[0], STEPS)
     rates = [[line["lr"] for line in read_metrics(folder, prefix="lr")] for folder, _ in (one, two)]
     assert rates[0] == rates[1]
     assert rates[0][:3] == [0, 5e-4, 1e-3]
@@ -51,7 +52,7 @@ def test_validation_is_shared_and_says_the_same(one, two):
         for name in ("valid/seconds", "valid/peak_memory_gib"):
             assert single.pop(name) > 0 < shared.pop(name)
         assert single == pytest.approx(shared, rel=1e-6)
-    pictures = [(folder / "samples" / "samples-step-000020.png").read_bytes() for folder, _ in (one, two)]
+    pictures = [(folder / "samples" / f"samples-step-{STEPS:06}.png").read_bytes() for folder, _ in (one, two)]
     assert pictures[0] == pictures[1]
 
 
@@ -69,15 +70,15 @@ def test_only_the_main_process_writes_and_prints(one, two):
 def test_resume_on_another_number_of_processes(source, processes, options, one, two, tmp_path):
     begun = tmp_path / "run"
     shutil.copytree({"one": one, "two": two}[source][0], begun)
-    forget_after(begun, 10)
+    forget_after(begun, HALF)
     run(begun, *options, "base.resume_from_checkpoint=latest", processes=processes)
     assert losses(begun) == losses(one[0])
-    assert final_state(begun, 20) == final_state(one[0], 20)
+    assert final_state(begun, STEPS) == final_state(one[0], STEPS)
 
 
 def test_another_split_of_the_global_batch(run_in_process, network_without_dropout):
     options = {"ddpm.model_config": network_without_dropout, "base.random_flip": True, "base.max_train_samples": 25}
-    splits = [(8, 1), (4, 2), (2, 4), (1, 8)]
+    splits = [(8, 1), (4, 2), (1, 8)]
     runs = [
         run_in_process(
             f"{size}x{steps}", **options, **{"base.train_batch_size": size, "base.gradient_accumulation_steps": steps}
@@ -90,11 +91,11 @@ def test_another_split_of_the_global_batch(run_in_process, network_without_dropo
 
 
 def test_a_mistake_in_the_configuration_is_printed_once():
-    done = launch("configs/tests/ddpm.json", "base.seed=-1", "ddpm.rank=4", processes=2, forked=False)
+    done = launch("configs/tests/ddpm.json", "base.seed=-1", "ddpm.rank=4", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("problems in the configuration") == 1
     assert done.stderr.count("ddpm.rank = 4: unknown option") == 1
-    assert 'File "' not in done.stderr.split("torch/distributed")[0]
+    assert 'File "' not in done.stderr
 
 
 @pytest.mark.slow
@@ -106,8 +107,8 @@ def test_every_task_resumes_exactly_in_new_processes(task, processes, tmp_path):
     options += ["base.image_cache_mb=0"]
     whole, _ = run(tmp_path / "whole", *options, processes=processes, task=task)
     shutil.copytree(whole, tmp_path / "cut")
-    forget_after(tmp_path / "cut", 10)
+    forget_after(tmp_path / "cut", HALF)
     changed = ["base.resume_from_checkpoint=latest", "base.image_cache_mb=512", "base.valid_steps=7"]
     run(tmp_path / "cut", *options, *changed, processes=processes, task=task)
     assert losses(tmp_path / "cut") == losses(whole)
-    assert final_state(tmp_path / "cut", 20) == final_state(whole, 20)
+    assert final_state(tmp_path / "cut", STEPS) == final_state(whole, STEPS)

@@ -24,7 +24,7 @@ from trainers.engine.config.errors import is_message
 from trainers.engine.distributed import collectives
 from trainers.engine.distributed.shared_folders import Folders, find_folders
 from trainers.engine.run.files import sha256
-from trainers.engine.run.lock import take
+from trainers.engine.run.run_folder import lock_folder
 
 COMMON = [
     "configs/tests/ddpm.json", "base.resolution=24", "base.random_flip=true", "base.max_train_steps=8",
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_not_all_folders_have(again):
 
 def test_each_folder_has_its_lock(tmp_path):
     (tmp_path / "second").mkdir()
-    with take(tmp_path / "second"):
+    with lock_folder(tmp_path / "second"):
         error = error_of_both(tmp_path)
     assert f"on second: base.output_dir = {tmp_path}/second: in use by pid " in error
     assert not list(tmp_path.rglob(".probe-*"))

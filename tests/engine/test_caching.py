@@ -159,7 +159,7 @@ def test_keys_are_the_content(run_in_process, options, captioned, capsys, tmp_pa
         "elsewhere", "text_to_image", **options, **{"text_to_image.pretrained_model_name_or_path": str(other)}
     )
     printed = capsys.readouterr().out
-    assert "holds is of another encoder, precision or version" in printed
+    assert "holds outputs of another encoder, precision or version" in printed
     assert "cache latents: 19 of 19 to encode" in printed
     assert "cache text: 0 of" in printed
 

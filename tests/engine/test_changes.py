@@ -279,7 +279,7 @@ def test_rates_are_shown_as_scale_lr_makes_them(tiny_config, capsys):
 
 @pytest.mark.parametrize("name", ["sed", "base.learning_rat", "lora.rank"])
 def test_changes_that_are_allowed_must_be_options(name, tiny_config):
-    with pytest.raises(ConfigError, match=rf"base.allow_changes: {name} is no option; did you mean "):
+    with pytest.raises(ConfigError, match=rf"base.allow_changes: {name} is not an option; did you mean "):
         load_config(tiny_config(**{"base.allow_changes": [name]}))
 
 

@@ -87,12 +87,12 @@ def test_all_problems_of_both_sections_come_together(write):
     assert problems_of(path, "base.seed", "base.channels=2").splitlines() == [
         "7 problems in the configuration:",
         "  base.seed: an override reads section.key=value",
-        '  base.resolution = "big": must be int at least 1',
+        '  base.resolution = "big": must be an integer of at least 1',
         "  base.train_batchsize = 4: unknown option; did you mean base.train_batch_size?",
         "  base.learning_rate = 1: unknown option; it belongs in section ddpm",
         "  base.channels = 2: must be one of 1, 3, 4",
         '  ddpm.prediction_type = "x0": must be one of epsilon, sample, v_prediction',
-        "  ddpm.snr_gamma = 0: must be float above 0 or null",
+        "  ddpm.snr_gamma = 0: must be a number above 0, or null",
     ]
 
 
@@ -239,7 +239,7 @@ def test_a_config_class_without_the_decorator_is_an_error():
         rank: int = 4
 
     with pytest.raises(
-        TypeError, match=r"Forgotten\.rank is no field: decorate the class with @dataclass\(kw_only=True\)"
+        TypeError, match=r"Forgotten\.rank is not a field: decorate the class with @dataclass\(kw_only=True\)"
     ):
         options(Forgotten)
 
@@ -257,8 +257,8 @@ def test_describe_reads_the_source():
         "second": "the second",
     }
     text = "\n".join(describe("ddpm"))
-    assert "  snr_gamma: float above 0 or null = null\n      min-SNR loss weights, 5 is usual" in text
-    assert "  logging_steps: int at least 1 = 50\n" in text
+    assert "  snr_gamma: a number above 0, or null = null\n      min-SNR loss weights, 5 is usual" in text
+    assert "  logging_steps: an integer of at least 1 = 50\n" in text
     assert "ddpm" in "\n".join(describe(None))
     with pytest.raises(ConfigError, match="dppm: no such task"):
         list(describe("dppm"))
@@ -295,7 +295,10 @@ def test_null_means_the_launchers_value(write, monkeypatch):
 def test_the_command_reports_and_returns_2(write, capsys):
     assert main([str(write(changed({"seed": -1})))]) == 2
     captured = capsys.readouterr()
-    assert captured.err.strip() == "error: 1 problem in the configuration:\n  base.seed = -1: must be int at least 0"
+    assert (
+        captured.err.strip()
+        == "error: 1 problem in the configuration:\n  base.seed = -1: must be an integer of at least 0"
+    )
     assert captured.out == ""
     assert main(["none.yaml"]) == 2
     assert main(["--describe", "nothing"]) == 2
@@ -338,4 +341,4 @@ def test_a_home_folder_is_expanded(write, monkeypatch):
 
 
 def test_describe_of_a_task_outside_the_repository():
-    assert "  snr_gamma: float above 0 or null = null" in "\n".join(describe("trainers.ddpm:DDPMTrainer"))
+    assert "  snr_gamma: a number above 0, or null = null" in "\n".join(describe("trainers.ddpm:DDPMTrainer"))

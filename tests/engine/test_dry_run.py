@@ -36,7 +36,7 @@ CADENCES = {
     "base.checkpointing_steps": 6,
     "base.checkpoints_total_limit": 2,
     "base.valid_steps": 9,
-    "base.validation_split": 0.1,
+    "base.validation_split": 0.02,
     "base.save_model_steps": 8,
 }
 
@@ -143,8 +143,8 @@ def test_a_run_that_is_shorter_than_a_dry_run(dry_run):
 
 def test_the_real_cadences_are_counted():
     base = BaseConfig(max_train_steps=20, checkpointing_steps=6, valid_epochs=1, eval_steps=10, save_model_epochs=2)
-    found = Plan.of(Clock(10, 2, 1, 1, max_train_steps=20), base, 10, 3, "")
-    assert found == Plan(20, 2, 10, 3, saves=4, validations=4, evaluations=2, exports=2, largest="")
+    clock = Clock(10, 2, 1, 1, max_train_steps=20)
+    assert Plan.of(clock, base) == Plan(clock, saves=4, validations=4, evaluations=2, exports=2)
 
 
 def test_the_last_steps_are_run_on_examples_of_the_largest_bucket(dry_run, tmp_path, monkeypatch):
@@ -377,7 +377,7 @@ def test_the_folder_of_a_killed_dry_run_goes_and_that_of_a_living_one_stays(dry_
         raise ValueError("in use")
 
     left.mkdir()
-    monkeypatch.setattr(dry_runs, "take", in_use)  # a lock keeps out other processes only
+    monkeypatch.setattr(dry_runs, "lock_folder", in_use)  # a lock keeps out other processes only
     with pytest.raises(ValueError, match="in use"):
         dry_run()
     left.rmdir()  # fails where it is not there
@@ -394,7 +394,7 @@ def test_what_the_run_would_refuse_is_refused(dry_run, tmp_path, run_in_process,
         (tmp_path / "a file").touch()
         code, printed, errors = dry_run("other", **{"base.output_dir": str(tmp_path / name)})
         assert (code, printed) == (1, "")
-        assert f"{name}: cannot be written ({tmp_path / 'a file'} is no folder); choose another folder" in errors
+        assert f"{name}: cannot be written ({tmp_path / 'a file'} is not a folder); choose another folder" in errors
     with monkeypatch.context() as patch:
         patch.setattr("trainers.engine.run.run_folder.os.access", lambda *_: False)  # tests may be run by root
         code, printed, errors = dry_run("third")
@@ -464,7 +464,7 @@ def test_durations(seconds, text):
 
 @pytest.mark.slow
 def test_two_processes_print_once(tiny_config, tmp_path):
-    path = tiny_config(**{"base.validation_split": 0.1, "base.max_train_steps": 12})
+    path = tiny_config(**{"base.validation_split": 0.02, "base.max_train_steps": 12})
     done = launch(path, "--dry-run", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("It fits.") == done.stdout.count("Peak memory") == 1

@@ -228,7 +228,7 @@ def test_pickles_are_refused_and_never_run(two_checkpoints, tmp_path, tiny_confi
     (newest / "manifest.json").write_text(json.dumps(manifest))
     shutil.copytree(two_checkpoints, tmp_path / "again")
     assert main([str(tiny_config(name="again", **{"base.resume_from_checkpoint": "latest"}))]) == 1
-    assert "is no safetensors file" in capsys.readouterr().err
+    assert "is not a safetensors file" in capsys.readouterr().err
     assert not marker.exists()
     os.system(f"touch {marker}")  # the payload would have worked
     assert marker.exists()
@@ -313,7 +313,7 @@ def test_left_over_folders_are_swept_and_nothing_else(two_checkpoints, tiny_conf
         (tmp_path / "again" / name / "inside").mkdir(parents=True)
     (tmp_path / "again" / ".tmp-checkpoint-8-link").symlink_to(tmp_path)
     assert main([str(tiny_config(name="again", **{"base.resume_from_checkpoint": "latest"}))]) == 0
-    assert capsys.readouterr().out.count("which a run left behind that did not end well") == 3
+    assert capsys.readouterr().out.count("left behind by a run that was killed") == 3
     left = sorted(
         path.name for path in (tmp_path / "again").iterdir() if path.name.startswith(".") or path.name == "notes"
     )
@@ -384,7 +384,7 @@ def test_a_data_worker_that_dies_while_it_hands_a_tensor_over(error):
 
     worker = multiprocessing.Process(target=time.sleep, args=(0.3,))
     worker.start()
-    assert workers._next_of(broken(), {worker}, 5) is workers.DEAD
+    assert workers._next_of(broken(), {worker}, 5) is workers.NoBatch.DEAD
     living = multiprocessing.Process(target=time.sleep, args=(30,))
     living.start()
     with pytest.raises(error):

@@ -193,7 +193,7 @@ def test_a_torchscript_file_judges(tmp_path):
     logits = load_classifier(str(tmp_path / "mean.pt"), CPU)(torch.full((1, 3, 4, 4), 0.25))
     assert logits.tolist() == [[-0.5] * 3]  # in [-1, 1]
     (tmp_path / "no.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"no.pt: no TorchScript file .*; make one with torch.jit.save"):
+    with pytest.raises(ValueError, match=r"no.pt: not a TorchScript file .*; make one with torch.jit.save"):
         load_features(str(tmp_path / "no.pt"), CPU)
 
 
@@ -266,7 +266,7 @@ def test_no_features():
 
 def test_what_is_wrong_with_judges(tmp_path):
     assert "no such file; allowed: inception (downloaded), none" in features_problem("nowhere.pt")
-    assert "resnot18 is no network of torchvision" in features_problem("resnot18:weights.pth")
-    assert "deeplabv3_resnet50 is no network of torchvision" in features_problem("deeplabv3_resnet50:w.pth")
+    assert "resnot18 is not a network of torchvision" in features_problem("resnot18:weights.pth")
+    assert "deeplabv3_resnet50 is not a network of torchvision" in features_problem("deeplabv3_resnet50:w.pth")
     assert "no file weights.pth; give resnet18's weights" in features_problem("resnet18:weights.pth")
     assert "must be a finished noisy_classifier run, or a TorchScript file" in classifier_problem(str(tmp_path))

@@ -204,8 +204,8 @@ def test_a_long_validation_does_not_keep_a_checkpoint_open(run_in_process, monke
         finally:
             written.set()
 
-    def bar(accelerator, what):
-        return lambda items: (written.wait(30) and item for item in items)
+    def bar(accelerator, what, items):
+        return (written.wait(30) and item for item in items)
 
     def look(self, grids, step):
         found.append((step, steps_of(self.output_dir)))

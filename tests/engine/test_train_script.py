@@ -57,7 +57,7 @@ def test_exact_files_and_log_lines(run_in_process):
             "base.checkpointing_steps": 2,
             "base.checkpoints_total_limit": 2,
             "base.valid_steps": 3,
-            "base.validation_split": 0.1,
+            "base.validation_split": 0.02,
         }
     )
     expected = {"config.yaml", "metrics.jsonl", "README.md", ".lock"} | PIPELINE
@@ -313,7 +313,7 @@ def test_wandb_keeps_pipelines_and_tables_of_pictures(run_in_process, monkeypatc
     """The pipeline twice, after two epochs and at the end, with step and epoch; a table at each validation."""
     for name, value in {"MODE": "offline", "SILENT": "true", "DATA_DIR": tmp_path, "CACHE_DIR": tmp_path}.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
-    options = {"base.logger": "wandb", "base.save_model_steps": 4, "base.valid_steps": 3, "base.validation_split": 0.1}
+    options = {"base.logger": "wandb", "base.save_model_steps": 4, "base.valid_steps": 3, "base.validation_split": 0.02}
     task = "conditional_ddpm"
     monkeypatch.setattr("datasets_lib.sources.digits.NAMES", NAMES)
     classes = {f"{task}.valid_classes": ["three", 7], f"{task}.valid_batch_size": 4}
@@ -388,7 +388,7 @@ def test_wandb_offline_files_read_back(run_in_process, monkeypatch):
 def test_model_card(run_in_process):
     from huggingface_hub import ModelCard
 
-    folder = run_in_process(**{"base.validation_split": 0.1})
+    folder = run_in_process(**{"base.validation_split": 0.02})
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "diffusers"
     assert "ddpm" in card.data.tags
@@ -656,7 +656,7 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
         "trainers.engine.run.randomness tolist": 2,
         "trainers.engine.validation.sampling cpu": 4,  # pictures, raw and averaged: this process's, and all processes'
     }
-    run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.1, "ddpm.snr_gamma": 5.0})
+    run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.02, "ddpm.snr_gamma": 5.0})
     assert readers.pop("trainers.engine.validation.means tolist") == 2  # validation metrics, raw and averaged
     assert readers.pop("trainers.common.diffusion.guidance tolist") == 1  # the noise levels, before the first step
     assert readers.pop("trainers.engine.optim.nonfinite tolist") == 6  # of copies on the host, once the device is done

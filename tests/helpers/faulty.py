@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 WRITERS = (
     "checkpoint/saver.py", "checkpoint/writer.py", "checkpoint/manifest.py", "checkpoint/resume.py", "export/pipeline.py",
-    "run/run_folder.py", "run/lock.py", "distributed/shared_folders.py", "tracking/tracker.py",
+    "run/run_folder.py", "distributed/shared_folders.py", "tracking/tracker.py",
 )  # fmt: skip
 
 

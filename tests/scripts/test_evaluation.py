@@ -22,7 +22,7 @@ from trainers.engine.config.config import ConfigError, load_config
 from trainers.inference.saved_run import load_trainer, open_run
 
 TASK = "conditional_ddpm"
-EVALUATION = {"base.eval_steps": 3, "base.eval_num_samples": 20, "base.validation_split": 0.1}
+EVALUATION = {"base.eval_steps": 3, "base.eval_num_samples": 20, "base.validation_split": 0.02}
 MEMORISATION = {"nearest_distance", "nearest_distance_held_out", "nearest_distance_held_out_5th_percentile", "copies"}
 METRICS = {"class_accuracy", "worst_class_accuracy", "class_accuracy_held_out", "class_diversity", *MEMORISATION}
 FEATURE_METRICS = {"fid", "kid", "precision", "recall"}
@@ -38,7 +38,7 @@ def features(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
-    options = [f"base.output_dir={folder}", "base.validation_split=0.1", "base.checkpointing_steps=3"]
+    options = [f"base.output_dir={folder}", "base.validation_split=0.02", "base.checkpointing_steps=3"]
     assert main(["configs/tests/conditional_ddpm.json", *options]) == 0
     return folder
 
@@ -69,7 +69,7 @@ def test_metrics_in_the_loop(run_in_process, features):
 
 def test_evaluating_changes_nothing(run_in_process, features):
     with_metrics = run_in_process("with", task=TASK, **EVALUATION, **{"base.eval_features": features})
-    without = run_in_process("without", task=TASK, **{"base.validation_split": 0.1})
+    without = run_in_process("without", task=TASK, **{"base.validation_split": 0.02})
     found = [json.loads((folder / "checkpoint-6" / "manifest.json").read_text()) for folder in (with_metrics, without)]
     assert found[0]["optimizer.safetensors"] == found[1]["optimizer.safetensors"]
 
@@ -80,7 +80,7 @@ def test_metrics_of_two_processes_are_those_of_one(tmp_path, features):
         "base.eval_steps=3",
         "base.eval_num_samples=25",
         f"base.eval_features={features}",
-        "base.validation_split=0.1",
+        "base.validation_split=0.02",
     ]
     found = []
     for processes, size in ((1, 4), (2, 2)):
@@ -126,7 +126,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up(tiny_config, monkeypatch)
 
 RULES = [
     ({"base.eval_num_samples": 50}, "base.eval_num_samples = 50: has an effect with eval_steps only"),
-    ({"base.eval_steps": 3, "base.eval_num_samples": 3}, "base.eval_num_samples = 3: must be int at least 5"),
+    ({"base.eval_steps": 3, "base.eval_num_samples": 3}, "base.eval_num_samples = 3: must be an integer of at least 5"),
     ({"base.eval_steps": 3, "base.eval_features": "x.pt"}, 'base.eval_features = "x.pt": no such file; allowed:'),
     ({"base.eval_steps": 3, "base.eval_classifier": "x"}, 'base.eval_classifier = "x": must be a finished noisy_'),
 ]

@@ -142,7 +142,7 @@ def test_cached_latents_are_known_by_the_pictures_and_the_autoencoder(
     assert "cache latents: 0 of 40 to encode" in encoded("again")
     assert "cache latents: 40 of 80 to encode" in encoded("flips", **{"base.random_flip": True})
     printed = encoded("other", **{f"{TASK}.vae": str(tmp_path / "changed")})
-    assert f"what {tmp_path / 'encoder-cache'} holds is of another encoder, precision or version" in printed
+    assert f"{tmp_path / 'encoder-cache'} holds outputs of another encoder, precision or version" in printed
     assert "cache latents: 40 of 40 to encode" in printed
 
 

@@ -370,7 +370,7 @@ def test_the_checkpoint_is_remembered(trained, call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm", "vae"])
 def test_pictures_of_other_tasks_again(run_in_process, call, tmp_path, monkeypatch, task):
-    folder = run_in_process(task=task, **{"base.validation_split": 0.1})
+    folder = run_in_process(task=task, **{"base.validation_split": 0.02})
     found = call(folder, "--number", 5, "--batch-size", 2, "--seed", 2)
     number = sorted(name for name in found if name.endswith("00003.png"))[0]
     grid = sorted(name for name in found if "/" not in name)[0]
@@ -538,7 +538,7 @@ WRONG = [
     (["BASE", "--prompt", "x", "lora.rank=3"], "lora.rank=3: is an option of a run, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--classes", "3"], "--classes 3: is an option of runs, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--weights", "ema"], "--weights ema: is an option of runs"),
-    (["BASE", "--prompt", "x", "--steps", "0"], "--steps 0: must be int at least 1"),
+    (["BASE", "--prompt", "x", "--steps", "0"], "--steps 0: must be an integer of at least 1"),
     (["BASE", "--prompt", "x", "--sampler", "heun"], "--sampler heun: must be one of ddpm, ddim, dpmsolver++, euler"),
     (["BASE", "--prompt", "x", "--lora", "none.safetensors"], "no file none.safetensors; give a LoRA as .safetensors"),
     (["BASE", "--prompt", "x", "--lora-scales", "0,1"], "--lora-scales: there is no LoRA; give one with --lora"),

@@ -163,8 +163,8 @@ def test_a_second_call_is_refused_and_a_dead_one_is_not_in_the_way(folder, tmp_p
     """The first is a process of its own: within one the kernel gives a lock again."""
     output = tmp_path / "shards"
     output.mkdir()
-    code = "import time\nfrom pathlib import Path\nfrom trainers.engine.run import lock\n"
-    code += f"held = lock.take(Path({str(output)!r}))\nprint('held', flush=True)\ntime.sleep(600)"
+    code = "import time\nfrom pathlib import Path\nfrom trainers.engine.run.run_folder import lock_folder\n"
+    code += f"held = lock_folder(Path({str(output)!r}))\nprint('held', flush=True)\ntime.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"

@@ -269,7 +269,7 @@ def test_the_end_of_a_run_says_what_was_passed_over(tmp_path, run_in_process, ca
     broken(folder, 2)
     run_in_process(**run_options(folder), **{"base.dataloader_num_workers": 1, "base.train_batch_size": 8})
     out = capsys.readouterr().out
-    assert "NOTE: 2 times the rest of a shard, and 0 images, could not be read: passed over" in out
+    assert "NOTE: skipped as unreadable: 0 images, and the remainder of 2 shards" in out
 
 
 def test_validation_examples_are_read_as_a_whole(tmp_path):

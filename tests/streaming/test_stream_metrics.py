@@ -55,7 +55,7 @@ def test_two_processes_log_the_sum_and_go_on_from_it(folder, tiny_config, capsys
     assert whole[2] < whole[4] < whole[6]
     assert min(whole[6]) > 2
     shards, images = whole[6]
-    assert f"NOTE: {shards} times the rest of a shard, and {images} images, could not be read" in result.stdout
+    assert f"NOTE: skipped as unreadable: {images} images, and the remainder of {shards} shards" in result.stdout
     saved = json.loads((run / "checkpoint-6" / "state.json").read_text())["stream"]
     assert all(part["readers"][0]["lost_shards"] for part in saved)  # so the sum is of both
     forget_after(run, 4)

@@ -143,7 +143,7 @@ def test_rules(options, message, tiny_config):
 
 
 def test_a_grid_has_a_column_per_class_and_the_averaged_weights_below(run_in_process):
-    classes = {f"{TASK}.valid_classes": ["3", 7, "1"], f"{TASK}.valid_batch_size": 6, "base.validation_split": 0.1}
+    classes = {f"{TASK}.valid_classes": ["3", 7, "1"], f"{TASK}.valid_batch_size": 6, "base.validation_split": 0.02}
     folder = run_in_process(task=TASK, **classes)
     side = 64 + 2  # pictures of 16 pixels are enlarged 4 times
     size = Image.open(folder / "samples" / "samples-step-000006.png").size

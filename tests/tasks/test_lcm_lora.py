@@ -378,7 +378,7 @@ MISTAKES = [
     ({"noise_offset": 0.1}, "noise_offset = 0.1: has an effect with the loss of task lora only"),
     ({"timestep_range": [0, 500]}, "timestep_range = [0, 500]: has an effect with the loss of task lora only"),
     ({"w_min": 4.0}, "lcm_lora.w_min = 4.0: must be at most w_max = 3"),
-    ({"w_min": -1.0}, "lcm_lora.w_min = -1.0: must be float at least 0"),
+    ({"w_min": -1.0}, "lcm_lora.w_min = -1.0: must be a number of at least 0"),
     ({"num_inference_steps": 30}, "num_inference_steps = 30: must be at most num_ddim_timesteps = 20"),
     ({"loss_type": "l2", "huber_c": 0.1}, "huber_c = 0.1: has an effect with loss_type: huber only"),
     ({"target_modules": []}, "must name at least one module, or be null"),

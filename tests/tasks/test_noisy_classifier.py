@@ -25,7 +25,7 @@ TASK = "noisy_classifier"
 def trained(tmp_path_factory):
     """A finished tiny run on digits."""
     folder = tmp_path_factory.mktemp("classifier") / "run"
-    options = [f"base.output_dir={folder}", "base.validation_split=0.1"]
+    options = [f"base.output_dir={folder}", "base.validation_split=0.02"]
     assert main(["configs/tests/noisy_classifier.json", *options]) == 0
     return folder
 

@@ -1,4 +1,4 @@
-"""The pipeline of a class-conditional network of pixels or latents, which diffusers does not have."""
+"""A pipeline for class-conditional UNets and transformers of pixels or latents, which diffusers lacks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trainers.common.diffusion.sampling import build_sampler, to_unit_range
 class ClassConditionalPipeline(DiffusionPipeline):
     """Draws pictures of classes by name or number.
 
-    The network is a `unet` or a `transformer`. It has one embedding more than there are classes; the last one means
-    "no class". A `vae` decodes where the network draws latents. `sampler` is a name that build_sampler knows;
-    `id2label` gives names to numbers or is None: a dict, as diffusers takes lists for components.
+    The network is a `unet` or a `transformer` with one embedding per class and a last one for "no class". A `vae`
+    decodes if the network draws latents. `sampler` is a name that build_sampler knows; `id2label` names the classes,
+    or is None: a dict, because diffusers takes lists for components.
     """
 
     _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012  # as diffusers declares it
@@ -36,7 +36,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def network(self) -> UNet2DModel | DiTTransformer2DModel:
-        """The one of the two that there is."""
+        """The UNet or transformer."""
         return self.transformer if self.unet is None else self.unet
 
     @property
@@ -46,12 +46,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def label_names(self) -> list[str]:
-        """The names in the order of their numbers; empty where there are none."""
-        names = {int(number): name for number, name in (self.config.id2label or {}).items()}  # JSON's keys are texts
+        """The names in the order of their numbers; empty without names."""
+        names = {int(number): name for number, name in (self.config.id2label or {}).items()}  # JSON's keys are strings
         return [names[number] for number in sorted(names)]
 
     def class_indices(self, classes: list[str | int]) -> list[int]:
-        """The numbers of classes given by name or number; ValueError for one that the network does not know."""
+        """The numbers of classes given by name or number; ValueError for an unknown one."""
         names = self.label_names
         known = {name: number for number, name in enumerate(names)}
         found = []
@@ -74,9 +74,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Draws one picture per class given. `output_type` is pil, np or pt.
+        """Draws one picture per class. `output_type` is pil, np or pt.
 
-        A Guidance in place of the scale also gives a rescale and an interval of noise levels.
+        `guidance_scale` may be a Guidance, which adds a rescale and an interval of noise levels.
         """
         numbers = self.class_indices(classes if isinstance(classes, list) else [classes])
         if not numbers:

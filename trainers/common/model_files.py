@@ -1,4 +1,4 @@
-"""Networks' files: where configs and weights are read from, and whether they fit the run's pictures."""
+"""Finds and reads networks' configs and weights, and checks that they fit the run's pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 
 
 class Grid(NamedTuple):
-    """What a network sees: channels, and pixels of a side; `source` names the options that say so."""
+    """A network's input: channels and side length; `source` names the options that set them, for messages."""
 
     channels: int
     resolution: int
@@ -27,12 +27,12 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, base: BaseConfig) -> Grid:
-        """The run's pictures."""
+        """The grid of the run's pictures."""
         return cls(base.channels, base.resolution)
 
 
 def files_digest(*folders: Path) -> str:
-    """16 hex digits of the content of networks' and tokenizers' files: weights, configs, vocabularies."""
+    """Hashes the files of networks and tokenizers (weights, configs, vocabularies): 16 hex digits."""
     content = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.iterdir()):
@@ -43,7 +43,7 @@ def files_digest(*folders: Path) -> str:
 
 
 def find_model_config(model_config: str) -> Path:
-    """The JSON file that `model_config` means; FileNotFoundError lists the places that were searched."""
+    """Finds the JSON file that `model_config` names; FileNotFoundError lists the places searched."""
     places = [Path(model_config) / "config.json", Path(model_config), MODELS_DIR / f"{model_config}.json"]
     for place in places:
         if place.is_file():
@@ -54,9 +54,9 @@ def find_model_config(model_config: str) -> Path:
 
 
 def read_settings(model_config: str | None, default: Callable[[Grid], Settings], grid: Grid) -> Settings:
-    """A network's config without diffusers' private keys, or the default one; its sample size is the grid's.
+    """Reads a network's config without diffusers' private keys, or makes the default one.
 
-    Where it does not say how many channels it has, it gets the grid's.
+    Its sample size is the grid's, and so are its channels unless the file sets them.
     """
     if model_config is None:
         settings = default(grid)
@@ -70,7 +70,7 @@ def read_settings(model_config: str | None, default: Callable[[Grid], Settings],
 def settings_problems(
     network: str, read: Callable[[], Settings], check: Callable[[Settings], Iterator[str]]
 ) -> Iterator[str]:
-    """Yields what keeps a config from being one of `network`, before anything heavy is loaded."""
+    """Yields the problems of a config of `network`, without importing heavy libraries."""
     try:
         settings = read()
     except (FileNotFoundError, ValueError, AttributeError) as error:
@@ -83,7 +83,7 @@ def settings_problems(
 
 
 def channel_misfits(settings: Mapping[str, Any], grid: Grid) -> Iterator[str]:
-    """Yields where a config has other channels than what the network sees."""
+    """Yields the channels of a config that differ from the grid's."""
     for option in ("in_channels", "out_channels"):
         if settings.get(option, 3) != grid.channels:
             found = settings.get(option, 3)
@@ -91,7 +91,7 @@ def channel_misfits(settings: Mapping[str, Any], grid: Grid) -> Iterator[str]:
 
 
 def misfits(settings: Mapping[str, Any], grid: Grid, levels: int) -> Iterator[str]:
-    """Yields where a config does not fit what the network sees; `levels` it has where the config is silent."""
+    """Yields how a config does not fit the grid; `levels` is the default number of resolution levels."""
     yield from channel_misfits(settings, grid)
     halvings = len(settings.get("block_out_channels", (0,) * levels)) - 1
     if grid.resolution % 2**halvings:
@@ -108,8 +108,8 @@ def load_pretrained(
 ) -> Any:
     """Reads a network of this kind from a folder, its sub-folder or the hub, in float32.
 
-    FileNotFoundError where nothing can be read; ValueError for another kind, for one that does not fit what it is to
-    see, and for one whose config has not what the task decides, the `settings`.
+    Raises FileNotFoundError if nothing can be read, and ValueError for another kind of network, for `misfits` of its
+    config, and for a config that lacks the task's `settings`.
     """
     import torch
 

@@ -10,11 +10,11 @@ from trainers.common.model_files import Grid, Settings, load_pretrained, misfits
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-LEVELS = 4  # of a UNet2DModel whose config does not say
+LEVELS = 4  # resolution levels of a UNet2DModel by default
 
 
 def default_unet2d(grid: Grid) -> Settings:
-    """A network that halves the picture down to 8 or fewer pixels, with attention one level above the bottom."""
+    """A config that halves the picture down to at most 8 pixels, with attention one level above the bottom."""
     levels = max(2, min(6, grid.resolution.bit_length() - 3))
     width = 64 if grid.resolution <= 32 else 128
     attention_level = levels - 2 if levels > 2 else levels - 1
@@ -30,9 +30,9 @@ def default_unet2d(grid: Grid) -> Settings:
 
 
 def unet2d_problems(model_config: str | None, grid: Grid, decided: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields what keeps the network from working on the run's data, before anything heavy is loaded.
+    """Yields why the network cannot work on the grid, without importing heavy libraries.
 
-    What the task has `decided`, such as out_channels, the file need not say rightly.
+    Settings that the task has `decided`, such as out_channels, are not checked in the file.
     """
     yield from settings_problems(
         "a UNet2DModel",
@@ -44,17 +44,17 @@ def unet2d_problems(model_config: str | None, grid: Grid, decided: tuple[str, ..
 def build_unet2d(
     model_config: str | None, pretrained: str | None, grid: Grid, settings: Mapping[str, Any] | None = None
 ) -> UNet2DModel:
-    """Makes the network, with random weights or those of a folder (or its sub-folder `unet`), in float32.
+    """Builds the network in float32, with random weights or those of a folder (or its sub-folder `unet`).
 
-    `settings` are what the task decides, such as `num_class_embeds`. Raises ValueError where pretrained weights do not
-    fit them, or what the network is to see.
+    `settings` are decided by the task, such as `num_class_embeds`. Raises ValueError if pretrained weights do not fit
+    them or the grid.
     """
     from diffusers import UNet2DModel
 
     decided = dict(settings or {})
     if pretrained is None:
         return UNet2DModel.from_config(read_settings(model_config, default_unet2d, grid) | decided)
-    # channels that the task decides, such as those of a concatenated condition, are compared with its own numbers
+    # channels decided by the task, such as those of a concatenated condition, need not equal the grid's
     free = dict.fromkeys(decided.keys() & {"in_channels", "out_channels"}, grid.channels)
 
     def fits(config: Mapping[str, Any]) -> Iterator[str]:

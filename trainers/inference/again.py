@@ -1,4 +1,4 @@
-"""A picture once more, from the settings that it carries: what scripts/sample.py --again does."""
+"""Repeats a picture from the settings in its file: scripts/sample.py --again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 
 from trainers.inference.picture_files import check_files, read_settings, save_picture
 
-# each has parse(words) and run(arguments), which draws into arguments.output_dir; a picture's settings say which words,
-# and what of the arguments they left open is "pinned": a checkpoint, or the number of the only picture that is wanted
+# each has parse(words) and run(arguments), which draws into arguments.output_dir; a picture's settings hold the words,
+# and as "pinned" the arguments that these leave open, such as the checkpoint, or the number of the only picture to draw
 SCRIPTS = {
     "sample": {"path", "only"},
     "style_transfer": {"pictures", "names", "only"},
@@ -23,18 +23,18 @@ SCRIPTS = {
 KINDS = {
     "command": list, "file": str, "files": dict, "pinned": dict, "threads": int, "device": str, "versions": dict,
 }  # fmt: skip
-IMPORTS = ("base.trainer_class=", "base.dataset=")  # which name code: a picture from elsewhere must not choose any
+IMPORTS = ("base.trainer_class=", "base.dataset=")  # these name code, which a picture from elsewhere must not choose
 
 
 def again(picture: Path) -> Path:
-    """Draws it as it was drawn, into a file beside it, and returns that.
+    """Draws a picture again, into a file beside it; returns the new file.
 
-    Raises FileNotFoundError and ValueError where what it was made from is not there, and where the pixels differ.
+    Raises FileNotFoundError or ValueError if its sources are missing or have changed, or if the pixels differ.
     """
     settings = read_settings(picture)
     script, words, file = _checked(picture, settings)
     check_files(picture, settings)
-    torch.set_num_threads(settings["threads"])  # another number sums in another order
+    torch.set_num_threads(settings["threads"])  # the order of sums depends on it
     module = importlib.import_module(f"scripts.{script}")
     with tempfile.TemporaryDirectory() as folder:
         arguments = module.parse(words)
@@ -48,7 +48,7 @@ def again(picture: Path) -> Path:
 
 
 def _checked(picture: Path, settings: dict[str, Any]) -> tuple[str, list[str], Path]:
-    """Script, words and file; ValueError for settings that none of the scripts wrote."""
+    """Returns script, words and file; ValueError for settings that none of the scripts wrote."""
     if not _fits(settings):
         scripts = ", ".join(SCRIPTS)
         raise ValueError(f"{picture}: has other settings than those of this version's {scripts}; it cannot be repeated")
@@ -60,7 +60,7 @@ def _checked(picture: Path, settings: dict[str, Any]) -> tuple[str, list[str], P
 
 
 def _fits(settings: dict[str, Any]) -> bool:
-    """Whether each has the kind of value that the script wrote, and the file lies in the script's folder."""
+    """Whether all settings have the right type, and the file lies in the script's folder."""
     if not all(isinstance(settings.get(name), kind) for name, kind in KINDS.items()) or not settings["command"]:
         return False
     script, file, pinned = str(settings["command"][0]), Path(settings["file"]), settings["pinned"]

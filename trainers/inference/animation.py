@@ -14,12 +14,12 @@ from trainers.engine.validation.grids import grid_of
 from trainers.inference.picture_files import as_pil
 
 FRAMES_PER_SECOND = 10
-HELD_SECONDS = 1.0  # the first and the last frame of a GIF
-SHEET_SIDE = 256  # pixels; larger pictures are made smaller in a contact sheet
+HELD_SECONDS = 1.0  # of the first and the last frame of a GIF
+SHEET_SIDE = 256  # pixels; a contact sheet shrinks larger pictures
 
 
 def centred(pictures: list[Image.Image]) -> list[Image.Image]:
-    """Pictures of one size: each in the middle of white of their largest sides."""
+    """Pads pictures with white to one size, the largest width and height, each centred."""
     width, height = (max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
     found = []
     for picture in pictures:
@@ -30,7 +30,7 @@ def centred(pictures: list[Image.Image]) -> list[Image.Image]:
 
 
 def contact_sheet(pictures: list[Image.Image], columns: int, texts: list[str]) -> Image.Image:
-    """Pictures of one size in rows, made smaller where they are large, with texts below them."""
+    """Arranges pictures of one size in rows, shrunk if large, with texts below them."""
     width, height = pictures[0].size
     scale = min(1.0, SHEET_SIDE / max(width, height))
     small = [picture.resize((max(1, round(width * scale)), max(1, round(height * scale)))) for picture in pictures]
@@ -39,7 +39,7 @@ def contact_sheet(pictures: list[Image.Image], columns: int, texts: list[str]) -
 
 
 def write_gif(frames: list[Image.Image], path: Path, text: str) -> None:
-    """An endless animation of pictures of one size; the text is its comment."""
+    """Writes an endless animation of pictures of one size, with the text as its comment."""
     shortest = 1000 // FRAMES_PER_SECOND
     durations = [shortest] * len(frames)
     durations[0] = durations[-1] = int(HELD_SECONDS * 1000)
@@ -47,7 +47,7 @@ def write_gif(frames: list[Image.Image], path: Path, text: str) -> None:
 
 
 def write_mp4(frames: list[Image.Image], path: Path, text: str) -> bool:
-    """H.264 of RGB pictures of one size, with sides made even; the text is its comment.
+    """Writes H.264 of RGB pictures of one size, padded to even sides, with the text as its comment.
 
     False, and no file, if imageio with ffmpeg is not installed.
     """

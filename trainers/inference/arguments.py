@@ -1,4 +1,4 @@
-"""What the command lines of scripts that draw from a run share."""
+"""Command-line arguments shared by scripts that draw from a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.inference.saved_run import SavedRun, load_trainer, open_run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# command line -> how the option is called in a task's section; an ending, as ddpm_num_inference_steps
+# argument -> name of the option in a task's section, or its ending, as in ddpm_num_inference_steps
 OPTIONS = {
     "steps": "num_inference_steps",
     "sampler": "sampler",
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
-    """The options of the command line as overrides; ValueError for one that the task does not have."""
+    """Converts the command line to overrides; ValueError for an option that the task lacks."""
     found = []
     for argument, option in OPTIONS.items():
         value = getattr(arguments, argument, None)
@@ -42,15 +42,15 @@ def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
         if not names:
             raise ValueError(f"--{argument.replace('_', '-')} {value}: task {saved.task} has no option {option}")
         if argument == "classes":
-            value = json.dumps(value.split(","))  # names stay texts
+            value = json.dumps(value.split(","))  # quoted, so that names stay strings
         found.append(f"{saved.task}.{names[0]}=" + (f"[{value}]" if argument == "guidance_interval" else str(value)))
     return [*arguments.overrides, *found]
 
 
 def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
-    """The options of the command line for a pipeline that is no run, checked as those of a section with this schema.
+    """Converts the command line for a pipeline that is not a run, checked by the types of the schema.
 
-    Raises ValueError for what a pipeline does not have.
+    Raises ValueError for an option that pipelines lack.
     """
     if arguments.overrides:
         raise ValueError(f"{arguments.overrides[0]}: is an option of a run, and {arguments.path} is a pipeline")
@@ -82,12 +82,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="A,B,...", help="names or numbers; default: all")
     parser.add_argument("--classifier", metavar="RUN", help="a noisy_classifier run, for classifier guidance")
     parser.add_argument("--classifier-scale", help="how strongly it guides")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones where there are any")
+    parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones if there are any")
     parser.add_argument("--batch-size", type=positive, default=64, help="pictures at once; changes none of them")
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", help="default: cuda if available")
 
 
 def trainer_of(arguments: argparse.Namespace) -> tuple[SavedRun, Trainer]:
-    """The trained trainer of `arguments.path` with the options of the command line."""
+    """Loads the run at `arguments.path` and its trainer with the options of the command line."""
     saved = open_run(arguments.path)
     return saved, load_trainer(saved, overrides_of(arguments, saved), arguments.weights, arguments.device)

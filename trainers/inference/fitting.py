@@ -1,4 +1,4 @@
-"""Pictures of any aspect on the square that a model works on, and back."""
+"""Fits pictures of any aspect ratio into a model's square, and back."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Size = tuple[int, int]  # height and width, pixels
 
 
 class Fitted(NamedTuple):
-    """A square with a whole picture in its middle; its edges are repeated around it."""
+    """A picture centred in a square, padded by repeating its edges."""
 
     square: Image.Image
     size: Size  # of the picture in it
 
     @property
     def pixels(self) -> Tensor:
-        """[3, S, S] in [-1, 1]."""
+        """The square as a tensor [3, S, S] in [-1, 1]."""
         return torch.from_numpy(np.array(self.square)).permute(2, 0, 1) / 127.5 - 1
 
 
 def fit(picture: Image.Image, side: int) -> Fitted:
-    """Resizes a picture such that its longer side is `side`, with its aspect kept, and pads the other one."""
+    """Resizes a picture so that its longer side is `side`, keeping its aspect ratio, and pads the other side."""
     scale = side / max(picture.size)
     sides = [max(1, round(length * scale)) for length in picture.size]
     resized = picture.resize(sides, Image.Resampling.LANCZOS)
@@ -36,13 +36,13 @@ def fit(picture: Image.Image, side: int) -> Fitted:
 
 
 def size_between(first: Size, last: Size, weight: float) -> Size:
-    """(1 - weight) times the first, weight times the last."""
+    """Interpolates: (1 - weight) times the first size plus weight times the last."""
     height, width = (round((1 - weight) * a + weight * b) for a, b in zip(first, last, strict=True))
     return height, width
 
 
 def unfit(square: Tensor, size: Size) -> Tensor:
-    """The picture of that size [C, H, W] in the middle of a square [C, S, S]."""
+    """Crops the picture of that size [C, H, W] from the middle of a square [C, S, S]."""
     top, left = _corner(square.shape[-1], size)
     return square[:, top : top + size[0], left : left + size[1]]
 

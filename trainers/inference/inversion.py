@@ -1,4 +1,4 @@
-"""DDIM inversion: from a picture to the noise from which DDIM draws it again, and what lies between two such noises."""
+"""DDIM inversion, from a picture to the noise from which DDIM draws it again; interpolation of such noises."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from trainers.common.diffusion.sampling import to_unit_range
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, SchedulerMixin
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents [B, c, h, w] and a timestep -> what the network predicts
+Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, c, h, w], timestep) -> prediction
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-PARALLEL = 1e-6  # sine of an angle below which directions are one line
+PARALLEL = 1e-6  # sine of the angle below which vectors count as parallel
 
 
 def ddim_schedulers(scheduler: SchedulerMixin, steps: int) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
-    """DDIM (arXiv 2010.02502) over the noise of a pipeline's scheduler, and its inverse with the same steps.
+    """Makes DDIM (arXiv 2010.02502) with the noise of a pipeline's scheduler, and its inverse with the same steps.
 
-    A pipeline's own may be another: PNDM's list of steps has a duplicate, and neither Euler's can be gone back by DDIM.
-    Raises ValueError for a flow, and for a number of steps that the timesteps do not hold.
+    The pipeline's scheduler itself need not be DDIM, and DDIM cannot invert PNDM's or Euler's steps. Raises ValueError
+    for a flow, and for a number of steps that does not fit the timesteps.
     """
     from diffusers import DDIMInverseScheduler, DDIMScheduler
 
@@ -34,10 +34,10 @@ def ddim_schedulers(scheduler: SchedulerMixin, steps: int) -> tuple[DDIMSchedule
         found = f"{type(scheduler).__name__}, {predicts}"
         raise ValueError(f"the base's scheduler is of a flow ({found}); DDIM inversion needs {', '.join(PREDICTIONS)}")
     spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"
-    # clipping, which both do unless told not to, is for pixels and cannot be undone
+    # clipping, the default of both, is meant for pixels and cannot be inverted
     changes = {"clip_sample": False, "thresholding": False, "timestep_spacing": spacing}
     forward = DDIMScheduler.from_config(config, **changes)
-    known = signature(DDIMInverseScheduler.__init__).parameters  # of the others it would warn
+    known = signature(DDIMInverseScheduler.__init__).parameters  # it would warn of others
     back = DDIMInverseScheduler(**{name: value for name, value in forward.config.items() if name in known})
     allowed = f"give 1 to {total - 1}"
     if not 0 < steps < total:
@@ -52,28 +52,25 @@ def ddim_schedulers(scheduler: SchedulerMixin, steps: int) -> tuple[DDIMSchedule
 
 @torch.no_grad()
 def picture_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """The scaled mode of the posterior of pictures [B, C, H, W] in [-1, 1]: nothing is drawn."""
+    """Encodes pictures [B, C, H, W] in [-1, 1] to the scaled mode of the posterior."""
     mean = encode(vae, pictures)["mean"].float()
     return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def latent_pictures(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures [B, C, H, W] in [0, 1] of scaled latents, one at a time, which saves memory."""
+    """Decodes scaled latents to pictures [B, C, H, W] in [0, 1], one at a time to save memory."""
     return torch.cat([to_unit_range(decode(vae, row[None])) for row in latents])
 
 
 @torch.no_grad()
 def invert(
-    predict: Predict,
-    inverse: DDIMInverseScheduler,
-    latents: Tensor,
-    progress: Callable[[Iterable], Iterable] = iter,
+    predict: Predict, inverse: DDIMInverseScheduler, latents: Tensor, progress: Callable[[Iterable], Iterable] = iter
 ) -> Tensor:
-    """The noise of latents, in their shape: each step of DDIM is gone back with what is predicted before it.
+    """Inverts latents to noise of the same shape, with the prediction at the start of each inverted step.
 
-    DDIM would predict after it, which is not known yet. So what it draws from this noise differs from the latents, by
-    less the more steps there are. `predict` must be without guidance, which makes this difference grow.
+    DDIM uses the prediction at the step's other end, which is not known yet; the error shrinks with more steps.
+    `predict` must be without guidance, which makes the error grow.
     """
     for timestep in progress(inverse.timesteps):
         latents = inverse.step(predict(latents, timestep).float(), timestep, latents).prev_sample
@@ -84,10 +81,10 @@ def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
     """Spherical interpolation: sin((1 - w) a) / sin(a) first + sin(w a) / sin(a) last, a the angle between them.
 
     All of a tensor is one vector; computed in float64, returned in the dtype of `first`. Parallel vectors are
-    interpolated linearly, the limit of the formula. Raises ValueError for opposite ones: no way is the shortest.
+    interpolated linearly, the limit of the formula. Raises ValueError for opposite ones, which have no shortest path.
     """
     a, b = first.double(), last.double()
-    # Kahan's form: an arc cosine would lose half of the digits of small angles
+    # Kahan's formula: an arc cosine would lose half the digits of small angles
     scaled, other = a * b.norm(), b * a.norm()
     angle = 2 * torch.atan2((scaled - other).norm(), (scaled + other).norm())
     sine = angle.sin()
@@ -99,9 +96,9 @@ def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
 
 
 def with_statistics_between(latents: Tensor, first: Tensor, last: Tensor, weight: float) -> Tensor:
-    """AdaIN (arXiv 1703.06868): `latents` with channel means and deviations between those of two others.
+    """AdaIN (arXiv 1703.06868): gives `latents` channel means and standard deviations between those of two others.
 
-    All are [B, c, h, w]; (1 - weight) times the first's, weight times the last's.
+    All are [B, c, h, w]; (1 - weight) times the first's statistics plus weight times the last's.
     """
 
     def statistics(rows: Tensor) -> tuple[Tensor, Tensor]:

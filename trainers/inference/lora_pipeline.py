@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines with weighted LoRAs on them, for scripts that draw with, or change, a whole pipeline."""
+"""Stable Diffusion pipelines with weighted LoRAs, for scripts that draw with a pipeline or change it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainers.common.lora.files import LoraFile, find_lora, read_lora
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """File and weight of FILE[:WEIGHT]; what follows the last colon belongs to the path unless it is a number."""
+    """Parses FILE[:WEIGHT]; what follows the last colon belongs to the path unless it is a number."""
     if Path(text).exists():
         return Path(text), 1.0
     path, colon, number = text.rpartition(":")
@@ -33,11 +33,11 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def load_pipeline(
     base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, kind: Any = None, **components: Any
 ) -> Any:
-    """A pipeline from a folder or the hub, without a safety checker, safetensors only.
+    """Loads a pipeline from a folder or the hub, without a safety checker, safetensors only.
 
     `kind` is a pipeline class of diffusers, by default the one that the base names; `components` replace the base's.
     `dtype` may differ by component: {"default": torch.bfloat16, "vae": torch.float32}.
-    Raises ValueError for one that takes no LoRA, FileNotFoundError where none can be read.
+    Raises ValueError for a pipeline that takes no LoRA, FileNotFoundError if none can be read.
     """
     from diffusers import DiffusionPipeline
 
@@ -53,7 +53,7 @@ def load_pipeline(
 
 
 def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float]:
-    """Loads LoRA files as adapters lora_0, lora_1, ... and makes all of them act; returns their weights by name.
+    """Loads LoRA files as adapters lora_0, lora_1, ... and activates them; returns their weights by name.
 
     Raises FileNotFoundError for a missing file, ValueError for one that does not fit the pipeline.
     """
@@ -63,16 +63,16 @@ def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float
         check_fit(file, lora, pipeline)
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
         for network in lora.tensors:
-            getattr(pipeline, network).eval()  # a LoRA's dropout would act on pictures
+            getattr(pipeline, network).eval()  # no dropout in sampling
     if weights:
         pipeline.set_adapters(list(weights), list(weights.values()))  # only the last one is active after loading
     return weights
 
 
 def weigh_loras(pipeline: Any, weights: dict[str, float]) -> None:
-    """Makes adapters by name act with these weights.
+    """Sets the weights of adapters by name.
 
-    One of weight 0 is left out, as a DoRA would act with it; without any the base's pictures come back exactly.
+    Weight 0 deactivates an adapter, because a DoRA would still act; with none active the base is exactly unchanged.
     """
     acting = {name: weight for name, weight in weights.items() if weight != 0.0}
     if acting:
@@ -88,13 +88,13 @@ def check_negative_prompt(text: str | None, guidance: float) -> None:
 
 
 def check_finite(images: Tensor) -> None:
-    """ValueError where a pipeline drew what is no picture; diffusers' postprocessing makes NaN black, if anything."""
+    """Raises ValueError for pixels that are not finite, which diffusers' postprocessing would hide."""
     if not images.isfinite().all():
         raise ValueError("the pictures are not finite; the LoRAs' weights are too large, or the precision is too low")
 
 
 def check_strength(strength: float, steps: int) -> None:
-    """ValueError for a part of the sampler's steps in which nothing would be drawn, or that is none."""
+    """Raises ValueError for a fraction of the sampler's steps that is invalid or leaves no step."""
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"--strength {strength:g}: must be above 0 and at most 1, the part of the steps that is drawn")
     if int(steps * strength) < 1:
@@ -102,7 +102,7 @@ def check_strength(strength: float, steps: int) -> None:
 
 
 def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
-    """ValueError where the pipeline has not what the LoRA changes, which diffusers only warns about."""
+    """Raises ValueError if the pipeline lacks modules that the LoRA changes; diffusers would only warn."""
     for network, state in lora.tensors.items():
         owner = getattr(pipeline, network, None)
         if owner is None:
@@ -110,7 +110,7 @@ def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
         layers = dict(owner.named_modules())
         for module in lora.ranks(network):
             layer = layers.get(module, layers.get(module.removeprefix("text_model.")))
-            layer = getattr(layer, "base_layer", layer)  # an adapter is there already
+            layer = getattr(layer, "base_layer", layer)  # under an adapter
             shape = [len(state[f"{module}.lora_B.weight"]), *state[f"{module}.lora_A.weight"].shape[1:]]
             weight = getattr(layer, "weight", None)
             found = "missing" if weight is None else list(weight.shape)

@@ -1,4 +1,4 @@
-"""From one picture to another through the networks of two single-picture LoRAs: DiffMorpher, arXiv 2312.07409."""
+"""DiffMorpher (arXiv 2312.07409): morphs one picture into another with two single-picture LoRAs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from trainers.inference.inversion import (
 )
 from trainers.inference.lora_pipeline import add_loras, check_fit
 
-Progress = Callable[[Iterable, str], Iterable]  # steps and what they do
+Progress = Callable[[Iterable, str], Iterable]  # (steps, their description) -> steps with a progress bar
 
 
 class Morph:
-    """Two pictures in a pipeline of Stable Diffusion, each with its LoRA and prompt; no guidance anywhere.
+    """Morphs two pictures in a Stable Diffusion pipeline, each with its LoRA and prompt, without guidance.
 
-    What is mixed are weights of the *differences*: at w both LoRAs act, and a weight W is W + (1 - w) D_1 + w D_2 with
-    D = alpha / r B A. The factors B and A themselves are not mixed, whose product would hold B_1 A_2 and B_2 A_1, too.
-    Raises what check_morph does.
+    At w a weight W of the network becomes W + (1 - w) D_1 + w D_2, with D = alpha / r B A. The factors B and A are not
+    interpolated themselves, because their product would contain B_1 A_2 and B_2 A_1. Raises as check_morph does.
     """
 
     def __init__(
@@ -53,13 +52,13 @@ class Morph:
         self.asked = [self._embedded(number, prompt) for number, prompt in enumerate(prompts)]
 
     def mix(self, weight: float) -> None:
-        """Makes the LoRAs act 1 - weight and weight times; at 0 and 1 the other one is not even active."""
+        """Sets the LoRAs' weights to 1 - weight and weight; a LoRA of weight 0 is inactive."""
         mixed = {name: share for name, share in zip(self.names, (1 - weight, weight), strict=True) if share}
         self.pipeline.set_adapters(list(mixed), list(mixed.values()))
 
     @torch.no_grad()
     def invert(self, pictures: Tensor, progress: Progress) -> None:
-        """Finds the noises [1, c, h, w] of two pictures [2, 3, H, W] in [-1, 1], each with its own LoRA alone."""
+        """Finds the noises [1, c, h, w] of two pictures [2, 3, H, W] in [-1, 1], each with only its own LoRA."""
         self.noises = [self._noise_of(number, picture[None], progress) for number, picture in enumerate(pictures)]
 
     def _noise_of(self, number: int, picture: Tensor, progress: Progress) -> Tensor:
@@ -68,17 +67,17 @@ class Morph:
         return invert(self.predict(number), self.inverse, latents, lambda steps: progress(steps, text))
 
     def noise(self, weight: float) -> Tensor:
-        """Between the noises of the pictures, [1, c, h, w]."""
+        """Interpolates the noises of the pictures, [1, c, h, w]."""
         first, last = (noise.double() for noise in self.noises)
         noise = slerp(first, last, weight)
         return (with_statistics_between(noise, first, last, weight) if self.adain else noise).float()
 
     @torch.no_grad()
     def frames(self, weights: list[float], progress: Progress) -> Tensor:
-        """Pictures [N, 3, H, W] in [0, 1], on the CPU, for weights from 0 (the first picture) to 1 (the other).
+        """Draws pictures [N, 3, H, W] in [0, 1], on the CPU, for weights from 0 (the first picture) to 1 (the other).
 
-        All frames take a step before any takes the next one, the two ends first: so keys and values of one step are
-        all that attention has to keep.
+        All frames take a step, the two ends first, before any takes the next one, so that attention has to keep keys
+        and values of a single step.
         """
         samples = [self.noise(weight) for weight in weights]
         ends_first = sorted(range(len(weights)), key=lambda number: weights[number] not in (0.0, 1.0))
@@ -92,7 +91,7 @@ class Morph:
         return torch.cat([latent_pictures(self.pipeline.vae, sample).cpu() for sample in samples])
 
     def predict(self, weight: float) -> Predict:
-        """Asks the UNet, with the LoRAs that act, for what is between the prompts."""
+        """Returns the UNet's prediction with the active LoRAs and interpolated prompts."""
         first, last = self.asked
         asked = {name: torch.lerp(first[name], last[name], weight) for name in first}
         embeds, pooled = asked[EMBEDS], asked.get(POOLED)
@@ -109,7 +108,7 @@ class Morph:
 
     @torch.no_grad()
     def _embedded(self, number: int, prompt: str) -> dict[str, Tensor]:
-        """A picture's prompt, read by the text encoders with its own LoRA: it may have changed them, too."""
+        """Embeds a picture's prompt with its own LoRA, which may also adapt the text encoders."""
         self.mix(number)
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         found = self.pipeline.encode_prompt(prompt, device=self.pipeline.device, **options)
@@ -117,7 +116,7 @@ class Morph:
 
 
 def check_morph(pipeline: Any, loras: Iterable[Path], attention: float) -> None:
-    """ValueError for a base that cannot be morphed in, and for a LoRA that does not fit or is no difference (DoRA)."""
+    """Raises ValueError for an unsuitable base, and for a LoRA that does not fit or is a DoRA."""
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels:
         raise ValueError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
@@ -130,13 +129,13 @@ def check_morph(pipeline: Any, loras: Iterable[Path], attention: float) -> None:
 
 
 def shared_layers(unet: nn.Module) -> list[nn.Module]:
-    """What makes keys and values in the self-attention of its up blocks."""
+    """Returns the layers that make keys and values in the self-attention of the UNet's up blocks."""
     names = [name for name, _ in unet.named_modules() if name.startswith("up_blocks") and name.endswith("attn1")]
     return [unet.get_submodule(f"{name}.{kind}") for name in names for kind in ("to_k", "to_v")]
 
 
 class SharedAttention:
-    """Self-attention of a UNet's up blocks: keys and values of the ends are kept, those of a frame mixed from them."""
+    """Interpolates keys and values in the self-attention of a UNet's up blocks between those of the two ends."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.layers = shared_layers(unet)
@@ -144,7 +143,7 @@ class SharedAttention:
 
     @contextmanager
     def at(self, weight: float) -> Iterator[None]:
-        """Inside, the UNet is asked once: for an end (0 or 1), or for what is between the last two of them."""
+        """Around one call of the UNet: keeps keys and values at an end (0 or 1), replaces them in between."""
         keep = weight in (0.0, 1.0)
         kept: list[Tensor] = []
         if keep:
@@ -164,9 +163,9 @@ class SharedAttention:
 
 
 def evenly_distant(weights: list[float], distances: list[float]) -> list[float]:
-    """As many weights such that neighbours are about equally far apart; `distances` are those of the old neighbours.
+    """Respaces weights so that neighbouring frames are about equally far apart; `distances` are the current ones.
 
-    Along the frames that were measured the distance grows linearly from one to the next. ValueError where all are 0.
+    Distances are interpolated linearly between the measured frames. Raises ValueError if all are 0.
     """
     way = np.concatenate([[0.0], np.cumsum(distances)])
     if not way[-1] > 0:

@@ -1,4 +1,4 @@
-"""Folders of drawn pictures, which another call with the same folder replaces, and nothing else in them."""
+"""Folders of drawn pictures; a later call with the same folder replaces its own files and no others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MARK = ".diffloop.json"  # in a folder of pictures: the names of the files that were made
+MARK = ".diffloop.json"  # lists the files that were drawn into a folder
 
 
 @contextmanager
 def output_folder(folder: Path, reads: Iterable[str | Path] = ()) -> Iterator[Path]:
-    """An empty folder; what is in it afterwards, also after an error, takes the place of an earlier call's files.
+    """Opens an empty folder; its files afterwards, even after an error, replace those of an earlier call.
 
-    Raises ValueError, before anything is made, where `folder` holds other files alone, or one of those that are read.
+    Raises ValueError at the start if `folder` holds only other files, or any of the files in `reads`.
     """
     for path in reads:
         if Path(path).resolve().is_relative_to(folder.resolve()):
@@ -32,7 +32,7 @@ def output_folder(folder: Path, reads: Iterable[str | Path] = ()) -> Iterator[Pa
 
 def _replace(folder: Path, made: Path) -> None:
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
-    if not files:  # an error came first
+    if not files:  # an error came before the first file
         return
     old = _drawn(folder) or []
     for name in old:
@@ -47,7 +47,7 @@ def _replace(folder: Path, made: Path) -> None:
 
 
 def _drawn(folder: Path) -> list[Path] | None:
-    """The files of an earlier call; None in a folder that is none of ours."""
+    """Lists the files of an earlier call; None for a folder that was not made here."""
     try:
         names = [Path(name) for name in json.loads((folder / MARK).read_text(encoding="utf-8"))["drawn"]]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Pictures on disk that carry the settings they were made with: in the PNG itself, and as JSON beside it."""
+"""PNG files that carry the settings they were made with, in the file itself and as JSON beside it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LIBRARIES = ("diffloop", "torch", "diffusers", "transformers", "peft")
 
 
 def settings_of(command: list[str], files: Iterable[Path], device: torch.device) -> dict[str, Any]:
-    """How pictures are made: the script and its arguments, SHA-256 of small files that it reads, and where it runs."""
+    """Collects how pictures are made: command line, SHA-256 of the small files read, versions, device and threads."""
     hashes = {str(path): sha256(path) for path in files}
     machine = {"device": device.type, "threads": torch.get_num_threads()}
     return {"command": command, "files": hashes, "versions": {name: version(name) for name in LIBRARIES}} | machine
 
 
 def check_files(picture: Path, settings: dict[str, Any]) -> None:
-    """FileNotFoundError or ValueError where a file that a picture was made from is gone, or is another one now."""
+    """Raises FileNotFoundError or ValueError if a file that a picture was made from is missing or has changed."""
     for name, digest in settings["files"].items():
         if not Path(name).is_file():
             raise FileNotFoundError(f"{picture}: was made from {name}, which is not there; run from the same folder")
@@ -36,12 +36,12 @@ def check_files(picture: Path, settings: dict[str, Any]) -> None:
 
 
 def as_pil(image: Tensor) -> Image.Image:
-    """A picture [C, H, W] in [0, 1], rounded, where torchvision would cut off."""
+    """Converts a picture [C, H, W] in [0, 1] to 8 bits by rounding; torchvision would truncate."""
     return to_pil_image((image * 255).round().to(torch.uint8))
 
 
 def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Writes path (a PNG) and path.json; settings must be what JSON can hold."""
+    """Writes `path` (a PNG) and its settings beside it, with the ending .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(KEY, write_settings(path.with_suffix(".json"), settings))
@@ -49,20 +49,20 @@ def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> No
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> str:
-    """Writes them as JSON, and returns the text."""
+    """Writes settings as JSON; returns the text."""
     text = json.dumps(settings, indent=1, sort_keys=True)
     path.write_text(text, encoding="utf-8")
     return text
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a picture was made with; FileNotFoundError where it is not there, ValueError where it does not say."""
+    """Reads a picture's settings; FileNotFoundError if it is missing, ValueError if it has none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such picture")
     try:
         with Image.open(path) as image:
             settings = json.loads(getattr(image, "text", {}).get(KEY) or "null")
-    except (OSError, ValueError):  # no picture at all, or another one's text
+    except (OSError, ValueError):  # not a picture, or another program's text
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: does not say how it was made; give a PNG that diffloop's scripts wrote, unchanged")

@@ -1,4 +1,4 @@
-"""Pictures of prompts by diffusers' pipelines: LoRAs at several scales, clip skip, inpainting."""
+"""Draws prompts with diffusers' pipelines: LoRAs at several scales, clip skip, inpainting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Sampler = Literal["ddpm", "ddim", "dpmsolver++", "euler", "lcm"]
-DDIM_TIMESTEPS = 50  # of the teacher, in the published LCM-LoRAs
-WHITE = 128  # of 255: from here on a mask's pixel is drawn anew
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+DDIM_TIMESTEPS = 50  # of the teacher of the published LCM-LoRAs
+WHITE = 128  # of 255: a mask's pixels from here on are drawn anew
 
 
 @dataclass(frozen=True)
 class Inpainting:
-    """A picture (RGB) of which is drawn anew what is white in a mask (L) of its size."""
+    """A picture (RGB) to be drawn anew wherever a mask (L) of its size is white."""
 
     image: Image.Image
     mask: Image.Image
-    strength: float  # in (0, 1]: part of the sampler's steps; 1 starts from noise alone
+    strength: float  # in (0, 1]: fraction of the sampler's steps; 1 starts from pure noise
 
     def __post_init__(self) -> None:
         if self.image.size != self.mask.size:
@@ -44,7 +45,7 @@ class Inpainting:
             raise ValueError("--mask: nothing in it is white, so nothing would be drawn")
 
     def composed(self, drawn: Tensor) -> Tensor:
-        """The picture [N, 3, H, W] in its own size, with drawn ones where the mask is white: the rest is as it was."""
+        """Pastes drawn pictures [N, 3, H, W], resized, into the original wherever the mask is white."""
         width, height = self.image.size
         if drawn.shape[2:] != (height, width):
             drawn = nn.functional.interpolate(drawn, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
@@ -53,22 +54,22 @@ class Inpainting:
 
 @dataclass(kw_only=True)
 class PromptSettings:
-    """How prompts are drawn; guidance_scale of at most 1 is none, as in diffusers."""
+    """Sampling settings; a guidance_scale of at most 1 means no guidance, as in diffusers."""
 
-    size: tuple[int, int] | None = None  # height and width in pixels; None: what the pipeline was trained at
+    size: tuple[int, int] | None = None  # height and width in pixels; None: the UNet's sample size
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     negative_prompt: str | None = None
-    clip_skip: int | None = None  # last layers of the text encoders that are left out
-    lora_scales: list[float] | None = None  # each picture with the LoRAs' weights times each of these
+    clip_skip: int | None = None  # last layers of the text encoders to leave out
+    lora_scales: list[float] | None = None  # draw each picture with the LoRAs' weights times each of these
 
 
 class PromptedPipeline:
-    """Draws as a trainer does, `sample(requests, rng)`: a picture depends on its request and its generator alone."""
+    """Draws with `sample(requests, rng)` as a Trainer does; a picture depends only on its request and generator."""
 
-    draws_held_out, grid_columns, sample_batch_size = False, None, 4  # as of a trainer
-    frames: list[Tensor] | None = None  # where a list, pictures [N, 3, H, W] after every step are appended
+    draws_held_out, grid_columns, sample_batch_size = False, None, 4  # as in a Trainer
+    frames: list[Tensor] | None = None  # if a list, gets the pictures [N, 3, H, W] after every step
     progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # the pipeline shows its own
     training = False
 
@@ -82,7 +83,7 @@ class PromptedPipeline:
         self.pipeline = AutoPipelineForInpainting.from_pipe(pipeline) if inpainting else pipeline
         self.modules = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
         self.pipeline.set_progress_bar_config(desc="sampling", leave=False)
-        self.pipeline.vae.enable_slicing()  # decoding takes more memory than all the rest
+        self.pipeline.vae.enable_slicing()  # decoding needs more memory than all the rest
         self._check()
 
     @property
@@ -119,16 +120,16 @@ class PromptedPipeline:
         if skipped >= layers:
             raise ValueError(f"--clip-skip {skipped}: the text encoder has {layers} layers; give at most {layers - 1}")
         for encoder in encoders:
-            if not hasattr(encoder, "text_model"):  # diffusers asks for it there, and transformers 5 has it no more
+            if not hasattr(encoder, "text_model"):  # diffusers reads it, and transformers 5 lacks it
                 object.__setattr__(encoder, "text_model", encoder)  # as a module it would contain itself
 
     def column(self, scale: float) -> str:
-        """What a scale is called: the weight of a single LoRA, the scale of several."""
+        """Names the column of a scale: by the weight of a single LoRA, or by the scale of several."""
         weights = list(self.loras.values())
         return f"weight {weights[0] * scale + 0.0:g}" if len(weights) == 1 else f"scale {scale:g}"  # + 0.0: never -0
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """{"samples": pictures [N, 3, H, W] in [0, 1]}, or, where there are scales, those of each by its column."""
+        """Draws {"samples": pictures [N, 3, H, W] in [0, 1]}, or with scales the pictures of each by its column."""
         scales, generators = self.settings.lora_scales, rng.generators()
         states = [generator.get_state() for generator in generators]
         found = {}
@@ -146,7 +147,7 @@ class PromptedPipeline:
         asked["prompt"] = [request["prompt"] for request in requests]
         asked["negative_prompt"] = None if settings.negative_prompt is None else [settings.negative_prompt] * count
         asked |= dict(zip(("height", "width"), self._size(), strict=True))
-        if self.inpainting is not None:  # one for each picture, or the first generator would encode for all
+        if self.inpainting is not None:  # one copy each, or the first generator would encode for all
             asked |= {"image": [self.inpainting.image] * count, "mask_image": [self.inpainting.mask] * count}
             asked["strength"] = self.inpainting.strength
         if self.frames is not None:
@@ -154,7 +155,7 @@ class PromptedPipeline:
         return self._finished(self.pipeline(**asked, generator=generators, output_type="pt").images)
 
     def _size(self) -> tuple[int, int]:
-        """Height and width, multiples of the pixels per latent."""
+        """Height and width in pixels, multiples of the pixels per latent."""
         factor, unet = self.pipeline.vae_scale_factor, self.pipeline.unet
         if self.inpainting is not None:
             return tuple(max(factor, round(side / factor) * factor) for side in self.inpainting.image.size[::-1])
@@ -175,9 +176,9 @@ class PromptedPipeline:
 
 
 def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
-    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm over the noise that it was trained with.
+    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm with its training noise.
 
-    lcm divides the time as the LoRA among these files was distilled, or else in 50.
+    lcm uses the number of DDIM timesteps in the header of one of the LoRA files, or else 50.
     """
     noise = trained_with(pipeline.scheduler)
     if name == "lcm" and noise.config.get("beta_schedule"):
@@ -188,7 +189,7 @@ def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
 
 
 def for_pipelines(sampler: SchedulerMixin) -> SchedulerMixin:
-    """The sampler with what Stable Diffusion's pipelines ask for, and the Euler method of flows lacks."""
+    """Adds the members that Stable Diffusion's pipelines need and the Euler sampler of flows lacks."""
     if not hasattr(sampler, "init_noise_sigma"):
         sampler.init_noise_sigma = 1.0
         sampler.scale_model_input = lambda sample, timestep: sample

@@ -1,4 +1,4 @@
-"""What scripts/sample.py draws by prompts: runs of Stable Diffusion's tasks, and any pipeline, by diffusers."""
+"""Drawing prompts in scripts/sample.py: with runs of Stable Diffusion's tasks, and with any such pipeline."""
 
 from __future__ import annotations
 
@@ -36,27 +36,32 @@ ARGUMENTS = (
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Stable Diffusion", "runs of such tasks, and pipelines")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; can be repeated")
-    group.add_argument("--prompts", metavar="FILE", help="the same, one a line")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what pictures are pushed away from")
+    group.add_argument("--prompts", metavar="FILE", help="a file of prompts, one per line")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="text that guidance moves away from")
     group.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="weight 1 if not given; repeatable")
     group.add_argument(
-        "--lora-scales", metavar="A,B,...", help="a column for each: the LoRAs' weights are multiplied with it"
+        "--lora-scales", metavar="A,B,...", help="draw a column for each, with the LoRAs' weights times it"
     )
-    group.add_argument("--clip-skip", type=positive, metavar="LAYERS", help="of the text encoders left out at the end")
-    group.add_argument("--image", metavar="FILE", help="to be inpainted, in its own size")
-    group.add_argument("--mask", metavar="FILE", help="white where the image is drawn anew; of its size")
-    group.add_argument("--strength", type=float, help="of inpainting, in (0, 1]; default 1: from noise alone")
+    group.add_argument(
+        "--clip-skip", type=positive, metavar="LAYERS", help="last layers of the text encoders to leave out"
+    )
+    group.add_argument("--image", metavar="FILE", help="picture to inpaint, in its own size")
+    group.add_argument("--mask", metavar="FILE", help="white where the image is drawn anew; same size")
+    group.add_argument("--strength", type=float, help="of inpainting, in (0, 1]; default 1: from pure noise")
 
 
 def refuse_prompts(arguments: argparse.Namespace, task: str) -> None:
-    """ValueError for an option that is Stable Diffusion's, given with another task."""
+    """Raises ValueError for an option of Stable Diffusion that is given with another task."""
     for name in ARGUMENTS:
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: task {task} draws no prompts")
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str] | None:
-    """The prompts of the command line and of the file; None without any. FileNotFoundError, ValueError."""
+    """Reads the prompts of the command line and the file; None without any.
+
+    Raises FileNotFoundError for a missing file, ValueError for one without prompts or not in UTF-8.
+    """
     if arguments.prompts is None:
         return arguments.prompt
     path = Path(arguments.prompts)
@@ -72,7 +77,7 @@ def prompts_of(arguments: argparse.Namespace) -> list[str] | None:
 
 
 def scales_of(arguments: argparse.Namespace) -> list[float] | None:
-    """The numbers of --lora-scales, finite and different."""
+    """Parses --lora-scales; ValueError unless the numbers are finite and different."""
     if arguments.lora_scales is None:
         return None
     try:
@@ -95,20 +100,20 @@ class PipelineConfig(Section):
 
 
 class Drawing(NamedTuple):
-    """What draws, and what is to be drawn."""
+    """A drawer, its requests, and where the pictures go."""
 
     drawer: Trainer | PromptedPipeline
     requests: list[dict]
-    source: str  # what was loaded
+    source: str  # the run, checkpoint or pipeline
     folder: Path  # where pictures go, unless --output-dir says so
-    options: dict[str, Any]  # that pictures carry
+    options: dict[str, Any]  # to store in the pictures
     files: Sequence[Path] = ()  # small files that the pictures depend on
     names: list[str] | None = None  # of classes
     held_out: Any = None  # the data set whose examples the requests name
 
 
 def is_pipeline(path: str) -> bool:
-    """Whether a path is a pipeline that is no run of ours: a folder, or a name on the hub."""
+    """Whether a path is a pipeline but not a run: a folder without config.yaml, or a hub name."""
     folder = Path(path)
     if folder.is_dir():
         return (folder / "model_index.json").is_file() and not (folder / "config.yaml").is_file()
@@ -116,7 +121,7 @@ def is_pipeline(path: str) -> bool:
 
 
 class Loaded(NamedTuple):
-    """A pipeline, and what its run says."""
+    """A pipeline with the settings of its run."""
 
     pipeline: Any
     loras: dict[str, float]  # weights of its adapters by name
@@ -127,7 +132,7 @@ class Loaded(NamedTuple):
 
 
 def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing:
-    """By the pipeline of a saved run, or by that of `arguments.path`."""
+    """Prepares drawing with the pipeline of a saved run, or else of `arguments.path`."""
     extra = [parse_lora(text) for text in arguments.lora or []]
     files = [find_lora(path) for path, _ in extra]
     inpainting = inpainting_of(arguments)
@@ -169,7 +174,7 @@ def _of_run(arguments: argparse.Namespace, saved: SavedRun) -> Loaded:
 
 
 def inpainting_of(arguments: argparse.Namespace) -> Inpainting | None:
-    """The picture and mask of the command line; ValueError where one of them is missing."""
+    """Reads the picture and mask of the command line; ValueError if one of them is missing."""
     image, mask, strength = arguments.image, arguments.mask, arguments.strength
     if image is None and mask is None:
         if strength is not None:
@@ -183,7 +188,7 @@ def inpainting_of(arguments: argparse.Namespace) -> Inpainting | None:
 
 
 def row_names(requests: list[dict], seed: int) -> list[str]:
-    """What tells requests apart: their prompts, seed and number where a prompt is drawn more than once."""
+    """Labels requests by their prompts, with seed and number if a prompt is drawn more than once."""
     prompts = [request["prompt"] for request in requests]
     names = [f"seed {seed}, number {number}" for number in range(len(prompts))]
     if len(set(prompts)) == 1:

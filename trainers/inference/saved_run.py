@@ -1,4 +1,4 @@
-"""A trained run, ready to draw: its trainer with the weights of a checkpoint or of the finished pipeline."""
+"""Loads a trained run for inference: its trainer with the weights of a checkpoint or the finished pipeline."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RAW, AVERAGED = "raw", "ema"
 
 
 class SavedRun(NamedTuple):
-    """What is on disk: a run's options and names of classes, and the checkpoint, or None for the finished pipeline."""
+    """A run on disk: its options, its class names, and a checkpoint, or None for the finished pipeline."""
 
-    document: dict[str, Any]  # both sections, as the run was configured
+    document: dict[str, Any]  # both sections of the configuration
     label_names: list[str] | None
     folder: Path  # of the run
     checkpoint: Path | None
@@ -38,14 +38,14 @@ class SavedRun(NamedTuple):
         return find_trainer(self.task, self.document["base"].get("trainer_class"))
 
     def config(self, overrides: list[str] | None = None) -> RunConfig:
-        """The run's options with `overrides`; ConfigError for what is wrong with them."""
+        """Checks the run's options with `overrides`; raises ConfigError."""
         return check_config(copy.deepcopy(self.document), overrides)
 
 
 def open_run(path: Path) -> SavedRun:
-    """A checkpoint, the newest one of a run, or a run's finished pipeline.
+    """Opens a checkpoint, the newest one of a run, or else the run's finished pipeline.
 
-    Raises FileNotFoundError for a folder without any, ValueError for a damaged checkpoint.
+    Raises FileNotFoundError if there is none, ValueError for a damaged checkpoint.
     """
     is_checkpoint = (path / "state.json").is_file()
     checkpoint = path if is_checkpoint else next((folder for _, folder in list_checkpoints(path)), None)
@@ -65,16 +65,16 @@ def open_run(path: Path) -> SavedRun:
 
 
 def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[str, Any]:
-    """Options without what only training needs: files of the training machine may be gone.
+    """Removes options that only training needs, whose files may be missing here.
 
-    A network that is saved as a whole says itself what it looks like.
+    A network that is saved whole brings its own config.
     """
     training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "optimizer"}
     training |= {"enable_xformers_memory_efficient_attention", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
     [task] = [section for section in document if section != "base"]
     schema = find_trainer(task, document["base"].get("trainer_class")).Config
     networks = [path.parent for path in sorted(folder.glob("*/config.json")) if not path.parent.name.endswith("_ema")]
-    networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # that is frozen
+    networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # which is frozen
     finished = (run / "config.json").is_file()  # a single network
     networks = [run] if finished and (networks or folder == run) else networks
     training |= {*schema.training_only, *schema.replaced}
@@ -82,7 +82,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     training |= set(schema.initial_weights) if whole else set()
     kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
     kept[task] |= {"model_config": str(networks[0])} if whole else {}
-    if finished and not whole:  # what the checkpoint leaves out is in the finished network
+    if finished and not whole:  # the finished network has what the checkpoint leaves out
         replaced = {name: None for name in ("subfolder", "revision") if name in kept[task]}
         kept[task] |= replaced | {"pretrained_model_name_or_path": str(run)}
     if schema.export_is_base_model and (folder / "model_index.json").is_file():
@@ -95,9 +95,9 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
 def load_trainer(
     saved: SavedRun, overrides: list[str] | None = None, weights: str | None = None, device: str | None = None
 ) -> Trainer:
-    """The run's trainer with trained weights: "ema", "raw", or None for averaged ones where the run has them.
+    """Loads the run's trainer with trained weights: "ema", "raw", or None for averaged ones if there are any.
 
-    Raises ValueError for weights that are not there, wrong overrides and a device that is not there.
+    Raises ValueError for missing weights, wrong overrides, and an unavailable device.
     """
     run = saved.config(overrides)
     trainer = run.trainer_class(run.config, run.base)
@@ -120,7 +120,7 @@ def load_trainer(
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or CUDA where there is one; ValueError where it cannot be used."""
+    """Returns the named device, or else CUDA if available; ValueError if it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

@@ -1,4 +1,4 @@
-"""A LoRA that knows one picture alone, trained on the spot: for scripts/morph.py."""
+"""Trains a LoRA on a single picture, for scripts/morph.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.inference.fitting import Fitted
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lora_single_image.yaml"
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # of training
-PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # of a base
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # of a base model
 OWN = (  # options that the script sets itself
     "base.caption", "base.resolution", "base.mixed_precision", "base.seed", "base.output_dir", "base.train_data_dir",
     "base.resume_from_checkpoint", "lora.pretrained_model_name_or_path",
@@ -27,10 +27,10 @@ OWN = (  # options that the script sets itself
 def single_picture_lora(
     picture: Fitted, name: str, prompt: str, base_model: BaseModel, arguments: argparse.Namespace
 ) -> Path:
-    """Trains a LoRA on one picture, goes on with one that was interrupted, or finds one that is finished.
+    """Trains a LoRA on one picture, resumes an interrupted one, or returns a finished one.
 
-    Its folder is named by the content of picture, prompt, settings and base, so what is found there fits.
-    Raises ValueError for overrides that are not for the user to say here, or do not fit.
+    Its folder is named by a hash of picture, prompt, settings and base, so that an existing one fits. Raises ValueError
+    for overrides that the script sets itself, or that do not fit.
     """
     for override in arguments.overrides:
         if override.split("=")[0] in OWN:

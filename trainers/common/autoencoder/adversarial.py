@@ -1,4 +1,4 @@
-"""The adversarial game of an autoencoder and a discriminator, as one loss for one backward."""
+"""Adversarial losses of an autoencoder and a discriminator, as one sum for a single backward."""
 
 from __future__ import annotations
 
@@ -11,31 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LARGEST_WEIGHT = 1e4  # of the adaptive weight
-SCALE = 2.0**10  # of losses whose gradients are compared, which fp16 would lose
+LARGEST_WEIGHT = 1e4  # upper limit of the adaptive weight
+SCALE = 2.0**10  # of losses whose gradients are compared, against underflow in fp16
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """An autoencoder's pictures beside the images that they stand for, and what the adaptive weight needs of it."""
+    """Images, their reconstructions, and the inputs of the adaptive weight."""
 
     images: Tensor
     pictures: Tensor
-    loss: Tensor  # of the pictures, without its adversarial part
+    loss: Tensor  # reconstruction loss
     last_layer: Tensor  # the decoder's last weight
 
 
 def adversarial_losses(
-    config: Any,
-    discriminator: nn.Module,
-    averages: nn.Module,
-    reconstruction: Reconstruction,
-    step: int,
+    config: Any, discriminator: nn.Module, averages: nn.Module, reconstruction: Reconstruction, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the autoencoder's and the discriminator's loss, and its terms to log.
+    """Returns the sum of the autoencoder's and the discriminator's adversarial losses, and its terms to log.
 
-    The autoencoder's part gives the discriminator no gradient, and the other way round, so that one backward of the
-    sum equals one of each. `config` has the options of the section `vae`, `averages` is a LogitAverages.
+    Neither loss gives the other network a gradient, so that one backward of the sum equals one of each. `config` has
+    the options of the section `vae`; `averages` is a LogitAverages.
     """
     kind, values = config.adversarial_loss, {}
     with frozen(discriminator):
@@ -61,19 +57,19 @@ def adversarial_losses(
 
 
 def discriminator_loss(kind: str, real: Tensor, reconstructed: Tensor) -> Tensor:
-    """The loss of raw logits: hinge (arXiv 1705.02894) or vanilla (cross-entropy, arXiv 1406.2661), halved."""
+    """The loss on raw logits: hinge (arXiv 1705.02894) or vanilla (cross-entropy, arXiv 1406.2661), halved."""
     if kind == "hinge":
         return (functional.relu(1 - real).mean() + functional.relu(1 + reconstructed).mean()) / 2
     return (functional.softplus(-real).mean() + functional.softplus(reconstructed).mean()) / 2
 
 
 def generator_loss(kind: str, reconstructed: Tensor) -> Tensor:
-    """What the autoencoder is to lower: minus the logits with hinge, the non-saturating loss with vanilla."""
+    """The autoencoder's loss: minus the mean logit with hinge, the non-saturating loss with vanilla."""
     return -reconstructed.mean() if kind == "hinge" else functional.softplus(-reconstructed).mean()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """The ratio of both gradients' norms at the decoder's last layer (arXiv 2012.09841, eq. 7), in [0, 1e4]."""
+    """The ratio of the two gradient norms at the decoder's last layer (arXiv 2012.09841, eq. 7), in [0, 1e4]."""
     norms = [
         torch.autograd.grad(SCALE * loss, last_layer, retain_graph=True)[0].norm() / SCALE
         for loss in (reconstruction_loss, adversarial_loss)
@@ -82,9 +78,9 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
 
 
 def gradient_penalty(logits: Tensor, real: Tensor) -> Tensor:
-    """R1 (arXiv 1801.04406, eq. 9) without its factor: the squared gradient of a picture's mean logit by its pixels.
+    """R1 (arXiv 1801.04406, eq. 9) without its factor: the squared gradient of the mean logit w.r.t. the pixels.
 
-    Mean over the batch; `real` must have required a gradient before the logits were computed.
+    Averaged over the batch; `real` must require a gradient before the logits are computed.
     """
     total = logits.mean((1, 2, 3)).sum()
     [gradient] = torch.autograd.grad(total, real, create_graph=True)
@@ -92,14 +88,14 @@ def gradient_penalty(logits: Tensor, real: Tensor) -> Tensor:
 
 
 def lecam(real: Tensor, reconstructed: Tensor, averages: tuple[Tensor, Tensor]) -> Tensor:
-    """LeCam's regularisation (arXiv 2104.03310): logits are kept near the other kind's moving average."""
+    """LeCam regularisation (arXiv 2104.03310): pulls each kind of logits towards the average of the other kind."""
     average_real, average_reconstructed = averages
     return (real - average_reconstructed).square().mean() + (reconstructed - average_real).square().mean()
 
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """A forward inside gives the network's parameters no gradient, and lets one through to its input."""
+    """Inside, a forward gives the network's parameters no gradient, but its input one."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

@@ -1,4 +1,4 @@
-"""The variational autoencoder as one network: encode, draw and decode in one forward, which DDP and FSDP hook."""
+"""A variational autoencoder that encodes, samples and decodes in one forward, which DDP and FSDP hook."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class AutoencoderKL(diffusers.AutoencoderKL):
-    """diffusers' network with a forward for training; named alike, so that its config.json names the class to load.
+    """diffusers' AutoencoderKL with a forward for training; it has the same name, which goes into config.json.
 
-    diffusers' own forward decodes the mode and hides the posterior, and calling `encode` and `decode` one by one goes
-    past the hooks that average gradients.
+    diffusers' forward hides the posterior, and calls of `encode` and `decode` would bypass the hooks that average
+    gradients.
     """
 
     def forward(
@@ -22,10 +22,10 @@ class AutoencoderKL(diffusers.AutoencoderKL):
         latents: Tensor | None = None,
         decode: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the decoded pixels [B, C, H, W] in [-1, 1], and the posterior's mean and log-variance.
+        """Returns decoded pixels [B, C, H, W] in [-1, 1], and the posterior's moments [B, 2 * latent channels, h, w].
 
-        These are one tensor [B, 2 * latent channels, h, w]. `noise` [B, latent channels, h, w] draws from the
-        posterior; without it its mode is decoded. Given `latents`, these alone are decoded.
+        The moments are mean and log-variance. With `noise` [B, latent channels, h, w] a sample of the posterior is
+        decoded, otherwise its mode. If `latents` are given, only these are decoded, and there are no moments.
         """
         moments = None
         if latents is None:
@@ -36,9 +36,9 @@ class AutoencoderKL(diffusers.AutoencoderKL):
 
 
 def latent_moments(moments: Tensor) -> dict[str, Tensor]:
-    """Mean and mean square over the pixels of what is drawn from a posterior, {name/channel: [B]}.
+    """Mean and mean square over positions of samples of a posterior, {name/channel: [B]}.
 
-    A draw has the posterior's variance beside that of its mean.
+    The mean square includes the posterior's variance.
     """
     posterior = DiagonalGaussianDistribution(moments)
     means = posterior.mean.mean((2, 3))
@@ -48,7 +48,7 @@ def latent_moments(moments: Tensor) -> dict[str, Tensor]:
 
 
 class LatentStatistics:
-    """Mean and standard deviation of the latents, per channel and over all, from means of `latent_moments`."""
+    """Mean and standard deviation of the latents, per channel and overall, from averaged `latent_moments`."""
 
     def __init__(self, means: dict[str, float]) -> None:
         channels = range(sum(name.startswith("latent_mean/") for name in means))

@@ -1,4 +1,4 @@
-"""A discriminator of patches."""
+"""A patch discriminator, and the moving averages of its logits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of overlapping patches whether they are real: pix2pix's network (arXiv 1611.07004) with group norm.
+    """Classifies overlapping patches as real or reconstructed: pix2pix's network (arXiv 1611.07004) with group norm.
 
-    [B, C, H, W] in [-1, 1] -> logits [B, 1, h, w]; `layers` convolutions halve the picture. Batch norm's statistics
-    would depend on how the batch is split, and mix real pictures with reconstructions.
+    [B, C, H, W] in [-1, 1] -> logits [B, 1, h, w]; `layers` convolutions halve the resolution. Batch norm would depend
+    on how the batch is split, and mix real pictures with reconstructions.
     """
 
     def __init__(self, channels: int, layers: int = 3, base_channels: int = 64) -> None:
@@ -45,8 +45,8 @@ class PatchDiscriminator(nn.Module):
 class LogitAverages(nn.Module):
     """Moving averages of the mean logits of real pictures and reconstructions, for LeCam (arXiv 2104.03310).
 
-    What a step uses depends on earlier steps alone, over all processes and micro-batches, so that no split of the
-    batch matters: a step's means are collected first, and averaged in when the next step begins.
+    A step uses averages over earlier steps only, so that the split of a batch over processes and micro-batches does
+    not matter: the means of a step are collected, and enter the averages when the next step begins.
     """
 
     DECAY = 0.99
@@ -57,18 +57,18 @@ class LogitAverages(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("sums", torch.zeros(3))  # decaying sums of both means, and of the weights
-        self.register_buffer("collected", torch.zeros(3))  # sums of both means in the newest step, and how many
-        self.register_buffer("step", torch.tensor(-1))  # the newest step
+        self.register_buffer("collected", torch.zeros(3))  # sums of both means in the latest step, and their count
+        self.register_buffer("step", torch.tensor(-1))  # the latest step
 
     @torch.no_grad()
     def forward(self, step: int, real: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
-        """The averages (real, reconstructed) to use in `step`, whose logits are collected. Collective."""
+        """Returns the averages (real, reconstructed) for `step`, and collects its logits. Collective."""
         own = torch.stack([real.mean(), reconstructed.mean(), torch.ones_like(real.mean())])
         own = torch.where(own.isfinite().all(), own, 0.0)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(own)
         new, collected = self.step != step, self.collected.clone()
-        known = collected / collected[2].clamp(min=1)  # its last element is 1, or 0 where nothing was collected
+        known = collected / collected[2].clamp(min=1)  # its last element is 1, or 0 if nothing was collected
         averaged = torch.where(known[2] > 0, self.DECAY * self.sums + (1 - self.DECAY) * known, self.sums)
         self.sums.copy_(torch.where(new, averaged, self.sums))
         self.collected.copy_(torch.where(new, own, collected + own))

@@ -1,4 +1,4 @@
-"""The latents of a frozen autoencoder in place of pixels: how they are read, drawn and decoded."""
+"""Latents of a frozen autoencoder: encoding, sampling, scaling and decoding."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def vae_config(source: str) -> dict[str, Any] | None:
-    """The config of an autoencoder in a local folder; None for what must be a name on the hub."""
+    """Reads the config of an autoencoder in a local folder; None if there is none, as for a hub name."""
     path = Path(source) / (find_subfolder(source, None) or "") / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def latents_problems(source: str) -> Iterator[str]:
-    """Yields what is wrong with an option that names an autoencoder, as far as a local folder tells."""
+    """Yields problems of an option that names an autoencoder, as far as a local folder shows them."""
     settings = vae_config(source)
     if settings is None and Path(source).exists():
         yield "must be a finished vae run: a folder with config.json or vae/config.json"
@@ -36,7 +36,7 @@ def latents_problems(source: str) -> Iterator[str]:
 
 
 def cache_problems(caches: Mapping[str, CacheKind | None], base: BaseConfig) -> Iterator[tuple[str, str]]:
-    """Yields (option, problem) for caches of which every example would need another entry than the one that is kept."""
+    """Yields (option, problem) for caches whose entries would differ from one epoch to the next."""
     if caches["cache_latents"] is not None and not base.center_crop:
         yield "cache_latents", "keeps one crop of each picture: set base.center_crop: true"
     for option, cache in caches.items():
@@ -46,10 +46,10 @@ def cache_problems(caches: Mapping[str, CacheKind | None], base: BaseConfig) -> 
 
 
 class LatentSpace:
-    """z = (x - shift) * scale of an AutoencoderKL's latents x, as its config says.
+    """Scaled latents z = (x - shift) * scale of an AutoencoderKL, with shift and scale of its config.
 
-    Messages name the `option` which says where the autoencoder is. Raises ValueError where `encoded_by`, the digest of
-    the network that encoded the data, is another's.
+    `option` names the option that locates the autoencoder, for messages. Raises ValueError if the data was encoded by
+    another network, whose digest is `encoded_by`.
     """
 
     offloaded = False  # whether the autoencoder leaves the device when it is not in use
@@ -78,40 +78,40 @@ class LatentSpace:
             )
 
     def _settings_on_hub(self) -> dict[str, Any]:
-        """The config as it is written, without defaults."""
+        """The config as written in the file, without defaults."""
         from diffusers import AutoencoderKL
 
         try:
             return AutoencoderKL.load_config(self.source)
         except OSError:
-            return dict(self.load().config)  # which says what is wrong
+            return dict(self.load().config)  # or an error that explains
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """The autoencoder; in float32 where its config says that half precision overflows."""
+        """The frozen autoencoder on the device; in float32 if its config says that half precision overflows."""
         vae = self.load()
-        vae = vae if self.vae_dtype == vae.dtype else vae.to(self.vae_dtype)  # diffusers warns of a dtype, any dtype
+        vae = vae if self.vae_dtype == vae.dtype else vae.to(self.vae_dtype)  # diffusers warns of any dtype
         return vae.to(self.device).eval().requires_grad_(False)
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """As the file says: where it is silent, diffusers would say yes."""
+        """Read from the file, because diffusers' default for force_upcast is True."""
         return torch.float32 if self.settings.get("force_upcast") else self.dtype
 
     def load(self) -> AutoencoderKL:
-        """A copy in float32 on the CPU."""
+        """Loads a copy in float32 on the CPU."""
         return load_autoencoder(self.option, self.source, self.pictures, variant=self.variant)
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that identify the autoencoder's weights."""
+        """Hash of the autoencoder's weights: 16 hex digits."""
         content = hashlib.sha256()
         for name, weights in sorted(self.load().state_dict().items()):
             content.update(name.encode() + weights.numpy().tobytes())
         return content.hexdigest()[:16]
 
     def encoder(self, cache: CacheKind | None = None, column: str = "") -> Encoder:
-        """The stage that writes the mean and log-variance of each picture of `image`, or `<column>image`."""
+        """Makes the encoder from `<column>image` to the posterior: `<column>mean` and `<column>logvar`."""
 
         def write(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:
             return {f"{column}{name}": rows for name, rows in encode(vae, images).items()}
@@ -122,22 +122,22 @@ class LatentSpace:
             return {"vae": digest, "variant": self.variant, "dtype": str(self.vae_dtype)}
 
         writes = (f"{column}mean", f"{column}logvar")
-        optional = column != ""  # such as pictures of a class: training examples alone have them
+        optional = column != ""  # such as class images, which only training examples have
         return Encoder(f"{column}image", writes, lambda: self.vae, write, source, cache, optional=optional)
 
     def draw(self, batch: dict[str, Any], rng: RandomSource, column: str = "") -> Tensor:
-        """Scaled latents [B, c, h, w] drawn from a batch's posteriors, `column` in front of their names."""
+        """Samples scaled latents [B, c, h, w] from the posteriors in `<column>mean` and `<column>logvar`."""
         mean, logvar = batch[f"{column}mean"].float(), batch[f"{column}logvar"].float()
         return self.scaled(mean + (logvar / 2).exp() * rng.normal(f"{column}latent", mean.shape[1:]))
 
     def offload(self) -> None:
-        """Takes the autoencoder off the device, where it is needed at validations only."""
+        """Moves the autoencoder off the device if only validations need it."""
         if self.offloaded:
             self.vae.to("cpu")
 
     @property
     def factor(self) -> int:
-        """Pixels per latent, along a side."""
+        """Pixels per latent along a side."""
         return self.pictures.resolution // self.grid.resolution
 
     @property
@@ -149,12 +149,12 @@ class LatentSpace:
 
     @torch.no_grad()
     def decode(self, scaled: Tensor) -> Tensor:
-        """Pixels [B, C, H, W] in [-1, 1], a little beyond where the decoder says so."""
+        """Decodes to pixels [B, C, H, W] in [-1, 1], not clamped."""
         return decode(self.vae.to(self.device), scaled)
 
 
 def images_of(batch: dict[str, Any]) -> Tensor:
-    """The pictures [B, C, H, W] of a batch; ValueError for latents."""
+    """Returns the pictures [B, C, H, W] of a batch; ValueError if it holds latents."""
     if "image" not in batch:
         raise ValueError(
             "the data set holds latents, and this run needs pictures; conditional_ddpm.vae and dit.vae take latents"
@@ -164,12 +164,12 @@ def images_of(batch: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:
-    """The posterior of pictures in [-1, 1], in the network's precision; the log-variance is clamped by diffusers."""
+    """Encodes pictures in [-1, 1] to the posterior, in the network's precision; diffusers clamps the log-variance."""
     posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     return {"mean": posterior.mean, "logvar": posterior.logvar}
 
 
 def decode(vae: AutoencoderKL, scaled: Tensor) -> Tensor:
-    """The pixels of scaled latents."""
+    """Decodes scaled latents to float32 pixels."""
     latents = scaled / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     return vae.decode(latents.to(vae.dtype)).sample.float()

@@ -1,4 +1,4 @@
-"""What an autoencoder is trained on beside a discriminator, and how its pictures are measured."""
+"""The non-adversarial loss of an autoencoder, and quality metrics of its reconstructions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainers.common.autoencoder.perceptual import load_perceptual
 
 
 class AutoencoderLoss:
-    """Reconstruction, perceptual distance and KL of examples, as the options of the section `vae` say."""
+    """Reconstruction loss, perceptual distance and KL per example, by the options of the section `vae`."""
 
     def __init__(self, config: Any, resolution: int, device: torch.device) -> None:
         self.config = config
@@ -24,7 +24,7 @@ class AutoencoderLoss:
             self.perceptual = load_perceptual(config.perceptual_loss, resolution).to(device)
 
     def distances(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """How far each reconstruction [B, C, H, W] is from its picture, [B]: by pixels, and as a network sees it."""
+        """Distances [B] of reconstructions [B, C, H, W] from their pictures: of pixels and, if set, perceptual."""
         match self.config.reconstruction_loss:
             case "huber":
                 delta = self.config.huber_delta
@@ -42,11 +42,11 @@ class AutoencoderLoss:
         return distances["reconstruction"] + self.config.perceptual_weight * distances.get("perceptual", 0.0)
 
     def kl(self, moments: Tensor) -> Tensor:
-        """The KL of posteriors to the standard normal distribution in nats, summed over the latents, [B]."""
+        """KL divergence [B] of posteriors from the standard normal, in nats, summed over the latents."""
         return DiagonalGaussianDistribution(moments).kl()
 
     def kl_weight(self, step: int) -> float:
-        """The weight in a step, which rises; 0 where the encoder is frozen, and the KL with it."""
+        """The KL's weight at a step, with linear warm-up; 0 if the encoder is frozen."""
         if self.config.decoder_only:
             return 0.0
         warmup = self.config.kl_warmup_steps
@@ -54,9 +54,9 @@ class AutoencoderLoss:
 
 
 def quality(images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-    """PSNR in dB and SSIM of pictures [B, C, H, W] in [-1, 1], as 8-bit files would hold them but unrounded, [B].
+    """PSNR (dB) and SSIM of pictures [B, C, H, W] in [-1, 1], each [B]; without SSIM if its window does not fit.
 
-    Without SSIM where its window does not fit.
+    Pixels are clamped as in 8-bit files, but not rounded.
     """
     ours, wanted = ((pixels / 2 + 0.5).clamp(0, 1) for pixels in (reconstruction, images))
     metrics = {"psnr": peak_signal_noise_ratio(ours, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))}

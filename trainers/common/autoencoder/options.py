@@ -1,4 +1,4 @@
-"""Autoencoders: from a folder, a JSON file, a name in configs/models, or a default that fits the resolution."""
+"""Autoencoders from a folder, a JSON file, a name in configs/models, or a default that fits the resolution."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ALLOWED = (
     "another torchvision network, such as resnet50:resnet50.pth, or ms_ssim, which needs no weights"
 )
 SSIM_WINDOW = 11  # pixels; a picture must be larger at every scale
-LEVELS = 1  # of an AutoencoderKL whose config does not say
+LEVELS = 1  # resolution levels of an AutoencoderKL by default
 
 
 def default_autoencoder(grid: Grid) -> Settings:
-    """Stable Diffusion's shape, with latents 8 times smaller; narrower below 128 pixels, 4 times below 64."""
+    """Stable Diffusion's config, with latents 8 times smaller; narrower below 128 pixels, 4 times below 64."""
     width = 128 if grid.resolution >= 128 else 32
     factors = (1, 2, 4, 4) if grid.resolution >= 64 else (1, 2, 4)
     return {
@@ -35,14 +35,14 @@ def default_autoencoder(grid: Grid) -> Settings:
 
 
 def latent_grid(settings: Mapping[str, Any], resolution: int) -> Grid:
-    """The latents of square pictures under a config of AutoencoderKL."""
+    """The grid of the latents of square pictures, by an AutoencoderKL's config."""
     halvings = len(settings.get("block_out_channels", (0,) * LEVELS)) - 1
     source = ("the autoencoder's latent_channels", "the latents' size")
     return Grid(settings.get("latent_channels", 4), resolution >> halvings, source)
 
 
 def autoencoder_problems(model_config: str | None, grid: Grid) -> Iterator[str]:
-    """Yields what keeps the network from working on the run's data, before anything heavy is loaded."""
+    """Yields why the network cannot work on the grid, without importing heavy libraries."""
     yield from settings_problems(
         "an AutoencoderKL",
         lambda: read_settings(model_config, default_autoencoder, grid),
@@ -51,7 +51,7 @@ def autoencoder_problems(model_config: str | None, grid: Grid) -> Iterator[str]:
 
 
 def perceptual_problem(spec: str, channels: int, resolution: int) -> str | None:
-    """What is wrong with `perceptual_loss`, before anything is loaded."""
+    """Returns the problem of a `perceptual_loss`, or None; loads no weights."""
     if spec == "ms_ssim":
         return None if resolution > SSIM_WINDOW else f"ms_ssim needs a base.resolution of more than {SSIM_WINDOW}"
     name, _, file = spec.partition(":")
@@ -71,18 +71,18 @@ def perceptual_problem(spec: str, channels: int, resolution: int) -> str | None:
 
 
 def smallest_picture(discriminator_layers: int) -> int:
-    """Pixels of the smallest side from which a PatchDiscriminator computes a logit."""
+    """The smallest side, in pixels, from which a PatchDiscriminator computes a logit."""
     return 3 * 2**discriminator_layers
 
 
 def find_subfolder(pretrained: str, subfolder: str | None) -> str | None:
-    """The sub-folder that was given, or `vae` of a local folder where only that has a config.json."""
+    """Returns the given sub-folder, or `vae` if only that folder of a local pipeline has a config.json."""
     here, below = (Path(pretrained) / name / "config.json" for name in ("", "vae"))
     return "vae" if subfolder is None and not here.is_file() and below.is_file() else subfolder
 
 
 def build_autoencoder(model_config: str | None, grid: Grid) -> AutoencoderKL:
-    """Makes the network with random weights."""
+    """Builds the network with random weights."""
     from trainers.common.autoencoder.autoencoder import AutoencoderKL
 
     return AutoencoderKL.from_config(read_settings(model_config, default_autoencoder, grid))
@@ -97,9 +97,9 @@ def load_autoencoder(
     trainable: bool = False,
     variant: str | None = None,
 ) -> AutoencoderKL:
-    """Reads the network from a folder or the hub, in float32; a trainable one has a forward for training.
+    """Reads the network from a folder or the hub, in float32; a trainable one has our forward for training.
 
-    The messages name the `option`: FileNotFoundError where nothing can be read, ValueError where it does not fit.
+    Raises FileNotFoundError if nothing can be read, ValueError if it does not fit; messages name the `option`.
     """
     import diffusers
     import torch

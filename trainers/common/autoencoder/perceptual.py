@@ -1,4 +1,4 @@
-"""Distances of pictures that see structure instead of pixels: LPIPS, a torchvision network's features, SSIM."""
+"""Perceptual distances of pictures: LPIPS, features of a torchvision network, MS-SSIM."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from trainers.common.autoencoder.options import ALLOWED, SSIM_WINDOW
 
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # per scale, of the paper (Wang et al. 2003)
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # per scale (Wang et al. 2003)
 
 
 def load_perceptual(spec: str, resolution: int) -> nn.Module:
-    """The distance of `perceptual_loss`: (pictures, pictures), each [B, C, H, W] in [-1, 1], -> [B].
+    """Builds the distance of `perceptual_loss`: two batches of pictures [B, C, H, W] in [-1, 1] -> [B].
 
-    Frozen, in float32; a gradient goes through to the pictures. Raises ValueError where its weights cannot be had.
+    It is frozen, in float32, and passes gradients to the pictures. Raises ValueError if its weights are unavailable.
     """
     name, _, file = spec.partition(":")
     distance: nn.Module
@@ -35,7 +35,7 @@ class MultiScaleSSIM(nn.Module):
 
     def __init__(self, resolution: int) -> None:
         super().__init__()
-        # the window must fit into the smallest scale, and what torchmetrics asks for is more for three scales and more
+        # the window must fit into the smallest scale; from three scales on torchmetrics asks for more than that
         fitting = [s for s in range(5) if min(resolution >> s, resolution // max(1, s * s)) >= SSIM_WINDOW]
         weights = MS_SSIM_WEIGHTS[: len(fitting)]
         self.weights = tuple(weight / sum(weights) for weight in weights)
@@ -43,7 +43,7 @@ class MultiScaleSSIM(nn.Module):
     def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
         from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-        # "simple" maps a scale's similarity to [0, 1]: cut off at 0, its power would have an infinite gradient there
+        # "simple" maps similarities to [0, 1]; clamping at 0 would give their powers an infinite gradient there
         similarity = multiscale_structural_similarity_index_measure(
             pictures / 2 + 0.5,
             others / 2 + 0.5,
@@ -56,7 +56,7 @@ class MultiScaleSSIM(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """LPIPS of VGG16 (arXiv 1801.03924): torchmetrics' network, whose heads come with it."""
+    """LPIPS with VGG16 (arXiv 1801.03924): torchmetrics' network, which includes the trained heads."""
 
     def __init__(self, file: str | None) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class LPIPS(nn.Module):
 
 
 class FeatureDistance(nn.Module):
-    """LPIPS without trained heads: features of unit length, their squared difference, the mean over positions.
+    """LPIPS without trained heads: mean over positions of the squared difference of features of unit length.
 
-    Summed over the last activation at each size that the network reaches, down to 2 pixels.
+    Summed over the last activation at each resolution of the network, down to 2 pixels.
     """
 
     mean: Tensor
@@ -94,7 +94,7 @@ class FeatureDistance(nn.Module):
 
         network = get_model(name, weights=None).eval()
         self.network = create_feature_extractor(network, _last_of_each_size(network, resolution))
-        own = self.network.state_dict()  # without the head, which a file may lack
+        own = self.network.state_dict()  # without the classification head, which a file may lack
         put_weights(name, file, own, {key: key for key in own}, read_weights(name, file))
         preset = get_model_weights(name).DEFAULT.transforms()
         for key, values in (("mean", preset.mean), ("std", preset.std)):
@@ -109,15 +109,15 @@ class FeatureDistance(nn.Module):
 
 
 def _last_of_each_size(network: nn.Module, resolution: int) -> list[str]:
-    """The activations behind which pictures of this size get smaller; those of one pixel are left out."""
+    """Names the last activation at each resolution above one pixel, for pictures of this size."""
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-    nodes = get_graph_node_names(network)[1][1:]  # the first is the picture
+    nodes = get_graph_node_names(network)[1][1:]  # the first is the input
     with torch.no_grad():
         found = create_feature_extractor(network, nodes)(torch.zeros(1, 3, resolution, resolution))
     last: dict[int, str] = {}
     for node, rows in found.items():
-        if rows.ndim == 4 and 1 < rows.shape[-1] <= min(last, default=resolution):  # a head's pooling may enlarge
+        if rows.ndim == 4 and 1 < rows.shape[-1] <= min(last, default=resolution):  # pooling in a head may enlarge
             last[rows.shape[-1]] = node
     return list(last.values())
 
@@ -131,7 +131,7 @@ def _in_color(pictures: Tensor) -> Tensor:
 
 
 def read_weights(name: str, file: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file, which is not unpickled; ValueError where it holds something else."""
+    """Reads the tensors of a .safetensors or .pth file (weights only); ValueError if it holds anything else."""
     from safetensors.torch import load_file
 
     try:
@@ -150,10 +150,10 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
 def put_weights(
     name: str, file: str, own: Mapping[str, Tensor], names_in_file: dict[str, str], weights: dict[str, Any]
 ) -> None:
-    """Copies the weights of a file; ValueError where one is not there or has another shape."""
+    """Copies the weights of a file; ValueError if one is missing or has another shape."""
     for key, tensor in own.items():
         found = weights.get(names_in_file[key])
-        if key.endswith("num_batches_tracked"):  # older files lack it, and it matters in training only
+        if key.endswith("num_batches_tracked"):  # missing in older files, and used only in training
             continue
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else "missing"

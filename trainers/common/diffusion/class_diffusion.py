@@ -1,4 +1,4 @@
-"""What class-conditional diffusion shares: labels and their dropout, guidance, pictures by class, the pipeline."""
+"""Base class of class-conditional diffusion tasks: label dropout, guidance, pictures by class, the pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ClassNumber = Annotated[int, Bounds(0)]
 
 @dataclass(kw_only=True)
 class ClassDiffusionConfig(PixelDiffusionConfig):
-    """Latents, classes and guidance."""
+    """Options for latents, classes and guidance."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (
         *PixelDiffusionConfig.free_on_resume, "guidance_scale", "guidance_rescale", "guidance_interval",
@@ -43,16 +43,16 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
     )  # fmt: skip
     training_only: ClassVar[tuple[str, ...]] = ("cache_latents",)
 
-    vae: str | None = None  # a finished vae run, or a hub name of an AutoencoderKL: diffuse its latents; null: pixels
-    cache_latents: CacheKind | None = None  # encode each picture once; null: in every step
-    num_classes: Positive | None = None  # null: as many as the data set names
-    label_dropout: Fraction = 0.1  # part of the examples whose class is hidden in training
-    guidance_scale: NonNegativeFloat = 1.0  # of the pictures at validations; 1: conditional alone, 0: no class
-    guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
-    guidance_interval: list[float] | None = None  # [low, high] of the noise level sigma to guide in; null: all
+    vae: str | None = None  # finished vae run or hub name of an AutoencoderKL, whose latents are diffused; null: pixels
+    cache_latents: CacheKind | None = None  # encode each picture once; null: at every step
+    num_classes: Positive | None = None  # null: the number of classes that the data set names
+    label_dropout: Fraction = 0.1  # fraction of training examples whose class is hidden
+    guidance_scale: NonNegativeFloat = 1.0  # of validation pictures; 1: no guidance, 0: no class
+    guidance_rescale: Fraction = 0.0  # from 0 to 1: rescale guided predictions to the conditional one's std
+    guidance_interval: list[float] | None = None  # [low, high]: noise levels sigma with guidance; null: all
     classifier: str | None = None  # a finished noisy_classifier run, for classifier guidance; null: none
-    classifier_scale: PositiveFloat = 1.0  # how strongly it guides, beside or instead of guidance_scale
-    valid_classes: list[str | ClassNumber] | None = None  # one column each, by name or number; null: all classes
+    classifier_scale: PositiveFloat = 1.0  # strength of classifier guidance, besides guidance_scale
+    valid_classes: list[str | ClassNumber] | None = None  # drawn in a column each, by name or number; null: all
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -85,7 +85,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
 
 
 class ClassDiffusionTrainer(PixelDiffusionTrainer):
-    """Trains a network that is told a class, or the number after the last one for "no class"; a task says which."""
+    """Trains a network conditioned on a class number, with one number past the last class for "no class"."""
 
     config: ClassDiffusionConfig
     task: ClassVar[str]  # the section's name, for messages
@@ -121,7 +121,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
             )
 
     def _class_numbers(self, classes: Sequence[str | int]) -> list[int]:
-        """Names win over numbers: with the names "1" and "0" the class "1" is number 0."""
+        """Resolves names and numbers; names come first: with the names "1" and "0" the class "1" is number 0."""
         names = self.run.label_names or []
         known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
         for item in classes:
@@ -132,7 +132,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         labels = labels_of(self.task, batch)
-        if self.training:  # per example, so that a batch has both
+        if self.training:  # drawn per example
             labels = labels.masked_fill(rng.bernoulli("label_dropout", self.config.label_dropout), self.num_classes)
         return self.objective.loss(self._asking(labels), self.clean(batch, rng), rng).mean(), {}
 
@@ -144,11 +144,11 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         return lambda noisy, timesteps: self._network(noisy, timesteps, {"class_labels": labels})
 
     def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        timesteps = timesteps.to(noisy.device).expand(len(noisy))  # a sampler's is one for all
+        timesteps = timesteps.to(noisy.device).expand(len(noisy))  # a sampler gives one for all
         return self.modules[self.network_name](noisy, timesteps, **condition).sample
 
     def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
-        """One picture of each class, then again, `valid_batch_size` in all but at least one of each."""
+        """Cycles through the classes: `valid_batch_size` pictures in all, but at least one of each class."""
         count = max(self.config.valid_batch_size, len(self.columns))
         return [{"label": self.columns[number % len(self.columns)]} for number in range(count)]
 
@@ -176,7 +176,7 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
 
         network = {self.network_name: self.raw(self.network_name)}
         id2label = dict(enumerate(self.run.label_names)) if self.run.label_names else None
-        vae = None if self.latents is None else self.latents.load()  # the one in use may be in half precision
+        vae = None if self.latents is None else self.latents.load()  # the loaded one may be in half precision
         sampler = self.config.chosen_sampler
         pipeline = ClassConditionalPipeline(self.scheduler, **network, id2label=id2label, sampler=sampler, vae=vae)
         pipeline.save_pretrained(output_dir)

@@ -1,4 +1,4 @@
-"""What tasks with classes share: how many there are, and the labels of a batch."""
+"""The number of classes of a run, and the labels of a batch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def count_classes(task: str, trainer: Trainer, num_classes: int | None) -> int:
-    """As many classes as the data set names, or as the option says; ValueError where they disagree or both are silent.
+    """Counts the classes that the data set names, or else takes the option.
 
-    A data set without names must not hold labels beyond the option.
+    Raises ValueError if they disagree, if neither is given, or if the data set has a label beyond the count.
     """
     named, highest = len(trainer.run.label_names or []), trainer.run.highest_label
     if named and num_classes and named != num_classes:
@@ -27,7 +27,7 @@ def count_classes(task: str, trainer: Trainer, num_classes: int | None) -> int:
 
 
 def labels_of(task: str, batch: dict[str, Any]) -> Tensor:
-    """The labels [B] of a batch; ValueError for data without any."""
+    """Returns the labels [B] of a batch; ValueError for data without labels."""
     if "label" not in batch:
         raise ValueError(f"{task} needs labels, and the data set has none; give a folder per class")
     return batch["label"]

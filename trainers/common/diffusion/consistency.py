@@ -1,4 +1,4 @@
-"""Latent consistency distillation, arXiv 2310.04378: one step of a student for many of a guided teacher, in float32."""
+"""Latent consistency distillation, arXiv 2310.04378: a student learns to skip steps of a guided teacher; float32."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Networks:
 
 
 class ConsistencyObjective:
-    """Teaches a student to say at every time what it says one step of the guided teacher nearer to the picture.
+    """Trains a student to give the same output before and after a step of the guided teacher towards the picture.
 
-    The scheduler's `original_inference_steps` N and `num_train_timesteps` T give the length k = T // N of a step of
-    DDIM (arXiv 2010.02502) and the timesteps k - 1, 2 k - 1, ..., N k - 1 to start from: section 4.3's skipping. The
-    teacher is guided by w, uniform in [w_min, w_max) for each example. The student is its own target, without gradient.
-    `huber_c` is c of the distance sqrt(e^2 + c^2) - c; None: e^2. Raises ValueError for a base that does not fit.
+    The scheduler's `original_inference_steps` N and `num_train_timesteps` T give the length k = T // N of a DDIM step
+    (arXiv 2010.02502) and the starting timesteps k - 1, 2 k - 1, ..., N k - 1 (skipping, section 4.3). The teacher's
+    guidance w is uniform in [w_min, w_max) per example. The target is the student itself, without gradient. `huber_c`
+    is c of the distance sqrt(e^2 + c^2) - c; None: e^2. Raises ValueError for a base model that does not fit.
     """
 
     def __init__(self, scheduler: LCMScheduler, w_min: float, w_max: float, huber_c: float | None = None) -> None:
         settings = scheduler.config
         steps, total = settings.original_inference_steps, settings.num_train_timesteps
-        if total % steps:  # the first step of drawing would start below the noise that there is
+        if total % steps:  # sampling would start with less noise than there is
             nearest = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
             raise ValueError(f"num_ddim_timesteps = {steps}: must divide the base's {total} timesteps; take {nearest}")
         if settings.prediction_type not in PREDICTION_TYPES:
@@ -61,7 +61,7 @@ class ConsistencyObjective:
         part: Part | None = None,
         prefix: str = "",
     ) -> Tensor:
-        """Returns the distance of equation 16 at one random step per example, [B]; see DDPMObjective.loss."""
+        """Returns the distance of equation 16 for one random step per example, [B]; see DDPMObjective.loss."""
         assert isinstance(networks, Networks), "the student needs a teacher"
         timesteps = self.skipped * (self.starts.draw(rng, f"{prefix}timestep", part) + 1) - 1
         earlier = (timesteps - self.skipped).clamp(min=0)
@@ -75,19 +75,19 @@ class ConsistencyObjective:
         return masked_mean(self.penalty(error), mask)
 
     def consistent(self, predict: Predict, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """f of equation 9: c_skip times what comes in, c_out times the predicted picture; at t = 0 what comes in."""
+        """f of equation 9: c_skip times the input plus c_out times the predicted picture; at t = 0 the input."""
         c_skip, c_out = self.scheduler.get_scalings_for_boundary_condition_discrete(timesteps)
         clean, _ = self.split(predict(noisy, timesteps).float(), noisy, timesteps)
         return column(c_skip, noisy) * noisy + column(c_out, noisy) * clean
 
     def ddim_step(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor, earlier: Tensor) -> Tensor:
-        """The same picture with the same noise, of which there is less: equation 12 of arXiv 2010.02502, sigma = 0."""
+        """Steps to an earlier time along the predicted noise: equation 12 of arXiv 2010.02502, sigma = 0."""
         clean, noise = self.split(prediction, noisy, timesteps)
         a, s = self.signal_and_noise(earlier, noisy)
         return a * clean + s * noise
 
     def split(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture and the noise that a prediction sees in `noisy`, each [B, ...]."""
+        """Splits `noisy` into the picture and the noise that a prediction implies, each [B, ...]."""
         a, s = self.signal_and_noise(timesteps, noisy)
         match self.scheduler.config.prediction_type:
             case "epsilon":
@@ -103,14 +103,14 @@ class ConsistencyObjective:
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def penalty(self, error: Tensor) -> Tensor:
-        """The square, or the pseudo-Huber distance, which has slope 1 far from 0."""
+        """The squared error, or the pseudo-Huber distance, whose slope far from 0 is 1."""
         if self.huber_c is None:
             return error.square()
         return (error.square() + self.huber_c**2).sqrt() - self.huber_c
 
 
 def lcm_scheduler(scheduler: SchedulerMixin, original_inference_steps: int) -> LCMScheduler:
-    """LCM's over the noise of a base's scheduler, whose file may leave betas to its own class's defaults."""
+    """Makes LCM's scheduler with a base's noise, whose file may rely on the defaults of its class."""
     from diffusers import LCMScheduler
 
     settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
@@ -124,5 +124,5 @@ def guided(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, ...]."""
+    """Reshapes [B] to [B, 1, ...], to broadcast over `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

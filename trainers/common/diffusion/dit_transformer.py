@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
 SHAPE = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
-PATCHES = 16  # at most, along a side, where the config does not say
+PATCHES = 16  # at most, along a side, by default
 
 
 def default_dit(grid: Grid) -> Settings:
-    """DiT-S of arXiv 2212.09748, table 1, with the smallest patches of which 16 or fewer make up a side."""
+    """DiT-S of arXiv 2212.09748, table 1, with the smallest patches that give at most 16 along a side."""
     sizes = range(1, grid.resolution + 1)
     patch_size = next(size for size in sizes if grid.resolution % size == 0 and grid.resolution // size <= PATCHES)
     return dict(zip(SHAPE, (patch_size, 12, 6, 64), strict=True))
 
 
 def dit_problems(model_config: str | None, grid: Grid) -> Iterator[str]:
-    """Yields what keeps the network from working on the run's data, before anything heavy is loaded."""
+    """Yields why the network cannot work on the grid, without importing heavy libraries."""
     yield from settings_problems(
         "a DiTTransformer2DModel",
         lambda: read_settings(model_config, default_dit, grid),
@@ -39,9 +39,9 @@ def dit_problems(model_config: str | None, grid: Grid) -> Iterator[str]:
 
 
 def dit_misfits(settings: Mapping[str, Any], grid: Grid) -> Iterator[str]:
-    """Yields where a config does not fit what the network sees."""
+    """Yields how a config does not fit the grid."""
     missing = [name for name in SHAPE if name not in settings]
-    if missing:  # diffusers would take those of DiT-XL
+    if missing:  # diffusers' defaults are those of DiT-XL
         yield f"is no config of a DiTTransformer2DModel: it does not say {', '.join(missing)}"
         return
     inputs = settings["in_channels"]
@@ -62,10 +62,10 @@ def dit_misfits(settings: Mapping[str, Any], grid: Grid) -> Iterator[str]:
 
 
 def build_dit(model_config: str | None, pretrained: str | None, grid: Grid, num_classes: int) -> DiTTransformer2DModel:
-    """Makes the network, with random weights or those of a folder (or its sub-folder `transformer`), in float32.
+    """Builds the network in float32, with random weights or those of a folder (or its sub-folder `transformer`).
 
-    It has an embedding per class and one, the last, for "no class". Raises ValueError where pretrained weights do not
-    fit the classes, or what the network is to see.
+    It has an embedding per class and a last one for "no class". Raises ValueError if pretrained weights do not fit
+    the classes or the grid.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -77,22 +77,22 @@ def build_dit(model_config: str | None, pretrained: str | None, grid: Grid, num_
         misfits = partial(dit_misfits, grid=grid)
         transformer = load_pretrained(DiTTransformer2DModel, pretrained, "transformer", settings, misfits)
     for block in transformer.transformer_blocks:
-        # diffusers drops labels, too, from torch's own generator; with 0.1 it has made the row for "no class"
+        # the task drops labels; diffusers would as well, and needs a dropout above 0 to make the "no class" row
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return transformer
 
 
 def initialize(transformer: DiTTransformer2DModel) -> None:
-    """Gives random weights as arXiv 2212.09748 does, which diffusers leaves out.
+    """Initialises the weights as arXiv 2212.09748 does, which diffusers leaves out.
 
-    adaLN-Zero, section 3.2: what makes scales, shifts and gates starts at 0, so each block is the identity, and so
-    does the last layer.
+    adaLN-Zero, section 3.2: the layers that make scales, shifts and gates start at 0, so that each block is the
+    identity; so does the last layer.
     """
     from torch import nn
 
     for module in transformer.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch's embedding is linear, too
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch embedding is a linear layer
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for block in transformer.transformer_blocks:

@@ -17,17 +17,17 @@ from trainers.base import BaseConfig
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, SchedulerMixin
 
-Condition = dict[str, Tensor]  # what is asked for: tensors [B, ...] by name
+Condition = dict[str, Tensor]  # a network's conditioning inputs: tensors [B, ...] by name
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy [B, ...], timesteps, condition) -> prediction [B, ...]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, and at which noise levels, a prediction is pushed away from that without a condition.
+    """Classifier-free guidance: its strength, and the noise levels at which it acts.
 
-    `scale` 1 is the conditional prediction and 0 the unconditional one; neither needs a second half of the batch.
-    `rescale` in [0, 1] is phi of arXiv 2305.08891, section 3.4. Outside of `interval` (low, high) of the noise level
-    sigma (see noise_levels) the prediction is the conditional one, arXiv 2404.07724.
+    With `scale` 1 the prediction is the conditional one and with 0 the unconditional one; neither doubles the batch.
+    `rescale` in [0, 1] is phi of arXiv 2305.08891, section 3.4. For noise levels sigma (see noise_levels) outside of
+    the `interval` (low, high] the prediction is the conditional one, arXiv 2404.07724.
     """
 
     scale: float = 1.0
@@ -37,7 +37,7 @@ class Guidance:
     def predict(
         self, network: Network, noisy: Tensor, timestep: Tensor, asked: Condition, none: Condition, sigma: float
     ) -> Tensor:
-        """One forward, of twice the batch where guidance acts; `none` is the condition to be pushed away from."""
+        """Predicts in one forward, of twice the batch if guidance acts; `none` is the condition to move away from."""
         scale = self.scale if self.interval is None or self.interval[0] < sigma <= self.interval[1] else 1.0
         if scale == 1.0:
             return network(noisy, timestep, asked)
@@ -59,7 +59,7 @@ class ClassifierGuidance:
     """Moves predictions along the gradient of log p(class | noisy picture), equation 14 of arXiv 2105.05233.
 
     With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar) the predicted noise moves by d = -scale s grad, hence the
-    predicted picture by -d s / a and the velocity by d / a. Nothing moves where the picture is pure noise (a = 0).
+    predicted picture by -d s / a and the velocity by d / a. In pure noise (a = 0) nothing moves.
     """
 
     logits: Callable[[Tensor, Tensor], Tensor]  # (noisy [B, ...], timestep) -> [B, classes]
@@ -67,13 +67,13 @@ class ClassifierGuidance:
     scheduler: DDPMScheduler
 
     def __post_init__(self) -> None:
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # no look at the device in every step
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # avoids a device synchronisation at every step
 
     @classmethod
     def load(
         cls, run: str, scale: float, scheduler: DDPMScheduler, num_classes: int, device: torch.device
     ) -> ClassifierGuidance:
-        """From a finished noisy_classifier run; ValueError where its classes or its noise are not the model's."""
+        """Loads a finished noisy_classifier run; ValueError if its classes or its noise differ from the model's."""
         from diffusers import DDPMScheduler, UNet2DModel
 
         trained_with = DDPMScheduler.from_pretrained(run, subfolder="scheduler")
@@ -97,7 +97,7 @@ class ClassifierGuidance:
         return prediction + factor[self.scheduler.config.prediction_type] * noise_shift
 
     def _gradient(self, noisy: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """Of log p(label | noisy) with respect to noisy, per example."""
+        """The gradient of log p(label | noisy) with respect to `noisy`, per example."""
         with torch.enable_grad():
             noisy = noisy.detach().requires_grad_(True)
             log_p = self.logits(noisy, timestep).float().log_softmax(1)
@@ -105,7 +105,7 @@ class ClassifierGuidance:
 
 
 def classifier_problems(run: str, base: BaseConfig) -> Iterator[str]:
-    """Yields what keeps the classifier of a finished noisy_classifier run from working on the run's pictures."""
+    """Yields why a finished noisy_classifier run cannot guide on the run's pictures."""
     config = Path(run) / "classifier" / "config.json"
     for path in (config, Path(run) / "scheduler" / "scheduler_config.json"):
         if not path.is_file():
@@ -117,11 +117,11 @@ def classifier_problems(run: str, base: BaseConfig) -> Iterator[str]:
 
 
 def noise_levels(scheduler: SchedulerMixin) -> Callable[[Tensor | float], float]:
-    """sigma(timestep), noise over signal: sqrt((1 - alpha_bar) / alpha_bar), or t / (1 - t) of a flow."""
+    """Returns sigma(timestep), noise over signal: sqrt((1 - alpha_bar) / alpha_bar), or t / (1 - t) for a flow."""
     if not hasattr(scheduler, "alphas_cumprod"):
         total = scheduler.config.num_train_timesteps
         return lambda timestep: _ratio(float(timestep) / total, 1 - float(timestep) / total)
-    alphas_cumprod = scheduler.alphas_cumprod.tolist()  # the scheduler's own moves to the device
+    alphas_cumprod = scheduler.alphas_cumprod.tolist()  # a copy: the scheduler's tensor moves to the device
     return lambda timestep: _ratio((1 - alphas_cumprod[int(timestep)]) ** 0.5, alphas_cumprod[int(timestep)] ** 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Noising, regression targets, loss weights and time draws of diffusion and flow training, in float32."""
+"""Objectives of diffusion and flow training in float32: noising, targets, loss weights, distribution of times."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from trainers.base import RandomSource
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy [B, ...], timesteps [B]) -> what the network says [B, ...]
+Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy [B, ...], timesteps [B]) -> prediction [B, ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` of `count` equal parts of the time from pictures to noise."""
+    """Part `number` (from 0) of `count` equal parts of the time from pictures to noise."""
 
     number: int
     count: int
 
 
 class Timesteps:
-    """The distribution of the timesteps that are trained at: integers in [low, high), uniform but for a bias.
+    """The distribution of training timesteps, integers in [low, high).
 
-    With `weights` [high - low] a timestep is drawn in proportion to its weight.
+    It is uniform, or in proportion to `weights` [high - low].
     """
 
     def __init__(self, low: int, high: int, weights: Tensor | None = None) -> None:
@@ -36,7 +36,7 @@ class Timesteps:
         self.cumulative = None if weights is None else (weights.double().cumsum(0) / weights.double().sum()).float()
 
     def draw(self, rng: RandomSource, name: str, part: Part | None = None) -> Tensor:
-        """Timesteps [B]; those of a part are uniform."""
+        """Draws timesteps [B]; uniform within a part if one is given."""
         if part is not None:
             span = self.high - self.low
             first, last = (self.low + span * edge // part.count for edge in (part.number, part.number + 1))
@@ -52,11 +52,10 @@ class Timesteps:
 class DDPMObjective:
     """Denoising regression of arXiv 2006.11239 with the min-SNR weights of arXiv 2303.09556.
 
-    The scheduler's `prediction_type` says what the network predicts: epsilon, sample or v_prediction. Beside it:
-    `noise_offset` times one normal number per channel is added to the noise, and so to the target; the network sees
-    `input_perturbation` times more noise than the target holds (arXiv 2301.11706); `huber_c` replaces the square by
-    2 c (sqrt(e^2 + c^2) - c); `dream_detail_preservation` is p of arXiv 2312.00210, where the noise moves towards what
-    the network makes of it, for epsilon.
+    The scheduler's `prediction_type` is the network's target: epsilon, sample or v_prediction. `noise_offset` times a
+    normal number per channel is added to the noise, and so to the target. `input_perturbation` times further noise is
+    added to the input only (arXiv 2301.11706). `huber_c` replaces the square by 2 c (sqrt(e^2 + c^2) - c).
+    `dream_detail_preservation` is p of arXiv 2312.00210, for epsilon.
     """
 
     def __init__(
@@ -85,9 +84,9 @@ class DDPMObjective:
         part: Part | None = None,
         prefix: str = "",
     ) -> Tensor:
-        """Returns the weighted loss of one random timestep per example, [B].
+        """Returns the weighted loss [B] at one random timestep per example.
 
-        `mask` [B, 1, ...] in [0, 1] weighs pixels; `part` restricts the time; `prefix` names the draws.
+        `mask` [B, 1, ...] in [0, 1] weights pixels; `part` restricts the time; `prefix` starts the names of the draws.
         """
         noise = rng.normal(f"{prefix}noise", clean.shape[1:])
         if self.noise_offset:
@@ -105,7 +104,7 @@ class DDPMObjective:
         return masked_mean(self.penalty(error), mask) * self.weight(timesteps)
 
     def penalty(self, error: Tensor) -> Tensor:
-        """The square, or the pseudo-Huber loss, which has the square's curvature at 0 and slope 2 c far from it."""
+        """The squared error, or the pseudo-Huber loss, with the same curvature at 0 and slope 2 c far from it."""
         if self.huber_c is None:
             return error.square()
         return 2 * self.huber_c * ((error.square() + self.huber_c**2).sqrt() - self.huber_c)
@@ -133,7 +132,7 @@ class DDPMObjective:
         return clipped / divisor[self.scheduler.config.prediction_type]
 
     def _dream(self, predict: Predict, noisy: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy input and the target that hold s^p of what the network gets wrong, equations 5 and 6."""
+        """Adds s^p times the network's error to the input and the target, equations 5 and 6 of arXiv 2312.00210."""
         with torch.no_grad():
             wrong = noise - predict(noisy, timesteps).float()
         alpha_bar = self.scheduler.alphas_cumprod.to(noisy.device)[timesteps]
@@ -145,9 +144,9 @@ class DDPMObjective:
 class RectifiedFlow:
     """Regression of the velocity along straight lines from pictures to noise, arXiv 2209.03003.
 
-    At time t in [0, 1) the network sees (1 - t) x + t n, is told t times the scheduler's `num_train_timesteps`, and
+    At time t in [0, 1) the network gets (1 - t) x + t n and the timestep t * num_train_timesteps of the scheduler, and
     predicts n - x. Times are uniform, or logit-normal with `logit` = (mean, standard deviation), and the scheduler's
-    `shift` moves them towards noise, arXiv 2403.03206, sections 3.1 and 5.3.2.
+    `shift` moves them towards noise (arXiv 2403.03206, sections 3.1 and 5.3.2).
     """
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler, logit: tuple[float, float] | None = None) -> None:
@@ -164,14 +163,14 @@ class RectifiedFlow:
         part: Part | None = None,
         prefix: str = "",
     ) -> Tensor:
-        """Returns the squared error at one random time per example, [B]; see DDPMObjective.loss."""
+        """Returns the squared error [B] at one random time per example; see DDPMObjective.loss."""
         noise, times = rng.normal(f"{prefix}noise", clean.shape[1:]), self.times(rng, part, prefix)
         t = times.reshape(-1, *[1] * (clean.ndim - 1))
         error = predict((1 - t) * clean + t * noise, self.scale * times).float() - (noise - clean)
         return masked_mean(error.square(), mask)
 
     def times(self, rng: RandomSource, part: Part | None = None, prefix: str = "") -> Tensor:
-        """Random times, [B]; those of a part are uniform, and are not shifted."""
+        """Draws times [B]; uniform and without shift within a part if one is given."""
         if part is not None:
             return (part.number + rng.uniform(f"{prefix}time")) / part.count
         if self.logit is None:
@@ -183,7 +182,7 @@ class RectifiedFlow:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Means [B] over the pixels of values [B, C, ...], weighted by a mask [B, 1, ...]; 0 where the mask is empty."""
+    """Means [B] over the pixels of values [B, C, ...], weighted by a mask [B, 1, ...]; 0 if the mask is empty."""
     if mask is None:
         return values.flatten(1).mean(1)
     weights = mask.expand_as(values).flatten(1)

@@ -1,4 +1,4 @@
-"""What diffusion models of pixels or latents share: a network, a noise schedule, an objective and a sampler."""
+"""Base class of diffusion tasks on pixels or latents: a network, a noise schedule, an objective and a sampler."""
 
 from __future__ import annotations
 
@@ -23,21 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class NoisyPixelsConfig(TrainerConfig):
-    """A network that sees pixels with noise: its shape, and how much noise there is at which timestep."""
+    """Options of a network on noisy pixels: its shape and the noise schedule."""
 
-    free_on_resume: ClassVar[tuple[str, ...]] = (  # the network itself is compared on resume
+    free_on_resume: ClassVar[tuple[str, ...]] = (  # resuming compares the network itself
         *TrainerConfig.free_on_resume, "model_config", "pretrained_model_name_or_path",
     )  # fmt: skip
 
     fixed_by_task: ClassVar[tuple[str, ...]] = ()  # settings of the network that the task decides, such as out_channels
 
     model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
-    pretrained_model_name_or_path: str | None = (
-        None  # initial weights: folder or hub name of a UNet2DModel; null: random
-    )
+    pretrained_model_name_or_path: str | None = None  # initial weights: folder or hub name; null: random
     ddpm_num_steps: Positive = 1000  # timesteps of the forward process
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"  # its noise per timestep
-    rescale_betas_zero_snr: bool = False  # last timestep is pure noise (arXiv 2305.08891); not with epsilon
+    rescale_betas_zero_snr: bool = False  # make the last timestep pure noise (arXiv 2305.08891); not with epsilon
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -49,16 +47,16 @@ class NoisyPixelsConfig(TrainerConfig):
             yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
 
     def seen(self, base: BaseConfig) -> Grid | None:
-        """What the network sees; None where that is not known yet."""
+        """The network's input; None if it is not known yet."""
         return Grid.of(base)
 
     def network_problems(self, grid: Grid) -> Iterator[str]:
-        """What keeps the network that model_config says from working on the grid."""
+        """Yields why the network of model_config cannot work on the grid."""
         return unet2d_problems(self.model_config, grid, self.fixed_by_task)
 
 
 def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
-    """The noise schedule of a config; `settings` such as the prediction type are the scheduler's own."""
+    """Builds the noise schedule of a config; `settings` are further arguments of the scheduler."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
@@ -72,7 +70,7 @@ def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
 
 @dataclass(kw_only=True)
 class PixelDiffusionConfig(NoisyPixelsConfig):
-    """Objective and sampler."""
+    """Options of the objective and the sampler."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (
         *NoisyPixelsConfig.free_on_resume,
@@ -80,11 +78,11 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
         "ddpm_num_inference_steps",
     )
 
-    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # what is learned; a flow predicts noise minus picture
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of the times that a flow is trained at
-    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures
+    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # training objective; a flow predicts noise minus picture
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of a flow's training times
+    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures than to noise
     time_logit_std: PositiveFloat = 1.0  # of logit_normal
-    time_shift: PositiveFloat = 1.0  # moves a flow's times towards noise, in training and sampling; 3 at 1024 pixels
+    time_shift: PositiveFloat = 1.0  # shifts a flow's times towards noise, in sampling too; 3 is usual at 1024 pixels
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: ddpm, or euler of a flow
@@ -99,7 +97,7 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
             yield "ddpm_num_inference_steps", f"must be at most ddpm_num_steps = {self.ddpm_num_steps}"
 
     def _objective_problems(self) -> Iterator[tuple[str, str]]:
-        """Options and samplers of the objective that was not chosen."""
+        """Yields options and samplers that belong to the other objective."""
         flow, logit_normal = self.objective == "rectified_flow", self.time_distribution == "logit_normal"
         of_diffusion = ("prediction_type", "snr_gamma", "ddpm_beta_schedule", "rescale_betas_zero_snr")
         yield from self.without_effect(of_diffusion, "objective: ddpm", not flow)
@@ -112,18 +110,18 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
 
     @property
     def chosen_sampler(self) -> str:
-        """The sampler's name, where it is null too."""
+        """The sampler's name; of null, the objective's default."""
         return self.sampler or ("euler" if self.objective == "rectified_flow" else "ddpm")
 
 
 class PixelDiffusionTrainer(Trainer):
-    """Trains a network, a UNet2DModel unless the task says otherwise, on pixels, or on an autoencoder's latents.
+    """Trains a network (by default a UNet2DModel) on pixels or on an autoencoder's latents.
 
-    A task says how its network is asked.
+    A task calls the network, and may build another one.
     """
 
     config: PixelDiffusionConfig
-    network_name: ClassVar[str] = "unet"  # of its folder, as in diffusers' pipelines
+    network_name: ClassVar[str] = "unet"  # its folder in diffusers' pipelines
     latents: LatentSpace | None = None
     objective: DDPMObjective | RectifiedFlow
 
@@ -147,36 +145,36 @@ class PixelDiffusionTrainer(Trainer):
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         config = self.config
-        # by keyword: diffusers' from_config takes what came by position for a default, and drops it
+        # by keyword: diffusers' from_config drops positional arguments, taking them for defaults
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.ddpm_num_steps, shift=config.time_shift)
         logit = (config.time_logit_mean, config.time_logit_std) if config.time_distribution == "logit_normal" else None
         return scheduler, RectifiedFlow(scheduler, logit)
 
     def find_latents(self) -> LatentSpace | None:
-        """The latents that the network sees instead of pixels."""
+        """Returns the latents that replace pixels, or None."""
         return None
 
     def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
-        """What noise is added to, [B, c, h, w]."""
+        """Returns the clean pictures or latents [B, c, h, w], to which noise is added."""
         if self.latents is None:
             return images_of(batch)
         latents = self.latents.draw(batch, rng)
-        if "image_key" in batch and self.device.type == "cpu":  # as the encoder lays them out there: of other layouts
-            latents = latents.to(memory_format=torch.channels_last)  # the network's sums differ in their last bits
+        if "image_key" in batch and self.device.type == "cpu":  # cached: restore the encoder's memory layout, because
+            latents = latents.to(memory_format=torch.channels_last)  # sums differ in their last bits with another one
         return latents
 
     def build_network(self, grid: Grid) -> nn.Module:
-        """The network that sees such a grid, in float32."""
+        """Builds the network for a grid, in float32."""
         config = self.config
         settings = self.network_settings()
         return build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)
 
     def network_settings(self) -> dict[str, Any]:
-        """What the task sets in a UNet2DModel's config, whatever the file says."""
+        """Settings of the UNet2DModel that the task decides; they override the file."""
         return {}
 
     def draw(self, predict: Predict, rng: RandomSource) -> Tensor:
-        """Pictures [B, C, H, W] in [0, 1]; `predict(noisy, timestep)` asks the network."""
+        """Draws pictures [B, C, H, W] in [0, 1] with the network's `predict(noisy, timestep)`."""
         generators, size = rng.generators(), self.base.resolution
         shape = (self.base.channels, size, size) if self.latents is None else self.latents.shape
         noise = initial_noise(shape, generators, self.device)

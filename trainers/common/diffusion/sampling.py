@@ -1,4 +1,4 @@
-"""The reverse process: from noise to pictures with any of diffusers' schedulers."""
+"""Sampling, the reverse process from noise to pictures, with any of diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """Noise [B, *shape] with one generator per example, drawn as diffusers' pipelines do it."""
+    """Draws noise [B, *shape] with one generator per example, as diffusers' pipelines do."""
     from diffusers.utils.torch_utils import randn_tensor
 
     return randn_tensor((len(generators), *shape), generator=generators, device=device)
@@ -29,8 +29,8 @@ def denoise(
     progress: Callable[[Iterable], Iterable] = iter,
     after_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Runs the reverse process on a copy of `scheduler`; equal to what a pipeline draws from the same generators."""
-    scheduler = type(scheduler).from_config(scheduler.config)  # set_timesteps changes a scheduler
+    """Runs the reverse process on a copy of `scheduler`; a pipeline with the same generators draws the same."""
+    scheduler = type(scheduler).from_config(scheduler.config)  # a copy: set_timesteps changes a scheduler
     scheduler.set_timesteps(num_inference_steps)
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)  # a flow has none
     random = {"generator": generators} if "generator" in signature(scheduler.step).parameters else {}
@@ -44,44 +44,39 @@ def denoise(
 
 
 def keep_frames(frames: list[Tensor] | None, show: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None] | None:
-    """Appends the pictures `show(sample)` of every step of denoise() to a list of frames, if there is one."""
+    """Returns a callback for denoise() that appends `show(sample)` to the list of frames; None without a list."""
     return None if frames is None else lambda sample: frames.append(show(sample).cpu())
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The sampler ddpm, ddim, dpmsolver++ or euler over the noise that was trained with; of a flow one of the last two.
+    """Builds the sampler ddpm, ddim, dpmsolver++ or euler (of a flow one of the last two) for a training schedule.
 
-    Raises ValueError for another.
+    Raises ValueError for any other name.
     """
-    from diffusers import (
-        DDIMScheduler,
-        DPMSolverMultistepScheduler,
-        EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
-    )
+    import diffusers
 
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         if name == "dpmsolver++":
             config = scheduler.config
             settings = {"num_train_timesteps": config.num_train_timesteps, "flow_shift": config.shift}
             settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            return DPMSolverMultistepScheduler(**settings)
+            return diffusers.DPMSolverMultistepScheduler(**settings)
         if name != "euler":
             raise ValueError(f"sampler = {name}: a flow has euler or dpmsolver++")
         return type(scheduler).from_config(scheduler.config)
     if name == "ddim":
-        return DDIMScheduler.from_config(scheduler.config)
+        return diffusers.DDIMScheduler.from_config(scheduler.config)
     if name == "dpmsolver++":
-        return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
+        return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
     if name == "euler":
-        return EulerDiscreteScheduler.from_config(scheduler.config)
+        return diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
     if name != "ddpm":
         raise ValueError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++, euler")
     return type(scheduler).from_config(scheduler.config)
 
 
 def trained_with(sampler: SchedulerMixin) -> SchedulerMixin:
-    """The noise that a pipeline with this sampler was trained with, from which build_sampler makes others."""
+    """Recovers the training schedule of a pipeline with this sampler, for build_sampler."""
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     config = sampler.config
@@ -91,5 +86,5 @@ def trained_with(sampler: SchedulerMixin) -> SchedulerMixin:
 
 
 def to_unit_range(sample: Tensor) -> Tensor:
-    """Pixels from [-1, 1] to [0, 1], clamped."""
+    """Maps pixels from [-1, 1] to [0, 1], clamped."""
     return (sample / 2 + 0.5).clamp(0, 1)

@@ -1,7 +1,8 @@
-"""Low-rank adapters, arXiv 2106.09685, through peft: W x + scale alpha / r B A x, with A and B alone trained."""
+"""Low-rank adapters (arXiv 2106.09685) by peft: W x + scale alpha / r B A x, with only A and B trained."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -29,8 +30,8 @@ def add_lora(
 ) -> nn.Module:
     """Freezes a network of diffusers or transformers and gives it an adapter with float32 weights.
 
-    `targets` are endings of modules' names, or a pattern (regular expression) that matches whole names; `without` is
-    a pattern of those to leave out. Raises ValueError, naming the `option`, where none fits.
+    `targets` are endings of modules' names, or a regular expression for whole names; modules that match `without` are
+    left out. Raises ValueError, naming the `option`, if no module matches.
     """
     network.requires_grad_(False)
     initial = INITIALISATIONS[settings.pop("init_lora_weights")]
@@ -39,31 +40,22 @@ def add_lora(
         config = LoraConfig(**settings | places, init_lora_weights=initial)
         network.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
-        examples = ", ".join(list(dict.fromkeys(_ending(name) for name in _linear_names(network)))[:12])
-        advice = f"modules of {type(network).__name__} end in {examples}"
+        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        endings = dict.fromkeys(re.sub(r".*\.(?=\D)", "", name) for name in linear)  # to_out.0 of a.b.to_out.0
+        advice = f"modules of {type(network).__name__} end in {', '.join(list(endings)[:12])}"
         raise ValueError(f"{option} = {targets}: no adapter can be put there ({error}); {advice}") from None
     cast_training_params(network, torch.float32)  # small updates vanish in half precision
     return network
 
 
-def _linear_names(network: nn.Module) -> Iterator[str]:
-    return (name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
-
-
-def _ending(name: str) -> str:
-    """to_out.0 of a.b.to_out.0."""
-    parts = name.split(".")
-    return ".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]
-
-
 @contextmanager
 def lora_scaled(networks: Iterable[nn.Module], scale: float) -> Iterator[None]:
-    """The adapters act `scale` times as strongly inside; at 0 they are left out, and the base comes back exactly."""
+    """Scales the adapters inside the block; 0 switches them off, which gives exactly the base model."""
     layers = [module for network in networks for module in network.modules() if isinstance(module, LoraLayer)]
     try:
         for layer in layers:
             layer.set_scale(ADAPTER, scale)
-            # peft's enable_adapters switches requires_grad as well: of two tensors that FSDP2 has for a weight, one
+            # not by peft's enable_adapters: it sets requires_grad, on one of FSDP2's two tensors of a weight only
             layer._disable_adapters = scale == 0.0
         yield
     finally:

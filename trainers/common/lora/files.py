@@ -1,4 +1,4 @@
-"""LoRA files: what diffusers' `load_lora_weights` reads, with the adapters' settings and texts in the header."""
+"""LoRA files as diffusers' `load_lora_weights` reads them, with settings and texts in the header."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ SETTINGS_KEY = "lora_adapter_metadata"  # diffusers' entry of the header: JSON o
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 TENSOR = re.compile(rf"({'|'.join(NETWORKS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 
-# options that are always written; of the others only those that are no defaults, which an older peft would refuse
+# options that are always written; others only if not default, because an older peft refuses unknown ones
 WRITTEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 
 Settings = dict[str, Any]  # options of peft's LoraConfig
 
 
 class LoraFile(NamedTuple):
-    """A file's content; tensors are named as peft does it, those of text encoders `text_model.encoder...`."""
+    """A file's content; tensors have peft's names, and those of text encoders start with `text_model.`."""
 
     tensors: dict[str, dict[str, Tensor]]  # by network: {"conv_in.lora_A.weight": [rank, 4, 3, 3], ...}
-    settings: dict[str, Settings]  # by network; empty where the header has none
+    settings: dict[str, Settings]  # by network; empty if the header has none
     about: dict[str, str]  # the whole header
 
     def ranks(self, network: str) -> dict[str, int]:
-        """Rank of each module that has a LoRA."""
+        """Returns the rank of each module that has a LoRA."""
         factors = self.tensors[network].items()
         return {key.removesuffix(".lora_A.weight"): len(value) for key, value in factors if key.endswith("A.weight")}
 
     def scalings(self, network: str) -> dict[str, float]:
-        """What B @ A is multiplied with, by module: alpha / rank, alpha / sqrt(rank) with rsLoRA."""
+        """Returns the factor of B @ A by module: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         from peft.utils.other import get_pattern_key
 
         settings, scalings = self.settings[network], {}
@@ -71,12 +71,12 @@ def save_lora(folder: Path, networks: Mapping[str, PeftAdapterMixin], about: dic
 
 
 def write_lora(path: Path, lora: LoraFile) -> Path:
-    """Writes a file as diffusers does it, with the texts `about` in its header."""
+    """Writes a file in diffusers' format, with the texts `about` in its header."""
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
     layers = {f"{name}_lora_layers": _transformers_keys(name, state) for name, state in lora.tensors.items()}
     settings = {f"{name}_lora_adapter_metadata": dict(value) for name, value in lora.settings.items()}
-    writer = StableDiffusionXLLoraLoaderMixin  # of Stable Diffusion's networks it writes the same
+    writer = StableDiffusionXLLoraLoaderMixin  # its format for Stable Diffusion is the same
     writer.save_lora_weights(path.parent, weight_name=path.name, **layers, **settings)
     return write_tensors(path, load_file(path), lora.about | read_about(path))
 
@@ -89,17 +89,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str])
 
 
 def make_readable(path: Path) -> None:
-    """Gives a file the mode of other files: safetensors writes such that only their owner can read."""
-    other = path.with_name(f".{path.name}-mode")  # asking os.umask() would change it for all threads
+    """Gives a file the default mode, because safetensors makes files that only their owner can read."""
+    other = path.with_name(f".{path.name}-mode")  # os.umask() reads by setting, for all threads
     other.touch()
     path.chmod(other.stat().st_mode & 0o777)
     other.unlink()
 
 
 def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
-    """Puts a file's weights (or a folder's) into the adapters "default" of networks, in the adapters' dtype.
+    """Loads a file (or a folder's file) into the adapters "default" of networks, in the adapters' dtype.
 
-    Raises FileNotFoundError where there is none, ValueError where networks, modules, shapes or scalings differ.
+    Raises FileNotFoundError if there is none, ValueError if networks, modules, shapes or scalings differ.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -140,9 +140,9 @@ def _check_scalings(path: Path, name: str, found: dict[str, float], network: nn.
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Reads a file (or a folder's) in diffusers' format, older spellings included.
+    """Reads a file (or a folder's file) in diffusers' format, including older spellings.
 
-    Raises FileNotFoundError where there is none, ValueError where it holds anything else.
+    Raises FileNotFoundError if there is none, ValueError if it holds anything else.
     """
     file = find_lora(path)
     about = read_about(file)
@@ -174,20 +174,20 @@ def _check_pairs(file: Path, name: str, state: dict[str, Tensor]) -> None:
 
 
 def find_lora(path: Path) -> Path:
-    """The file itself, or a folder's pytorch_lora_weights.safetensors; FileNotFoundError without one.
+    """Returns the file itself, or a folder's pytorch_lora_weights.safetensors.
 
-    Raises ValueError for another ending.
+    Raises FileNotFoundError if there is none, ValueError for another extension.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; give a LoRA as .safetensors, or a folder with {FILE_NAME}")
-    if file.suffix != ".safetensors":  # diffusers would take it for a pickle
+    if file.suffix != ".safetensors":  # diffusers would unpickle it
         raise ValueError(f"{file}: the name of a LoRA must end in .safetensors; other formats are not read")
     return file
 
 
 def read_about(path: Path) -> dict[str, str]:
-    """The texts of a file's header; ValueError where it is no safetensors file (a pickle is not read)."""
+    """Reads the texts of a file's header; ValueError if it is not a safetensors file."""
     file = find_lora(path)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -197,9 +197,9 @@ def read_about(path: Path) -> dict[str, str]:
 
 
 def adapter_settings(path: Path) -> dict[str, Settings]:
-    """By network: rank, alpha, targets, use_dora and use_rslora, as the header says, or else the tensors' shapes.
+    """Returns rank, alpha, targets, use_dora and use_rslora by network, from the header or else the tensors' shapes.
 
-    Rank and alpha are those of most modules, without what differs; a file without a header has alpha = rank.
+    Rank and alpha are those of most modules, ignoring exceptions; a file without a header has alpha = rank.
     """
     lora, found = read_lora(path), {}
     for name in lora.tensors:
@@ -216,9 +216,9 @@ def adapter_settings(path: Path) -> dict[str, Settings]:
 
 
 def _written_settings(config: LoraConfig) -> Settings:
-    """A LoraConfig as JSON can hold it, with sorted sets.
+    """Converts a LoraConfig to JSON values, with sorted sets.
 
-    The base's path is this machine's; dropout would act on pictures, as diffusers leaves it in training mode.
+    It leaves out the base model's local path, and dropout, which diffusers would apply in sampling.
     """
     unwanted = ("base_model_name_or_path", "lora_dropout")
     usual = type(config)().to_dict()
@@ -228,13 +228,13 @@ def _written_settings(config: LoraConfig) -> Settings:
 
 
 def _file_name(network: str, key: str) -> str:
-    """A module's or tensor's name in files: transformers 5 has no text_model in one encoder, all files have it."""
+    """Returns the name of a module or tensor in files, which have `text_model.` even if transformers 5 dropped it."""
     bare = network == "unet" or key.startswith(("text_model.", "text_projection"))
     return key if bare else f"text_model.{key}"
 
 
 def _transformers_keys(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The spelling in which every module of a text encoder is read: peft's serves for its attention without DoRA."""
+    """Converts text encoders to the spelling that works for all modules; peft's does only for plain attention."""
     from diffusers.utils.state_dict_utils import convert_state_dict
 
     mapping = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
@@ -243,7 +243,7 @@ def _transformers_keys(network: str, state: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _peft_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' spellings, of which three have been in use, as peft's."""
+    """Converts diffusers' three spellings to peft's."""
     from diffusers.utils import state_dict_utils as spellings
 
     text = {key: value for key, value in state.items() if key.startswith("text_encoder")}

@@ -1,4 +1,4 @@
-"""What tasks that train low-rank adapters share: their shape, pictures beside the base model's, the file."""
+"""Base class of tasks that train low-rank adapters: options, pictures beside the base model's, LoRA files."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 @dataclass(kw_only=True)
 class AdapterConfig(StableDiffusionConfig):
-    """The adapter of the UNet: arXiv 2106.09685."""
+    """Options of the UNet's adapter, arXiv 2106.09685."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "lora_scale")
     training_only: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.training_only, "lora_weights")
 
     rank: Positive = 16  # r: columns of A, rows of B
-    lora_alpha: PositiveFloat | None = None  # the adapter acts alpha / r times; null: as rank, which is once
-    lora_dropout: Fraction = 0.0  # part of the adapters' inputs that is dropped in training
+    lora_alpha: PositiveFloat | None = None  # alpha: the adapter is scaled by alpha / r; null: r, a scale of 1
+    lora_dropout: Fraction = 0.0  # fraction of the adapters' inputs dropped in training
     target_modules: list[str] | str | None = None  # endings of the UNet's modules, or one pattern; null: its attention
-    use_rslora: bool = False  # act alpha / sqrt(r) times (arXiv 2312.03732)
-    use_dora: bool = False  # train the length of each row of weights, too (arXiv 2402.09353)
+    use_rslora: bool = False  # scale by alpha / sqrt(r) (arXiv 2312.03732)
+    use_dora: bool = False  # also train the norm of each row of weights (arXiv 2402.09353)
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"  # of A; B starts at 0
     lora_weights: str | None = None  # a LoRA file, or its folder, to continue from; null: a new adapter
     use_ema: bool = False  # average the adapter's weights
-    lora_scale: NonNegativeFloat = 1.0  # how strongly the adapter acts in validation pictures; 0: not at all
+    lora_scale: NonNegativeFloat = 1.0  # factor on the adapter in validation pictures; 0: off
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
-        resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds all
+        resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds the adapter
         if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
             yield "lora_weights", "there is no such file or folder"
         yield from (("target_modules", problem) for problem in target_problems(self.target_modules))
 
 
 def target_problems(targets: list[str] | str | None) -> Iterator[str]:
-    """Yields what is wrong with endings of modules' names, or one pattern."""
+    """Yields problems of target modules: endings of names, or one pattern."""
     if targets in ([], ""):
         yield "must name at least one module, or be null"
     elif isinstance(targets, str):
@@ -62,7 +62,7 @@ class AdapterTrainer(StableDiffusionTrainer):
     """Trains an adapter; the result is a LoRA file that every diffusers pipeline of the same family can load."""
 
     config: AdapterConfig
-    usual_targets = ATTENTION  # where target_modules is null
+    usual_targets = ATTENTION  # if target_modules is null
     usage = (
         "from diffusers import DiffusionPipeline\n"
         "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
@@ -76,11 +76,11 @@ class AdapterTrainer(StableDiffusionTrainer):
         networks = self.add_adapters()
         if self.config.lora_weights is not None and self.run.start_step == 0:
             load_lora(Path(self.config.lora_weights), networks)
-        self.base_pictures: dict[str, Tensor] = {}  # they never change
+        self.base_pictures: dict[str, Tensor] = {}  # cached: they never change
         return networks
 
     def add_adapters(self) -> dict[str, nn.Module]:
-        """The frozen networks with their new adapters."""
+        """Returns the frozen networks with new adapters."""
         from trainers.common.lora.adapters import add_lora
 
         option, unet = f"{self.task}.target_modules", self.base_model.unet(self.weight_dtype)
@@ -90,13 +90,13 @@ class AdapterTrainer(StableDiffusionTrainer):
         return self.config.target_modules or self.usual_targets
 
     def adapter(self) -> dict[str, Any]:
-        """peft's settings."""
+        """Returns peft's settings of the adapter."""
         config, names = self.config, ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
         alpha = config.lora_alpha if config.lora_alpha is not None else config.rank
         return {"r": config.rank, "lora_alpha": alpha} | {name: getattr(config, name) for name in names}
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Pictures, and at validations strips "base model | LoRA" [N, 3, H, 2W] of the same noise."""
+        """Draws pictures, and at validations strips "base model | LoRA" [N, 3, H, 2W] from the same noise."""
         import torch
 
         from trainers.common.lora.adapters import lora_scaled
@@ -111,7 +111,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         if key not in self.base_pictures:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            frames, self.frames = self.frames, None  # an animation shows the adapter's pictures
+            frames, self.frames = self.frames, None  # no frames of the base model
             with lora_scaled(self.modules.values(), 0.0):
                 self.base_pictures[key] = self.draw(requests, generators).cpu()
             self.frames = frames
@@ -133,7 +133,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         save_lora(output_dir, self.unwrapped, self.about())
 
     def about(self) -> dict[str, str]:
-        """The texts in the file's header."""
+        """Returns the texts of the file's header."""
         adapter = self.adapter()
         return {
             "base_model": self.base_model.source,
@@ -148,7 +148,7 @@ class AdapterTrainer(StableDiffusionTrainer):
 
     @classmethod
     def load_pipeline(cls, output_dir: str | Path) -> Any:
-        """The base model with the adapter, as the file's metadata names it."""
+        """Loads the adapter with its base model, which the file's header names."""
         from diffusers import DiffusionPipeline
 
         from trainers.common.lora.files import read_about

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline that a run starts from: read component by component, from a folder or the hub."""
+"""The Stable Diffusion pipeline that a run starts from, read component by component from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[str]:
-    """Yields what is wrong with `pretrained_model_name_or_path`, as far as a local folder tells."""
+    """Yields problems of `pretrained_model_name_or_path`, as far as a local folder shows them."""
     if source is None:
         yield "must be the folder or hub name of a Stable Diffusion pipeline (1.x, 2.x or XL)"
         return
     folder = Path(source)
-    if not folder.exists():  # a name on the hub, or of a folder that another run makes
+    if not folder.exists():  # a hub name, or a folder that another run will make
         return
     if not folder.is_dir():
         one = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -38,9 +38,9 @@ def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[
 
 
 class BaseModel:
-    """The components of a pipeline; messages name the `option` that says where it is.
+    """The components of a pipeline; `option` names the option that locates it, for messages.
 
-    A hub name is downloaded without its safety checker, safetensors only. Raises FileNotFoundError where it cannot be
+    A hub name is downloaded without its safety checker, safetensors only. Raises FileNotFoundError if it cannot be
     reached or read.
     """
 
@@ -71,14 +71,14 @@ class BaseModel:
             f"{self.option} = {self.source}: no {what} in safetensors format could be read; {advice} ({reason})"
         )
 
-    @cached_property  # every step asks
+    @cached_property  # read at every step
     def is_xl(self) -> bool:
         """Whether it has the two text encoders and the size conditioning of Stable Diffusion XL."""
         return (self.folder / "text_encoder_2" / "config.json").is_file()
 
     @property
     def zeros_for_empty(self) -> bool:
-        """Whether the pipeline asks with zeros where there is no text, as Stable Diffusion XL does."""
+        """Whether the pipeline embeds the empty text as zeros, as Stable Diffusion XL does."""
         return bool(self.is_xl and self.index.get("force_zeros_for_empty_prompt", True))
 
     @property
@@ -86,7 +86,7 @@ class BaseModel:
         return TEXT_ENCODERS if self.is_xl else TEXT_ENCODERS[:1]
 
     def tokenizers(self) -> list[CLIPTokenizer]:
-        """One per text encoder."""
+        """Loads one tokenizer per text encoder."""
         from transformers import CLIPTokenizer
 
         names = ("tokenizer", "tokenizer_2")[: len(self.text_encoder_names)]
@@ -115,7 +115,7 @@ class BaseModel:
 
     @cached_property
     def sampler(self) -> SchedulerMixin:
-        """The pipeline's own scheduler; Stable Diffusion's noise with DDIM where there is none."""
+        """The pipeline's scheduler, or DDIM with Stable Diffusion's noise schedule if it has none."""
         import diffusers
 
         path = self.folder / "scheduler" / "scheduler_config.json"
@@ -129,7 +129,7 @@ class BaseModel:
         return kind.from_pretrained(path.parent)
 
     def pipeline(self, **parts: Any) -> Any:
-        """diffusers' pipeline, float32: of `parts` (unet, vae, scheduler, trained text encoders), else of its own."""
+        """Builds diffusers' pipeline in float32 from `parts` (unet, vae, scheduler, text encoders) and the rest."""
         import diffusers
 
         own = [name for name in self.text_encoder_names if name not in parts]
@@ -141,11 +141,11 @@ class BaseModel:
         return diffusers.StableDiffusionPipeline(**parts, **unchecked)
 
     def training_scheduler(self, **changes: Any) -> DDPMScheduler:
-        """The same noise for training; `changes` such as the prediction type are the run's."""
+        """Makes a scheduler for training with the same noise and `changes`, such as the prediction type."""
         from diffusers import DDPMScheduler
 
         return DDPMScheduler.from_config(self.sampler.config, clip_sample=False, thresholding=False, **changes)
 
     def digest(self, *names: str) -> str:
-        """16 hex digits of the content of components' files."""
+        """Hashes the files of components: 16 hex digits."""
         return files_digest(*(self.folder / name for name in names))

@@ -1,4 +1,4 @@
-"""How well pictures fit texts, in the eyes of a CLIP: torchmetrics' CLIP score."""
+"""The CLIP score of pictures and prompts, by torchmetrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Features(nn.Module):
-    """A CLIPModel whose features are tensors, which transformers 5 wraps in an output, and torchmetrics expects."""
+    """A CLIPModel with features as tensors, as torchmetrics expects; transformers 5 wraps them in an output object."""
 
     def __init__(self, model: CLIPModel) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def _as_tensor(output: Any) -> Tensor:
 
 
 def check_clip(option: str, source: str) -> None:
-    """Raises FileNotFoundError where no CLIP can be read from `source`, which `option` names; reads no weights."""
+    """Raises FileNotFoundError if no CLIP can be read from `source`, the value of `option`; reads no weights."""
     from transformers import CLIPConfig, CLIPProcessor
 
     try:
@@ -47,9 +47,9 @@ def _unreadable(option: str, source: str, error: Exception) -> FileNotFoundError
 
 
 class ClipScore:
-    """100 times the mean cosine of pictures and prompts; `option` names where the CLIP is, for messages.
+    """100 times the mean cosine similarity of pictures and prompts, by the CLIP in `source`.
 
-    Raises FileNotFoundError where it cannot be read.
+    Raises FileNotFoundError, naming the `option`, if it cannot be read.
     """
 
     def __init__(self, option: str, source: str, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class ClipScore:
             processor = CLIPProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise _unreadable(option, source, error) from None
-        # one process scores all pictures: the others must not be waited for
+        # only one process computes scores, so torchmetrics must not synchronise
         features = Features(model)
         self.metric = CLIPScore(
             lambda: (features, processor),  # type: ignore[arg-type,return-value]  # calls no other methods of a CLIPModel
@@ -69,7 +69,7 @@ class ClipScore:
         self.device = device
 
     def __call__(self, images: Tensor, prompts: list[str]) -> float:
-        """Of images [N, 3, H, W] in [0, 1]."""
+        """Scores images [N, 3, H, W] in [0, 1]."""
         pixels = (images.to(self.device) * 255).round().to(torch.uint8)
         self.metric.reset()
         self.metric.update(list(pixels), list(prompts))

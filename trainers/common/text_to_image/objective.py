@@ -1,4 +1,4 @@
-"""What the UNet of a Stable Diffusion pipeline learns, from the base model's noise and the run's options."""
+"""Builds the training objective of a Stable Diffusion UNet from the base model's noise and the run's options."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ TRAINING_ONLY = ("snr_gamma", "noise_offset", "input_perturbation", "dream_detai
 
 
 class Learned(NamedTuple):
-    """An objective and the schedulers that belong to it."""
+    """An objective and its schedulers."""
 
     objective: DDPMObjective | RectifiedFlow | ConsistencyObjective
-    plain: DDPMObjective | RectifiedFlow | ConsistencyObjective  # without what only training needs: for validation
-    scheduler: SchedulerMixin  # the noise that is trained with
+    plain: DDPMObjective | RectifiedFlow | ConsistencyObjective  # for validation: without weights and extra noise
+    scheduler: SchedulerMixin  # the noise of training
     sampler: SchedulerMixin  # of the finished pipeline
 
 
 def build_diffusion(task: str, config: StableDiffusionConfig, base_model: BaseModel) -> Learned:
-    """The base model's noise schedule; its own sampler, but for one that cannot do what the config asks for.
+    """Builds the diffusion objective with the base model's noise, and its sampler unless that lacks an option.
 
-    Raises ValueError where the base model does not fit the config.
+    Raises ValueError if the base model does not fit the config.
     """
     changes: dict[str, Any] = {}
     if config.prediction_type is not None:
@@ -49,13 +49,13 @@ def build_diffusion(task: str, config: StableDiffusionConfig, base_model: BaseMo
     )
     own = base_model.sampler
     if config.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in own.config:
-        own = build_sampler("ddim", scheduler)  # such as PNDM, which does not know of it
+        own = build_sampler("ddim", scheduler)  # own is one like PNDM, which lacks it
     own = type(own).from_config(own.config, **changes)
     return Learned(objective, DDPMObjective(scheduler, timesteps=timesteps), scheduler, own)
 
 
 def _check_prediction(task: str, config: StableDiffusionConfig, scheduler: DDPMScheduler) -> None:
-    """What the base model predicts is known only now."""
+    """Checks options against the base model's prediction type; ValueError for a conflict."""
     predicts, source = scheduler.config.prediction_type, config.pretrained_model_name_or_path
     if predicts == "epsilon" and config.rescale_betas_zero_snr:
         found = "needs prediction_type: v_prediction, and the base model predicts epsilon"
@@ -77,7 +77,7 @@ def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Tim
 
 
 def build_flow(config: Any) -> Learned:
-    """Rectified flow with the `time_` options of a config; pipelines follow it with DPM-Solver++."""
+    """Builds a rectified flow with the `time_` options of a config; pipelines sample it with DPM-Solver++."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.time_shift)

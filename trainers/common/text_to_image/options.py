@@ -1,4 +1,4 @@
-"""The options that tasks on a Stable Diffusion pipeline share: base model, captions, objective, caches, validation."""
+"""Options shared by tasks on a Stable Diffusion pipeline: base model, captions, objective, caches, validation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begi
 
 @dataclass(kw_only=True)
 class StableDiffusionConfig(TrainerConfig):
-    """A pipeline to start from, what its UNet learns, and how it is shown."""
+    """Options of the base model, the UNet's objective, the caches, and validation."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (
         *TrainerConfig.free_on_resume, "cache_latents", "cache_text", "validation_prompts", "negative_prompt",
@@ -34,45 +34,41 @@ class StableDiffusionConfig(TrainerConfig):
     )  # fmt: skip
     takes_buckets: ClassVar[bool] = True
     reads_captions: ClassVar[bool] = True
-    needed_parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer")  # of the base model
+    needed_parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer")  # folders of the base model
     training_only: ClassVar[tuple[str, ...]] = ("cache_latents", "cache_text", "clip_score_model")
 
     pretrained_model_name_or_path: str | None = None  # folder or hub name of a pipeline: Stable Diffusion 1, 2 or XL
-    revision: str | None = None  # of the base model on the hub; null: the newest
+    revision: str | None = None  # of the base model on the hub; null: the latest
     variant: str | None = None  # of its weight files, such as fp16; null: none
-    vae: str | None = None  # another AutoencoderKL, such as one that works in half precision; null: the base model's
+    vae: str | None = None  # another AutoencoderKL, such as one made for half precision; null: the base model's
 
-    caption_dropout: Fraction = (
-        0.0  # part of the examples whose caption is hidden in training, for guidance; 0.1 is usual
-    )
+    caption_dropout: Fraction = 0.0  # fraction of training examples whose caption is hidden, for guidance; 0.1 is usual
     prediction_type: Literal["epsilon", "v_prediction"] | None = None  # what the UNet predicts; null: the base model's
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
     loss_type: Literal["l2", "huber"] = "l2"  # huber: 2 c (sqrt(e^2 + c^2) - c), for data with outliers
     huber_c: PositiveFloat = 0.1  # c of huber
-    noise_offset: NonNegativeFloat = (
-        0.0  # adds this times one number per channel to the noise: darker, brighter pictures
-    )
-    input_perturbation: NonNegativeFloat = 0.0  # the UNet sees this much noise more than it has to find; 0.1 is usual
-    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise (arXiv 2305.08891); needs v_prediction
-    dream_detail_preservation: PositiveFloat | None = None  # p of DREAM (arXiv 2312.00210), 1 is usual; null: without
-    timestep_range: list[NonNegative] | None = None  # [low, high): the timesteps to train at; null: all
-    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"  # timesteps to train at more often
-    timestep_bias_multiplier: PositiveFloat = 1.0  # how much more often
-    timestep_bias_portion: Fraction = 0.25  # of all timesteps: the part at the earlier or later end
+    noise_offset: NonNegativeFloat = 0.0  # size of a random shift of each channel's noise: darker, brighter pictures
+    input_perturbation: NonNegativeFloat = 0.0  # further noise in the UNet's input, not in its target; 0.1 is usual
+    rescale_betas_zero_snr: bool = False  # make the last timestep pure noise (arXiv 2305.08891); needs v_prediction
+    dream_detail_preservation: PositiveFloat | None = None  # p of DREAM (arXiv 2312.00210), 1 is usual; null: off
+    timestep_range: list[NonNegative] | None = None  # [low, high): training timesteps; null: all
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"  # timesteps to draw more often
+    timestep_bias_multiplier: PositiveFloat = 1.0  # how many times as often
+    timestep_bias_portion: Fraction = 0.25  # of earlier or later: fraction of the timesteps at that end
     timestep_bias_begin: NonNegative = 0  # of range: the first timestep
     timestep_bias_end: Positive = 1000  # of range: the one after the last
-    prior_loss_weight: NonNegativeFloat = 1.0  # of the pictures in base.class_data_dir (prior preservation)
+    prior_loss_weight: NonNegativeFloat = 1.0  # weight of the loss on base.class_data_dir (prior preservation)
 
-    cache_latents: CacheKind | None = None  # encode each picture once; null: in every step
-    cache_text: CacheKind | None = None  # encode each caption once; null: in every step
+    cache_latents: CacheKind | None = None  # encode each picture once; null: at every step
+    cache_text: CacheKind | None = None  # encode each caption once; null: at every step
 
-    validation_prompts: list[str] | None = None  # texts to draw; null: captions of the data, held-out first; []: none
-    negative_prompt: str | None = None  # what pictures are pushed away from; null: the empty text
+    validation_prompts: list[str] | None = None  # texts to draw; null: captions, held-out first; []: none
+    negative_prompt: str | None = None  # text that guidance moves away from; null: the empty text
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: the base model's own
     num_inference_steps: Positive = 30  # steps of the sampler
     guidance_scale: NonNegativeFloat = 7.5  # 1: none
-    guidance_rescale: Fraction = 0.0  # how far guided predictions get the conditional one's standard deviation
-    clip_score_model: str | None = None  # folder or hub name of a CLIP that scores validation pictures; null: none
+    guidance_rescale: Fraction = 0.0  # from 0 to 1: rescale guided predictions to the conditional one's std
+    clip_score_model: str | None = None  # folder or hub name of a CLIP to score validation pictures; null: none
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -98,7 +94,7 @@ class StableDiffusionConfig(TrainerConfig):
         yield from self.without_effect(("prior_loss_weight",), "base.class_data_dir", with_prior)
 
     def parts_needed(self) -> tuple[str, ...]:
-        """Folders that the base model must have."""
+        """Returns the folders that the base model must have."""
         return tuple(part for part in self.needed_parts if part != "vae" or self.vae is None)
 
     def _objective_problems(self) -> Iterator[tuple[str, str]]:
@@ -123,13 +119,13 @@ class StableDiffusionConfig(TrainerConfig):
             yield "timestep_bias_strategy", "has an effect with a timestep_bias_multiplier other than 1 only"
 
     def _cache_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
-        """Where every example would need another entry than the one that is kept."""
+        """Yields caches whose entries would differ from one epoch to the next."""
         yield from cache_problems({"cache_latents": self.cache_latents, "cache_text": self.cache_text}, base)
         if self.cache_text is not None and base.shuffle_tags:
             yield "cache_text", "keeps one order of the tags: set base.shuffle_tags: false"
 
     def timestep_weights(self, low: int, high: int) -> list[float] | None:
-        """How often each timestep in [low, high) is drawn, relative to the others; None: equally often."""
+        """Returns the relative frequency of each timestep in [low, high); None: uniform."""
         if self.timestep_bias_strategy == "none":
             return None
         biased = math.floor(self.timestep_bias_portion * (high - low))

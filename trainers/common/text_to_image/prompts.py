@@ -1,9 +1,9 @@
-"""From captions to what the UNet of a Stable Diffusion pipeline attends to."""
+"""Text conditioning of a Stable Diffusion UNet: tokens, embeddings, and Stable Diffusion XL's sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,13 @@ from torch import Tensor, nn
 from trainers.base import CacheKind, Encoder
 from trainers.common.text_to_image.base_model import BaseModel
 
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
-
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
 
 class Prompts:
-    """The tokenizers of a base model, and how its text encoders are asked.
+    """Embeds captions with a base model's tokenizers and text encoders.
 
-    Embeddings are {"prompt_embeds": [B, L, D]} and, of Stable Diffusion XL, {"pooled_prompt_embeds": [B, P]}.
+    Embeddings are {"prompt_embeds": [B, L, D]} and, for Stable Diffusion XL, {"pooled_prompt_embeds": [B, P]}.
     """
 
     def __init__(self, base_model: BaseModel) -> None:
@@ -31,16 +28,16 @@ class Prompts:
 
     def embed(self, networks: Mapping[str, nn.Module], captions: list[str], device: torch.device) -> dict[str, Tensor]:
         """Runs the text encoders `networks`, by name."""
-        tokens = [_moved(self._tokens(tokenizer, captions), device) for tokenizer in self.tokenizers]
+        tokens = []
+        for tokenizer in self.tokenizers:
+            options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            rows = tokenizer(captions, return_tensors="pt", **options).input_ids
+            rows = rows.pin_memory() if device.type == "cuda" else rows  # else the copy would wait for the device
+            tokens.append(rows.to(device, non_blocking=True))
         if not self.base_model.is_xl:
             return {EMBEDS: networks["text_encoder"](tokens[0])[0]}
         found = [networks[n](t, output_hidden_states=True) for n, t in zip(self.names, tokens, strict=True)]
         return {EMBEDS: torch.cat([each.hidden_states[-2] for each in found], dim=-1), POOLED: found[1][0]}
-
-    @staticmethod
-    def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        return tokenizer(captions, return_tensors="pt", **options).input_ids
 
     def encoder(
         self,
@@ -50,9 +47,9 @@ class Prompts:
         constants: tuple[str, ...],
         default: str,
     ) -> Encoder:
-        """The frozen stage from captions to embeddings; `constants` are texts beside the captions.
+        """Makes the encoder from captions to embeddings; `constants` are texts besides the captions.
 
-        `default` is the caption of data that has none.
+        `default` is the caption of examples that have none.
         """
 
         def build() -> nn.ModuleDict:
@@ -69,28 +66,23 @@ class Prompts:
         return Encoder("caption", self.columns, build, encode, source, cache, constants, default=default)
 
     def truncated(self, captions: Iterable[str]) -> tuple[int, str | None]:
-        """How many captions lose tokens at the tokenizers' length, and the end that the first of them loses."""
+        """Counts the captions longer than the tokenizer's length; also returns the text cut off the first of them."""
         captions, tokenizer = list(dict.fromkeys(captions)), self.tokenizers[0]
         limit, lost = tokenizer.model_max_length, 0
         first: str | None = None
         for start in range(0, len(captions), 10_000):
             for ids in tokenizer(captions[start : start + 10_000], add_special_tokens=False).input_ids:
-                if len(ids) > limit - 2:  # without the marks of beginning and end
+                if len(ids) > limit - 2:  # two tokens mark beginning and end
                     lost += 1
                     first = first or tokenizer.batch_decode([ids[limit - 2 :]])[0]
         return lost, first
 
 
-def _moved(tokens: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
-
-
 def size_conditions(sizes: Any, corners: Any, target: tuple[int, int]) -> Tensor:
-    """Stable Diffusion XL's [B, 6]: original height and width, top and left of the crop, height and width now."""
+    """Stable Diffusion XL's time_ids [B, 6]: original height and width, crop top and left, target height and width."""
     return torch.cat([sizes, corners, constant_rows(target, len(sizes), sizes.device)], dim=1)
 
 
 def constant_rows(values: tuple[int, ...], count: int, device: torch.device) -> Tensor:
-    """int64 [count, len(values)], filled on the device: a copy to it would wait."""
+    """Repeats values in rows, int64 [count, len(values)], filled on the device because a copy to it would wait."""
     return torch.stack([torch.full((count,), value, device=device) for value in values], dim=1)

@@ -1,4 +1,4 @@
-"""What tasks on a Stable Diffusion pipeline share: latents, captions, an objective on its UNet, and its pictures."""
+"""Base class of tasks on a Stable Diffusion pipeline: latents, captions, the UNet's objective, and pictures."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from trainers.base import DataSet, ImageData
     from trainers.common.text_to_image.clip_score import ClipScore
 
-QUARTERS = 4  # parts of the time in which the validation loss is given
+QUARTERS = 4  # equal parts of the time; the validation loss is given for each
 
 
 class StableDiffusionTrainer(Trainer):
-    """Trains the UNet of a pipeline, whole or by adapters, on pictures with captions; a task says which weights."""
+    """Trains the UNet of a pipeline, whole or with adapters, on pictures with captions; tasks choose the weights."""
 
     config: StableDiffusionConfig
-    sample_batch_size = 4  # pictures at once: they are large
+    sample_batch_size = 4  # pictures at once
     task: str  # the section's name, for messages
 
     def setup(self) -> None:
@@ -55,14 +55,14 @@ class StableDiffusionTrainer(Trainer):
         networks = self.build_networks()
         unet: UNet2DConditionModel = networks["unet"]
         channels, wanted = unet.config.in_channels, self.latents.grid.channels
-        if channels != wanted:  # such as 9 of one for inpainting
+        if channels != wanted:  # such as the 9 of an inpainting model
             option, source = f"{self.task}.pretrained_model_name_or_path", self.config.pretrained_model_name_or_path
             found = f"its UNet sees {channels} channels, and latents have {wanted}"
             raise ValueError(f"{option} = {source}: {found}; give a text-to-image model")
         return networks
 
     def build_networks(self) -> dict[str, nn.Module]:
-        """The networks to train: "unet", and text encoders by the names of their folders."""
+        """Returns the networks to train: "unet", and text encoders by the names of their folders."""
         raise NotImplementedError
 
     def build_objective(self) -> Learned:
@@ -81,18 +81,18 @@ class StableDiffusionTrainer(Trainer):
         return found
 
     def _constant_texts(self) -> tuple[str, ...]:
-        """What is asked for beside the captions of the data."""
+        """Returns the texts to encode besides the captions of the data."""
         texts = ["", self._fixed_caption(), self.base.class_caption, self.config.negative_prompt]
         return tuple(
             dict.fromkeys(text for text in [*texts, *(self.config.validation_prompts or [])] if text is not None)
         )
 
     def trains_text(self) -> bool:
-        """Whether text encoders are trained, so that captions are encoded in every step."""
+        """Whether text encoders are trained, so that captions must be encoded at every step."""
         return False
 
     def notes(self, train_set: ImageData) -> list[str]:
-        """Data without captions, and captions that are too long for the text encoder."""
+        """Notes data without captions, and captions that are too long for the text encoder."""
         found, texts = [train_set.caption_note], train_set.captions()
         lost, end = (0, None) if texts is None else self.prompts.truncated(texts)
         if lost:
@@ -115,13 +115,13 @@ class StableDiffusionTrainer(Trainer):
         return loss + self.config.prior_loss_weight * prior, values
 
     def _prior_loss(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
-        """The loss [B] of the pictures of the class, which keeps the model's idea of it."""
+        """Returns the loss [B] of class images, which preserves the model's prior of the class."""
         clean = self.latents.draw(batch, rng, "class_")
         condition = self._condition(self.embed(batch["class_caption"]), clean.shape, batch, "class_")
         return self.learned.objective.loss(self._asking(condition), clean, rng, prefix="class_")
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        """The squared error at one timestep in each quarter of the time, without weights, and their mean."""
+        """Returns the unweighted loss at a timestep in each quarter of the time, and the mean of the four."""
         clean = self.latents.draw(batch, rng)
         ask, mask = self._asking(self._asked(batch, clean, rng)), self._mask(batch, clean)
         quarters = {
@@ -131,7 +131,7 @@ class StableDiffusionTrainer(Trainer):
         return {"loss": torch.stack(list(quarters.values())).mean(0)} | quarters
 
     def _asked(self, batch: dict[str, Any], clean: Tensor, rng: RandomSource) -> Condition:
-        """What the UNet is asked for: captions, of which training hides some."""
+        """The condition of a batch: its captions, some of them dropped in training."""
         if EMBEDS in batch:
             embeds = {name: batch[name] for name in self.prompts.columns}
         else:
@@ -145,19 +145,19 @@ class StableDiffusionTrainer(Trainer):
         return self._condition(embeds, clean.shape, batch)
 
     def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        """The embeddings of texts that are no column of a batch."""
+        """Embeds texts that are not a column of the batch."""
         found = [self.encoded("text", caption) for caption in captions]
         return {name: torch.cat([each[name].to(self.device) for each in found]) for name in self.prompts.columns}
 
     def empty(self) -> dict[str, Tensor]:
-        """The embeddings, B = 1, of no text, as the pipeline asks without one."""
+        """Embeds the empty text (B = 1) as the pipeline does."""
         embeds = self.embed([""])
         return {n: torch.zeros_like(rows) for n, rows in embeds.items()} if self.base_model.zeros_for_empty else embeds
 
     def _condition(
         self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any] | None, prefix: str = ""
     ) -> Condition:
-        """With Stable Diffusion XL's sizes, those of the examples or, without any, of a whole picture."""
+        """Adds Stable Diffusion XL's sizes to embeddings: the examples' or, without any, those of a whole picture."""
         if not self.base_model.is_xl:
             return embeds
         target = shape[2] * self.latents.factor, shape[3] * self.latents.factor
@@ -169,13 +169,13 @@ class StableDiffusionTrainer(Trainer):
 
     @staticmethod
     def _mask(batch: dict[str, Any], clean: Tensor) -> Tensor | None:
-        """The mask of a batch at the size of its latents."""
+        """The mask of a batch [B, 1, h, w] at the size of its latents, or None."""
         if "mask" not in batch:
             return None
         return nn.functional.interpolate(batch["mask"], size=clean.shape[2:], mode="area")
 
     def _asking(self, condition: Condition) -> Predict:
-        """What the objective asks about the examples."""
+        """Returns the UNet with this condition, for the objective."""
         return lambda noisy, timesteps: self._network(noisy, timesteps, condition)
 
     def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -189,21 +189,21 @@ class StableDiffusionTrainer(Trainer):
     # --- pictures
 
     def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
-        """The prompts in turn, `valid_batch_size` in all; without any, captions of held-out examples."""
+        """Cycles through the prompts, `valid_batch_size` in all; without prompts, through held-out captions."""
         prompts, count = self.config.validation_prompts, self.config.valid_batch_size
         if prompts is None:
             prompts = held_out_captions(validation_set, count) or self._known_prompts()[:count]
         return prompt_requests([{"prompt": prompt} for prompt in prompts], max(count, len(prompts)))
 
     def evaluation_requests(self, count: int, validation_set: DataSet | None = None) -> list[dict]:
-        """Captions of held-out examples in turn, with their labels; without a validation set the prompts."""
+        """Cycles through held-out captions, with their labels; without a validation set through the prompts."""
         if validation_set is not None:
             return prompt_requests(captions_and_labels(validation_set, count), count)
         prompts = self.config.validation_prompts or self._known_prompts()
         return prompt_requests([{"prompt": prompt} for prompt in prompts], count)
 
     def _known_prompts(self) -> list[str]:
-        """Captions of the training set, where they are known, or the one that all of its examples have."""
+        """Captions of the training set, if known, or the fixed one that all examples share."""
         return self.run.captions or [self._fixed_caption()]
 
     def _fixed_caption(self) -> str:
@@ -213,7 +213,7 @@ class StableDiffusionTrainer(Trainer):
         return {"samples": self.draw(requests, rng.generators())}
 
     def draw(self, requests: list[dict], generators: list[torch.Generator]) -> Tensor:
-        """Pictures [N, 3, H, W] in [0, 1], as the pipeline draws them from the same generators."""
+        """Draws pictures [N, 3, H, W] in [0, 1]; the pipeline draws the same from the same generators."""
         config = self.config
         noise = initial_noise(self.latents.shape, generators, self.device)
         asked = self._condition(self.embed([request["prompt"] for request in requests]), noise.shape, None)
@@ -221,7 +221,7 @@ class StableDiffusionTrainer(Trainer):
         texts = [self.empty() if text is None else self.embed([text]) for text in negative]
         embeds = {name: torch.cat([each[name] for each in texts]) for name in self.prompts.columns}
         none = self._condition(embeds, noise.shape, None)
-        # pipelines take a scale of at most 1 for no guidance
+        # in diffusers' pipelines a scale of at most 1 means no guidance
         guidance = Guidance(max(config.guidance_scale, 1.0), config.guidance_rescale)
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -232,23 +232,23 @@ class StableDiffusionTrainer(Trainer):
         return self._as_pictures(denoise(predict, sampler, noise, steps, generators, self.progress, after_step))
 
     def pipeline(self) -> Any:
-        """diffusers' pipeline of the networks as they are, with its own copies of all else, on the CPU."""
+        """Builds diffusers' pipeline from the current networks and CPU copies of all other components."""
         networks = {name: self.raw(name) for name in self.unwrapped}
         return self.base_model.pipeline(**networks, vae=self.latents.load(), scheduler=self.learned.sampler)
 
     def chosen_sampler(self) -> SchedulerMixin:
-        """The one that the config names, or the finished pipeline's."""
+        """The sampler that the config names, or else the finished pipeline's."""
         name = self.config.sampler
         return self.learned.sampler if name is None else build_sampler(name, self.learned.scheduler)
 
     def _as_pictures(self, sample: Tensor) -> Tensor:
-        """One at a time: decoding takes more memory than all the rest."""
+        """Decodes latents one at a time, because decoding needs more memory than all the rest."""
         pictures = torch.cat([to_unit_range(self.latents.decode(row[None])) for row in sample])
         self.latents.offload()
         return pictures
 
     def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
-        """The CLIP score, cosine times 100 of picture and prompt, where a CLIP is given."""
+        """Returns the CLIP score, 100 times the cosine of picture and prompt, if a CLIP is given."""
         if self.clip_score is None:
             return {}
         return {"clip_score": self.clip_score(images["samples"], [request["prompt"] for request in requests])}

@@ -1,4 +1,4 @@
-"""UNet2DConditionModels from scratch: from a folder, a JSON file, or a name in configs/models."""
+"""UNet2DConditionModels with random weights, by a config: a folder, a JSON file, or a name in configs/models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def unet_problems(model_config: str) -> Iterator[str]:
-    """Yields what keeps a file from being a UNet's config, before anything heavy is loaded."""
+    """Yields problems of a UNet's config, without importing heavy libraries."""
     yield from settings_problems("a UNet2DConditionModel", lambda: _read(model_config), lambda settings: iter(()))
 
 
@@ -25,10 +25,10 @@ def _read(model_config: str) -> Settings:
 def build_unet(
     model_config: str, latents: Grid, text_width: int, pooled_width: int | None = None
 ) -> UNet2DConditionModel:
-    """Makes the network with random weights, for these latents and text embeddings of this width.
+    """Builds the network with random weights, for these latents and text embeddings of this width.
 
-    With `pooled_width` it is one of Stable Diffusion XL, which is told sizes and a pooled text embedding as well.
-    Raises ValueError where the file says otherwise.
+    With `pooled_width` it is a network of Stable Diffusion XL, with sizes and a pooled text embedding as further
+    inputs. Raises ValueError if the file contradicts.
     """
     from diffusers import UNet2DConditionModel
 

@@ -1,4 +1,4 @@
-"""What differs between the configuration of a checkpoint and that of the run which goes on from it."""
+"""Compares the configuration in a checkpoint with that of the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets_lib.example import ImageData, StreamData
 from trainers.engine.config.config import RunConfig
 from trainers.engine.config.schema import options
 from trainers.engine.optim.optimizer import learning_rate_schedule
@@ -18,18 +19,18 @@ COMPARED_RATES = 1000  # steps at which two schedules are compared
 
 
 class Change(NamedTuple):
-    """One difference; `names` are what `base.allow_changes` calls it."""
+    """One difference; `base.allow_changes` accepts it by any of its names."""
 
     names: tuple[str, ...]
     text: str
 
 
-def breaking_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: Any) -> list[Change]:
-    """Everything that makes the rest of the run another one than the uninterrupted run would have been."""
+def breaking_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: ImageData) -> list[Change]:
+    """Lists the changes that make the rest of the run differ from the uninterrupted run."""
     found = [
-        Change((key.partition(".")[2], key), f"{key}: {show(before)} -> {show(now)}")
+        Change((key.partition(".")[2], key), f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
         for key, before, now in option_changes(state["config"], run)
-        if key.partition(".")[2] not in _passive(run, key)
+        if key.partition(".")[2] not in _free(run, key)
     ]
     if state["global_batch_size"] != clock.global_batch_size:
         text = f"global batch size: {state['global_batch_size']} -> {clock.global_batch_size}"
@@ -38,13 +39,13 @@ def breaking_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_
     if before != now:
         shown = [f"{'a stream' if count is None else f'{count} examples'} ({key})" for count, key in (before, now)]
         found.append(Change(("dataset",), f"data set: {shown[0]} -> {shown[1]}"))
-    if state.get("stream") and run.base.streaming:
+    if state.get("stream") and isinstance(train_set, StreamData):
         found += _reader_change(state["stream"], clock, train_set)
     return found + list(_length_change(state, run, clock))
 
 
-def _reader_change(saved: list[dict[str, Any]], clock: Clock, stream: Any) -> Iterator[Change]:
-    """Readers of a stream have other shards where there are more or fewer of them."""
+def _reader_change(saved: list[dict[str, Any]], clock: Clock, stream: StreamData) -> Iterator[Change]:
+    """With more or fewer readers, each of them has other shards."""
     before, now = [len(part["readers"]) for part in saved], [len(stream.readers)] * clock.num_processes
     if before != now:
         counts = [f"{len(each)} processes with {each[0]}" for each in (before, now)]
@@ -54,7 +55,7 @@ def _reader_change(saved: list[dict[str, Any]], clock: Clock, stream: Any) -> It
 
 
 def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:
-    """Raises ValueError where buckets, whose order has steps for its parts, would go on in the middle of one."""
+    """Raises ValueError if a run with buckets, whose order consists of whole steps, would continue within one."""
     size, slots, steps = clock.global_batch_size, state["slot"], state["step"]
     if clock.bucket_counts and (state["global_batch_size"] != size or slots != steps * size):
         raise ValueError(
@@ -65,16 +66,16 @@ def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:
 
 
 def harmless_changes(state: dict[str, Any], run: RunConfig) -> list[str]:
-    """Options with another value that do not touch what is trained."""
+    """Lists options that changed without an effect on the training."""
     return [
-        f"{key}: {show(before)} -> {show(now)}"
+        f"{key}: {json.dumps(before)} -> {json.dumps(now)}"
         for key, before, now in option_changes(state["config"], run)
-        if key.partition(".")[2] in _passive(run, key) and key not in OWN_TO_A_RUN
+        if key.partition(".")[2] in _free(run, key) and key not in OWN_TO_A_RUN
     ]
 
 
 def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value in the checkpoint, value now); an option that the checkpoint does not know had its default."""
+    """Yields (dotted key, value in the checkpoint, value now); an option missing in the checkpoint had its default."""
     [task] = [section for section in saved if section != "base"]
     if task != run.task:
         yield "base.task", task, run.task
@@ -89,16 +90,16 @@ def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator
 
 
 def optimizer_changed(state: dict[str, Any], run: RunConfig) -> bool:
-    """Whether the state in the checkpoint is another optimizer's."""
+    """Whether the checkpoint's optimizer state is of another optimizer."""
     return any(key == f"{run.task}.optimizer" for key, _, _ in option_changes(state["config"], run))
 
 
-def _passive(run: RunConfig, key: str) -> tuple[str, ...]:
+def _free(run: RunConfig, key: str) -> tuple[str, ...]:
     return (run.base if key.startswith("base.") else run.config).free_on_resume
 
 
 def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Iterator[Change]:
-    """Another number of steps matters only where the learning rate depends on it."""
+    """Another number of steps matters only if the learning rate depends on it."""
     before, now, done = state["total_steps"], clock.total_steps, clock.origin_step
     old, new = learning_rate_schedule(run.config, before), learning_rate_schedule(run.config, now)
     steps = range(done, max(before, now) + 1, max(1, (max(before, now) - done) // COMPARED_RATES))
@@ -111,7 +112,7 @@ def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Itera
 
 
 def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
-    """The learning rate of a step under the configuration, the length and the batch size of a state."""
+    """Formats a step's learning rate for the configuration, length and batch size of a state."""
     saved = next(values for section, values in state["config"].items() if section != "base")
     config = dataclasses.replace(run.config, **{k: v for k, v in saved.items() if hasattr(run.config, k)})
     factor = learning_rate_schedule(config, state["total_steps"])(step) * (
@@ -123,9 +124,5 @@ def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from state.json."""
+    """Converts a value to what state.json would return for it."""
     return json.loads(json.dumps(value))
-
-
-def show(value: Any) -> str:
-    return json.dumps(value)

@@ -1,7 +1,8 @@
-"""The checkpoint to go on from: sealed, intact and the same in every output folder of the launch."""
+"""Finds the checkpoint to resume from: complete, undamaged, and the same in every output folder of the launch."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from trainers.engine.run.context import RunContext
 
 
 class Copy(NamedTuple):
-    """One folder's copy of a checkpoint: the tensors that its manifest names, or why it does not count."""
+    """One output folder's copy of a checkpoint: hashes of its tensors, or the reason why it cannot be used."""
 
     place: str  # HOST:FOLDER
     digests: dict[str, str] | None
@@ -21,10 +22,10 @@ class Copy(NamedTuple):
 
 
 def find_checkpoint(ctx: RunContext) -> Path | None:
-    """The checkpoint to resume from, in this process's folder; None where none is asked for or none exists. Collective.
+    """Returns the checkpoint's folder as this process sees it; None for a start from step 0. Collective.
 
-    Raises FileNotFoundError for a name or path that is not there, DamagedCheckpoint where no folder has an intact one,
-    ValueError where not all folders have the same one.
+    Raises FileNotFoundError for a name or path that does not exist, DamagedCheckpoint if all are damaged, ValueError if
+    the output folders hold different ones.
     """
     accelerator, folders, output_dir = ctx.accelerator, ctx.folders, ctx.output_dir
     resume = ctx.run.base.resume_from_checkpoint
@@ -46,13 +47,13 @@ def _find_latest(accelerator: Accelerator, folders: Folders, output_dir: Path) -
     listed = folders.on_mains(accelerator, lambda: [step for step, _ in list_checkpoints(output_dir)])
     steps, newest_advice = sorted(set().union(*listed), reverse=True), ""
     for folder in (output_dir / f"checkpoint-{step}" for step in steps):
-        copies = folders.on_mains(accelerator, lambda folder=folder: _look(folders, folder))
+        copies = folders.on_mains(accelerator, partial(_look, folders, folder))
         faults = _faults(folder.name, copies)
         if not faults:
             return folder
         for fault in faults:
             accelerator.print(f"WARNING: skipping {fault}", flush=True)
-        if advice := _advice(folder.name, copies):
+        if advice := _advice(copies):
             advice = f"to go on from {folder.name}, {advice}"
             accelerator.print(f"  {advice}", flush=True)
         newest_advice = newest_advice or advice
@@ -76,14 +77,15 @@ def _look(folders: Folders, folder: Path) -> Copy:
 
 
 def _faults(name: str, copies: list[Copy]) -> list[str]:
+    """Lists why a checkpoint cannot be used; empty if it can."""
     found = [copy.fault for copy in copies if copy.fault]
     if found or all(copy.digests == copies[0].digests for copy in copies):
         return found
     return [f"{name}: it is not the same in {' and '.join(copy.place for copy in copies)}"]
 
 
-def _advice(name: str, copies: list[Copy]) -> str:
-    """What makes it count, where one folder has an intact one."""
+def _advice(copies: list[Copy]) -> str:
+    """Says how to make a checkpoint usable that is intact in some folder; empty if it is in none."""
     intact = next((copy for copy in copies if not copy.fault), None)
     if intact is None:
         return ""

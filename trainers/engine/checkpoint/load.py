@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, compared with the run's networks and put into them."""
+"""Reads a checkpoint's files, compares them with the run's networks, and loads them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainers.engine.checkpoint.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
-from trainers.engine.distributed.sharding import Part, configuration, like, part_from, refresh, trained_parameters
+from trainers.engine.distributed.sharding import (
+    Configured,
+    Part,
+    configuration,
+    like,
+    part_from,
+    refresh,
+    trained_parameters,
+)
 
 
 def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) -> None:
-    """Raises ValueError where the network's own configuration, such as its dropout, is not the checkpoint's."""
-    if not ((folder / "config.json").is_file() and hasattr(network, "to_json_string")):
+    """Raises ValueError if the network's configuration, such as its dropout, differs from the checkpoint's."""
+    if not ((folder / "config.json").is_file() and isinstance(network, Configured)):
         return
     saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), configuration(network)
     found = [
@@ -32,9 +40,9 @@ def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) ->
 
 
 def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "") -> dict[str, dict[str, Tensor]]:
-    """The trained weights and buffers of a checkpoint by network, averaged ones with the suffix "_ema".
+    """Reads trained weights and buffers by network; the suffix "_ema" gives the averaged ones.
 
-    Raises ValueError where they do not fit these networks.
+    Raises ValueError if they do not fit these networks.
     """
     weights = {name: read_tensors(folder / f"{name}{suffix}") for name in networks}
     for name, network in networks.items():
@@ -65,7 +73,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is no safetensors file ({error}); the checkpoint was not written by diffloop"
+            f"{path} is not a safetensors file ({error}); the checkpoint was not written by diffloop"
         ) from None
 
 
@@ -78,7 +86,7 @@ def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor | Par
 
 
 def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """The saved state of what is trained, by parameter; ValueError for what this run does not train."""
+    """Reads the optimizer state by parameter; raises ValueError for parameters that this run does not train."""
     saved: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition(".")

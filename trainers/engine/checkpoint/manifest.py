@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint: its name, and a manifest of every file with its size and SHA-256."""
+"""A checkpoint folder is complete if its name is checkpoint-N and its manifest lists each file's size and SHA-256."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from trainers.engine.run.files import sha256
 from trainers.engine.run.run_folder import CHECKPOINT_NAME
 
-SUFFIXES = {".json", ".safetensors"}  # of all files of a checkpoint: neither runs code when it is loaded
-IGNORED = re.compile(r"\.DS_Store|\.nfs|\._")  # what systems put into any folder; it is never loaded
+SUFFIXES = {".json", ".safetensors"}  # of every file of a checkpoint; neither can run code when loaded
+IGNORED = re.compile(r"\.DS_Store|\.nfs|\._")  # files of operating systems, which are never loaded
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written: its manifest is missing or disagrees with its files."""
+    """A checkpoint whose manifest is missing or does not match its files."""
 
 
 def verify(folder: Path) -> None:
-    """Raises DamagedCheckpoint where a file differs from the manifest, is missing, or is none of a checkpoint's."""
+    """Raises DamagedCheckpoint if a file is missing, differs from the manifest, or does not belong in a checkpoint."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
@@ -43,13 +43,13 @@ def verify(folder: Path) -> None:
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:
-    """What a verified checkpoint's manifest says of its tensors: the same wherever the same checkpoint was written."""
+    """Returns the hashes of a verified checkpoint's tensor files, which are equal in all copies of a checkpoint."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return {name: digest for name, (_, digest) in manifest.items() if name.endswith(".safetensors")}
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that is called checkpoint-N, newest first; symbolic links do not count."""
+    """Lists (step, folder) of everything named checkpoint-N, newest first, without symbolic links."""
     if not output_dir.is_dir():
         return []
     found = [

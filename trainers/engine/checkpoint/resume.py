@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint: compared with the run before anything is loaded, and loaded only if all of it fits."""
+"""Resumes from a checkpoint: it is compared with the run first, and loaded only if all of it fits."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from datasets_lib.example import ImageData, StreamData
 from trainers.base import Trainer
 from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes, optimizer_changed
-from trainers.engine.checkpoint.load import (
-    compare_shape,
-    put_weights,
-    read_optimizer_state,
-    read_tensors,
-    read_weights,
-)
+from trainers.engine.checkpoint.load import compare_shape, put_weights, read_optimizer_state, read_tensors, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.checkpoint.train_state import TrainState
-from trainers.engine.checkpoint.warm_up import warm_up
+from trainers.engine.checkpoint.snapshot import TrainState
 from trainers.engine.checkpoint.writer import FORMAT
+from trainers.engine.data.batches import first_batch
+from trainers.engine.distributed import deepspeed
 from trainers.engine.distributed.sharding import load_optimizer_state
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import RunContext
+from trainers.engine.run.randomness import SlotRandom
 from trainers.engine.run.run_folder import set_metrics_aside
 from trainers.engine.tracking.external import RUN_ID_FILES
 
 
 def set_aside_later(ctx: RunContext, resumed_from: Path, steps_done: int) -> None:
-    """Renames what is not of the run that goes on from a checkpoint: `latest` must not return to the branch it left.
+    """Renames the checkpoints that the resumed run abandons, so that `latest` does not return to them. Collective.
 
-    That is what is later, or all of it where the checkpoint is another folder's. A tracker that cannot take logged
-    steps back, such as W&B, gets a new run for the new branch. Collective.
+    These are the later ones, or all if the run resumes from another folder's checkpoint. A tracker that cannot delete
+    logged steps, such as W&B, begins a new run.
     """
     output_dir, logging_dir = ctx.output_dir, ctx.run.base.logging_dir
     ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(output_dir, logging_dir, resumed_from, steps_done))
@@ -54,11 +53,11 @@ def _set_aside(output_dir: Path, logging_dir: str, resumed_from: Path, steps_don
             path.unlink()
 
 
-def read_state(ctx: RunContext, folder: Path | None, train_set: Any) -> dict[str, Any]:
-    """Returns the checkpoint's state.json, and moves the clock to its step; nothing for a run from step 0.
+def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> dict[str, Any]:
+    """Returns the checkpoint's state.json and moves the clock to its step; empty for a run from step 0.
 
-    Raises ValueError that lists every change which alters the training and is not in `base.allow_changes`, and for
-    another global batch size with buckets.
+    Raises ValueError with every change that alters the training and is not in `base.allow_changes`, and for another
+    global batch size with buckets.
     """
     if folder is None:
         return {}
@@ -86,30 +85,26 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: Any) -> dict[str
         )
     for text in [*harmless_changes(state, run), *(f"{change.text} (allowed)" for change in changes)]:
         accelerator.print(f"Changed since the checkpoint: {text}")
-    if state.get("stream") and run.base.streaming:
+    if state.get("stream") and isinstance(train_set, StreamData):
         for text in train_set.go_on(state["stream"], accelerator.process_index):
             accelerator.print(text)
     return state
 
 
 def load(
-    ctx: RunContext,
-    trainer: Trainer,
-    encoders: FrozenEncoders,
-    state: TrainState,
-    folder: Path,
-    saved: dict[str, Any],
+    ctx: RunContext, trainer: Trainer, encoders: FrozenEncoders, state: TrainState, folder: Path, saved: dict[str, Any]
 ) -> None:
-    """Loads weights, averages, optimizer state and counts; reads and compares everything before it changes anything.
+    """Loads weights, averages, optimizer state and counters, after everything has been read and compared.
 
-    `saved` is the checkpoint's state.json. Another optimizer than the checkpoint's, if `base.allow_changes` accepts it,
-    starts without state. Raises ValueError where the checkpoint holds other networks or other shapes than the run.
+    `saved` is the checkpoint's state.json. A changed optimizer that `base.allow_changes` accepts starts without state.
+    Raises ValueError if the checkpoint holds other networks or shapes than the run.
     """
-    warm_up(ctx, trainer, encoders, state)
+    _warm_up(ctx, trainer, encoders, state)
     networks, ema, scaler = state.networks, state.ema, ctx.accelerator.scaler
     for name, network in networks.items():
         compare_shape(folder / name, network, ctx.run.base.allow_changes)
-    weights, averages = read_weights(folder, networks), {}
+    weights = read_weights(folder, networks)
+    averages: dict[str, Tensor] = {}
     for name in networks:
         if ema is not None:
             if not (folder / f"{name}_ema").is_dir():
@@ -127,3 +122,21 @@ def load(
     set_aside_later(ctx, folder, saved["step"])
     state.meter.load(saved["meter"])
     state.nonfinite.load(saved["divergence"])
+
+
+def _warm_up(ctx: RunContext, trainer: Trainer, encoders: FrozenEncoders, state: TrainState) -> None:
+    """Runs one backward pass and discards it, before the checkpoint is loaded.
+
+    DDP reorders its gradient buckets after the first backward; without this, a resumed run on three or more processes
+    would sum gradients in another order than the uninterrupted run.
+    """
+    accelerator, clock, base = ctx.accelerator, ctx.clock, ctx.run.base
+    if accelerator.num_processes == 1 or deepspeed.in_use(accelerator):
+        return
+    # the previous step, so that the same networks have had a backward as in the uninterrupted run
+    step = max(clock.origin_step - 1, 0)
+    batch = encoders.encode(first_batch(state.train_set, clock, base, accelerator.process_index, accelerator.device))
+    loss, _ = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
+    accelerator.backward(loss)
+    state.optimizer.zero_grad()
+    accelerator.step = 0

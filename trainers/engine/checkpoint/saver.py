@@ -1,6 +1,6 @@
-"""Saves beside the training: a copy at the step, a thread that writes it, a name given by the main thread.
+"""Saves checkpoints during training: a copy at the step, a thread that writes it, and a final rename.
 
-Where the processes have several output folders, each holds every checkpoint whole.
+If the processes have several output folders, each gets every checkpoint, complete.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from datasets_lib.example import StreamData
 from trainers.engine.checkpoint import writer
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.checkpoint.snapshot import Snapshot, find_not_finite, snapshot
-from trainers.engine.checkpoint.train_state import TrainState
+from trainers.engine.checkpoint.snapshot import Snapshot, TrainState, find_not_finite, snapshot
 from trainers.engine.data import stream_batches
 from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.tracker import Tracker
@@ -25,19 +25,19 @@ Result = TypeVar("Result")
 
 
 class Saver:
-    """The checkpoints of a run, one at a time: begun at a step, written by a thread for each folder, then sealed.
+    """Writes one checkpoint at a time: copied at a step, written by a thread per folder, then renamed ("sealed").
 
-    Every call is collective. All ranks seal, or raise, after the same step: the votes go with the stop signals.
-    The memory of the copy is kept on the main processes, and written over by the next one once its files are written.
+    Every call is collective. All ranks seal, or raise, after the same step: their votes travel with the stop signals.
+    The main processes keep the copy's memory and reuse it for the next checkpoint.
     """
 
     def __init__(self, ctx: RunContext, state: TrainState, tracker: Tracker) -> None:
         self.ctx, self.state, self.tracker = ctx, state, tracker
         self.folders, self.base, self.output_dir = ctx.folders, ctx.run.base, ctx.output_dir
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.step = 0  # of the checkpoint in flight; 0 where there is none
-        self.kept: dict[str, Tensor] = {}  # the memory of the last copy, for the next one
-        self.staged: Future[Path] | None = None  # its folder, on a main process
+        self.step = 0  # of the checkpoint being written; 0: none is
+        self.kept: dict[str, Tensor] = {}  # memory of the last copy, for the next one
+        self.staged: Future[Path] = Future()  # its temporary folder, on a main process
         if ctx.folders.is_main:
             ctx.stop.votes.own = 0
 
@@ -45,9 +45,9 @@ class Saver:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """After an error a main process seals alone what is in flight: the other ranks may be gone.
+        """After an error each main process seals its unfinished checkpoint alone, as other ranks may be dead.
 
-        Whether all folders have it is looked at when the run is resumed; until then no older one is removed.
+        The resumed run checks whether all folders have it; until then no older checkpoint is removed.
         """
         if self.step and self.folders.is_main:
             try:
@@ -57,28 +57,27 @@ class Saver:
         self.thread.shutdown()
 
     def after_step(self, steps_done: int) -> None:
-        """Seals what is written, and begins a checkpoint where one is due."""
+        """Seals a checkpoint whose files are written, and begins one if it is due."""
         self._seal_written()
         if self.ctx.clock.due(steps_done, self.base.checkpointing_steps):
-            with self.tracker.phase("save", steps_done):  # what the training waits for
+            with self.tracker.phase("save", steps_done):  # the time that the training waits
                 self.begin(steps_done)
 
-    def watch(self, items: Iterable) -> Iterator:
-        """The items of a long loop within a step, which asks for stop signals; what is written meanwhile is sealed."""
+    def watch(self, items: Iterable[Result]) -> Iterator[Result]:
+        """Yields the items of a long loop that checks for stop signals, and seals a checkpoint written meanwhile."""
         for item in items:
             yield item
             self._seal_written()
 
     def save(self, steps_done: int) -> None:
-        """Writes output_dir/checkpoint-N, and returns when it is sealed."""
+        """Writes output_dir/checkpoint-N and waits until it is sealed."""
         self.begin(steps_done)
         self.wait()
 
     def begin(self, steps_done: int) -> None:
-        """Copies what is trained, once the checkpoint before is sealed, and leaves the writing to the thread.
+        """Seals the previous checkpoint, copies everything trained, and lets the thread write it.
 
-        Does nothing where checkpoint-N is there. Raises ValueError where something that was trained is not finite, and
-        what `wait` raises.
+        Does nothing if checkpoint-N exists. Raises ValueError if a weight or state is not finite, and what `wait` does.
         """
         self.wait()
         counts = self.state.nonfinite.state()
@@ -98,17 +97,17 @@ class Saver:
         self.step = steps_done
 
     def wait(self) -> None:
-        """Seals the checkpoint in flight as soon as it is written in each folder; raises OSError where one is not."""
+        """Waits until every folder has the checkpoint's files, and seals it; raises OSError if one could not write."""
         if not self.step:
             return
         if self.folders.several:
-            self._wait_for_all()  # where another rank dies meanwhile, __exit__ seals alone
+            self._wait_for_all()  # if another rank dies meanwhile, __exit__ seals alone
         self.step = 0
         self._on_mains(self._seal)
-        self._on_mains(self._prune)  # now that all folders have the new one
+        self._on_mains(self._prune)  # only now that all folders have the new one
 
     def _wait_for_all(self) -> None:
-        """Waits for the files of every folder; where one could not be written, no folder keeps them."""
+        """Waits for the files of every folder; if one cannot be written, no folder keeps its files."""
         try:
             self._on_mains(lambda: self.staged.result())
         except (OSError, ValueError):
@@ -133,13 +132,14 @@ class Saver:
             writer.remove(folder, self.thread)
 
     def _write(self, taken: Snapshot) -> Path:
-        """The thread's part; this process tells the other ranks that it is over, well or not."""
+        """Writes the files, in the thread; the vote tells the other ranks that this is over, successfully or not."""
         try:
             return writer.stage(taken, self.output_dir)
         finally:
             self.ctx.stop.votes.own = taken.step
 
     def _about(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
+        """Returns what state.json holds."""
         clock, scaler, train_set = self.ctx.clock, self.ctx.accelerator.scaler, self.state.train_set
         return {
             "format": writer.FORMAT,
@@ -149,7 +149,7 @@ class Saver:
             "total_steps": clock.total_steps,
             "num_examples": clock.num_examples,
             "fingerprint": train_set.fingerprint,
-            "stream": stream_batches.positions(train_set) if self.base.streaming else None,
+            "stream": stream_batches.positions(train_set) if isinstance(train_set, StreamData) else None,
             "label_names": train_set.label_names,
             "meter": self.state.meter.state(),
             "divergence": counts,

@@ -1,36 +1,44 @@
-"""A collective copy of everything that is trained, on the CPU and by name: what a checkpoint is written from."""
+"""Copies everything trained to the CPU, by name; checkpoints are written from this copy."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.engine.checkpoint.train_state import TrainState
-from trainers.engine.distributed.sharding import (
-    Part,
-    configuration,
-    local,
-    optimizer_state,
-    part_of,
-    trained_parameters,
-    weight_of,
-    whole,
-)
+from datasets_lib.example import ImageData
+from trainers.engine.distributed import sharding
+from trainers.engine.distributed.sharding import Part, trained_parameters
 from trainers.engine.optim.ema import EMA
+from trainers.engine.optim.nonfinite import NonFiniteSteps
+from trainers.engine.tracking.meters import Meter
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
 @dataclass
+class TrainState:
+    """Everything that training changes: weights, averages, optimizer, unlogged metrics, counters, place in the data."""
+
+    networks: dict[str, nn.Module]  # without wrappers
+    meta_networks: dict[str, nn.Module]  # unwrapped, unsharded, without weights; an export fills them
+    optimizer: Optimizer
+    ema: EMA | None
+    meter: Meter
+    nonfinite: NonFiniteSteps
+    train_set: ImageData
+
+
+@dataclass
 class Snapshot:
-    """Everything trained at one step, on the CPU: files of tensors and files of text by path within the checkpoint."""
+    """A checkpoint in CPU memory: contents of tensor files and text files, by path within its folder."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -43,15 +51,13 @@ class Snapshot:
 
 
 def snapshot(state: TrainState, about: dict[str, Any], wanted: bool, kept: dict[str, Tensor]) -> Snapshot:
-    """Copies weights, averages and optimizer state to the CPU by name, beside `about`, which becomes state.json.
+    """Copies weights, averages and optimizer state to the CPU; `about` becomes state.json. Collective.
 
-    Collective: every rank must call it.
-
-    Where it is not `wanted`, on all ranks but the one that writes, shards are sent and nothing is kept. What is `kept`
-    by name of an earlier snapshot is written over: new pages of memory take six times as long as the copy.
+    Ranks on which it is not `wanted` send their shards and copy nothing. `kept`, the memory of an earlier snapshot, is
+    overwritten: fresh pages of memory take six times as long as the copy.
     """
 
-    def copied(values: dict[str, Tensor | Part], what: str) -> dict[str, Tensor]:
+    def copied(values: Mapping[str, Tensor | Part], what: str) -> dict[str, Tensor]:
         return {key: _copied(tensor, wanted, kept, f"{what} {key}") for key, tensor in values.items()}
 
     networks, ema, step = state.networks, state.ema, about["step"]
@@ -59,45 +65,45 @@ def snapshot(state: TrainState, about: dict[str, Any], wanted: bool, kept: dict[
     texts = {"state.json": json.dumps(about, indent=1)}
     for name, network in networks.items():
         weights = copied(trained_state(network), f"{name}'s")
-        sets = {name: (weights, {})}
+        sets: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {name: (weights, {})}
         if ema is not None:
             averages = copied(ema.averages_of(name), f"{name}'s averaged")
             sets[f"{name}_ema"] = (weights | averages, ema.settings(step))
         for folder, (values, settings) in sets.items():
             if _in_diffusers_format(network):
                 tensors[f"{folder}/{DIFFUSERS_WEIGHTS}"] = values
-                texts[f"{folder}/config.json"] = json.dumps(configuration(network) | settings, indent=2)
+                texts[f"{folder}/config.json"] = json.dumps(sharding.configuration(network) | settings, indent=2)
             else:
                 tensors[f"{folder}/{TRAINABLE_WEIGHTS}"] = values
-    tensors["optimizer.safetensors"] = copied(optimizer_state(networks, state.optimizer), "optimizer's")
+    tensors["optimizer.safetensors"] = copied(sharding.optimizer_state(networks, state.optimizer), "optimizer's")
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # the copies are under way
+        torch.cuda.synchronize()  # waits for the copies
     return Snapshot(step, tensors, texts)
 
 
 def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
-    """The first trained weight, average or optimizer state that is not finite on some rank. Collective.
+    """Names a weight, average or optimizer state that is not finite on some rank, or None. Collective.
 
-    Buffers are left out: a mask may hold infinities.
+    Buffers are not checked: a mask may hold infinities.
     """
-    found = gather_object([_not_finite_here(networks, ema, optimizer)])  # each rank has parts of its own under FSDP2
+    found = gather_object([_not_finite_here(networks, ema, optimizer)])  # FSDP2 gives each rank its part
     return next((name for name in found if name is not None), None)
 
 
 def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
     parts = {
-        f"weight {name}.{key}": part_of(parameter).tensor
+        f"weight {name}.{key}": sharding.part_of(parameter).tensor
         for name, network in networks.items()
         for key, parameter in trained_parameters(network).items()
     }
     parts |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
-    for name, value in optimizer_state(networks, optimizer).items():
+    for name, value in sharding.optimizer_state(networks, optimizer).items():
         parameter, _, key = name.rpartition(".")
-        parts[f"{key} of {parameter}"] = value.tensor if isinstance(value, Part) else local(value)
+        parts[f"{key} of {parameter}"] = value.tensor if isinstance(value, Part) else sharding.local(value)
     by_device: dict[torch.device, list[str]] = {}
     for name, part in parts.items():
         by_device.setdefault(part.device, []).append(name)
-    for listed in by_device.values():  # one wait per device, for sums: ten times as fast as a look at each element
+    for listed in by_device.values():  # one wait per device, and sums: ten times as fast as checking each element
         finite = torch.stack([parts[name].sum().isfinite() for name in listed]).tolist()
         for name in [name for name, is_finite in zip(listed, finite, strict=True) if not is_finite]:
             if not parts[name].isfinite().all():  # a sum of large numbers may overflow
@@ -106,30 +112,31 @@ def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer:
 
 
 def trained_state(network: nn.Module) -> dict[str, Tensor | Part]:
-    """A network's weights and buffers by name, without what is frozen."""
-    parameters = dict(network.named_parameters(remove_duplicate=False))  # tied ones by all of their names
+    """Returns a network's weights and buffers by name, without frozen weights."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))  # tied weights under all of their names
     return {
-        name: weight_of(parameters[name]) if name in parameters else tensor
+        name: sharding.weight_of(parameters[name]) if name in parameters else tensor
         for name, tensor in network.state_dict().items()
         if name not in parameters or parameters[name].requires_grad
     }
 
 
-def _in_diffusers_format(network: nn.Module) -> bool:
+def _in_diffusers_format(network: nn.Module) -> TypeGuard[sharding.Configured]:
+    """Whether the checkpoint holds the network as save_pretrained would: diffusers', and trained as a whole."""
     from diffusers import ModelMixin
 
     return isinstance(network, ModelMixin) and all(p.requires_grad for p in network.parameters())
 
 
 def full_tensor(tensor: Tensor | Part, wanted: bool) -> Tensor:
-    """A CPU copy that shares no memory, or an empty tensor where it is not wanted; every rank gathers shards."""
-    found = whole(tensor)
+    """Gathers shards and copies the whole tensor to the CPU; returns an empty one if it is not wanted. Collective."""
+    found = sharding.whole(tensor)
     return found.to("cpu", copy=True).contiguous() if wanted else torch.empty(0)
 
 
 def _copied(tensor: Tensor | Part, wanted: bool, kept: dict[str, Tensor], name: str) -> Tensor:
-    """The copy in the place of that name, as soon as the device is done."""
-    found = whole(tensor)
+    """Starts the copy to the memory kept under that name; it is complete once the device is done."""
+    found = sharding.whole(tensor)
     if not wanted:
         return torch.empty(0)
     place = kept.get(name)

@@ -1,4 +1,7 @@
-"""A checkpoint's files: staged, flushed and renamed, so that no crash leaves one half done. No collective calls."""
+"""Writes a checkpoint under a temporary name, flushes it, and renames it, so that a crash never leaves a partial one.
+
+Nothing here is collective.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from trainers.engine.run.files import flush, sha256, write_tensors
 from trainers.engine.run.run_folder import METRICS
 
 FORMAT = 1  # of state.json
-SPARE_BYTES = 1 << 20  # beside the tensors: headers, texts, the file system's own
+SPARE_BYTES = 1 << 20  # for headers, texts and the file system, besides the tensors
 INTACT = "older checkpoints are intact; make room and continue with base.resume_from_checkpoint=latest"
 
 
 def stage(taken: Snapshot, output_dir: Path) -> Path:
-    """Writes a snapshot to a temporary folder and flushes it; returns the folder. A thread may do it.
+    """Writes and flushes a snapshot in a temporary folder, and returns the folder.
 
-    Raises OSError where it does not fit or cannot be written, after it has removed the folder.
+    Raises OSError if it does not fit or cannot be written; the folder is removed then.
     """
     name = f"checkpoint-{taken.step}"
     staging = output_dir / f".tmp-{name}-{secrets.token_hex(4)}"
@@ -41,7 +44,7 @@ def stage(taken: Snapshot, output_dir: Path) -> Path:
 
 
 def seal(staging: Path) -> None:
-    """Gives a staged checkpoint its name; removes it where that fails."""
+    """Renames a staged checkpoint to its final name; removes it if that fails."""
     output_dir, name = staging.parent, staging.name.removeprefix(".tmp-").rpartition("-")[0]
     try:
         staging.rename(output_dir / name)
@@ -52,9 +55,9 @@ def seal(staging: Path) -> None:
 
 
 def remove(folder: Path, thread: Executor) -> None:
-    """Takes the name from an old checkpoint at once, and removes its files in a thread: that may take long.
+    """Renames an old checkpoint at once and deletes its files in a thread, as that may take long.
 
-    A failure is told, and is no reason to stop the training.
+    A failure prints a warning and does not stop the training.
     """
     try:
         trash = folder.rename(folder.with_name(f".trash-{folder.name}-{secrets.token_hex(4)}"))
@@ -72,11 +75,11 @@ def _remove_files(trash: Path, name: str) -> None:
 
 def write(taken: Snapshot, folder: Path) -> None:
     """Writes and flushes every file, the manifest last."""
-    for path, values in taken.tensors.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(values, folder / path)
-    for path, text in taken.texts.items():
-        (folder / path).write_text(text, encoding="utf-8")
+    for name, values in taken.tensors.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(values, folder / name)
+    for name, text in taken.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

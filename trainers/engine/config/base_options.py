@@ -1,4 +1,4 @@
-"""The options of the config section `base`: the run, its data, its logging and how long things take."""
+"""The options of the config section `base`: the run, its data, logging and durations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from trainers.engine.config.eval_networks import classifier_problem, features_problem
 from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section
 
 OF_CAPTIONS = ("trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption")
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
+Precision = Literal["no", "fp16", "bf16"]
 
 
 @dataclass(kw_only=True)
@@ -38,8 +39,7 @@ class BaseConfig(Section):
         "logging_steps", "tracker_project", "run_name", "cache_dir", "encoder_cache_dir", "image_cache_mb",
         "eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "dataloader_num_workers",
         "dataloader_timeout",
-        # on resume these are compared by what they come to: the global batch size, the learning rates that are left,
-        # the data set's fingerprint
+        # compared by their effect: the global batch size, the remaining learning rates, the data set's fingerprint
         "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
         "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
         "validation_split", "class_data_dir",
@@ -49,9 +49,7 @@ class BaseConfig(Section):
     # the run
     output_dir: str = "outputs/run"  # folder of the run: checkpoints, samples, logs and the finished pipeline
     trainer_class: str | None = None  # "package.module:Class" of a task outside the repository
-    resume_from_checkpoint: str | bool | None = (
-        None  # latest (or true), a name such as checkpoint-500, a path; null: no
-    )
+    resume_from_checkpoint: str | bool | None = None  # latest (or true), a name like checkpoint-500, a path; null: no
     allow_changes: list[str] = field(default_factory=list)  # on resume: options, dataset or global_batch_size to accept
     seed: NonNegative = 0  # of weights, data order, noise and pictures
     num_epochs: Positive | None = None  # passes over the data; exactly one of it and max_train_steps
@@ -59,7 +57,7 @@ class BaseConfig(Section):
     train_batch_size: Positive = 16  # examples per process and micro-batch
     gradient_accumulation_steps: Positive | None = None  # micro-batches per optimizer step; null: the launcher's, or 1
     global_batch_size: Positive | None = None  # examples per optimizer step, instead of the accumulation; null: follows
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # of activations; null: the launcher's, or no
+    mixed_precision: Precision | None = None  # of activations; null: the launcher's, or no
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     enable_xformers_memory_efficient_attention: bool = False  # needs the extra xformers and a CUDA device
     allow_tf32: bool = False  # faster float32 products with 10 bits of mantissa on Ampere and later GPUs
@@ -67,7 +65,7 @@ class BaseConfig(Section):
     deterministic: bool = False  # only deterministic kernels: bit-equal runs on a GPU, slower
     compile: bool = False  # torch.compile the networks in place; validations run them uncompiled
     compile_repeated_blocks: bool = False  # only the blocks that a network names (a UNet's transformers): sooner ready
-    max_skipped_steps: Positive = 10  # stop after so many steps in a row whose loss or gradient was not finite
+    max_skipped_steps: Positive = 10  # stop after this many steps in a row with a loss or gradient that is not finite
     collective_timeout: PositiveFloat = 1800.0  # seconds that a process waits for the others before the run fails
 
     # checkpoints and the finished pipeline
@@ -75,17 +73,13 @@ class BaseConfig(Section):
     checkpoints_total_limit: Positive | None = None  # keep the newest this many checkpoints; null: all
     save_model_epochs: Positive | None = None  # export the pipeline every this many epochs; null: only at the end
     save_model_steps: Positive | None = None  # the same in optimizer steps
-    push_to_hub: bool = (
-        False  # upload the finished pipeline and its card; log in with the hub library's `hf auth login`
-    )
+    push_to_hub: bool = False  # upload the finished pipeline and its card; log in with `hf auth login`
     hub_model_id: str | None = None  # repository to push to, such as me/digits; null: the name of output_dir
 
     # validation
     valid_epochs: Positive | None = None  # validate every this many epochs; null with valid_steps null: only at the end
     valid_steps: Positive | None = None  # the same in optimizer steps
-    validation_split: str | OpenFraction | None = (
-        None  # a split's or folder's name, or the part to hold out; null: none
-    )
+    validation_split: str | OpenFraction | None = None  # name of a split or folder, or the part to hold out; null: none
     eval_steps: Positive | None = None  # draw many pictures and measure them every this many steps; null: never
     eval_num_samples: Annotated[int, Bounds(5)] = 1000  # pictures to draw for it, of the weights that will be exported
     eval_features: str = "inception"  # network of FID, KID, precision, recall: inception, none, or a file (see README)
@@ -100,10 +94,8 @@ class BaseConfig(Section):
 
     # data: exactly one of dataset_name, train_data_dir and dataset
     dataset_name: str | None = None  # hub data set, or a local folder in a hub data set's layout
-    dataset_config_name: str | None = None  # configuration of dataset_name, where it has several
-    train_data_dir: str | None = (
-        None  # folder of images, any depth, with metadata.jsonl, .txt captions or class folders; or a .jsonl file
-    )
+    dataset_config_name: str | None = None  # configuration of dataset_name, if it has several
+    train_data_dir: str | None = None  # folder of images with metadata.jsonl, .txt or class folders; or a .jsonl file
     dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
     cache_dir: str | None = None  # where hub data sets are kept; null: the datasets library's folder
@@ -118,7 +110,7 @@ class BaseConfig(Section):
     mask_column: str | None = None  # of grey pictures beside the images; null: mask, if there is one
     class_data_dir: str | None = None  # folder of pictures of the class, for prior preservation; null: none
     class_caption: str | None = None  # the text of every picture in class_data_dir
-    max_train_samples: Positive | None = None  # use a random subset of so many training examples; null: all
+    max_train_samples: Positive | None = None  # use a random subset of this many training examples; null: all
     resolution: Positive = 64  # pixels, height and width of an example; with buckets of pictures drawn at validations
     buckets: bool = False  # sizes by aspect ratio, each batch of one, so that little is cropped away
     bucket_max_pixels: Positive | None = None  # area of an example with buckets at most; null: the square of resolution
@@ -127,7 +119,7 @@ class BaseConfig(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"  # for resizing
     center_crop: bool = False  # crop at the centre; false: at random in training
     random_flip: bool = False  # mirror half of the examples in training
-    background_color: str = "white"  # put behind transparent pixels where channels is not 4
+    background_color: str = "white"  # put behind transparent pixels if channels is not 4
     bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
     max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 178956970  # larger images are refused; Pillow refuses more
     image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
@@ -154,7 +146,7 @@ class BaseConfig(Section):
             if all(getattr(self, name) is not None for name in pair):
                 yield pair[0], f"at most one of {pair[0]} and {pair[1]} can be set"
         yield from self._paths()
-        yield from self._judges()
+        yield from self._eval_networks()
         yield from self._without_effect()
 
     def _paths(self) -> Iterator[tuple[str, str]]:
@@ -166,11 +158,11 @@ class BaseConfig(Section):
         if self.hub_model_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.hub_model_id):
             yield "hub_model_id", "must read name or owner/name"
 
-    def _judges(self) -> Iterator[tuple[str, str]]:
-        problems = {"eval_features": features_problem(self.eval_features)}
-        if self.eval_classifier is not None:
-            problems["eval_classifier"] = classifier_problem(self.eval_classifier)
-        yield from ((option, problem) for option, problem in problems.items() if problem)
+    def _eval_networks(self) -> Iterator[tuple[str, str]]:
+        if problem := features_problem(self.eval_features):
+            yield "eval_features", problem
+        if self.eval_classifier is not None and (problem := classifier_problem(self.eval_classifier)):
+            yield "eval_classifier", problem
 
     def _without_effect(self) -> Iterator[tuple[str, str]]:
         """A setting that cannot take effect is an error, not silence."""
@@ -182,15 +174,12 @@ class BaseConfig(Section):
         yield from self.without_effect(("shuffle_buffer_size", "shard_retries"), "streaming: true", self.streaming)
         buffered = self.shuffle_buffer_size is not None
         yield from self.without_effect(("shuffle_buffer_resume",), "shuffle_buffer_size", buffered)
-        for option in ("dataset_config_name", "cache_dir", "image_column"):
-            if getattr(self, option) is not None and self.dataset_name is None and not self.streaming:
-                yield option, "has an effect with dataset_name only"
-        for option in ("eval_num_samples", "eval_features", "eval_classifier"):
-            if self.eval_steps is None and getattr(self, option) != type(self).__dataclass_fields__[option].default:
-                yield option, "has an effect with eval_steps only"
-        for option in ("label_column", "mask_column"):
-            if getattr(self, option) is not None and self.dataset is not None:
-                yield option, "has an effect with dataset_name and train_data_dir only"
+        on_hub = self.dataset_name is not None or self.streaming
+        yield from self.without_effect(("dataset_config_name", "cache_dir", "image_column"), "dataset_name", on_hub)
+        of_evaluations = ("eval_num_samples", "eval_features", "eval_classifier")
+        yield from self.without_effect(of_evaluations, "eval_steps", self.eval_steps is not None)
+        columns = ("label_column", "mask_column", "caption_column")
+        yield from self.without_effect(columns, "dataset_name and train_data_dir", self.dataset is None)
         if self.dataset_args and self.dataset is None:
             yield "dataset_args", "has an effect with dataset only"
         if self.tracker_project != "diffloop" and self.logger == "none":
@@ -212,12 +201,12 @@ class BaseConfig(Section):
 
 
 def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
-    """Puts what `accelerate launch` was told in place of null; yields where the configuration says something else.
+    """Replaces null by the values of `accelerate launch`; yields a problem if the configuration has another value.
 
-    The launcher exports `no` and 1 also when nobody asked for them, so these two contradict nothing.
+    The launcher exports `no` and 1 even if nobody asked for them, so these two contradict nothing.
     """
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "fp16", "bf16"):
+    if precision not in get_args(Precision):
         yield f"ACCELERATE_MIXED_PRECISION = {precision}: must be no, fp16 or bf16; change --mixed_precision"
     elif precision not in ("no", base.mixed_precision or precision):
         yield _two_values("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
@@ -228,7 +217,7 @@ def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) ->
     elif steps != "1" and base.global_batch_size is not None:
         launched = f"the launcher says ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {steps}"
         yield f"base.global_batch_size = {base.global_batch_size}: {launched}; give one of them"
-    base.mixed_precision = base.mixed_precision or precision
+    base.mixed_precision = base.mixed_precision or cast(Precision, precision)
     if base.global_batch_size is None:
         base.gradient_accumulation_steps = base.gradient_accumulation_steps or int(steps)
 

@@ -1,4 +1,4 @@
-"""From a config file and overrides to two checked dataclasses, or to one message that lists every problem."""
+"""Turns a config file and overrides into two checked dataclasses, or into one message that lists every problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -22,10 +22,6 @@ from trainers.engine.config.schema import coerce, describe_kind, nearest, option
 from trainers.engine.optim.table import optimizer_problem
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
-
-
-def no_problems(base: BaseConfig) -> Iterable[tuple[str, str]]:
-    return ()
 
 
 class RunConfig(NamedTuple):
@@ -43,23 +39,25 @@ class RunConfig(NamedTuple):
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, data_problems: Check = no_problems) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, data_problems: Check = lambda base: ()
+) -> RunConfig:
     """Reads CONFIG, applies `section.key=value` overrides and checks both sections together.
 
-    `data_problems(base)` yields what the data sets have to say; the engine does not know them.
-    Raises FileNotFoundError for a missing file and ConfigError with all problems otherwise.
+    `data_problems(base)` yields the problems of data options, which the engine does not know. Raises FileNotFoundError
+    for a missing file, and ConfigError with all problems otherwise.
     """
     return check_config(read_config_file(Path(path)), overrides, data_problems)
 
 
 def check_config(
-    document: dict[str, Any], overrides: list[str] | None = None, data_problems: Check = no_problems
+    document: dict[str, Any], overrides: list[str] | None = None, data_problems: Check = lambda base: ()
 ) -> RunConfig:
-    """The same of a document that was read already."""
+    """Checks a document that has been read already; see load_config."""
     given, problems = _parse_overrides(overrides or [])
     task = _task_of(document, given)
     trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"))
-    schemas = {"base": BaseConfig, task: trainer_class.Config}
+    schemas: dict[str, type[Section]] = {"base": BaseConfig, task: trainer_class.Config}
     document = _resolve(_merge(document, given, schemas))
 
     checked: dict[str, dict[str, Any]] = {}
@@ -68,7 +66,7 @@ def check_config(
         problems += wrong_values
     base, config = BaseConfig(**checked["base"]), trainer_class.Config(**checked[task])
     sections = {"base": base, task: config}
-    # rules over several options would only repeat what is wrong with one of them
+    # rules about several options would only repeat the problem of one of them
     wrong = {problem.split(" = ")[0] for problem in problems}
     found = [("base", *problem) for problem in (*data_problems(base), *base.problems())]
     found += [(task, *problem) for problem in config.problems(base)]
@@ -96,7 +94,7 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
     well_formed = [text for text in overrides if "." in text.partition("=")[0] and "=" in text]
     problems = [f"{text}: an override reads section.key=value" for text in overrides if text not in well_formed]
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(well_formed)), problems
+        return _plain(OmegaConf.from_dotlist(well_formed)), problems
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}"]) from None
 
@@ -123,7 +121,7 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
 
 
 def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
-    """The Trainer of a task: `base.trainer_class` where given, else from the table; ConfigError if there is none."""
+    """Imports a task's Trainer: `base.trainer_class` if given, else from TRAINERS; ConfigError if there is none."""
     if trainer_class is None and task not in TRAINERS:
         raise ConfigError(
             [
@@ -147,7 +145,7 @@ def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
 
 
 def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> dict[str, Any]:
-    """An override of one of an exclusive pair replaces the other, and what belongs to it; `x=null` replaces nothing."""
+    """Applies overrides: one of an exclusive group replaces the others and their options; `x=null` replaces nothing."""
     for name, schema in schemas.items():
         chosen = {key for key, value in given.get(name, {}).items() if value is not None}
         for group in schema.exclusive:
@@ -155,13 +153,13 @@ def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> di
                 document[name] = {k: v for k, v in document[name].items() if k not in group}
         gone = {key for option in chosen & schema.reset_with.keys() for key in schema.reset_with[option]}
         document[name] = {k: v for k, v in document[name].items() if k not in gone}
-    return OmegaConf.to_container(OmegaConf.merge(document, given))
+    return _plain(OmegaConf.merge(document, given))
 
 
 def _resolve(document: dict[str, Any]) -> dict[str, Any]:
     OmegaConf.clear_resolver("oc.env")  # a config is written to the run folder; the environment holds secrets
     try:
-        return OmegaConf.to_container(OmegaConf.create(document), resolve=True, throw_on_missing=True)
+        return _plain(OmegaConf.create(document), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a reference"
         reason = str(error).splitlines()[0]
@@ -169,11 +167,17 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"{key}: {reason}{hint}"]) from None
 
 
+def _plain(config: Any, **options: bool) -> dict[str, Any]:
+    return cast("dict[str, Any]", OmegaConf.to_container(config, **options))  # all of ours are mappings
+
+
 def _check_section(
     section: str, values: dict, schema: type[Section], schemas: dict[str, type[Section]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the values that fit, by name, and what is wrong with the others."""
-    known, checked, problems = options(schema), {}, []
+    """Returns the values that fit, by name, and the problems of the others."""
+    known = options(schema)
+    checked: dict[str, Any] = {}
+    problems: list[str] = []
     for key, value in values.items():
         if key not in known:
             problems += _unknown_option(section, str(key), value, schemas)
@@ -186,9 +190,9 @@ def _check_section(
 
 
 def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[Section]]) -> list[str]:
-    """Says what to write instead; nothing for an earlier version's option at what is the default now.
+    """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now.
 
-    The resolved configuration of an old run has all of them, and can still be read.
+    So the resolved configuration of an old run, which has all of them, can still be read.
     """
     known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
     replacements = schemas[section].replaced.get(key, {}).items()
@@ -203,7 +207,7 @@ def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> I
     for name in allowed:
         section, _, option = name.rpartition(".")
         if (option or name) not in known or (section and section not in schemas):
-            yield f"base.allow_changes: {name} is no option; did you mean {nearest(name, known)}?"
+            yield f"base.allow_changes: {name} is not an option; did you mean {nearest(name, known)}?"
 
 
 def _place(key: str, section: str, known: dict, schemas: dict[str, type[Section]]) -> str:

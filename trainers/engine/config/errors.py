@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
+
 OWN_PACKAGES = ("__main__", "train", "trainers", "datasets_lib")
 
 
 class Interrupted(BaseException):
-    """A signal ended the run, after it was saved; `code` is the exit code of the command.
+    """A signal ended the run, after it was saved; `code` is the command's exit code.
 
-    Like KeyboardInterrupt no Exception, so that nothing on the way takes it for an error to recover from.
+    Not an Exception, like KeyboardInterrupt, so that nothing on the way catches it as an error to recover from.
     """
 
     def __init__(self, text: str, code: int) -> None:
@@ -21,7 +23,5 @@ class Interrupted(BaseException):
 
 def is_message(error: BaseException) -> bool:
     """Whether diffloop itself raised it; what a library or a user's module raises keeps its traceback."""
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in OWN_PACKAGES
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(names) and names[-1].split(".")[0] in OWN_PACKAGES

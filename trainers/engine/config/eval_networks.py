@@ -11,7 +11,7 @@ ALLOWED_FEATURES = (
 
 
 def features_problem(spec: str) -> str | None:
-    """What is wrong with `eval_features`, before anything is loaded."""
+    """Says what is wrong with the option `eval_features`; None if nothing is."""
     if spec in ("inception", "none") or Path(spec).is_file():
         return None
     name, _, file = spec.partition(":")
@@ -20,12 +20,12 @@ def features_problem(spec: str) -> str | None:
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        return f"{name} is no network of torchvision; allowed: {ALLOWED_FEATURES}"
+        return f"{name} is not a network of torchvision; allowed: {ALLOWED_FEATURES}"
     return None if Path(file).is_file() else f"no file {file}; give {name}'s weights as .pth or .safetensors"
 
 
 def classifier_problem(spec: str) -> str | None:
-    """What is wrong with `eval_classifier`, before anything is loaded."""
+    """Says what is wrong with the option `eval_classifier`; None if nothing is."""
     if Path(spec).is_file() or (Path(spec) / "classifier" / "config.json").is_file():
         return None
     return "must be a finished noisy_classifier run, or a TorchScript file (float32 [B, C, H, W] in [-1, 1] -> logits)"

@@ -15,7 +15,7 @@ MAX_YAML_NODES = 100_000  # after aliases are expanded
 
 
 class ConfigError(ValueError):
-    """All problems of a configuration, one a line."""
+    """Lists all problems of a configuration, one per line."""
 
     def __init__(self, problems: list[str]) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -23,10 +23,7 @@ class ConfigError(ValueError):
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Returns the mapping that a JSON or YAML file holds.
-
-    Raises FileNotFoundError, or ConfigError for a file that is too large, malformed, or no mapping.
-    """
+    """Reads a mapping; raises FileNotFoundError, or ConfigError if it is too large, malformed or no mapping."""
     if not path.is_file():
         raise FileNotFoundError(
             f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
@@ -64,7 +61,7 @@ def _read_yaml(text: str) -> Any:
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     if id(node) in sizes:
         return sizes[id(node)]
-    sizes[id(node)] = MAX_YAML_NODES + 1  # a node that holds itself is endless
+    sizes[id(node)] = MAX_YAML_NODES + 1  # a node that contains itself is endless
     children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         children = [child for pair in node.value for child in pair]

@@ -1,4 +1,4 @@
-"""What a section's dataclass says about its options: type check of a value, nearest name, and `--describe`."""
+"""Options as a section's dataclass declares them: type checks, the nearest name, and `--describe`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import io
+import math
 import tokenize
 import types
 import typing
@@ -15,9 +16,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from trainers.options import Section
 
+# of the types without further parts
+WORDS = {type(None): "null", str: "text", bool: "true or false", int: "an integer", float: "a number"}
+
 
 class Option(NamedTuple):
-    """One option of a section as its dataclass declares it."""
+    """One option of a section."""
 
     name: str
     kind: Any  # the resolved annotation
@@ -26,16 +30,18 @@ class Option(NamedTuple):
 
 
 def options(section: type[Section]) -> dict[str, Option]:
-    """Lists the options of a section in the order of declaration, base classes first.
+    """Lists a section's options in the order of declaration, base classes first.
 
-    Raises TypeError where an annotated field was lost because a subclass lacks its @dataclass decorator.
+    Raises TypeError for an annotated field that was lost because a subclass lacks its @dataclass decorator.
     """
     kinds = typing.get_type_hints(section, include_extras=True)
     comments = {name: text for cls in reversed(section.__mro__) for name, text in _trailing_comments(cls).items()}
     fields = {field.name: field for field in dataclasses.fields(section)}
     for name, kind in kinds.items():
         if name not in fields and get_origin(kind) is not typing.ClassVar:
-            raise TypeError(f"{section.__name__}.{name} is no field: decorate the class with @dataclass(kw_only=True)")
+            raise TypeError(
+                f"{section.__name__}.{name} is not a field: decorate the class with @dataclass(kw_only=True)"
+            )
     return {name: Option(name, kinds[name], _default(field), comments.get(name, "")) for name, field in fields.items()}
 
 
@@ -45,10 +51,11 @@ def _default(field: dataclasses.Field) -> Any:
 
 @functools.cache
 def _trailing_comments(cls: type) -> dict[str, str]:
-    """{field: comment on the last line of its declaration}, from the source; empty where there is no source."""
+    """{field: comment on the last line of its declaration}, from the source code; empty without it."""
     if not (dataclasses.is_dataclass(cls) and issubclass(cls, Section)):
         return {}
-    found, field, at_start = {}, None, True
+    found: dict[str, str] = {}
+    field, at_start = "", True
     for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc("\n" + inspect.getsource(cls))).readline):
         if at_start and token.type == tokenize.NAME and token.string in cls.__annotations__:
             field = token.string
@@ -56,13 +63,13 @@ def _trailing_comments(cls: type) -> dict[str, str]:
             comment = token.string.split("# fmt:")[0].strip("# ")
             found[field] = comment or found.get(field, "")
         if token.type == tokenize.NEWLINE:
-            field = None
+            field = ""
         at_start = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT)
     return found
 
 
 def coerce(value: Any, kind: Any) -> Any:
-    """Returns `value` as `kind` wants it; raises ValueError(what is allowed) where it cannot be.
+    """Converts a value to an annotation's type; raises ValueError with the allowed values if it does not fit.
 
     Whole floats pass as int and ints as float; YAML's bare `no`, read as False, passes for the word in an enumeration.
     """
@@ -111,22 +118,22 @@ def _refuse(kind: Any) -> typing.NoReturn:
 
 
 def describe_kind(kind: Any) -> str:
-    """Says in words which values an annotation allows, such as "int at least 1 or null"."""
+    """Describes the values that an annotation allows, such as "an integer of at least 1, or null"."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe_kind(choice) for choice in args)
+        choices = [describe_kind(choice) for choice in args]
+        return " or ".join(choices[:-1]) + f", or {choices[-1]}"
     if origin is Annotated:
-        return f"{args[0].__name__} {args[1]}"
+        return f"{WORDS[args[0]]} {'' if args[1].open_low or args[1].high != math.inf else 'of '}{args[1]}"
     if origin is Literal:
         return "one of " + ", ".join(str(word) for word in args)
     if origin is list:
-        return f"a list of {describe_kind(args[0])}"
+        return f"a list, each item {describe_kind(args[0])}"
     if origin is dict:
-        return "a mapping" if args[1] is Any else f"a mapping of names to {describe_kind(args[1])}"
-    return {type(None): "null", str: "text", bool: "true or false"}.get(kind, getattr(kind, "__name__", "anything"))
+        return "a mapping" if args[1] is Any else f"a mapping of names, each value {describe_kind(args[1])}"
+    return WORDS.get(kind, "anything")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`."""
-    known = list(known)
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    """Finds the known name most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]

@@ -1,15 +1,15 @@
-"""From slots to batches on the device: the epoch's order, the loader, and nothing that has to be saved."""
+"""From slots to batches on the device: the epoch's order and the loader, neither of which needs to be saved."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from datasets_lib.example import ImageData
+from datasets_lib.example import ImageData, StreamData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.stream_batches import first_of_stream, stream_batches
@@ -20,12 +20,12 @@ from trainers.engine.run.signals import StopSignals
 
 
 class EpochOrder:
-    """Which example a slot holds: a permutation of (seed, epoch), every index once per epoch."""
+    """Maps slots to examples: a permutation of (seed, epoch), every index once per epoch."""
 
     def __init__(self, num_examples: int, seed: int) -> None:
         self.epoch_slots = num_examples
         self.seed = seed
-        self._epochs: dict[int, torch.Tensor] = {}  # the two last ones asked for: a step may hold slots of both
+        self._epochs: dict[int, torch.Tensor] = {}  # the last two used: a step may hold slots of both
 
     def index(self, slot: int) -> int:
         epoch, position = divmod(slot, self.epoch_slots)
@@ -36,7 +36,7 @@ class EpochOrder:
         return int(self._epochs[epoch][position])
 
     def _indices(self, epoch: int) -> torch.Tensor:
-        """The indices of an epoch's slots, [epoch_slots]."""
+        """Returns the indices of an epoch's slots, [epoch_slots]."""
         return self._shuffle(self.epoch_slots, "order", epoch)
 
     def _shuffle(self, count: int, *names: str | int) -> torch.Tensor:
@@ -44,33 +44,33 @@ class EpochOrder:
 
 
 class BucketOrder(EpochOrder):
-    """The same in groups of one bucket, each the slots of a step.
+    """An order in which all slots of a step are of one bucket.
 
-    A bucket is shuffled and cut into groups, its last one filled from its next shuffles; then the groups are shuffled.
+    Each bucket is shuffled and cut into groups, the last group filled from further shuffles; then groups are shuffled.
     """
 
     def __init__(self, members: dict[int, list[int]], group_size: int, seed: int) -> None:
         self.members = members  # of each bucket
         self.group_size = group_size
-        super().__init__(sum(map(self._slots, members.values())), seed)
+        super().__init__(sum(self._slots(len(each)) for each in members.values()), seed)
 
-    def _slots(self, members: Sequence[int]) -> int:
-        return -(-len(members) // self.group_size) * self.group_size
+    def _slots(self, count: int) -> int:
+        return -(-count // self.group_size) * self.group_size
 
     def _indices(self, epoch: int) -> torch.Tensor:
         groups = torch.cat([self._groups(bucket, epoch) for bucket in self.members])
         return groups[self._shuffle(len(groups), "groups", epoch)].flatten()
 
     def _groups(self, bucket: int, epoch: int) -> torch.Tensor:
-        """The indices of a bucket, [groups, group_size]."""
+        """Returns the indices of a bucket, [groups, group_size]."""
         members = torch.tensor(self.members[bucket])
-        rounds = range(-(-self._slots(members) // len(members)))
+        slots = self._slots(len(members))
+        rounds = range(-(-slots // len(members)))
         shuffles = [self._shuffle(len(members), "order", epoch, bucket, number) for number in rounds]
-        return members[torch.cat(shuffles)[: self._slots(members)]].view(-1, self.group_size)
+        return members[torch.cat(shuffles)[:slots]].view(-1, self.group_size)
 
 
 def by_bucket(indices: Iterable[int], bucket_of: Callable[[int], int]) -> dict[int, list[int]]:
-    """The indices in each bucket."""
     members: dict[int, list[int]] = {}
     for index in indices:
         members.setdefault(bucket_of(index), []).append(index)
@@ -78,19 +78,18 @@ def by_bucket(indices: Iterable[int], bucket_of: Callable[[int], int]) -> dict[i
 
 
 def order_of(train_set: ImageData, global_batch_size: int, base: BaseConfig) -> EpochOrder:
-    """The order of a run's examples."""
     if not base.buckets:
         return EpochOrder(len(train_set), base.seed)
     return BucketOrder(by_bucket(range(len(train_set)), train_set.bucket_of), global_batch_size, base.seed)
 
 
 def shard_for_rank(accelerator: Accelerator, base: BaseConfig, train_set: ImageData) -> tuple[Clock, ImageData]:
-    """A run's clock, and what this process reads of the training set: its part of a stream, else all of it.
+    """Makes the clock, and takes this process's part of the training set if that is a stream. Collective.
 
-    Raises ValueError as Clock.of_run does, for a stream with fewer shards than readers, and where the processes do not
-    see the same one. Collective.
+    Raises ValueError as Clock.of_run does, for a stream with fewer shards than readers, and for one that is not the
+    same on all processes.
     """
-    if not base.streaming:
+    if not isinstance(train_set, StreamData):
         return Clock.of_run(base, len(train_set), accelerator, train_set.bucket_of), train_set
     workers = base.dataloader_num_workers
     if len(seen := set(gather_object([train_set.fingerprint]))) > 1:
@@ -103,7 +102,7 @@ def shard_for_rank(accelerator: Accelerator, base: BaseConfig, train_set: ImageD
 
 
 class SlotBatches:
-    """A batch sampler over the rest of the run: the keys of each micro-batch of this process."""
+    """Yields the keys of each remaining micro-batch of this process."""
 
     def __init__(self, order: EpochOrder, clock: Clock, process_index: int, start_step: int) -> None:
         self.order = order
@@ -120,12 +119,9 @@ class SlotBatches:
 
 def training_batches(
     train_set: ImageData, clock: Clock, base: BaseConfig, process_index: int, device: torch.device, stop: StopSignals
-) -> Iterator[Batch]:
-    """Yields this process's micro-batches from `clock.origin_step` to the end of the run, on the device.
-
-    Close it: that ends the workers.
-    """
-    if base.streaming:
+) -> Generator[Batch]:
+    """Yields this process's remaining micro-batches of the run, on the device; closing it ends the workers."""
+    if isinstance(train_set, StreamData):
         return stream_batches(train_set, clock, base, process_index, device, stop)
     batches = SlotBatches(order_of(train_set, clock.global_batch_size, base), clock, process_index, clock.origin_step)
     examples = SlotExamples(train_set, base.seed, augment=True)
@@ -141,29 +137,28 @@ def examples_once(
     device: torch.device,
     stop: StopSignals,
 ) -> Iterator[tuple[Batch, float]]:
-    """Yields (batch, weight) of this process's share of some examples: batch j goes to process j mod P.
+    """Yields (batch, weight) for this process's share of some examples: batch j goes to process j mod P.
 
-    Every process gets the same number of batches, as collectives in a network's forward need it; what one is short
-    of is the first batch again, with weight 0. Nothing is random; slots are indices of the data set. With buckets the
-    examples of a batch are of one.
+    Every process gets equally many batches, because a network's forward may be collective: the first batch with weight
+    0 fills the gap. Nothing is random; slots are indices of the data set. Each batch is of one bucket.
     """
     size = base.train_batch_size
-    members = by_bucket(indices, dataset.bucket_of) if base.buckets else {0: indices}
+    members: Mapping[int, Sequence[int]] = by_bucket(indices, dataset.bucket_of) if base.buckets else {0: indices}
     batches = [each[start : start + size] for each in members.values() for start in range(0, len(each), size)]
     rounds = -(-len(batches) // num_processes)
     mine = [number * num_processes + process_index for number in range(rounds)]
     weights = [float(number < len(batches)) for number in mine]
     keys = [[(i, i) for i in batches[number if number < len(batches) else 0]] for number in mine]
     examples = SlotExamples(dataset, base.seed, augment=False)
-    batches = load_ahead(examples, keys, base, device, stop)
-    return zip(to_device(batches, examples.finish, device), weights, strict=True)
+    loaded = load_ahead(examples, keys, base, device, stop)
+    return zip(to_device(loaded, examples.finish, device), weights, strict=True)
 
 
 def first_batch(
     train_set: ImageData, clock: Clock, base: BaseConfig, process_index: int, device: torch.device
 ) -> Batch:
-    """The micro-batch with which training_batches begins, read in this process."""
-    if base.streaming:
+    """Reads the first micro-batch of training_batches, in this process."""
+    if isinstance(train_set, StreamData):
         return first_of_stream(train_set, clock, base, process_index, device)
     examples = SlotExamples(train_set, base.seed, augment=True)
     order = order_of(train_set, clock.global_batch_size, base)
@@ -172,7 +167,7 @@ def first_batch(
 
 
 def skipped(train_set: ImageData) -> dict[str, int]:
-    """What all processes could not read so far, of data that is no stream nothing. Collective."""
+    """Counts a stream's unreadable shards and images of all processes; empty for other data sets. Collective."""
     if (own := train_set.losses()) is None:
         return {}
     shards, images = map(sum, zip(*gather_object([own]), strict=True))

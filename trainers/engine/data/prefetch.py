@@ -1,8 +1,8 @@
-"""From the host to the device; on CUDA the next batch is copied while a step computes."""
+"""Copies batches to the device; on CUDA, the next batch is copied during a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -12,8 +12,8 @@ Batch = dict[str, Any]
 Finish = Callable[[Batch], Batch]
 
 
-def to_device(batches: Iterator[Batch | Exception], finish: Finish, device: torch.device) -> Iterator[Batch]:
-    """Yields the batches on the device, finished there; raises the error that comes instead of one, and closes them."""
+def to_device(batches: Generator[Batch | Exception], finish: Finish, device: torch.device) -> Generator[Batch]:
+    """Yields the batches, finished on the device; raises an error that takes a batch's place; closes `batches`."""
     with closing(batches):
         if device.type == "cuda":
             yield from copied_ahead(batches, CopyStream(finish, device))
@@ -25,7 +25,7 @@ def to_device(batches: Iterator[Batch | Exception], finish: Finish, device: torc
 
 
 def copied_ahead(batches: Iterator[Batch | Exception], stream: CopyStream) -> Iterator[Batch]:
-    """Yields each batch after the copy of the next one has begun; an error is raised in its batch's turn."""
+    """Yields each batch once the copy of the next has begun; an error is raised when its batch is due."""
     held = _begun(batches, stream)
     while held is not None:
         following = _begun(batches, stream)
@@ -36,7 +36,7 @@ def copied_ahead(batches: Iterator[Batch | Exception], stream: CopyStream) -> It
 
 
 def _begun(batches: Iterator[Batch | Exception], stream: CopyStream) -> tuple | Exception | None:
-    """What the copy of the next batch gives, an error instead of it, None after the last one."""
+    """Begins to copy the next batch; returns an error that takes its place, or None after the last one."""
     try:
         batch = next(batches, None)
         return stream.begin(batch) if isinstance(batch, dict) else batch
@@ -45,26 +45,26 @@ def _begun(batches: Iterator[Batch | Exception], stream: CopyStream) -> tuple | 
 
 
 class CopyStream:
-    """A stream of its own for copies to a CUDA device."""
+    """A separate CUDA stream for copies to the device."""
 
     def __init__(self, finish: Finish, device: torch.device) -> None:
         self.finish, self.device = finish, device
         self.stream = torch.cuda.Stream(device)
 
     def begin(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        """The batch, on the device as soon as the event is over."""
-        # only from pinned memory does a copy run beside the rest
+        """Returns the batch, which is on the device once the event has happened."""
+        # a copy is asynchronous from pinned memory only
         pinned = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         with torch.cuda.stream(self.stream):
             return self.finish(_moved(pinned, self.device)), self.stream.record_event()
 
     def finished(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
-        """The batch, for the current stream, which waits for the copy; the host does not."""
+        """Makes the current stream wait for the copy; the host does not wait."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         for value in batch.values():
             if isinstance(value, torch.Tensor):
-                value.record_stream(current)  # else its memory could be given away while the step reads it
+                value.record_stream(current)  # otherwise its memory could be reused while the step reads it
         return batch
 
 

@@ -1,4 +1,4 @@
-"""Examples read ahead by worker processes, and what happens when one of these dies."""
+"""Reads examples ahead in worker processes, and copes with the death of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from enum import Enum, auto
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -22,15 +24,21 @@ from trainers.engine.run.signals import EXIT_CODES, FAULT, StopSignals
 
 Batch = dict[str, Any]
 Keys = list[tuple[int, int]]  # (slot, index) of the examples of a batch
-CHECK_SECONDS = 2.0  # how often a wait for workers looks whether they live
-END, DEAD = object(), object()  # instead of a batch
+CHECK_SECONDS = 2.0  # between checks whether the workers are alive
+
+
+class NoBatch(Enum):
+    """Why there is no next batch."""
+
+    END = auto()  # that was the last one
+    DEAD = auto()  # a worker died
 
 
 class SlotExamples(Dataset):
-    """Examples by (slot, index), each augmented from a generator of its own; none where `augment` is false.
+    """Examples by (slot, index), each augmented with its own generator if `augment` is true.
 
-    Our own messages about the data are returned: torch would wrap a worker's exception in its traceback. A data set
-    whose examples are `in_memory` makes whole batches: `get_batch` on the host, `finish` on the device.
+    Errors that are messages to the user are returned: torch would add a traceback to a worker's exception. A data set
+    that is `in_memory` makes whole batches: `get_batch` on the host, `finish` on the device.
     """
 
     def __init__(self, examples: ImageData, seed: int, augment: bool) -> None:
@@ -40,7 +48,7 @@ class SlotExamples(Dataset):
         self.in_memory = examples.in_memory
 
     def batch(self, keys: Keys) -> Batch | Exception:
-        """The batch of these keys, on the host and for `finish`."""
+        """Makes the batch of these keys, on the host and for `finish`."""
         if not self.in_memory:
             return collate([self[key] for key in keys])
         generators = [self._generator(slot) for slot, _ in keys]
@@ -48,7 +56,7 @@ class SlotExamples(Dataset):
         return {**batch, "slot": torch.tensor([slot for slot, _ in keys])}
 
     def finish(self, batch: Batch) -> Batch:
-        """The examples of a batch that is on its device."""
+        """Completes a batch that is on the device."""
         return self.examples.finish(batch) if self.in_memory else batch
 
     def _generator(self, slot: int) -> torch.Generator | None:
@@ -65,17 +73,14 @@ class SlotExamples(Dataset):
 
 
 def collate(examples: list[Batch | Exception]) -> Batch | Exception:
-    """Stacks examples to a batch, or passes the first error on."""
+    """Stacks examples into a batch, or returns the first error among them."""
     return next((example for example in examples if isinstance(example, Exception)), None) or default_collate(examples)
 
 
 def load_ahead(
     dataset: SlotExamples, batches: Iterable[Keys], base: BaseConfig, device: torch.device, stop: StopSignals
-) -> Iterator[Batch | Exception]:
-    """Yields the batches of these keys, read in `dataloader_num_workers` processes, which end with the generator.
-
-    What is in memory needs no workers.
-    """
+) -> Generator[Batch | Exception]:
+    """Yields the batches of these keys, read by workers that end with the generator; data in memory needs none."""
     if base.dataloader_num_workers == 0 or dataset.in_memory:
         yield from map(dataset.batch, batches)
         return
@@ -91,68 +96,69 @@ def from_workers(
     base: BaseConfig,
     device: torch.device,
     stop: StopSignals,
-) -> Iterator[Batch | Exception]:
-    """Yields the batches of a DataLoader of `source` in their order.
+) -> Generator[Batch | Exception]:
+    """Yields the batches of a DataLoader with the arguments `source`, in order.
 
-    Where a worker dies, this process reads `rest(number)`, the batches from a number on, itself and asks all ranks to
-    stop after the step.
+    If a worker dies, this process reads the remaining batches, `rest(number)`, itself and requests a stop.
     """
-    others = set(multiprocessing.active_children())
+    others: set[BaseProcess] = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         **source,
         num_workers=base.dataloader_num_workers,
         timeout=min(CHECK_SECONDS, base.dataloader_timeout),
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else iter() draws from the main generator
+        generator=torch.Generator(),  # otherwise iter() draws from the main generator
         worker_init_fn=_ignore_signals,
     )
     loaded = iter(loader)
     if signal.getsignal(signal.SIGCHLD) != before:
         signal.signal(signal.SIGCHLD, before)  # torch's handler would raise in the middle of a step
-    workers = set(multiprocessing.active_children()) - others
+    workers: set[BaseProcess] = set(multiprocessing.active_children()) - others
     try:
         for number in itertools.count():
             batch = _next_of(loaded, workers, base.dataloader_timeout)
-            if batch is END:
+            if batch is NoBatch.END:
                 return
-            if batch is DEAD:
+            if batch is NoBatch.DEAD:
                 stop.ask(FAULT, _death_of(workers))
                 yield from rest(number)
                 return
             yield batch
     finally:
-        del loaded  # ends the workers that listen
+        del loaded  # ends the workers that respond
         for worker in workers:  # one that hangs ignores TERM, and Python would wait for it at exit
             worker.kill()
 
 
-def _next_of(loaded: Iterator, workers: set, timeout_seconds: float) -> Batch | Exception | object:
-    """The next batch, END after the last one, DEAD where a worker is; OSError where nothing came for too long."""
+def _next_of(
+    loaded: Iterator[Batch | Exception], workers: set[BaseProcess], timeout_seconds: float
+) -> Batch | Exception | NoBatch:
+    """Waits for the next batch; raises OSError if none comes in time."""
     began = time.monotonic()
     while time.monotonic() - began < timeout_seconds:
         try:
-            return next(loaded, END)
+            return next(loaded, NoBatch.END)
         except RuntimeError as error:
             if not all(worker.is_alive() for worker in workers):
-                return DEAD
+                return NoBatch.DEAD
             if not str(error).startswith("DataLoader timed out"):
                 raise
-        except (OSError, EOFError):  # it died while it handed a tensor over, and may not be gone yet
+        except (OSError, EOFError):  # a worker died while it sent a tensor, and may still be listed as alive
             ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], CHECK_SECONDS)
             for worker in workers:
                 if worker.sentinel in ended:
-                    worker.join(CHECK_SECONDS)  # a process closes its files before it is gone
+                    worker.join(CHECK_SECONDS)  # a process closes its files before it exits
             if all(worker.is_alive() for worker in workers):
                 raise
-            return DEAD
+            return NoBatch.DEAD
     raise OSError(
         f"no batch came from the {len(workers)} data workers in base.dataloader_timeout = {timeout_seconds:g} seconds; "
         "look at the disk that holds the data, or raise it"
     )
 
 
-def _death_of(workers: set) -> str:
+def _death_of(workers: set[BaseProcess]) -> str:
     dead = [f"pid {worker.pid} with exit code {worker.exitcode}" for worker in workers if not worker.is_alive()]
     return (
         f"a data worker of process {os.environ.get('RANK', 0)} died ({', '.join(dead)}); -9 is usually a lack of "
@@ -161,6 +167,6 @@ def _death_of(workers: set) -> str:
 
 
 def _ignore_signals(worker_id: int) -> None:
-    """What asks a run to stop reaches every process of a terminal or a job; the main process decides what happens."""
+    """Leaves the reaction to the training process: a terminal or a scheduler signals every process of a job."""
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What trains on several processes (DDP, FSDP2, DeepSpeed), whether it was asked for, and what a run says of it."""
+"""The backends of training on several processes (DDP, FSDP2, DeepSpeed): checks, preparation, description."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.optim import Optimizer
@@ -17,18 +18,12 @@ from trainers.base import Trainer, TrainerConfig
 from trainers.engine.distributed import deepspeed, fsdp
 from trainers.engine.optim.table import OPTIMIZERS
 
-SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_CPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
 ASKED_BY = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *ASKED_BY.values())
 
 
 def check_devices() -> None:
-    """Raises ValueError where this machine has fewer GPUs than processes, and where DeepSpeed is not installed."""
+    """Raises ValueError if this machine has fewer GPUs than processes, or if DeepSpeed is asked for and missing."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("the launcher chose DeepSpeed, which is not installed: pip install diffloop[deepspeed]")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "LOCAL_RANK" not in os.environ:
@@ -42,9 +37,9 @@ def check_devices() -> None:
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Raises ValueError for an engine, or an option of it, that is not supported, and for one that was asked in vain.
+    """Raises ValueError for an engine or an option of it that is not supported, and for one that accelerate ignores.
 
-    accelerate runs DDP where FSDP was asked for and there are no GPUs, and where DeepSpeed was asked for on CPUs.
+    accelerate runs DDP if FSDP is asked for without GPUs, and if DeepSpeed is asked for on CPUs.
     """
     engine = accelerator.distributed_type
     if engine not in SUPPORTED:
@@ -66,7 +61,7 @@ def check_engine(accelerator: Accelerator) -> None:
 
 
 def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
-    """Raises ValueError for an optimizer that the engine would silently compute otherwise, as its row says."""
+    """Raises ValueError for an optimizer that the engine would silently compute differently, by its row."""
     engine, able = _row_name(accelerator), OPTIMIZERS[config.optimizer].engines
     if engine not in able:
         others = [name for name, row in OPTIMIZERS.items() if engine in row.engines]
@@ -78,7 +73,7 @@ def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
 
 
 def _row_name(accelerator: Accelerator) -> str:
-    """The engine as the table of optimizers calls it."""
+    """Names the engine as in the table of optimizers."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.deepspeed_config['zero_optimization']['stage']}"
     return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else "DDP"
@@ -86,19 +81,19 @@ def _row_name(accelerator: Accelerator) -> str:
 
 def prepare(
     accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer
-) -> tuple[list[nn.Module], Optimizer]:
-    """Returns the networks as the engine trains them, and the optimizer; ValueError for what the engine cannot do."""
+) -> tuple[list[nn.Module], AcceleratedOptimizer]:
+    """Prepares networks and optimizer for the engine; raises ValueError for what the engine does not support."""
     check_optimizer(accelerator, trainer.config)
     if deepspeed.in_use(accelerator):
         return deepspeed.prepare(accelerator, trainer, networks, optimizer)
     if accelerator.distributed_type == DistributedType.FSDP:
         fsdp.shard_by_blocks(accelerator, networks)
-    *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
-    return prepared, optimizer
+    *prepared, wrapped = accelerator.prepare(*networks.values(), optimizer)
+    return prepared, wrapped
 
 
 def engine_of(accelerator: Accelerator) -> str:
-    """What runs, for the start of a run: the engine, its processes and nodes, what is sharded, and the backend."""
+    """Describes the engine at the start of a run: processes and nodes, what is sharded, the backend."""
     engine, count = accelerator.distributed_type, accelerator.num_processes
     if count == 1 and engine not in ASKED_BY.values():
         return "one process"

@@ -1,4 +1,4 @@
-"""Work of some processes or of all, with a result or an error that every process gets."""
+"""Runs actions on some processes or on all, and gives every process the result or the error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def run_on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """What `action()` returns, or raises, on the main process, on every rank. Collective."""
+    """Runs an action on the main process; every rank returns its result or raises its error. Collective."""
     [result] = run_on_ranks(accelerator, [0], action)
     return result
 
@@ -22,19 +22,21 @@ def run_on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Resul
 def run_on_ranks(
     accelerator: Accelerator, ranks: Sequence[int], action: Callable[[], Result], where: str = ""
 ) -> list[Result]:
-    """What `action()` returns on each of these ranks, on every rank; the first error is raised on all. Collective.
+    """Runs an action on some ranks; every rank returns their results or raises the first error. Collective.
 
-    An OSError of a library becomes one of ours: a full disk or a missing permission is no bug. The text of one of
-    ours begins with `where`.
+    An OSError of a library becomes one of ours: a full disk or a missing permission is not a bug. Our messages begin
+    with `where`.
     """
     own = accelerator.process_index
     result, failure = _tried(action, where) if own in ranks else (None, None)
-    results, errors = [], []
-    for rank in ranks:  # one after the other: a gather would send as much from each rank as the longest answer
+    results: list[Result] = []
+    errors: list[Exception] = []
+    for rank in ranks:  # one by one: a gather would send as much from each rank as the longest answer
         answer = [result, _to_send(failure, rank)] if rank == own else [None, None]
         result_of_rank, error = broadcast_object_list(answer, from_process=rank)
         results.append(result_of_rank)
-        errors += [failure if rank == own else error] if error is not None else []
+        if error is not None:
+            errors.append(failure if failure is not None and rank == own else error)
     if errors:
         raise errors[0] from None
     return results
@@ -54,17 +56,18 @@ def _tried(action: Callable[[], Result], where: str) -> tuple[Result | None, Exc
 def _to_send(failure: Exception | None, rank: int) -> Exception | None:
     if failure is None or isinstance(failure, (OSError, ValueError)):
         return failure
-    return RuntimeError(f"process {rank} failed: {failure!r}")  # others may hold what cannot be sent
+    return RuntimeError(f"process {rank} failed: {failure!r}")  # others may not be serialisable
 
 
 def run_on_all(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """What `action()` returns on this rank; an error that one rank met is raised on every rank. Collective."""
-    result, error = None, None
+    """Runs an action on every rank and returns the own result; an error of one rank is raised on all. Collective."""
+    results: list[Result] = []
+    error: Exception | None = None
     try:
-        result = action()
+        results.append(action())
     except (OSError, ValueError) as failure:
         error = failure
     for found in gather_object([error]):
         if found is not None:
             raise error or found
-    return result
+    return results[0]

@@ -1,4 +1,4 @@
-"""What a run asks of DeepSpeed, what it refuses, and its way through the engine: prepare, backward, step."""
+"""DeepSpeed: the settings that a run makes and refuses, and its way of preparing, backward and step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
@@ -15,8 +16,7 @@ from trainers.base import Trainer, TrainerConfig
 from trainers.engine.config.base_options import BaseConfig
 
 DDP = "launch with DDP (accelerate launch --multi_gpu)"
-# what a configuration file of DeepSpeed's may say: sizes of buckets and what is logged; batches and precision, where
-# they are the run's
+# allowed in DeepSpeed's configuration file: bucket sizes, logging, and batches and precision equal to the run's
 OPTIONS = frozenset(
     ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
      "zero_optimization", "bf16", "fp16", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
@@ -32,7 +32,7 @@ OFFLOAD_OPTIONS = frozenset(("device", "nvme_path", "pin_memory"))
 
 
 class Backward(DeepSpeedEngineWrapper):
-    """accelerate's way into the engine, without the optimizer step that it takes within the last backward."""
+    """accelerate's wrapper of the engine, without the optimizer step that it takes in the last backward."""
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
@@ -45,30 +45,30 @@ def in_use(accelerator: Accelerator) -> bool:
 
 def prepare(
     accelerator: Accelerator, trainer: Trainer, networks: dict[str, nn.Module], optimizer: Optimizer
-) -> tuple[list[nn.Module], Optimizer]:
-    """What accelerator.prepare gives; raises ValueError as configure_deepspeed does."""
+) -> tuple[list[nn.Module], AcceleratedOptimizer]:
+    """Prepares the network and optimizer; raises ValueError as configure_deepspeed does."""
     configure_deepspeed(accelerator, networks, trainer.config, trainer.base)
     [network] = networks.values()
-    engine, optimizer = accelerator.prepare(network, optimizer)
+    engine, wrapped = accelerator.prepare(network, optimizer)
     accelerator.deepspeed_engine_wrapped = Backward(engine)
-    network.zero_optimizer = optimizer.optimizer  # where the parts of its weights are asked for
-    return [engine], optimizer
+    network.zero_optimizer = wrapped.optimizer  # which zero.py asks for parts of the weights
+    return [engine], wrapped
 
 
-def step(accelerator: Accelerator, optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clips by the norm of all groups, and steps unless that is not finite; returns what optimizer_step does."""
+def step(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clips by the norm of all groups, and steps if it is finite; returns the same as optimizer_step."""
     engine, device = accelerator.deepspeed_engine_wrapped.engine, accelerator.device
     engine.step()
     norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=device)
-    applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # the host knows it already
+    applied = torch.tensor(float(not optimizer.optimizer.overflow), device=device)  # known to the host already
     return applied, {f"grad_norm/{optimizer.param_groups[0]['name']}": norm}
 
 
 def check_deepspeed(accelerator: Accelerator) -> None:
-    """Raises ValueError for settings of the launcher that are not supported; networks are then built whole.
+    """Raises ValueError for settings of the launcher that are not supported.
 
-    accelerate would have transformers divide every network that it loads under ZeRO-3, frozen encoders too, which
-    nothing gathers again.
+    Also stops transformers from dividing every network that it loads under ZeRO-3, including frozen encoders, which
+    nothing would gather again.
     """
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     zero_settings = settings["zero_optimization"]
@@ -93,7 +93,7 @@ def check_deepspeed(accelerator: Accelerator) -> None:
 
 
 def _refuse_unknown(section: str, settings: dict[str, Any], allowed: frozenset[str]) -> None:
-    """DeepSpeed has settings that make numbers others, such as quantized or twice divided weights."""
+    """Refuses other settings: some change the numbers, such as quantized or hierarchically divided weights."""
     unknown = sorted(settings.keys() - allowed)
     if unknown:
         raise ValueError(
@@ -105,9 +105,9 @@ def _refuse_unknown(section: str, settings: dict[str, Any], allowed: frozenset[s
 def configure_deepspeed(
     accelerator: Accelerator, networks: dict[str, nn.Module], config: TrainerConfig, base: BaseConfig
 ) -> None:
-    """Tells DeepSpeed what the run's configuration says, before it prepares the network.
+    """Sets DeepSpeed's options from the run's configuration, before it prepares the network.
 
-    Raises ValueError for what it cannot do, and where the launcher says something else.
+    Raises ValueError for what DeepSpeed does not support, and if the launcher's options differ.
     """
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     _refuse(networks, base)

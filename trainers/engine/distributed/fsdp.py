@@ -1,4 +1,4 @@
-"""What FSDP2 gathers at once, and the options of its launcher that a run refuses."""
+"""FSDP2: the modules that it gathers one by one, and the launcher's options that a run refuses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-# of diffusers' networks that do not name theirs
+# for diffusers' networks that do not name theirs
 UNET_BLOCKS = ("ResnetBlock2D", "Attention")
-# the embedding apart from its block: a DiT calls that of its first block once more, outside of it
+# the embedding separately: a DiT also calls that of its first block outside the block
 TRANSFORMER_BLOCKS = ("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings")
 
 
@@ -40,7 +40,7 @@ def check_fsdp(accelerator: Accelerator) -> None:
 
 
 def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:
-    """Tells FSDP2 which modules are gathered one by one: those that the launch names, else the network's blocks.
+    """Chooses the modules that FSDP2 gathers one by one: those named by the launcher, else the network's blocks.
 
     Raises ValueError for more than one network, and for modules that the network does not have.
     """

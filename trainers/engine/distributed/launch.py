@@ -1,4 +1,4 @@
-"""What was launched: accelerate's processes, precision and accumulation, checked against the configuration."""
+"""Joins the launched processes, and checks them, precision and accumulation against the configuration."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainers.engine.distributed import backends
 def start_accelerator(base: BaseConfig) -> Accelerator:
     """Joins the processes that the launcher started.
 
-    Raises ValueError where they are not connected, for an engine that is not supported, for a global batch size that
-    they do not divide, and where the device cannot run the precision.
+    Raises ValueError if they are not connected, or for an engine, a precision or a global batch size that they do not
+    support.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     backends.check_devices()
@@ -41,14 +41,14 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
 
 
 def _backend() -> str | None:
-    """None is accelerate's choice, which has none for DeepSpeed without GPUs."""
+    """None leaves the choice to accelerate, which has none for DeepSpeed without GPUs."""
     return "gloo" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available() else None
 
 
 def accumulation_steps(base: BaseConfig, num_processes: int) -> int:
-    """Micro-batches per optimizer step, given or as `global_batch_size` asks; ValueError where it does not divide."""
+    """Micro-batches per optimizer step; raises ValueError if `global_batch_size` is not divisible."""
     if base.global_batch_size is None:
-        return base.gradient_accumulation_steps
+        return base.gradient_accumulation_steps or 1
     at_once = base.train_batch_size * num_processes
     steps, left = divmod(base.global_batch_size, at_once)
     if left:
@@ -60,13 +60,12 @@ def accumulation_steps(base: BaseConfig, num_processes: int) -> int:
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of frozen networks."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 @contextmanager
 def numerics(base: BaseConfig) -> Iterator[None]:
-    """Sets TF32 and deterministic kernels for the run, and puts back what was set before."""
+    """Sets TF32 and deterministic kernels inside the block."""
     before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     try:

@@ -1,4 +1,4 @@
-"""Which processes share a folder: found out with a file that each of them leaves there, since paths do not tell."""
+"""Finds out which processes share a folder, with a file that each leaves there, as equal paths do not prove it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 class Folders:
     """The folders behind a path: one that all processes see, or several, each seen by some of them.
 
-    Everything is by process; `owners` is the lowest process that sees the same folder, which alone writes there.
+    Lists are by process; `owners` holds the lowest process that sees the same folder, the only one to write there.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class Folders:
 
     @property
     def number(self) -> int:
-        """Of this process's folder, the place of its main process in `mains`."""
+        """Position of this folder's main process in `mains`."""
         return self.mains.index(self.owners[self.rank])
 
     @property
@@ -54,22 +54,22 @@ class Folders:
 
     @property
     def places(self) -> list[str]:
-        """HOST:FOLDER of each folder, as its main process sees it."""
+        """HOST:FOLDER of each folder, by its main process."""
         return [f"{self.hosts[rank]}:{self.paths[rank]}" for rank in self.mains]
 
     def on_mains(self, accelerator: Accelerator, action: Callable[[], Result]) -> list[Result]:
-        """What `action()` returns on each folder's main process, on every rank; an error is raised on all. Collective.
+        """Runs an action on each folder's main process; all ranks return the results, or raise an error. Collective.
 
-        Where there are several folders, its text begins with the host's name.
+        With several folders the error begins with the host's name.
         """
         where = f"on {self.hosts[self.rank]}: " if self.several else ""
         return run_on_ranks(accelerator, self.mains, action, where)
 
 
 def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
-    """Makes the folder that each process calls `path`, and finds out which of them are the same. Collective.
+    """Creates each process's folder `path`, and finds out which of them are the same. Collective.
 
-    Raises OSError on every rank where one cannot be written, or where who sees whose files makes no sense.
+    Raises OSError on every rank if one cannot be written, or if the processes disagree on what is shared.
     """
     token = path / f"{PROBE}{secrets.token_hex(8)}"
     try:
@@ -78,7 +78,7 @@ def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
         errors, hosts, paths, names = zip(*found, strict=True)
         for each in filter(None, errors):
             raise error or each
-        # each by its new name: a network file system may list a folder as it was, and nobody has looked for these
+        # by new names: a network file system may cache a folder's listing, but not names that nobody has asked for
         seen = gather_object([tuple(rank for rank, name in enumerate(names) if (path / name).exists())])
     finally:
         if error is None:

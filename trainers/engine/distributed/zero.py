@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: what a process holds of a parameter and of its optimizer state.
+"""DeepSpeed's ZeRO-2 and ZeRO-3: a process's part of a parameter and of its optimizer state.
 
-Weights stay float32 and bf16 is torch's autocast, as on the other engines, so a part of the weights in the network is a
-part of the ones that the optimizer moves. ZeRO-2 keeps whole weights and moves a part of them; ZeRO-3 keeps a part.
+Weights stay float32 and bf16 is torch's autocast, as on the other engines, so parts of the network's weights are parts
+of those that the optimizer updates. ZeRO-2 keeps whole weights and updates a part; ZeRO-3 keeps a part.
 """
 
 from __future__ import annotations
@@ -13,67 +13,72 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def tagged(parameter: Tensor) -> Any:
+    """The parameter with the attributes that DeepSpeed adds to it, which torch's type does not have."""
+    return parameter
+
+
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 keeps a part of it in each process; what is frozen as well."""
+    """Whether ZeRO-3 keeps a part of it in each process, as it does for frozen weights too."""
     return hasattr(parameter, "ds_tensor")
 
 
 def is_divided(parameter: Tensor) -> bool:
-    """Whether ZeRO-2 moves a part of it in each process, which may be none of it."""
+    """Whether ZeRO-2 updates a part of it in each process; the part may be empty."""
     return hasattr(parameter, "_hp_mapping")
 
 
 def holds_part(parameter: Tensor) -> bool:
-    """Whether DeepSpeed divides what is moved of it, and with ZeRO-3 the weight as well."""
+    """Whether DeepSpeed divides its updates, and with ZeRO-3 the weight too."""
     return is_sharded(parameter) or is_divided(parameter)
 
 
 def part_of(parameter: Tensor) -> Tensor:
-    """This process's part, flat, the same memory; empty where it has none."""
+    """Returns this process's part, flat; shares its memory."""
     if is_sharded(parameter):
-        return parameter.ds_tensor.detach()
-    mapping = parameter._hp_mapping
+        return tagged(parameter).ds_tensor.detach()
+    mapping = tagged(parameter)._hp_mapping
     return parameter.detach().flatten()[:0] if mapping is None else mapping.lp_fragment.detach()
 
 
 def whole_of(part: Tensor, parameter: Tensor) -> Tensor:
-    """All processes' parts of something that is divided as the parameter is. Collective."""
+    """Gathers something that is divided like the parameter. Collective."""
     part = part.to(parameter.device)  # collectives of GPUs take nothing from main memory
     if is_sharded(parameter):
-        group = parameter.ds_process_group
+        group = tagged(parameter).ds_process_group
         gathered = part.new_empty(part.numel() * dist.get_world_size(group))  # the last part is padded
         dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)
-        return gathered[: parameter.ds_numel].view(parameter.ds_shape)
+        return gathered[: tagged(parameter).ds_numel].view(tagged(parameter).ds_shape)
     gathered = part.new_zeros(parameter.numel())
-    if parameter._hp_mapping is not None:
+    if tagged(parameter)._hp_mapping is not None:
         gathered[_place_in_weight(parameter)].copy_(part)
-    dist.all_reduce(gathered, group=parameter._dp_group)
+    dist.all_reduce(gathered, group=tagged(parameter)._dp_group)
     return gathered.view(parameter.shape)
 
 
 def part_from(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, flat."""
+    """Takes this process's part of a whole tensor, flat."""
     if is_sharded(parameter):
-        size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+        size, rank = tagged(parameter).ds_tensor.numel(), dist.get_rank(tagged(parameter).ds_process_group)
         own = whole.flatten()[rank * size : (rank + 1) * size]
         return nn.functional.pad(own, (0, size - own.numel()))
-    return whole.flatten()[_place_in_weight(parameter)] if parameter._hp_mapping is not None else whole.flatten()[:0]
+    has_part = tagged(parameter)._hp_mapping is not None
+    return whole.flatten()[_place_in_weight(parameter) if has_part else slice(0)]
 
 
 def _place_in_weight(parameter: Tensor) -> slice:
-    address = parameter._hp_mapping.lp_fragment_address
+    address = tagged(parameter)._hp_mapping.lp_fragment_address
     return slice(address.start, address.start + address.numel)
 
 
-def zero_optimizer(network: nn.Module) -> Any | None:
-    """DeepSpeed's optimizer of a network; None on another engine."""
-    return getattr(network, "zero_optimizer", None)
+def optimizer_of(networks: dict[str, nn.Module]) -> Any | None:
+    """Returns DeepSpeed's optimizer of the one network that it trains; None on another engine."""
+    return next((getattr(network, "zero_optimizer", None) for network in networks.values()), None)
 
 
 @torch.no_grad()
-def refresh(network: nn.Module, masters: bool = False) -> None:
-    """After `part_of` was written to: what other processes hold of it, and with `masters` the optimizer's copy."""
-    optimizer = zero_optimizer(network)
+def refresh(optimizer: Any, masters: bool = False) -> None:
+    """Updates other processes' copies after `part_of` was written to, and with `masters` the optimizer's."""
     if hasattr(optimizer, "persistent_parameters"):
         optimizer.parameter_offload.partition_all_parameters()  # some stay whole after a forward pass
         if optimizer.persistent_parameters:  # small ones, which ZeRO-3 keeps whole beside their parts
@@ -92,9 +97,8 @@ def refresh(network: nn.Module, masters: bool = False) -> None:
         optimizer.refresh_fp32_params()
 
 
-def optimizer_parts(network: nn.Module, parameter: Tensor) -> dict[str, Tensor]:
-    """This process's part of the state of a parameter by its key; what is one number is whole."""
-    optimizer = zero_optimizer(network)
+def optimizer_parts(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """Returns this process's part of a parameter's state by key; single numbers are whole."""
     if not optimizer.state:
         return {}
     flat, place = _place_in_state(optimizer, parameter)
@@ -103,11 +107,11 @@ def optimizer_parts(network: nn.Module, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _place_in_state(optimizer: Any, parameter: Tensor) -> tuple[Tensor, slice]:
-    """The flat tensor that the optimizer moves, and where the part of the parameter is in it."""
+    """Returns the flat tensor that the optimizer updates, and the place of the parameter's part in it."""
     if is_sharded(parameter):
         group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
         return optimizer.fp32_partitioned_groups_flat[group], slice(start, start + count)
-    mapping = parameter._hp_mapping
+    mapping = tagged(parameter)._hp_mapping
     if mapping is None:
         return optimizer.single_partition_of_fp32_groups[0], slice(0, 0)
     address = mapping.hp_fragment_address
@@ -116,9 +120,8 @@ def _place_in_state(optimizer: Any, parameter: Tensor) -> tuple[Tensor, slice]:
 
 
 @torch.no_grad()
-def load_optimizer(network: nn.Module, saved: dict[nn.Parameter, dict[str, Tensor]]) -> None:
-    """Takes whole states by parameter; parameters that DeepSpeed moves as one have one count of steps."""
-    optimizer = zero_optimizer(network)
+def load_optimizer(optimizer: Any, saved: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+    """Loads whole state by parameter; parameters that DeepSpeed updates together share a step count."""
     for parameter, values in saved.items():
         flat, place = _place_in_state(optimizer, parameter)
         state = optimizer.state[flat]

@@ -1,4 +1,4 @@
-"""What a whole run takes, from the numbers that a dry run logged: memory by phase, time by part, disk."""
+"""Estimates a whole run from the numbers that a dry run logged: memory by phase, time by part, disk space."""
 
 from __future__ import annotations
 
@@ -15,20 +15,14 @@ from trainers.engine.dry_run.plan import WARM_STEPS, DryRun
 from trainers.engine.encoders.cache import Cache
 from trainers.engine.run.run_folder import METRICS, read_lines
 
-PHASES = {
-    "start": "start",
-    "": "steps",
-    "save": "save",
-    "valid": "validation",
-    "eval": "evaluation",
-    "export": "export",
-}
+PHASES = ("start", "steps", "save", "validation", "evaluation", "export")
+PREFIXES = {"steps": "", "validation": "valid", "evaluation": "eval"}  # of metrics; the phase's own name otherwise
 NOTHING = 1e-3  # seconds: a data set had nothing to decode
 NOT_PIPELINE = ("checkpoint-", "samples", "metrics", "config.yaml", "README.md", ".", "encoder-cache")
 
 
 class Part(NamedTuple):
-    """So many times so many seconds."""
+    """Something that the run does several times."""
 
     name: str
     times: int
@@ -41,32 +35,30 @@ class Part(NamedTuple):
 
 
 class Measured:
-    """What a dry run logged, as far as it came."""
+    """The numbers that a dry run logged, as far as it got."""
 
     def __init__(self, dry_run: DryRun) -> None:
         self.dry_run, self.run, self.short = dry_run, dry_run.run, dry_run.short
         self.folder = Path(self.short.base.output_dir)
         self.lines = read_lines(self.folder / METRICS)
-        self.values = {key: value for line in self.lines for key, value in line.items()}
+        logged = {key: value for line in self.lines for key, value in line.items()}
+        self.seconds = {key.removesuffix("/seconds"): logged[key] for key in logged if key.endswith("/seconds")}
         self.rates = [line["examples_per_second"] for line in self.lines if "examples_per_second" in line]
         self.timed = self.rates[WARM_STEPS:] or self.rates
 
     @property
     def finished(self) -> bool:
-        return "export/seconds" in self.values
+        return "export" in self.seconds
 
     def peaks(self) -> dict[str, float]:
-        """GiB by phase, of those that ended."""
-        found = {}
-        for prefix, phase in PHASES.items():
-            peaks = [line[key] for line in self.lines if (key := f"{prefix}/peak_memory_gib".lstrip("/")) in line]
-            if peaks:
-                found[phase] = max(peaks)
-        return found
+        """Returns GiB by phase, of the phases that ended."""
+        keys = {phase: f"{PREFIXES.get(phase, phase)}/peak_memory_gib".lstrip("/") for phase in PHASES}
+        found = {phase: [line[key] for line in self.lines if key in line] for phase, key in keys.items()}
+        return {phase: max(peaks) for phase, peaks in found.items() if peaks}
 
     def unfinished_phase(self) -> str:
         """The first phase that did not end."""
-        phases = [phase for phase in PHASES.values() if phase != "evaluation" or self.run.base.eval_steps is not None]
+        phases = [phase for phase in PHASES if phase != "evaluation" or self.run.base.eval_steps is not None]
         return next((phase for phase in phases if phase not in self.peaks()), phases[-1])
 
     @property
@@ -75,56 +67,52 @@ class Measured:
         return statistics.harmonic_mean(self.timed)
 
     def _seconds(self, start: str) -> dict[str, float]:
-        """Seconds of the metrics "<start>NAME/seconds", by NAME."""
-        end = "/seconds"
-        return {
-            key.removeprefix(start).removesuffix(end): seconds
-            for key, seconds in self.values.items()
-            if key.startswith(start) and key.endswith(end)
-        }
+        """Returns the seconds of names with a prefix, by the rest of the name."""
+        return {key.removeprefix(start): seconds for key, seconds in self.seconds.items() if key.startswith(start)}
 
     def time_parts(self) -> list[Part]:
-        """What the whole run's time is made of."""
-        plan, scale, seconds = self.dry_run.plan, self.dry_run.scale, self._seconds("")
+        """Divides the whole run's time into parts."""
+        plan, held_out, scale = self.dry_run.plan, self.dry_run.held_out, self.dry_run.scale
         parts = [Part("start and end", 1, self._rest())]
         for column, spent in self._seconds("cache_").items():
             times = scale.get(f"cache_{column}", 1.0)
-            what = f"{times:.4g} times what was encoded here"
+            what = f"{times:.4g} times the values encoded here"
             parts.append(Part(f"cache of {column}", 1, spent * times * self._missing(column), what))
         decoding = sum(spent * scale[f"prepare_{split}"] for split, spent in self._seconds("prepare_").items())
         if decoding > NOTHING:
-            parts.append(Part("decoding ahead", 1, decoding, f"{plan.examples + plan.held_out:,} pictures"))
-        parts += [Part("steps", plan.steps, plan.global_batch_size / self.examples_per_second)]
-        parts += [Part("saves", plan.saves, seconds["save"])]
-        items = [f"{plan.held_out:,} held-out examples"] if plan.held_out else []
+            parts.append(Part("decoding ahead", 1, decoding, f"{(plan.clock.num_examples or 0) + held_out:,} pictures"))
+        parts += [Part("steps", plan.clock.total_steps, plan.clock.global_batch_size / self.examples_per_second)]
+        parts += [Part("saves", plan.saves, self.seconds["save"])]
+        items = [f"{held_out:,} held-out examples"] if held_out else []
         items += ["a sampler's steps"] if self.dry_run.samples else []
         how = f"{' and '.join(items)} at the pace of the few that were run" if items else ""
-        parts += [Part("validations", plan.validations, seconds["valid"], how)]
+        parts += [Part("validations", plan.validations, self.seconds["valid"], how)]
         if plan.evaluations:
             ratio = self.run.base.eval_num_samples / self.short.base.eval_num_samples
             how = f"{ratio:.4g} times that of {self.short.base.eval_num_samples} pictures, so rather too much"
-            parts.append(Part("evaluations", plan.evaluations, seconds["eval"] * ratio, how))
-        parts += [Part("exports", plan.exports, seconds["export"])]
+            parts.append(Part("evaluations", plan.evaluations, self.seconds["eval"] * ratio, how))
+        parts += [Part("exports", plan.exports, self.seconds["export"])]
         return [part for part in parts if part.total > 0]
 
     def _rest(self) -> float:
-        """The process's life until now without what is counted elsewhere; the first step, which warms up, is in it."""
-        elsewhere = sum(self._seconds("").values()) - self.dry_run.skipped_seconds
-        elsewhere += sum(self.dry_run.plan.global_batch_size / rate for rate in self.rates[1:])
+        """The process's lifetime without the parts counted elsewhere, including the first step, which warms up."""
+        elsewhere = sum(self.seconds.values()) - self.dry_run.skipped_seconds
+        elsewhere += sum(self.dry_run.plan.clock.global_batch_size / rate for rate in self.rates[1:])
         return time.time() - psutil.Process().create_time() - elsewhere
 
     def _missing(self, column: str) -> float:
-        """Which part of what was encoded here the run's own cache does not hold."""
+        """The share of the values encoded here that the run's own cache lacks."""
         kind, base = column.rpartition("_")[2], self.run.base
         directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
-        here, there = set(), set()
+        here: set[str] = set()
+        there: set[str] = set()
         for folder in (self.folder / "encoder-cache").glob(f"{kind}-*"):
             here |= _keys(folder)
             there |= _keys(directory / folder.name)
         return len(here - there) / len(here) if here else 1.0
 
     def disk(self) -> dict[str, int]:
-        """Bytes, of the whole run and free where it will be; "kept" and "at_once" are numbers of checkpoints."""
+        """Returns the bytes that the whole run needs, and free bytes; "kept" and "at_once" count checkpoints."""
         plan, limit = self.dry_run.plan, self.run.base.checkpoints_total_limit
         [checkpoint] = [_bytes_in(path) for path in self.folder.glob("checkpoint-*")]
         pipeline = sum(_bytes_in(path) for path in self.folder.iterdir() if not path.name.startswith(NOT_PIPELINE))
@@ -134,7 +122,7 @@ class Measured:
             encoded = sum(_bytes_in(path) for path in (self.folder / "encoder-cache").glob(f"{kind}-*"))
             caches += round(encoded * self.dry_run.scale.get(f"cache_{column}", 1.0) * self._missing(column))
         kept = min(plan.saves, limit or plan.saves)
-        at_once = min(plan.saves, kept + 1)  # an old one goes after the new one is there
+        at_once = min(plan.saves, kept + 1)  # an old one is removed after the new one is complete
         pipelines = min(plan.exports, 2)
         return {
             "checkpoint": checkpoint,
@@ -154,5 +142,5 @@ def _keys(folder: Path) -> set[str]:
 
 
 def _bytes_in(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*")
+    files = [path] if path.is_file() else list(path.rglob("*"))
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,4 +1,4 @@
-"""A short run that stands for a whole one: its last steps on a few examples, and one each of what a run repeats."""
+"""Shortens a run to its last steps, a few examples, and one each of its validations, saves and exports."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from datasets_lib.example import ImageData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data.batches import by_bucket
@@ -21,52 +22,42 @@ from trainers.engine.validation.metrics import LEAST_PICTURES, spread
 WARM_STEPS, TIMED_STEPS = 2, 5
 WARM_ITEMS, TIMED_ITEMS = 1, 4  # of a sampler's steps
 HELD_OUT_BATCHES = 4  # of each process
+Item = TypeVar("Item")
 
 
 class Plan(NamedTuple):
-    """What the whole run does, by the real clock from step 0."""
+    """Counts what the whole run does from step 0, by its own clock."""
 
-    steps: int
-    global_batch_size: int
-    examples: int
-    held_out: int
-    saves: int
-    validations: int
-    evaluations: int
-    exports: int
-    largest: str  # what is said of the shape of the examples
+    clock: Clock = Clock(None, 1, 1, 1)
+    saves: int = 0
+    validations: int = 0
+    evaluations: int = 0
+    exports: int = 0
 
     @classmethod
-    def of(cls, clock: Clock, base: BaseConfig, examples: int, held_out: int, largest: str) -> Plan:
+    def of(cls, clock: Clock, base: BaseConfig) -> Plan:
         def times(*cadence: int | None) -> int:
             return sum(clock.due(done, *cadence) for done in range(1, clock.total_steps + 1))
 
-        return cls(
-            clock.total_steps,
-            clock.global_batch_size,
-            examples,
-            held_out,
-            times(base.checkpointing_steps),
-            times(base.valid_steps, base.valid_epochs),
-            times(base.eval_steps) if base.eval_steps is not None else 0,
-            times(base.save_model_steps, base.save_model_epochs),
-            largest,
-        )
+        saves, validations = times(base.checkpointing_steps), times(base.valid_steps, base.valid_epochs)
+        evaluations = times(base.eval_steps) if base.eval_steps is not None else 0
+        return cls(clock, saves, validations, evaluations, times(base.save_model_steps, base.save_model_epochs))
 
 
 class DryRun(Limits):
-    """Makes a run short; `plan` and `scale` say what the whole run does, as soon as its data was read."""
+    """Shortens a run; `plan` and `scale` describe the whole run, once its data has been loaded."""
 
     def __init__(self, run: RunConfig, short: RunConfig) -> None:
         self.run, self.short = run, short  # the whole one, and the one that is trained
-        self.plan: Plan | None = None
-        self.scale: dict[str, float] = {}  # how many times longer the whole run takes for a part of it, by name
+        self.plan = Plan()
+        self.held_out, self.largest = 0, ""  # held-out examples; a description of the shape of the examples run here
+        self.scale: dict[str, float] = {}  # how many times longer the whole run takes, by part
         self.samples = False  # whether a sampler ran
 
     def shorten(self, ctx: RunContext, data: DataSets) -> DataSets:
         """Returns the few examples that the last steps need, and sets the clock to these steps.
 
-        Raises ValueError where the processes have several output folders.
+        Raises ValueError if the processes have several output folders.
         """
         if ctx.folders.several:
             raise ValueError(
@@ -74,29 +65,28 @@ class DryRun(Limits):
                 f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
             )
         ctx.stop.limits = self
-        few, largest = self._few(ctx.clock, data)
-        examples, held_out = ctx.clock.num_examples or 0, 0 if data.validation is None else len(data.validation)
-        self.plan = Plan.of(ctx.clock, self.run.base, examples, held_out, largest)
+        self.plan, self.held_out = Plan.of(ctx.clock, self.run.base), len(data.validation or ())
+        few = self._few(ctx.clock, data)
         self.scale = _scale(data, few, self.run)
         ctx.clock = _last_steps(ctx.clock, None if self.run.base.streaming else len(few.train))
         return few
 
-    def _few(self, clock: Clock, data: DataSets) -> tuple[DataSets, str]:
-        """A part of each data set, of the largest bucket where there are some; and what is said of that."""
-        base, train_set, validation_set, largest = self.run.base, *data, ""
+    def _few(self, clock: Clock, data: DataSets) -> DataSets:
+        """Returns a part of each data set, of the largest bucket if there are buckets."""
+        base, (train_set, validation_set) = self.run.base, data
         if not base.streaming:
             candidates: Sequence[int] = range(len(train_set))
             if base.buckets:
-                candidates, largest = _largest_bucket(train_set)
+                candidates, self.largest = _largest_bucket(train_set)
             train_set = _only(train_set, candidates, (WARM_STEPS + TIMED_STEPS) * clock.global_batch_size)
         if validation_set is not None:
             batches = HELD_OUT_BATCHES * clock.micro_batch_size * clock.num_processes
-            count = max(batches, LEAST_PICTURES, self.run.config.valid_batch_size)  # a task may draw what it is shown
+            count = max(batches, LEAST_PICTURES, self.run.config.valid_batch_size)  # a task may draw held-out examples
             validation_set = _only(validation_set, range(len(validation_set)), count)
-        return DataSets(train_set, validation_set), largest
+        return DataSets(train_set, validation_set)
 
-    def limited(self, items: Iterable, what: str) -> Iterator:
-        """The first items of a loop whose length is known, all of another; adds up what the rest would have taken."""
+    def limited(self, items: Iterable[Item], what: str) -> Iterator[Item]:
+        """Yields a few items of a loop with a known length, else all; adds up the time of the rest."""
         count = length_hint(items, 0)
         first, shown = (WARM_ITEMS, min(count, WARM_ITEMS + TIMED_ITEMS)) if count else (0, sys.maxsize)
         began, number = _now(), 0
@@ -120,46 +110,46 @@ def _now() -> float:
 
 
 def _last_steps(clock: Clock, num_examples: int | None) -> Clock:
-    """The clock of the last steps, on so many examples of one size; None: a stream."""
-    first = max(clock.total_steps - WARM_STEPS - TIMED_STEPS, 0)
-    counts = (num_examples,) if clock.bucket_counts else ()
-    fixed = {"num_epochs": None, "max_train_steps": clock.total_steps, "bucket_counts": counts}
-    return clock._replace(num_examples=num_examples, **fixed).resumed_at(first, first * clock.global_batch_size)
+    """Returns the clock of the last steps, for examples of one size; None: a stream."""
+    last = clock.total_steps
+    first = max(last - WARM_STEPS - TIMED_STEPS, 0)
+    counts = (num_examples or 0,) if clock.bucket_counts else ()
+    short = clock._replace(num_examples=num_examples, num_epochs=None, max_train_steps=last, bucket_counts=counts)
+    return short.resumed_at(first, first * clock.global_batch_size)
 
 
-def _only(dataset: Any, candidates: Sequence[int], count: int) -> Any:
-    """So many of the candidates, evenly spread; a data set that cannot be divided stays whole."""
+def _only(dataset: ImageData, candidates: Sequence[int], count: int) -> ImageData:
+    """Keeps at most `count` candidates, evenly spread; a data set that cannot be divided stays whole."""
     return dataset.only([candidates[number] for number in spread(len(candidates), count)])
 
 
 def _scale(data: DataSets, few: DataSets, run: RunConfig) -> dict[str, float]:
-    """How many times longer the whole run takes for what the number of examples decides."""
-    found, pairs, measured = {}, list(zip(data, few, strict=True)), getattr(run.trainer_class, "statistics_samples", 0)
-    if run.base.streaming:
-        pairs[0] = None, None  # nobody knows how many examples it has, and no cache holds them
-    elif measured:
-        found["measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
-    for split, (whole, part) in zip(("train", "validation"), pairs, strict=True):
-        if whole is not None:
-            found[f"prepare_{split}"] = len(whole) / len(part)
+    """Returns how many times longer the whole run takes for the parts that depend on the number of examples."""
+    pairs = {"validation": (data.validation, few.validation)}
+    found, measured = {}, getattr(run.trainer_class, "statistics_samples", 0)
+    if not run.base.streaming:  # a stream's length is unknown, and no cache holds its examples
+        pairs["train"] = data.train, few.train
+        if measured:
+            found["measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
+    sets = {split: (whole, part) for split, (whole, part) in pairs.items() if whole is not None and part is not None}
+    for split, (whole, part) in sets.items():
+        found[f"prepare_{split}"] = len(whole) / len(part)
     found["validating"] = found.get("prepare_validation", 1.0)
-    sets = [DataSets(*each) for each in zip(*pairs, strict=True)]
+    wholes, parts = [whole for whole, _ in sets.values()], [part for _, part in sets.values()]
     for column in (*data.train.picture_columns, "caption"):
-        whole_values, few_values = (_values(each, column) for each in sets)
-        found[f"cache_{column}"] = whole_values / max(few_values, 1)
+        found[f"cache_{column}"] = _values(wholes, column) / max(_values(parts, column), 1)
     return found
 
 
-def _values(data: DataSets, column: str) -> int:
-    """How many values an encoder finds in a column of both sets."""
+def _values(datasets: Iterable[ImageData], column: str) -> int:
+    """Counts the values that an encoder finds in a column."""
     if column == "caption":
-        known = [each.captions() for each in data if each is not None]
-        return len({text for texts in known for text in texts or ()})
-    return sum(each.image_count(column) for each in data if each is not None and column in each.picture_columns)
+        return len({text for each in datasets for text in each.captions() or ()})
+    return sum(each.image_count(column) for each in datasets if column in each.picture_columns)
 
 
-def _largest_bucket(train_set: Any) -> tuple[list[int], str]:
-    """The examples of the bucket with the most pixels, and what is said of it."""
+def _largest_bucket(train_set: ImageData) -> tuple[list[int], str]:
+    """Returns the examples of the bucket with the most pixels, and a description of it."""
     members = by_bucket(range(len(train_set)), train_set.bucket_of)
     shapes = {number: train_set.get(each[0], None)["image"].shape for number, each in members.items()}
     largest = max(shapes, key=lambda number: shapes[number].numel())

@@ -1,4 +1,4 @@
-"""What `train.py CONFIG --dry-run` prints: memory, speed, time and disk of the whole run, and what to change."""
+"""The report of `train.py CONFIG --dry-run`: memory, speed, time and disk of the whole run, and what to change."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ GIB = 2**30
 
 
 def report(dry_run: DryRun, shortage: OutOfResources | None) -> tuple[list[str], bool]:
-    """The lines, and whether the run fits."""
+    """Returns the lines, and whether the run fits."""
     measured, run = Measured(dry_run), dry_run.run
     device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
     lines, disk = _memory(measured, device), None
     if measured.finished:
         disk = measured.disk()
-        lines += [*_speed(measured), *_time(measured), *_disk(measured, disk)]
+        parts = measured.time_parts()
+        lines += ["", _speed(measured), "", f"Time: {duration(sum(part.total for part in parts))}, from step 0"]
+        lines += [*map(_row, parts), *_disk(measured, disk)]
         if disk["needed"] > disk["free"]:
             shortage = OutOfResources("disk", f"{disk['needed']:,} bytes are needed at once, {disk['free']:,} are free")
     if shortage is None:
         return [*lines, "", "It fits."], True
-    gc.collect()  # what the run held must not be in the way
-    remedies = memory_suggestions(run, measured.unfinished_phase(), device)
+    gc.collect()  # frees the memory of the run
+    suggestions = memory_suggestions(run, measured.unfinished_phase(), device)
     if shortage.of == "disk":
-        remedies = disk_suggestions(run, disk)
-    return [*lines, "", *_verdict(measured, shortage, remedies)], False
+        suggestions = disk_suggestions(run, disk)
+    return [*lines, "", *_verdict(measured, shortage, suggestions)], False
 
 
-def _verdict(measured: Measured, shortage: OutOfResources, remedies: list[Suggestion]) -> list[str]:
+def _verdict(measured: Measured, shortage: OutOfResources, suggestions: list[Suggestion]) -> list[str]:
     where = "" if measured.finished or shortage.of == "disk" else f" in phase {measured.unfinished_phase()}"
     what = {"device": "memory of the device", "host": "main memory"}.get(shortage.of, "room on the disk")
     lines = [f"It does not fit: too little {what}{where}: {shortage.text}"]
-    if not remedies:
+    if not suggestions:
         return [*lines, "No option is left that would help; take a smaller network, or a larger machine."]
-    return [*lines, "To change, what costs least first:", *(f"  {remedy}" for remedy in remedies)]
+    return [*lines, "To change, what costs least first:", *(f"  {suggestion}" for suggestion in suggestions)]
 
 
 def _memory(measured: Measured, device: torch.device) -> list[str]:
@@ -47,23 +49,15 @@ def _memory(measured: Measured, device: torch.device) -> list[str]:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         whose = f"of {torch.cuda.get_device_name(device)}, which has {total:.1f} GiB"
-    plan = measured.dry_run.plan
-    shape = f" ({plan.largest})" if plan is not None and plan.largest else ""
+    shape = f" ({measured.dry_run.largest})" if measured.dry_run.largest else ""
     rows = [f"  {phase:16} {peak:.2f} GiB" for phase, peak in measured.peaks().items()]
     return [f"Peak memory {whose}{shape}", *rows]
 
 
-def _speed(measured: Measured) -> list[str]:
-    plan = measured.dry_run.plan
-    timed, all_steps = len(measured.timed), len(measured.rates)
-    steps = "1 step" if timed == 1 else f"{timed} steps"
-    how = f"{steps} of {plan.global_batch_size} examples, after {all_steps - timed} to warm up"
-    return ["", f"Speed: {measured.examples_per_second:.1f} examples/s ({how})"]
-
-
-def _time(measured: Measured) -> list[str]:
-    parts = measured.time_parts()
-    return ["", f"Time: {duration(sum(part.total for part in parts))}, from step 0", *map(_row, parts)]
+def _speed(measured: Measured) -> str:
+    timed, size = len(measured.timed), measured.dry_run.plan.clock.global_batch_size
+    steps = f"{timed} step{'s' * (timed > 1)} of {size} examples, after {len(measured.rates) - timed} to warm up"
+    return f"Speed: {measured.examples_per_second:.1f} examples/s ({steps})"
 
 
 def _row(part: Part) -> str:
@@ -72,10 +66,10 @@ def _row(part: Part) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as far as they matter."""
-    minutes, seconds = divmod(round(seconds), 60)
+    """Formats hours and minutes, minutes and seconds, or seconds."""
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _disk(measured: Measured, disk: dict[str, int]) -> list[str]:

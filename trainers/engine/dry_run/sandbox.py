@@ -1,4 +1,4 @@
-"""The folder of a dry run, beside the run's and removed afterwards, and its configuration, which does all once."""
+"""The temporary folder of a dry run, beside the run's, and its configuration, which does everything once."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from typing import TextIO
 
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, DryRun
-from trainers.engine.run.lock import NAME as LOCK
-from trainers.engine.run.lock import take
-from trainers.engine.run.run_folder import check_run_folder
+from trainers.engine.run.run_folder import LOCK, check_run_folder, lock_folder
 from trainers.engine.validation.metrics import LEAST_PICTURES
 
 PROMISE = f"the run's last {WARM_STEPS + TIMED_STEPS} steps, one validation, one save; nothing of it stays"
-SECONDS_OF_MAIN = 5.0  # to read its numbers where all processes fail
+SECONDS_OF_MAIN = 5.0  # for the first process to read its numbers if all fail
 
 
 @contextmanager
 def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
-    """The short run, in a folder on the run's disk that is gone afterwards; the run's own is not touched.
+    """Yields the short run, in a folder on the run's disk that is removed afterwards; the run's own is not touched.
 
-    Raises ValueError while another dry run for the same folder goes on.
+    Raises ValueError during another dry run for the same folder.
     """
     check_run_folder(run.base)
-    folder, main = _folder_beside(Path(run.base.output_dir).absolute()), is_main()
+    output_dir, main = Path(run.base.output_dir).absolute(), is_main()
+    parent = next(parent for parent in output_dir.parents if parent.is_dir())
+    folder = parent / f".{output_dir.name[:200]}-dry-run"  # a file system's names have 255 bytes
     lock = _claim(folder) if main else None
     try:
         yield DryRun(run, _short(run, folder))
     except Exception as error:
-        if not main:  # where this one fails alone, the first one waits for it and will be killed
+        if not main:  # if this one fails alone, the first one waits for it and will be killed
             time.sleep(SECONDS_OF_MAIN)
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, ValueError) and str(folder) in str(error):
@@ -51,9 +51,9 @@ def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
 
 
 def _claim(folder: Path) -> TextIO | None:
-    """Locks the folder, and empties it of what a dry run left that was killed."""
+    """Locks the folder, and removes what a killed dry run left there."""
     folder.mkdir(exist_ok=True)
-    lock = take(folder)
+    lock = lock_folder(folder)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -63,34 +63,28 @@ def _claim(folder: Path) -> TextIO | None:
 
 
 def is_main() -> bool:
-    """Whether this is the first process, also where they are not connected."""
+    """Whether this is the first process, even before they are connected."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _folder_beside(output_dir: Path) -> Path:
-    parent = next(parent for parent in output_dir.parents if parent.is_dir())
-    return parent / f".{output_dir.name[:200]}-dry-run"  # a file system's names have 255 bytes
-
-
 def _short(run: RunConfig, folder: Path) -> RunConfig:
-    """Everything that is done now and then comes once, after the last step; nothing leaves the folder."""
+    """Makes saves, validations and exports happen once, after the last step; nothing is written outside the folder."""
     never, base = sys.maxsize, run.base
-    once = {
-        "checkpointing_steps": never,
-        "checkpoints_total_limit": None,
-        "save_model_epochs": None,
-        "save_model_steps": None,
-        "valid_epochs": None,
-        "valid_steps": None,
-        "eval_steps": None if base.eval_steps is None else never,
-        "eval_num_samples": min(base.eval_num_samples, max(LEAST_PICTURES, 2 * base.train_batch_size)),
-    }
-    apart = {
-        "output_dir": str(folder),
-        "encoder_cache_dir": str(folder / "encoder-cache"),
-        "resume_from_checkpoint": None,
-        "push_to_hub": False,
-        "logger": "none",
-        "logging_steps": 1,
-    }
-    return run._replace(base=dataclasses.replace(base, **once, **apart))
+    short = dataclasses.replace(
+        base,
+        output_dir=str(folder),
+        encoder_cache_dir=str(folder / "encoder-cache"),
+        resume_from_checkpoint=None,
+        push_to_hub=False,
+        logger="none",
+        logging_steps=1,
+        checkpointing_steps=never,
+        checkpoints_total_limit=None,
+        save_model_epochs=None,
+        save_model_steps=None,
+        valid_epochs=None,
+        valid_steps=None,
+        eval_steps=None if base.eval_steps is None else never,
+        eval_num_samples=min(base.eval_num_samples, max(LEAST_PICTURES, 2 * base.train_batch_size)),
+    )
+    return run._replace(base=short)

@@ -1,4 +1,4 @@
-"""What a run has too little of, and changes that make it fit: what costs least first, and what it can take."""
+"""Suggests changes that make a run fit, the cheapest first, among those that its configuration allows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainers.base import Section
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.tracking.console import has_bf16
@@ -18,17 +17,14 @@ DISK_TEXTS = ("does not fit in", "No space left", "quota exceeded")
 
 
 class OutOfResources(NamedTuple):
-    """What a run has too little of: memory of the "device" or the "host", or "disk"."""
+    """Too little memory of the "device" or the "host", or of "disk" space."""
 
     of: str
     text: str
 
-    def __str__(self) -> str:
-        return self.text
-
 
 def out_of_resources(error: Exception) -> OutOfResources | None:
-    """What an error says is too little; None for an error of another kind."""
+    """Says what an error lacks; None for an error of another kind."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfResources("device", text)
@@ -44,7 +40,7 @@ def out_of_resources(error: Exception) -> OutOfResources | None:
 
 
 class Suggestion(NamedTuple):
-    """Options to change, by dotted key, and what that does."""
+    """Options to change, by dotted key, and the effect."""
 
     changes: dict[str, Any]
     effect: str
@@ -54,8 +50,9 @@ class Suggestion(NamedTuple):
 
 
 def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list[Suggestion]:
-    """For a run whose memory did not last through a phase of it."""
-    base, task, found = run.base, run.task, []
+    """Suggestions for a run that ran out of memory in a phase."""
+    base, task = run.base, run.task
+    found: list[Suggestion] = []
     if phase in ("validation", "evaluation") and run.config.valid_batch_size > 1:
         fewer = run.config.valid_batch_size // 2
         found.append(Suggestion({f"{task}.valid_batch_size": fewer}, "half the pictures at once"))
@@ -74,49 +71,47 @@ def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list
     found += _smaller_batches(base)
     if device.type == "cuda":
         found.append(Suggestion({f"{task}.offload_ema": "true"}, "averages in main memory; a copy in every step"))
-    return [remedy for remedy in found if _possible(run, remedy)]
+    return [suggestion for suggestion in found if _possible(run, suggestion)]
 
 
 def disk_suggestions(run: RunConfig, disk: dict[str, int] | None) -> list[Suggestion]:
-    """For a run whose files do not fit; with the sizes from a dry run that got to its end, the number that fits."""
-    if disk is None:
-        return _without_numbers(run)
-    checkpoint = disk["checkpoint"]
-    others = disk["needed"] - disk["at_once"] * checkpoint
-    fitting = (disk["free"] - others) // checkpoint - 1  # an old one goes after the new one is there
-    if 1 <= fitting < disk["kept"]:
-        saved = (disk["kept"] - fitting) * checkpoint
-        return [Suggestion({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
-    return _without_numbers(run)
-
-
-def _without_numbers(run: RunConfig) -> list[Suggestion]:
+    """Suggestions for a run whose files do not fit; the sizes of a finished dry run give the number that fits."""
     found = []
+    if disk is not None:
+        checkpoint = disk["checkpoint"]
+        others = disk["needed"] - disk["at_once"] * checkpoint
+        fitting = (disk["free"] - others) // checkpoint - 1  # an old one is removed after the new one is complete
+        if 1 <= fitting < disk["kept"]:
+            saved = (disk["kept"] - fitting) * checkpoint
+            return [Suggestion({"base.checkpoints_total_limit": fitting}, f"{saved:,} bytes less")]
     if run.base.checkpoints_total_limit is None:
         found.append(Suggestion({"base.checkpoints_total_limit": 1}, "only the newest checkpoint is kept"))
     return [*found, Suggestion({"base.output_dir": "FOLDER"}, "one on another disk")]
 
 
 def _smaller_batches(base: BaseConfig) -> list[Suggestion]:
-    """The batch cut by its smallest divisor; the global batch, and so what is learned, stays."""
+    """Divides the batch by its smallest divisor; the global batch, and so the training, stays the same."""
     size = base.train_batch_size
     divisor = next((number for number in range(2, size + 1) if size % number == 0), None)
     if divisor is None:
         return []
     changes = {"base.train_batch_size": size // divisor}
     if base.global_batch_size is None:
-        changes["base.gradient_accumulation_steps"] = base.gradient_accumulation_steps * divisor
+        changes["base.gradient_accumulation_steps"] = (base.gradient_accumulation_steps or 1) * divisor
     return [Suggestion(changes, f"1/{divisor} of the examples at once, the same global batch; slower steps")]
 
 
-def _possible(run: RunConfig, remedy: Suggestion) -> bool:
-    """Whether each option exists, has another value now, and the configuration stays without a problem."""
-    changed: dict[str, Section] = {"base": run.base, run.task: run.config}
-    for key, value in remedy.changes.items():
+def _possible(run: RunConfig, suggestion: Suggestion) -> bool:
+    """Whether each option exists and has another value now, and the changed configuration has no problem."""
+    base, config = run.base, run.config
+    for key, value in suggestion.changes.items():
         section, _, option = key.partition(".")
         value = {"true": True}.get(value, value)
-        now = getattr(changed[section], option, value)
+        now = getattr(base if section == "base" else config, option, value)
         if now == value or (option.startswith("cache_") and now is not None):
             return False
-        changed[section] = dataclasses.replace(changed[section], **{option: value})
-    return not any(True for section in changed.values() for _ in section.problems(changed["base"]))
+        if section == "base":
+            base = dataclasses.replace(base, **{option: value})
+        else:
+            config = dataclasses.replace(config, **{option: value})
+    return not any((*base.problems(), *config.problems(base)))

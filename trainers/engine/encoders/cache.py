@@ -1,4 +1,4 @@
-"""What frozen encoders said, in memory or on disk, by the content of what they were asked and of their own files."""
+"""Caches frozen encoders' outputs, in memory or on disk, under hashes of their inputs and of the encoders' files."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ KEY_DIGITS = 32
 
 
 def text_key(text: str) -> str:
-    """The key of a caption."""
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
 class Cache:
-    """Rows of tensors by key; kept in memory, or in memory-mapped files of a folder.
+    """Rows of tensors by key, in memory or in memory-mapped files of a folder.
 
-    A folder belongs to one encoder, whose `source` names it. Files appear whole or not at all, and several processes
-    may add some.
+    A folder belongs to one encoder and is named by a hash of its `source`. Files appear complete; several processes may
+    add files.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -43,9 +42,9 @@ class Cache:
         return key in self.rows_by_key or key in self.files
 
     def rows(self, keys: list[str], columns: tuple[str, ...], device: torch.device) -> dict[str, Tensor]:
-        """The columns [B, ...] of these keys, on the device; the rows have one shape."""
+        """Returns the columns [B, ...] of these keys on the device; all rows have the same shape."""
         stacked = [torch.stack(rows) for rows in zip(*map(self._rows_of, keys), strict=True)]
-        if device.type == "cuda":  # from other memory the copy would wait for the device
+        if device.type == "cuda":  # a copy from other memory would wait for the device
             stacked = [rows.pin_memory() for rows in stacked]
         return {name: rows.to(device, non_blocking=True) for name, rows in zip(columns, stacked, strict=True)}
 
@@ -56,9 +55,9 @@ class Cache:
         return [file.get_tensor(f"{key}.{number}") for number in range(count)]
 
     def add(self, rows: dict[str, list[Tensor]]) -> None:
-        """Keeps rows by key: in memory, or in a file that is written, flushed and then named.
+        """Stores rows by key, in memory or in a file, which is flushed before it gets its name.
 
-        Raises OSError, with what was needed and what was free, where it cannot be written.
+        Raises OSError with the space needed and free if the file cannot be written.
         """
         if self.folder is None:
             self.rows_by_key |= rows
@@ -80,15 +79,15 @@ class Cache:
                 ) from None
 
     def look(self) -> None:
-        """Finds the rows of new files in the folder; a file whose header is broken is removed, with a line.
+        """Finds the rows of new files in the folder; removes a file with a broken header, and prints a warning.
 
-        Raises OSError for a file that may not be read.
+        Raises OSError if a file may not be read.
         """
         for path in sorted(self.folder.glob("rows-*.safetensors")) if self.folder is not None else ():
             if path.name in self.opened:
                 continue
             try:
-                path.open("rb").close()  # safetensors calls everything a missing file
+                path.open("rb").close()  # safetensors reports every error as a missing file
             except OSError as error:
                 raise OSError(f"{path}: a cache cannot be read ({error}); see to its permissions") from None
             try:
@@ -98,7 +97,7 @@ class Cache:
                 path.unlink(missing_ok=True)
                 continue
             counts: dict[str, int] = {}
-            for name in file.keys():  # noqa: SIM118  # a file is no dict
+            for name in file.keys():  # noqa: SIM118  # not a dict
                 key = name.partition(".")[0]
                 counts[key] = counts.get(key, 0) + 1
             self.files |= {key: (file, count) for key, count in counts.items()}
@@ -106,7 +105,7 @@ class Cache:
 
 
 def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path, bool]:
-    """The folder of an encoder's rows, and whether only other encoders' are there."""
+    """Returns the folder of an encoder's rows, and whether it is new beside folders of other encoders."""
     text = json.dumps({"format": FORMAT, **source}, sort_keys=True)
     folder = directory / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     changed = not folder.is_dir() and any(directory.glob(f"{kind}-*"))
@@ -117,7 +116,7 @@ def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path,
 
 
 class KeyedExamples(ImageData):
-    """A data set whose examples have the keys of their pictures, "<column>_key", instead of the pictures."""
+    """A data set whose examples hold keys of cached pictures, "<column>_key", instead of the pictures."""
 
     def __init__(self, whole: ImageData, keys: dict[str, list[tuple[str, ...]]]) -> None:
         self.whole, self.keys = whole, keys

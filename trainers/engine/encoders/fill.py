@@ -1,4 +1,4 @@
-"""Fills encoders' caches before the first step: every process encodes its share of what is not there yet."""
+"""Fills encoders' caches before the first step: every process encodes its share of the missing values."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import DataSets
 from trainers.engine.run.progress import passing_bar
 
-FILE_BYTES = 64 << 20  # of rows that are written at once
-BATCHES_AHEAD = 2  # that are decoded while one is encoded
-Rows = dict[str, list[torch.Tensor]]  # by key, a tensor for each column
+FILE_BYTES = 64 << 20  # of rows in one file, about
+BATCHES_AHEAD = 2  # decoded while one is encoded
+Rows = dict[str, list[torch.Tensor]]  # by key, one tensor per column
 
 
 class Picture(NamedTuple):
-    """One picture of a data set: its number in a column, plain or mirrored."""
+    """One picture of a data set by its number in a column, plain or mirrored."""
 
     dataset: ImageData
     column: str
@@ -42,9 +42,9 @@ class Picture(NamedTuple):
 
 
 def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, datasets: DataSets) -> DataSets:
-    """Fills the caches that the encoders ask for; returns the data sets, with keys instead of cached pictures.
+    """Fills the encoders' caches; returns the data sets with keys instead of cached pictures. Collective.
 
-    Encoders leave the device afterwards. Collective. Raises ValueError for a data set that cannot name its content.
+    The encoders leave the device afterwards. Raises ValueError if a data set cannot list what is to be cached.
     """
     keys: list[dict[str, list[tuple[str, ...]]]] = [{} for _ in datasets]
     for name, encoder in encoders.encoders.items():
@@ -60,7 +60,7 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
             elif encoder.reads in dataset.picture_columns:
                 columns[encoder.reads] = _picture_keys(accelerator, dataset, encoder.reads)
                 wanted |= {
-                    key: Picture(dataset, encoder.reads, number, flipped)
+                    key: Picture(dataset, encoder.reads, number, bool(flipped))
                     for number, both in enumerate(columns[encoder.reads])
                     for flipped, key in enumerate(both)
                 }
@@ -72,10 +72,11 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
         seconds, metric = time.perf_counter() - began, f"cache_{encoder.reads}/seconds"
         seconds += encoders.fill_seconds.get(metric, 0.0) - encoders.build_seconds.get(name, 0.0)
         encoders.fill_seconds[metric] = seconds
-    cached = [
-        KeyedExamples(dataset, found) if found else dataset for dataset, found in zip(datasets, keys, strict=True)
-    ]
-    return DataSets(*cached)
+    train, validation = datasets
+    return DataSets(
+        KeyedExamples(train, keys[0]) if keys[0] else train,
+        KeyedExamples(validation, keys[1]) if validation is not None and keys[1] else validation,
+    )
 
 
 def _captions(dataset: ImageData, name: str) -> Iterable[str]:
@@ -87,12 +88,12 @@ def _captions(dataset: ImageData, name: str) -> Iterable[str]:
     return texts
 
 
-def _picture_keys(accelerator: Accelerator, dataset: Any, column: str) -> list[tuple[str, ...]]:
-    """The keys of a column's pictures by number; every process hashes its share of the files."""
+def _picture_keys(accelerator: Accelerator, dataset: ImageData, column: str) -> list[tuple[str, ...]]:
+    """Returns the keys of a column's pictures by number; every process hashes its share of the files."""
     rank, world = accelerator.process_index, accelerator.num_processes
     numbers = range(rank, dataset.image_count(column), world)
-    bar = passing_bar(accelerator, "hashing pictures")
-    own = {n: tuple(key[:KEY_DIGITS] for key in dataset.image_keys(n, column)) for n in bar(numbers)}
+    hashed = passing_bar(accelerator, "hashing pictures", numbers)
+    own = {n: tuple(key[:KEY_DIGITS] for key in dataset.image_keys(n, column)) for n in hashed}
     found = {number: keys for part in gather_object([own]) for number, keys in part.items()}
     return [found[number] for number in sorted(found)]
 
@@ -100,12 +101,12 @@ def _picture_keys(accelerator: Accelerator, dataset: Any, column: str) -> list[t
 def _filled(
     accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, name: str, wanted: dict[str, Any]
 ) -> Cache:
-    """The encoder's cache with all that is wanted. Raises on every rank what one of them could not read or write."""
+    """Returns the encoder's cache with all wanted values; an error of one rank is raised on all."""
     cache, missing, sharing = _opened(accelerator, encoders.encoders[name], base, name, wanted)
     own = missing[sharing.index(accelerator.process_index) :: len(sharing)]
     batches = [own[start : start + base.train_batch_size] for start in range(0, len(own), base.train_batch_size)]
-    bar = passing_bar(accelerator, f"encoding {name}")
-    encoded = (_encode(encoders, name, *read) for read in bar(_read_ahead(batches, wanted), total=len(batches)))
+    read = passing_bar(accelerator, f"encoding {name}", _read_ahead(batches, wanted), total=len(batches))
+    encoded = (_encode(encoders, name, *batch) for batch in read)
     if cache.folder is None:
         rows = run_on_all(accelerator, lambda: {key: each for part in encoded for key, each in part.items()})
         cache.add({key: each for part in gather_object([rows]) for key, each in part.items()})
@@ -123,12 +124,12 @@ def _write(cache: Cache, encoded: Iterator[Rows]) -> None:
             if sum(row.nbytes for each in rows.values() for row in each) > FILE_BYTES:
                 cache.add(rows)
                 rows = {}
-    finally:  # where a signal ends the run, the next start need not do this again
+    finally:  # also if a signal ends the run: the next start need not encode these again
         cache.add(rows)
 
 
 def _read_ahead(batches: list[list[str]], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[Any]]]:
-    """The values of each batch; pictures are decoded in threads while the batches before are encoded."""
+    """Yields the keys and values of each batch; threads decode pictures while earlier batches are encoded."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         ahead: deque[tuple[list[str], list[Future]]] = deque()
         for keys in [*batches, *[None] * BATCHES_AHEAD]:
@@ -146,23 +147,23 @@ def _read(value: Any) -> Any:
 def _opened(
     accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: dict[str, Any]
 ) -> tuple[Cache, list[str], list[int]]:
-    """The cache as it is, what it lacks, and the processes that share it and what is to be done. Collective.
+    """Returns the cache, its missing keys, and the processes that share the cache and the work. Collective.
 
-    Hosts may have folders of their own, each with all that is wanted.
+    Hosts may have separate folders, each of which gets all wanted values.
     """
     said = f"cache {name}: {{:,}} of {len(wanted):,} to encode, in {{}}".format
     if encoder.cache == "memory":
         accelerator.print(said(len(wanted), "memory"))
         return Cache(None), list(wanted), list(range(accelerator.num_processes))
     directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
-    kind = encoder.reads.rpartition("_")[2]  # pictures of a class are pictures
+    kind = encoder.reads.rpartition("_")[2]  # pictures of the class are pictures
     folders = find_folders(accelerator, directory, "base.encoder_cache_dir")
     opened = folders.on_mains(accelerator, lambda: folder_of(directory, kind, encoder.source()))
     cache = Cache(directory / opened[folders.number][0].name)
     missing = folders.on_mains(accelerator, lambda: _missing(cache, wanted))
     for place, (folder, changed), lacks in zip(folders.places, opened, missing, strict=True):
         if changed:
-            accelerator.print(f"cache {name}: what {directory} holds is of another encoder, precision or version")
+            accelerator.print(f"cache {name}: {directory} holds outputs of another encoder, precision or version")
         accelerator.print(said(len(lacks), f"{place}/{folder.name}" if folders.several else folder))
     return cache, missing[folders.number], folders.sharing
 
@@ -173,7 +174,8 @@ def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:
 
 
 def _encode(encoders: FrozenEncoders, name: str, keys: list[str], values: list[Any]) -> Rows:
-    """The rows of a batch by key, on the CPU; pictures of different sizes are encoded one by one."""
+    """Encodes a batch to rows by key, on the CPU; pictures of different sizes are encoded one by one."""
+    parts: list[Any]
     if isinstance(values[0], str):
         parts = [values]
     elif len({value.shape for value in values}) == 1:

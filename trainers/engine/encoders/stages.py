@@ -1,4 +1,4 @@
-"""Runs a task's frozen stages in front of its networks; each is built when it is first needed."""
+"""Runs a task's frozen encoders in front of its networks; each is built when first needed."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor, nn
 from trainers.base import Encoder, Trainer
 from trainers.engine.encoders.cache import Cache, text_key
 
-REMEMBERED = 1000  # constants at most: prompts of an evaluation are many
+REMEMBERED = 1000  # at most this many constants: an evaluation may have many prompts
 
 
 class FrozenEncoders:
     """The encoders of a run by name, on the device and without gradients.
 
-    `caches` hold what an encoder need not say again; a batch has "<column>_key" instead of pictures then.
+    With an encoder in `caches`, a batch holds "<column>_key" instead of pictures.
     """
 
     def __init__(self, encoders: dict[str, Encoder], device: torch.device) -> None:
         self.encoders = encoders
         self.device = device
         self.caches: dict[str, Cache] = {}
-        self.fill_seconds: dict[str, float] = {}  # that filling caches took, without building: "cache_<column>/seconds"
+        self.fill_seconds: dict[str, float] = {}  # "cache_<column>/seconds", without building the encoder
         self.build_seconds: dict[str, float] = {}
         self._built: dict[str, nn.Module] = {}
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns the batch with the columns that the encoders write; what a data set holds already is kept.
+        """Adds the columns that the encoders write, unless the data set has them.
 
-        Raises ValueError where an encoder reads a column that the data set does not have.
+        Raises ValueError if the data set lacks a column that an encoder reads.
         """
         for name, encoder in self.encoders.items():
             if batch.keys() >= set(encoder.writes):
@@ -51,7 +51,7 @@ class FrozenEncoders:
         return batch
 
     def _keys(self, name: str, batch: dict[str, Any]) -> list[str] | None:
-        """The keys of a batch's values in the encoder's cache; None where they are not all there."""
+        """Returns the keys of a batch's values in the encoder's cache; None if any is missing there."""
         column = self.encoders[name].reads
         if name not in self.caches or not batch.keys() & {column, f"{column}_key"}:
             return None
@@ -59,7 +59,7 @@ class FrozenEncoders:
         return found if all(key in self.caches[name] for key in found) else None
 
     def encoded(self, name: str, value: Any) -> dict[str, Tensor]:
-        """One constant, such as the empty caption, through an encoder; computed once. Columns have B = 1."""
+        """Encodes one constant, such as the empty caption, once; its columns have B = 1."""
         key = (name, repr(value))
         if len(self._constants) >= REMEMBERED:
             self._constants.clear()
@@ -74,7 +74,7 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def run(self, name: str, values: Any) -> dict[str, Tensor]:
-        """What an encoder says of a batch of values."""
+        """Encodes a batch of values."""
         encoder = self.encoders[name]
         if name not in self._built:
             began = time.perf_counter()
@@ -86,13 +86,13 @@ class FrozenEncoders:
         return columns
 
     def release(self, name: str) -> None:
-        """Takes an encoder off the device; it is built again where it is needed."""
+        """Moves an encoder off the device; it is built again if needed."""
         if name in self._built:
             self._built.pop(name).to("cpu")
 
 
 def build_encoders(trainer: Trainer) -> FrozenEncoders:
-    """Takes the task's frozen stages, which are built later, and gives it their constants."""
+    """Collects the task's encoders, which are built later, and lets the task encode constants."""
     encoders = FrozenEncoders(trainer.encoders(), trainer.device)
     trainer.encoded = encoders.encoded
     return encoders

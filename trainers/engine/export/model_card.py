@@ -1,4 +1,4 @@
-"""The run folder's README.md, which a hub page can show, and the upload of the finished pipeline."""
+"""Writes the run folder's README.md, which is also its hub page, and uploads the finished pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainers.engine.config.config import RunConfig
 from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.tracker import Tracker
 
-OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that say nothing of the result
+OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that do not describe the result
 
 
 def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: Tracker) -> None:
@@ -17,7 +17,7 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
     from huggingface_hub import ModelCard, ModelCardData
 
     output_dir = tracker.output_dir
-    data = run.base.dataset_name or run.base.dataset or run.base.train_data_dir
+    data = run.base.dataset_name or run.base.dataset or run.base.train_data_dir or ""
     on_hub = run.base.dataset_name is not None and not Path(data).exists()
     header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
     pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracker.grids]
@@ -41,14 +41,14 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
         f"```yaml\n{run.as_yaml()}```",
     ]
     text = "\n\n".join(sections) + "\n"
-    ModelCard(text)  # raises ValueError where a hub would refuse the header
+    ModelCard(text)  # raises ValueError if the hub would refuse the header
     replacement = output_dir / ".README.md"
     replacement.write_text(text, encoding="utf-8")
     replacement.replace(output_dir / "README.md")
 
 
 def check_hub_login(push_to_hub: bool) -> None:
-    """Raises ValueError before the training where the upload after it could not work."""
+    """Raises ValueError before the training if the upload after it would fail."""
     if push_to_hub:
         from huggingface_hub import get_token
 
@@ -57,28 +57,20 @@ def check_hub_login(push_to_hub: bool) -> None:
 
 
 def publish(ctx: RunContext, trainer: Trainer, tracker: Tracker, pipeline_files: list[str]) -> None:
-    """Writes the card, and uploads the finished pipeline where it is asked for; only the main process does."""
+    """Writes the card on the main process; with push_to_hub uploads the pipeline, card and grids, no checkpoints."""
     if not ctx.accelerator.is_main_process:
         return
-    repository = create_repository(ctx.run, ctx.output_dir) if ctx.run.base.push_to_hub else None
-    write_card(ctx.run, trainer, repository or ctx.output_dir, tracker)
-    if repository:
-        upload(repository, ctx.output_dir, pipeline_files, tracker.grids)
-
-
-def create_repository(run: RunConfig, output_dir: Path) -> str:
-    """Makes the repository where it does not exist; returns its id, owner/name."""
+    if not ctx.run.base.push_to_hub:
+        write_card(ctx.run, trainer, ctx.output_dir, tracker)
+        return
     from huggingface_hub import HfApi
 
-    return HfApi().create_repo(run.base.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
-
-
-def upload(repository: str, output_dir: Path, pipeline_files: list[str], grids: list[Path]) -> None:
-    """Uploads the finished pipeline, its card and grids, never checkpoints or logs."""
-    from huggingface_hub import HfApi
-
+    name = ctx.run.base.hub_model_id or ctx.output_dir.resolve().name
+    repository = HfApi().create_repo(name, exist_ok=True).repo_id
+    write_card(ctx.run, trainer, repository, tracker)
     patterns = [pattern for name in pipeline_files for pattern in (name, f"{name}/*")]
-    patterns += ["README.md", *(f"samples/{grid.name}" for grid in grids)]
-    place = {"repo_id": repository, "folder_path": output_dir}
-    HfApi().upload_folder(**place, allow_patterns=patterns, commit_message="Upload pipeline")
+    patterns += ["README.md", *(f"samples/{grid.name}" for grid in tracker.grids)]
+    HfApi().upload_folder(
+        repo_id=repository, folder_path=ctx.output_dir, allow_patterns=patterns, commit_message="Upload pipeline"
+    )
     print(f"Uploaded to {repository}")

@@ -1,4 +1,4 @@
-"""The finished pipeline: float32 CPU copies of the networks with averaged weights, staged into the run folder."""
+"""Exports the finished pipeline: float32 CPU copies of the networks, with averaged weights if there are any."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainers.base import MeasuresData, Trainer
-from trainers.engine.checkpoint.snapshot import full_tensor
-from trainers.engine.checkpoint.train_state import TrainState
+from trainers.engine.checkpoint.snapshot import TrainState, full_tensor
 from trainers.engine.distributed.sharding import is_sharded, weight_of
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled
@@ -25,9 +24,9 @@ from trainers.engine.validation.validation import Validation
 def export_pipeline(
     ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Tracker, validation: Validation
 ) -> list[str]:
-    """Writes what inference loads into the run folder, and to W&B where it is used; returns its entries. Collective.
+    """Writes what inference loads to the run folder and the trackers; returns the names of its entries. Collective.
 
-    Raises OSError on every rank where the main process could not write.
+    Raises OSError on every rank if the main process cannot write. If the run is stopped meanwhile, writes nothing.
     """
     try:
         with tracker.phase("export", ctx.stop.steps_done):
@@ -58,20 +57,20 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
         finally:
             trainer.unwrapped = live
             shutil.rmtree(staging, ignore_errors=True)
-    names, error = broadcast_object_list(answer)
-    if error:
-        raise OSError(error)
+    names, failure = broadcast_object_list(answer)
+    if failure:
+        raise OSError(failure)
     return names
 
 
 def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
-    """Trained weights and buffers in float32, averaged ones where there are any; frozen weights as they are."""
+    """Collects weights and buffers: trained or averaged ones in float32, frozen ones in their own type. Collective."""
     frozen = {key: p for key, p in network.named_parameters() if not p.requires_grad}
     own = {key: weight_of(p) for key, p in network.named_parameters()} | dict(network.named_buffers())
     own |= ema.averages_of(name) if ema is not None else {}
     values = {key: full_tensor(tensor, wanted) for key, tensor in own.items() if key not in frozen}
     values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
-    # a base model is large: what does not change is not copied where it is on the CPU already
+    # a base model is large: frozen weights that are on the CPU already are not copied
     return values | {key: _on_host(p, wanted) for key, p in frozen.items()}
 
 

@@ -14,17 +14,17 @@ from trainers.engine.distributed.sharding import Part, part_from, part_of, refre
 
 
 def ema_decay(step: int, config: TrainerConfig) -> float:
-    """The decay after optimizer step `step` (from 0): diffusers' EMAModel with use_ema_warmup."""
+    """The decay after a step, counted from 0, as of diffusers' EMAModel with use_ema_warmup."""
     if step <= 0:
         return 0.0
     return min(1 - (1 + step / config.ema_inv_gamma) ** -config.ema_power, config.ema_max_decay)
 
 
-PIECE = 1 << 24  # numbers that are moved at once: the differences, or the copies, need as much memory
+PIECE = 1 << 24  # numbers updated at once: their differences, or copies, need as much memory
 
 
 def move(averages: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
-    """averages += rate * (weights - averages) in a few kernels; CUDA's lerp has one by tensor with such a rate."""
+    """averages += rate * (weights - averages) in a few kernels; CUDA's lerp would use one per tensor."""
     for some, towards in pieces(averages, weights):
         differences = torch._foreach_sub(towards, some)
         torch._foreach_mul_(differences, rate)
@@ -32,13 +32,13 @@ def move(averages: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
 
 
 def move_on_host(averages: list[Tensor], weights: list[Tensor], rate: float) -> None:
-    """The same for averages in main memory, to which weights on a device are copied."""
+    """The same for averages in main memory, where the weights are copied."""
     for some, towards in pieces(averages, weights):
         torch._foreach_lerp_(some, [weight.to("cpu") for weight in towards], rate)
 
 
 def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Both lists in parts of at most PIECE numbers, or of one tensor."""
+    """Yields both lists in parts of at most PIECE numbers, or of one tensor."""
     first, numbers = 0, 0
     for end, average in enumerate(averages):
         if end > first and numbers + average.numel() > PIECE:
@@ -49,7 +49,7 @@ def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list
 
 
 class EMA:
-    """Averages of the trained parameters of several networks, by "network.parameter" name; of shards where they are."""
+    """Averages of several networks' trained parameters, or of their shards, by "network.parameter" name."""
 
     def __init__(self, networks: dict[str, nn.Module], config: TrainerConfig) -> None:
         self.config, self.networks = config, networks
@@ -66,17 +66,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, applied: Tensor) -> None:
-        """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 where the step was skipped."""
+        """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 if the step was skipped."""
         averages = list(self.averages.values())
         rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
-        if averages[0].device.type == "cpu":  # by offload_ema, or as ZeRO-3 keeps the weights there
+        if averages[0].device.type == "cpu":  # by offload_ema, or because ZeRO-3 keeps the weights there
             move_on_host(averages, self.weights, rate.item())
         else:
             move(averages, self.weights, rate)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The networks hold the averages inside, their own weights again after it."""
+        """Inside the block the networks hold the averages instead of their weights."""
         own = [weight.clone() for weight in self.weights]
         try:
             self._copy_to_networks(self.averages.values())
@@ -90,12 +90,12 @@ class EMA:
         refresh(self.networks)
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Takes whole averages by name."""
+        """Loads whole averages by name."""
         for name, average in self.averages.items():
             average.copy_(part_from(values[name], self.parameters[name]))
 
     def averages_of(self, network: str) -> dict[str, Part]:
-        """The averages of one network, by the names of its parameters, divided as these are."""
+        """Returns one network's averages by parameter name, divided like the parameters."""
         prefix = f"{network}."
         return {
             name.removeprefix(prefix): Part(average, self.parameters[name])
@@ -104,7 +104,7 @@ class EMA:
         }
 
     def settings(self, steps_done: int) -> dict[str, Any]:
-        """What diffusers' EMAModel.save_pretrained adds to a network's config.json."""
+        """Returns the entries that diffusers' EMAModel.save_pretrained adds to a network's config.json."""
         return {
             "decay": self.config.ema_max_decay,
             "min_decay": 0.0,

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped on the device, and known to the host when that costs nothing."""
+"""Handles steps with a loss or gradient that is not finite: the device skips them, the host learns of it later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import SKIPPED_STEPS
 from trainers.engine.run.signals import DIVERGED
 
-SCALE_HALVINGS = 24  # fp16: after so many overflows in a row the loss scale is about 1, and the cause is another
+SCALE_HALVINGS = 24  # fp16 overflows in a row after which the loss scale is about 1, and not the cause
 
 
 class NonFiniteSteps:
@@ -24,10 +24,10 @@ class NonFiniteSteps:
         self.finite = torch.ones((), device=ctx.device)  # whether the losses of this step are
         self.pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self.skipped_in_a_row = self.overflows_in_a_row = 0
-        self.gave_up = False  # the run stops, and is not saved any more
+        self.gave_up = False  # the run stops without another save
 
     def poison_if_nonfinite(self, loss: Tensor) -> Tensor:
-        """The loss, times NaN where it is not finite: an infinite loss can have a finite gradient.
+        """Makes the loss NaN if it is not finite, as an infinite loss can have a finite gradient.
 
         Averaging the gradients spreads the NaN to every rank, so that all of them skip the step.
         """
@@ -36,10 +36,10 @@ class NonFiniteSteps:
         return loss * torch.where(finite, 1.0, torch.nan)
 
     def after_step(self, step: int, applied: Tensor, norms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Takes note of a step; returns the metrics "skipped" and, under fp16, "scaler_skipped", 0 or 1. Collective."""
+        """Records a step; returns the metrics "skipped" and, under fp16, "scaler_skipped", 0 or 1. Collective."""
         skipped = 1 - applied
         metrics = {"skipped": skipped}
-        if self.accelerator.scaler is not None:  # finite losses whose scaled gradients overflow are its daily work
+        if self.accelerator.scaler is not None:  # it skips finite losses with overflowing gradients regularly
             loss_is_bad = self.accelerator.reduce(1 - self.finite, "sum").clamp(max=1)
             metrics = {"skipped": skipped * loss_is_bad, "scaler_skipped": skipped * (1 - loss_is_bad)}
         self.finite = torch.ones_like(self.finite)
@@ -52,7 +52,7 @@ class NonFiniteSteps:
         return metrics
 
     def read(self, wait: bool = False) -> None:
-        """Reads the steps that the device has finished, or all of them."""
+        """Reads the results of steps that the device has finished, or waits for all."""
         while self.pending:
             step, names, values, event = self.pending[0]
             if event is not None and not event.query():
@@ -65,7 +65,7 @@ class NonFiniteSteps:
             self.overflows_in_a_row = self.overflows_in_a_row + 1 if not_applied else 0
             if skipped:
                 self._write(step, dict(zip(names, norms, strict=True)))
-            self._give_up_if_hopeless(step)
+            self._check_limits(step)
 
     def _write(self, step: int, norms: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
@@ -79,7 +79,8 @@ class NonFiniteSteps:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _give_up_if_hopeless(self, step: int) -> None:
+    def _check_limits(self, step: int) -> None:
+        """Requests a stop after too many skipped steps in a row."""
         limit = min(self.base.max_skipped_steps, self.clock.total_steps)  # a short run whose steps all fail has failed
         if self.skipped_in_a_row >= limit:
             what = f"the loss or a gradient was not finite in {self.skipped_in_a_row} steps in a row"
@@ -97,7 +98,7 @@ class NonFiniteSteps:
         )
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Returns the counters, for a checkpoint."""
         self.read(wait=True)
         return {"skipped_in_a_row": self.skipped_in_a_row, "overflows_in_a_row": self.overflows_in_a_row}
 

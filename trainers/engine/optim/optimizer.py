@@ -1,4 +1,4 @@
-"""The optimizer over the task's parameter groups, the learning rate of each step, clipping, and steps to be skipped."""
+"""The optimizer of the task's parameter groups: learning rate, clipping, and skipping of steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,8 +24,8 @@ def build_optimizer(
 ) -> Optimizer:
     """Makes the run's optimizer; scale_lr multiplies the rates by the global batch size.
 
-    Raises ValueError for a group without trainable or with half-precision parameters, and for an optimizer that this
-    device does not have.
+    Raises ValueError for a group without trainable parameters or with half-precision ones, and for an optimizer that
+    the device does not support.
     """
     for group in groups:
         if not group["params"]:
@@ -37,19 +38,19 @@ def build_optimizer(
 
 
 def learning_rate_schedule(config: TrainerConfig, total_steps: int) -> Callable[[int], float]:
-    """The learning rate's factor as a function of the optimizer step, from 0."""
+    """Returns the learning rate's factor as a function of the optimizer step, from 0."""
     name, warmup = config.lr_scheduler, warmup_steps(config, total_steps)
     if name == "one_cycle":
         return lambda step: _one_cycle(step, warmup, total_steps)
     if name == "warmup_cosine":
         return lambda step: _warmup_cosine(step, warmup, total_steps)
-    return _library_schedule(config, warmup, total_steps)
+    return _library_schedule(config, int(warmup), total_steps)
 
 
 def warmup_steps(config: TrainerConfig, total_steps: int) -> float:
     """`lr_warmup_steps`, or the schedule's own: none, 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %.
 
-    Not rounded for one_cycle, as torch does it.
+    For one_cycle it is not rounded, as in torch.
     """
     if config.lr_warmup_steps is not None:
         return config.lr_warmup_steps
@@ -58,7 +59,7 @@ def warmup_steps(config: TrainerConfig, total_steps: int) -> float:
 
 
 def _library_schedule(config: TrainerConfig, warmup: int, total_steps: int) -> Callable[[int], float]:
-    """Takes the function of the step out of diffusers' and transformers' schedulers."""
+    """Extracts the function of the step from a scheduler of diffusers or transformers."""
     scratch = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     if config.lr_scheduler == "cosine_with_min_lr":
         from transformers import get_cosine_with_min_lr_schedule_with_warmup
@@ -95,7 +96,7 @@ def _warmup_cosine(step: int, warmup: float, total_steps: int) -> float:
 
 
 def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
-    """Sets every group's rate for this step; returns {"lr": the first one's}, and {"lr/<group>"} of the others."""
+    """Sets every group's rate; returns the first one's as "lr", the others' as "lr/<group>"."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     first, *others = optimizer.param_groups
@@ -103,13 +104,12 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
 
 
 def optimizer_step(
-    accelerator: Accelerator, optimizer: Optimizer, max_grad_norm: float | None
+    accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_grad_norm: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clips each group, steps unless a gradient is not finite, clears the gradients.
+    """Clips each group, steps if all gradients are finite, and clears the gradients.
 
-    Returns `applied`, a 0-dim float tensor that is 0 where the step was skipped, and the norms before clipping as
-    {"grad_norm/<group>": norm}; neither is known to the host. Averaged gradients are
-    the same on every rank, so all ranks agree.
+    Returns `applied`, a 0-dim float tensor that is 0 if the step was skipped, and the norms before clipping as
+    {"grad_norm/<group>": norm}, both on the device. All ranks agree, as averaged gradients are the same on all.
     """
     if deepspeed.in_use(accelerator):
         return deepspeed.step(accelerator, optimizer)
@@ -121,7 +121,7 @@ def optimizer_step(
         optimizer.step()  # the scaler skips on its own finding
     elif applied.device.type != "cpu" and inner.defaults.get("fused"):
         inner.found_inf = 1 - applied  # a fused kernel leaves weights and state alone where this is 1
-        inner.step()  # accelerate's own looks for packages in every call
+        inner.step()  # accelerate's wrapper looks for packages in every call
     elif applied.item():
         inner.step()
     inner.zero_grad()
@@ -130,7 +130,7 @@ def optimizer_step(
 
 def _clip(parameters: list[Tensor], max_grad_norm: float | None) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:  # a network whose loss is absent in this step
+    if not gradients:  # a network without a loss in this step
         return parameters[0].new_zeros(())
     norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_grad_norm is not None:

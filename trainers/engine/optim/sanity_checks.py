@@ -1,4 +1,4 @@
-"""What is looked at once per run because it goes wrong silently: weights that stay, ranks that agree, the last rate."""
+"""One-time checks for silent failures: weights that never move, ranks drawing identical numbers, a wrong last rate."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ MOVED_AFTER_STEPS = 10
 
 
 class SanityChecks:
-    """Prints a warning where a run does something else than it seems to do."""
+    """Prints a warning if a run does not do what it seems to do."""
 
     def __init__(
-        self,
-        ctx: RunContext,
-        networks: dict[str, nn.Module],
-        optimizer: Optimizer,
-        rate_factor: Callable[[int], float],
+        self, ctx: RunContext, networks: dict[str, nn.Module], optimizer: Optimizer, rate_factor: Callable[[int], float]
     ) -> None:
         self.accelerator, self.optimizer, self.clock = ctx.accelerator, optimizer, ctx.clock
         self.parameters = [p for network in networks.values() for p in trained_parameters(network).values()]
@@ -31,11 +27,11 @@ class SanityChecks:
         self.last_rates = [group["initial_lr"] * last for group in optimizer.param_groups]
 
     def _norms(self) -> Tensor:
-        """One norm per trained tensor, or of this process's part; two equal sets mean that nothing moved."""
+        """Returns the norm of each trained tensor, or of this process's part of it."""
         return torch.stack(torch._foreach_norm([part_of(parameter).tensor for parameter in self.parameters]))
 
     def after_step(self, steps_done: int, slots: Tensor) -> None:
-        """Looks at what is due after this step; `slots` are those of the last micro-batch. Collective."""
+        """Runs the checks that are due after this step; `slots` are of its last micro-batch. Collective."""
         done = steps_done - self.clock.origin_step
         if done == 1 and self.accelerator.num_processes > 1:
             self._compare_draws(slots)
@@ -46,7 +42,7 @@ class SanityChecks:
             self._compare_rates()
 
     def _compare_draws(self, slots: Tensor) -> None:
-        """Torch's own generator is reseeded for each micro-batch, so a draw from it here changes nothing."""
+        """Drawing from torch's own generator here changes nothing, as it is reseeded for each micro-batch."""
         ambient = torch.rand((), device=slots.device, dtype=torch.float64)
         draws = self.accelerator.gather(torch.stack([slots[0].double(), ambient])[None])
         for what, values in zip(("examples", "random numbers in the network"), draws.T.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""The optimizers that the option `optimizer` names: how each is made, and the engines that compute it unchanged."""
+"""The optimizers of the option `optimizer`: how each is built, and the engines that compute it unchanged."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")  # one process counts as DDP
 class Row(NamedTuple):
     """One optimizer; a new one is a row and its `build(groups, config, device)` in this file.
 
-    A rule that treats each number of a weight alone runs on all engines. FSDP2 and ZeRO divide the weights, and ZeRO
-    hands the optimizer flat pieces of several: factored moments, norms of a weight, or blocks of 8-bit state would
-    silently be others. An engine belongs in the row once a test has compared it with one process.
+    An elementwise update rule runs on all engines. FSDP2 and ZeRO divide weights, and ZeRO gives the optimizer flat
+    pieces of several: factored moments, norms of a weight, or blocks of 8-bit state would silently differ. An engine
+    belongs in the row once a test has compared it with one process.
     """
 
     build: Callable[[list[dict[str, Any]], TrainerConfig, torch.device], Optimizer]
     engines: tuple[str, ...]
-    package: str | None = None  # that it needs, also the name of diffloop's extra
+    package: str | None = None  # required; also the name of diffloop's extra
 
 
 def _adam_settings(config: TrainerConfig) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _adam_settings(config: TrainerConfig) -> dict[str, Any]:
 
 
 def _adamw(groups: list[dict[str, Any]], config: TrainerConfig, device: torch.device) -> Optimizer:
-    """torch's, with fused kernels where they exist."""
+    """torch's, with fused kernels if they exist."""
     return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda", "mps"), **_adam_settings(config))
 
 
@@ -56,7 +56,7 @@ OPTIMIZERS = {
 
 
 def optimizer_problem(name: str) -> str | None:
-    """Says what is wrong with the option `optimizer`, before anything is loaded."""
+    """Says what is wrong with the option `optimizer`; None if nothing is."""
     if name not in OPTIMIZERS:
         return f"must be one of {', '.join(OPTIMIZERS)}"
     package = OPTIMIZERS[name].package

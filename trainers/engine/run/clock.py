@@ -1,4 +1,4 @@
-"""Time is the optimizer step: which slots a step consumes, when an epoch ends, when something is due."""
+"""Time is the optimizer step: the slots that it consumes, the ends of epochs, what is due."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class Clock(NamedTuple):
-    """The run's fixed quantities. Step s (from 0) consumes the slots [slot_at(s), slot_at(s + 1))."""
+    """A run's fixed quantities. Step s (from 0) consumes the slots [slot_at(s), slot_at(s + 1))."""
 
-    num_examples: int | None  # N, of the training set; None: a stream, whose examples nobody counts
+    num_examples: int | None  # N, of the training set; None: a stream, whose length is unknown
     micro_batch_size: int  # examples per process and micro-batch
     accumulation_steps: int  # micro-batches per process and optimizer step
     num_processes: int
     num_epochs: int | None = None
     max_train_steps: int | None = None
-    origin_step: int = 0  # where a resumed run goes on: with another global batch size
-    origin_slot: int = 0  # its steps are counted from here
-    bucket_counts: tuple[int, ...] = ()  # examples of each bucket, each drawn in whole steps; (): without buckets
+    origin_step: int = 0  # at which a resumed run continues, perhaps with another global batch size
+    origin_slot: int = 0  # of that step
+    bucket_counts: tuple[int, ...] = ()  # examples of each bucket, which is drawn in whole steps; (): no buckets
 
     @classmethod
     def of_run(
@@ -33,9 +33,9 @@ class Clock(NamedTuple):
         accelerator: Accelerator,
         bucket_of: Callable[[int], int] | None = None,
     ) -> Clock:
-        """`bucket_of(index)`, which `base.buckets` needs, says which examples share a size.
+        """Makes the clock; with `base.buckets`, `bucket_of(index)` numbers the bucket of an example.
 
-        Raises ValueError for a data set without examples, or without buckets where they are wanted.
+        Raises ValueError for a data set without examples, or without the buckets that `base.buckets` needs.
         """
         if num_examples == 0:
             raise ValueError("the training set has 0 examples; check the data options of section base")
@@ -43,7 +43,9 @@ class Clock(NamedTuple):
         clock = cls(num_examples, base.train_batch_size, steps, processes, base.num_epochs, base.max_train_steps)
         if not base.buckets:
             return clock
-        return clock._replace(bucket_counts=tuple(Counter(map(bucket_of, range(num_examples))).values()))
+        if bucket_of is None:
+            raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
+        return clock._replace(bucket_counts=tuple(Counter(map(bucket_of, range(num_examples or 0))).values()))
 
     def resumed_at(self, step: int, slot: int) -> Clock:
         return self._replace(origin_step=step, origin_slot=slot)
@@ -54,22 +56,23 @@ class Clock(NamedTuple):
 
     @property
     def epoch_slots(self) -> int:
-        """The examples drawn in an epoch: N, or with buckets whole steps of each."""
+        """The examples drawn in an epoch: N, or whole steps of each bucket; 0 for a stream, which has no epochs."""
         size = self.global_batch_size
-        return sum(-(-count // size) * size for count in self.bucket_counts) or self.num_examples
+        return sum(-(-count // size) * size for count in self.bucket_counts) or self.num_examples or 0
 
     def bucket_note(self) -> str:
+        count = sum(self.bucket_counts)
         return (
-            f"buckets: {self.num_examples:,} examples in {len(self.bucket_counts)} sizes; an epoch draws "
-            f"{self.epoch_slots - self.num_examples:,} again, to fill the last step of each size"
+            f"buckets: {count:,} examples in {len(self.bucket_counts)} sizes; an epoch draws "
+            f"{self.epoch_slots - count:,} again, to fill the last step of each size"
         )
 
     @property
     def total_steps(self) -> int:
-        return self.max_train_steps or self.steps_in(self.num_epochs)
+        return self.max_train_steps or self.steps_in(self.num_epochs or 0)
 
     def steps_in(self, epochs: int) -> int:
-        """The step at which so many epochs have ended: ceil(epochs * epoch_slots / G) where G never changed."""
+        """The step at which this many epochs end: ceil(epochs * epoch_slots / G) if G never changed."""
         missing = epochs * self.epoch_slots - self.origin_slot
         return max(self.origin_step + -(-missing // self.global_batch_size), 0)
 
@@ -77,14 +80,11 @@ class Clock(NamedTuple):
         return self.origin_slot + (step - self.origin_step) * self.global_batch_size
 
     def epochs(self, steps_done: int) -> dict[str, float]:
-        """What is logged of the epochs that are over; of a stream nothing."""
-        return {} if self.num_examples is None else {"epoch": self.epochs_done(steps_done)}
-
-    def epochs_done(self, steps_done: int) -> float:
-        return self.slot_at(steps_done) / self.epoch_slots
+        """The metric "epoch", the number of epochs done; none for a stream."""
+        return {} if self.num_examples is None else {"epoch": self.slot_at(steps_done) / self.epoch_slots}
 
     def due(self, steps_done: int, every_steps: int | None, every_epochs: int | None = None) -> bool:
-        """Whether the step that was just done is one of a cadence, or the last one of the run."""
+        """Whether something is due after a step: by its cadence, or because the step is the run's last."""
         if steps_done == self.total_steps:
             return True
         if every_steps is not None:
@@ -95,7 +95,7 @@ class Clock(NamedTuple):
         return False
 
     def micro_batch(self, micro_step: int, process_index: int) -> int:
-        """The number of a micro-batch within its step: over processes first, then over accumulation."""
+        """Numbers the micro-batches of a step over processes first, then over accumulation."""
         return micro_step * self.num_processes + process_index
 
     def micro_batch_slots(self, step: int, micro_step: int, process_index: int) -> range:

@@ -1,4 +1,4 @@
-"""Where and when a run takes place: its processes, its folders, its clock, and what may end it."""
+"""Where and when a run takes place: its processes, folders, clock, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from trainers.engine.run.signals import StopSignals
 
 
 class DataSets(NamedTuple):
-    """The examples of a run."""
-
     train: ImageData
     validation: ImageData | None
+
+    def uncached(self) -> DataSets:
+        """The data sets with pictures instead of keys of an encoder's cache."""
+        return DataSets(self.train.uncached(), None if self.validation is None else self.validation.uncached())
 
 
 @dataclass
 class RunContext:
-    """Where and when a run takes place."""
+    """The processes, configuration, folders, stop signals and clock of a run."""
 
     accelerator: Accelerator
     run: RunConfig
     folders: Folders
     stop: StopSignals
-    clock: Clock = field(init=False)  # set when the data is there, whose examples it counts; moved by a resumed run
+    clock: Clock = field(init=False)  # set once the data is loaded, whose examples it counts; moved on resume
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +50,7 @@ class RunContext:
 
 @contextmanager
 def start(run: RunConfig) -> Iterator[RunContext]:
-    """Joins the launched processes, then holds the run folder's lock, the signal handlers and the numerics inside."""
+    """Joins the launched processes; signal handlers, the folder's lock and numerical settings hold inside the block."""
     accelerator = start_accelerator(run.base)
     with (
         StopSignals(accelerator, run.base) as stop,

@@ -1,4 +1,4 @@
-"""Files that outlast a crash and that others may read."""
+"""Files that survive a crash and have the usual permissions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def write_tensors(values: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file with the mode of other files: by itself only its owner could read it."""
+    """Writes a safetensors file with the usual permissions; the library's own can be read by the owner only."""
     path.touch()
     mode = path.stat().st_mode & 0o777  # asking os.umask() would change it for all threads
     save_file(values, path, metadata={"format": "pt"})
@@ -19,7 +19,7 @@ def write_tensors(values: dict[str, Tensor], path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk."""
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer."""
+    """Reinterprets an unsigned 64-bit integer as int64."""
     value &= MASK
     return value - (1 << 64) if value >> 63 else value
 
@@ -31,7 +31,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def key_of(seed: int, *names: str | int) -> int:
-    """A 63-bit key of a seed and names, the same in every process and version."""
+    """Hashes a seed and names to a 63-bit key, the same in every process and version."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -40,7 +40,7 @@ class SlotRandom:
     """Draws for the examples of one micro-batch; each depends on (seed, slot, name) alone.
 
     Integers have the same bits on every device; normals agree up to the last bits of a logarithm and a cosine.
-    `stream` keeps validation and sampling apart from training. Asking twice for one name is a ValueError.
+    `stream` separates validation and sampling from training. Asking for a name twice raises ValueError.
     """
 
     def __init__(self, seed: int, slots: Tensor, stream: str = "train") -> None:
@@ -53,7 +53,7 @@ class SlotRandom:
         """Standard normal [B, *shape] float32 by Box-Muller; at most 6.7 standard deviations."""
         count = math.prod(shape)
         bits = self._bits(name, -(-count // 2))
-        # 32 bits for each of the two uniforms; the half keeps 0 out of the logarithm
+        # 32 bits for each of the two uniforms; adding a half avoids log(0)
         radius = ((_shift_right(bits, 32).float() + 0.5) * 2.0**-32).log_().mul_(-2).clamp_(min=0).sqrt_()
         angle = (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
         pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
@@ -73,7 +73,7 @@ class SlotRandom:
         return self.uniform(name) < p
 
     def generators(self) -> list[torch.Generator]:
-        """One CPU generator per example, so that pictures do not depend on the device."""
+        """One CPU generator per example, so that the pictures do not depend on the device."""
         seeds = _shift_right(self._bits("generators", 1), 1).flatten().tolist()
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -88,15 +88,14 @@ class SlotRandom:
 
 
 def example_generator(seed: int, slot: int) -> torch.Generator:
-    """The generator from which the augmentation of one example draws."""
+    """Makes the generator for one example's augmentation."""
     return torch.Generator().manual_seed(key_of(seed, "augment", slot))
 
 
 def seed_network(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
-    """Reseeds the generators of the CPU and of the device, from which dropout draws.
+    """Reseeds the generators of the CPU and the device, which dropout uses; `micro_batch` counts over all processes.
 
-    `micro_batch` counts over all processes. torch.manual_seed asks every kind of device, which takes as long as the
-    rest of our part of a small step.
+    torch.manual_seed would query every kind of device, which takes as long as the rest of the loop in a small step.
     """
     key = key_of(seed, "network", step, micro_batch)
     torch.default_generator.manual_seed(key)

@@ -1,37 +1,40 @@
-"""The folder of a run: opened at the start, its files put in place so that a reader never sees half of them."""
+"""The run folder: locked during the run; its files appear whole, so that a reader never sees a part of one."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.shared_folders import PROBE, Folders, find_folders
-from trainers.engine.run.lock import take
 
 # of a finished pipeline, a single network, or an adapter
 INDEX_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
 RUN_FILES = ("metrics.jsonl", "config.yaml", *INDEX_FILES, "README.md")
 CHECKPOINT_NAME = re.compile(r"checkpoint-([1-9]\d*)")
 LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
+LOCK = ".lock"
 METRICS = "metrics.jsonl"
 SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 @contextmanager
 def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Folders]:
-    """Makes the folder, finds out which processes share it, and holds the lock of each folder inside.
+    """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block.
 
-    Raises OSError where one cannot be written, ValueError where another run uses it, where it holds a run and none is
-    to be resumed; the same on every rank.
+    Raises on every rank: OSError if a folder cannot be written; ValueError if another run uses it, or if it holds a run
+    and none is resumed.
     """
     folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
     with ExitStack() as locks:
@@ -41,29 +44,56 @@ def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Fold
 
 def _take(base: BaseConfig, locks: ExitStack) -> None:
     output_dir = Path(base.output_dir)
-    lock = take(output_dir)
-    if lock is not None:  # else what looks left behind may be a living run's
+    lock = lock_folder(output_dir)
+    if lock is not None:  # otherwise temporary files may belong to a live run
         locks.enter_context(lock)
         _sweep(output_dir)
     _refuse_another_run(output_dir, base)
 
 
+def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | None:
+    """Locks the folder until the returned file is closed or this process ends; None if locks are not supported.
+
+    A POSIX lock: data workers that this process forks do not inherit it, so they cannot keep a dead run's folder
+    locked. Raises ValueError with the holder's pid and host if another run uses the folder.
+    """
+    file = (output_dir / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"WARNING: {output_dir} cannot be locked ({error}); see to it that only one run uses it", flush=True)
+            file.close()
+            return None
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"{option} = {output_dir}: in use by {holder}; wait for that run, stop it with kill -TERM, or choose "
+            f"another {option}"
+        ) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
 def check_run_folder(base: BaseConfig) -> None:
-    """Raises what open_run_folder would say of the folder as it is now, and writes nothing."""
+    """Raises the errors that open_run_folder would raise now, without writing anything."""
     output_dir = Path(base.output_dir).absolute()
     nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        what = "is no folder" if not nearest.is_dir() else "may not be written"
+        what = "is not a folder" if not nearest.is_dir() else "may not be written"
         raise OSError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
     if nearest == output_dir:
         _refuse_another_run(output_dir, base)
 
 
 def _sweep(output_dir: Path) -> None:
-    """Removes what a run left behind that died while it wrote; the lock says that it is dead."""
+    """Removes temporary files of a run that died while writing; that we hold the lock shows that it is dead."""
     for path in sorted(output_dir.iterdir()):
         if LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            print(f"Removing {path.name}, which a run left behind that did not end well", flush=True)
+            print(f"Removing {path.name}, left behind by a run that was killed", flush=True)
             shutil.rmtree(path)
         elif path.name.startswith(PROBE):
             path.unlink(missing_ok=True)
@@ -71,7 +101,7 @@ def _sweep(output_dir: Path) -> None:
 
 def _refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
     held = sorted(path.name for path in output_dir.iterdir() if path.is_dir() or path.name in RUN_FILES)
-    held = [] if held == [base.logging_dir] else held  # all that a start that failed leaves behind
+    held = [] if held == [base.logging_dir] else held  # left behind by a failed start
     if held and not base.resume_from_checkpoint:
         raise ValueError(
             f"base.output_dir = {output_dir}: holds a run or other folders already ({', '.join(held[:5])}); continue "
@@ -80,26 +110,23 @@ def _refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
 
 
 def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
-    """Moves a staged pipeline into the run folder, its index file last; returns the names of its entries."""
+    """Moves a staged pipeline into the run folder, the index file last; returns the names of its entries."""
     for index in INDEX_FILES:
-        (output_dir / index).unlink(missing_ok=True)  # until one is back, nothing takes a mixture for a pipeline
+        (output_dir / index).unlink(missing_ok=True)  # until one is back, a mixture is not mistaken for a pipeline
     names = sorted(path.name for path in staging.iterdir())
     for name in sorted(names, key=INDEX_FILES.__contains__):
-        _remove(output_dir / name)
+        old = output_dir / name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
         (staging / name).rename(output_dir / name)
     staging.rmdir()
     return names
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; the last line of a killed run may be torn and is left out."""
+    """Reads the objects of a JSON-lines file, without the last line of a killed run if it is incomplete."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -110,7 +137,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, steps_done: int) -> None:
-    """Drops the lines of a JSON-lines file after a step: a resumed run writes them again."""
+    """Drops a JSON-lines file's lines after a step, which a resumed run writes again."""
     if not path.exists():
         return
     kept = [line for line in read_lines(path) if line["step"] <= steps_done]
@@ -120,7 +147,7 @@ def cut_lines(path: Path, steps_done: int) -> None:
 
 
 def set_metrics_aside(output_dir: Path, prefix: str, keep: bool) -> None:
-    """Puts copies of the logs of a run beside them, before lines are cut off; without `keep` the logs go there."""
+    """Copies a run's logs to names with a prefix before their lines are cut; without `keep`, moves them."""
     for name in (METRICS, SKIPPED_STEPS):
         if (output_dir / name).exists():
             (shutil.copy if keep else shutil.move)(output_dir / name, output_dir / (prefix + name))

@@ -1,4 +1,4 @@
-"""Ending a run early: a signal or a fault that one rank found, agreed on, so that all stop after the same step."""
+"""Ends a run early, after a signal or a fault on any rank: all ranks agree, and stop after the same step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import faulthandler
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,55 +21,60 @@ from accelerate import Accelerator
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import Interrupted
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
-FAULT, DIVERGED = 100, 101  # reasons beside signals, and above all of their numbers: the ranks take the largest
-LAST_SIGNAL = 3  # the first ones ask, this one takes its default action
+EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
+FAULT, DIVERGED = 100, 101  # further reasons, larger than any signal: the ranks agree on the largest
+LAST_SIGNAL = 3  # the first two request a stop, the third kills the process
+STDERR = 2  # file descriptor: a signal handler may interrupt a print()
+
+Item = TypeVar("Item")
 
 
 class Abandoned(BaseException):
-    """A validation is left unfinished, by all ranks at the same place."""
+    """Leaves a validation unfinished, on all ranks at the same place."""
 
 
 class Limits:
-    """How far a run goes in loops within a step: through all of each; a dry run takes a part of them."""
+    """How much of a long loop within a step is run: all of it; a dry run runs a part."""
 
-    skipped_seconds = 0.0  # that the rest of the loops until now would have taken
+    skipped_seconds = 0.0  # that the rest of these loops would have taken so far
 
-    def limited(self, items: Iterable, what: str) -> Iterable:
+    def limited(self, items: Iterable[Item], what: str) -> Iterable[Item]:
         return items
 
 
 @dataclass
 class CheckpointVotes:
-    """The newest checkpoint whose files are written: by this rank (infinite if it writes none), and by all ranks."""
+    """Steps of the newest checkpoints with all files written: by this rank (infinite if it never writes), by all."""
 
     own: float = math.inf
     all: float = math.inf
 
 
 class StopSignals:
-    """Signals and faults as requests to stop, which the loop asks about once a step; the votes share its reduce.
+    """Collects requests to stop; the loop calls `agreed` once per step, whose reduce carries the checkpoint votes too.
 
-    Before the steps and after them a signal ends the run at once. On several processes a request is agreed over a
-    group of its own on the CPU, so no step waits for a device; the answer is one call old.
+    Outside the steps a signal ends the run at once. Several processes agree through a separate process group on the
+    CPU, so no step waits for a device; the answer is one call old.
     """
 
     def __init__(self, accelerator: Accelerator, base: BaseConfig) -> None:
         self.main = accelerator.is_main_process
         self.timeout = base.collective_timeout
         place = accelerator.process_index / accelerator.num_processes
-        self.dump_after = (0.9 + 0.08 * place) * self.timeout  # one after the other, or the dumps would mix
-        self.group = None
+        self.dump_after = (0.9 + 0.08 * place) * self.timeout  # one after another, or the stack dumps would mix
+        self.group: dist.ProcessGroup | None = None
         if accelerator.num_processes > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+            assert isinstance(group, dist.ProcessGroup)  # all ranks are members
+            self.group = group
         self.work: dist.Work | None = None
-        self.armed = -math.inf  # when the stack dump was last put off
-        self.asked, self.text = 0, ""  # what this rank wants
-        self.reason = 0  # what all ranks agreed on
+        self.armed = -math.inf  # when the stack dump was last postponed
+        self.asked, self.text = 0, ""  # reason of this rank
+        self.reason = 0  # of all ranks together
         self.votes = CheckpointVotes()
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
-        self.ended = False  # whether all steps are done: what comes after them is not left unfinished
+        self.ended = False  # whether all steps are done; the final validation is not interrupted
         self.steps_done = 0
         self.launcher = launcher_pid()
         self.limits = Limits()
@@ -96,23 +100,23 @@ class StopSignals:
             way_on = "continue with base.resume_from_checkpoint=latest"
             raise Interrupted(f"ended by {name} outside of the steps; {way_on}", EXIT_CODES[number])
         self.ask(number)
-        if self.main:  # not print(): a handler may run within another print
-            os.write(sys.__stderr__.fileno(), f"\n{name}: finishing the step, then saving\n".encode())
+        if self.main:
+            os.write(STDERR, f"\n{name}: finishing the step, then saving\n".encode())
 
     def ask(self, reason: int, text: str = "") -> None:
-        """Asks all ranks to stop: for a signal's number, FAULT (after a save) or DIVERGED (without one)."""
+        """Requests a stop of all ranks: because of a signal, a FAULT (saves first) or DIVERGED (does not save)."""
         if reason > self.asked:
             self.asked, self.text = reason, text
 
     def agreed(self, wait: bool = False) -> bool:
-        """Whether the run is to stop; the same on every rank. Collective; with `wait` the answer is of this call."""
-        if self.launcher and os.getppid() != self.launcher:  # it died, and nobody else would tell
+        """Whether the run stops; the same on every rank. Collective. With `wait` the answer is this call's own."""
+        if self.launcher and os.getppid() != self.launcher:  # the launcher died, and nothing else reports that
             self.ask(signal.SIGTERM)
         if self.group is None:
             self.reason, self.votes.all = self.asked, self.votes.own
             return self.reason > 0
-        if time.monotonic() - self.armed > 1:  # each time costs a thread
-            faulthandler.dump_traceback_later(self.dump_after, file=sys.__stderr__)  # where a rank hangs
+        if time.monotonic() - self.armed > 1:  # each call starts a thread
+            faulthandler.dump_traceback_later(self.dump_after, file=STDERR)  # shows where a rank hangs
             self.armed = time.monotonic()
         self._await()
         self.flag = torch.tensor([self.asked, -self.votes.own], dtype=torch.float64)
@@ -128,18 +132,18 @@ class StopSignals:
             self.reason, self.votes.all = max(self.reason, int(reason)), -unwritten
 
     def steps(self, first: int, last: int) -> Iterator[int]:
-        """The steps from first to last - 1, during which signals wait; none after a stop was agreed on."""
+        """Yields the steps from first to last - 1, during which signals wait; ends once a stop is agreed on."""
         self.waits, self.steps_done = True, first
         for step in range(first, last):
-            self.steps_done = step + 1  # as soon as the loop asks for the next one, or ends
+            self.steps_done = step + 1  # true when the loop asks for the next step, or ends
             yield step
             if self.reason:
                 break
 
-    def watch(self, items: Iterable, what: str) -> Iterator:
-        """The items of a long loop, as many on every rank; within the steps raises Abandoned once a stop is agreed on.
+    def watch(self, items: Iterable[Item], what: str) -> Iterator[Item]:
+        """Yields a long loop's items, equally many on every rank; during the steps, an agreed stop raises Abandoned.
 
-        A dry run sees the first ones; `what` they are says for how many they stand.
+        A dry run yields the first ones only, and uses the name `what` to estimate the rest.
         """
         for item in self.limits.limited(items, what):
             yield item
@@ -147,9 +151,9 @@ class StopSignals:
                 raise Abandoned
 
     def finish(self, save: Callable[[int], None], close: Callable[[], None]) -> None:
-        """After the last step: where the run ends early, saves it, closes the trackers and raises. Collective.
+        """Ends the steps: if the run stops early, saves it, closes the trackers and raises. Collective.
 
-        Raises Interrupted after a signal, OSError after a fault, ValueError where the run diverged. Signals wait until
+        Raises Interrupted after a signal, OSError after a fault, ValueError if the run diverged. Signals wait until
         then: a launcher sends more of them when its first process ends.
         """
         if not self.agreed(wait=True):
@@ -177,7 +181,7 @@ class StopSignals:
 
 
 def launcher_pid() -> int | None:
-    """The parent's pid where it is accelerate or torchrun; a shell may end before a run that it started."""
+    """The parent's pid if it is accelerate or torchrun; a shell may end before a run that it started."""
     parent = os.getppid()
     try:
         arguments = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:4]

@@ -1,11 +1,11 @@
-"""What a person sees: one block at the start, a progress bar, and where the result is at the end."""
+"""Console output: a summary at the start, the progress bar's numbers, and the result's place at the end."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -19,7 +19,7 @@ from trainers.engine.run.context import RunContext
 
 
 def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module], train_set: ImageData) -> str:
-    """The lines that say what is about to happen."""
+    """Summarises the run at its start."""
     accelerator, folders, run, clock = ctx.accelerator, ctx.folders, ctx.run, ctx.clock
     base, config = run.base, run.config
     rows = {"task": f"{run.task}, data {base.dataset_name or base.train_data_dir or base.dataset}"}
@@ -36,8 +36,9 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     rows["learning rate"] = (
         f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps):.0f} warm-up"
     )
-    rows["precision"] = {"no": "float32"}.get(base.mixed_precision, base.mixed_precision)
-    rows["devices"] = _devices(accelerator)
+    rows["precision"] = "float32" if base.mixed_precision == "no" else str(base.mixed_precision)
+    gpu = f" ({torch.cuda.get_device_name(ctx.device)})" if ctx.device.type == "cuda" else ""
+    rows["devices"] = f"{accelerator.num_processes} x {ctx.device.type}{gpu}"
     rows["engine"] = engine_of(accelerator)
     rows["output"] = str(Path(base.output_dir))
     if folders.several:
@@ -57,21 +58,15 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     return "\n".join(lines)
 
 
-def _devices(accelerator: Accelerator) -> str:
-    device = accelerator.device
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{accelerator.num_processes} x {device.type}{name}"
-
-
 def has_bf16(device: torch.device) -> bool:
-    """Whether a GPU or a CPU computes bfloat16 in hardware; of another device that is not known."""
+    """Whether a GPU or CPU computes bfloat16 in hardware; False for other devices, where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
-    """The lines that say where the pipeline is, how to load and sample it, and what the data lacked. Collective."""
+    """Says where the pipeline is, how to load and sample it, and what was unreadable. Collective."""
     folders, output_dir = ctx.folders, ctx.output_dir
     usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
     bad = train_set.bad_count
@@ -79,13 +74,9 @@ def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
     if any(counts := skipped(train_set).values()):
         shards, images = counts
-        usage += f"\n\nNOTE: {shards} times the rest of a shard, and {images} images, could not be read: passed over"
+        usage += f"\n\nNOTE: skipped as unreadable: {images} images, and the remainder of {shards} shards"
     place = folders.places[0] if folders.several else output_dir
-    return f"The pipeline is in {place}. To load and sample it:\n\n{_indented(usage)}\n"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+    return f"The pipeline is in {place}. To load and sample it:\n\n{textwrap.indent(usage, '  ')}\n"
 
 
 def show_metrics(bar: tqdm, metrics: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The interface of a tracker: a place beside metrics.jsonl for the numbers and pictures of a run."""
+"""The interface of trackers, which show a run's numbers and pictures beside metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,46 +17,43 @@ RUN_ID_FILES = "*-run-id"  # in logging_dir; removed when a run leaves the branc
 
 
 class ExternalTracker(ABC):
-    """Shows a run somewhere: made on the main process alone, once the step that the run starts from is known.
+    """Shows a run somewhere; lives on the main process only.
 
-    A new one is a file of this folder, a row in TRACKERS and the word in BaseConfig.logger. One that takes numbers
-    alone has `start` and `log`.
+    A new tracker is a file in this folder, a row in TRACKERS and a word in BaseConfig.logger. For numbers alone,
+    `start` and `log` are enough.
     """
 
     def __init__(self, run: RunConfig, output_dir: Path, start_step: int) -> None:
         self.run, self.output_dir = run, output_dir
         self.logging_dir = output_dir / run.base.logging_dir  # for files; it exists
-        self.start_step = start_step  # of the checkpoint that the run goes on from, or 0; later steps may come again
+        self.start_step = start_step  # of the checkpoint resumed from, or 0; later steps may be logged again
 
     @abstractmethod
     def start(self) -> None:
-        """Opens it and shows the run's configuration. Raises ValueError if it cannot, with what to do about that."""
+        """Opens the tracker and logs the configuration; raises ValueError with a remedy if that fails."""
 
     @abstractmethod
     def log(self, values: dict[str, float], step: int) -> None:
-        """Takes numbers by name, which may be nan or infinite; a step can have several calls."""
+        """Logs numbers by name, which may be nan or infinite; may be called several times for a step."""
 
     def log_grids(self, grids: dict[str, Tensor], step: int) -> None:
-        """Takes the pictures of a validation, one [C, H, W] in [0, 1] for each name."""
+        """Logs a validation's grids, one picture [C, H, W] in [0, 1] per name."""
         return None
 
     def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
-        """Takes what a validation asked for and its pictures one by one, {name: [N, C, H, W]}.
-
-        The raw weights' come first, the averaged ones' second.
-        """
+        """Logs a validation's requests and pictures, {name: [N, C, H, W]}: of raw weights, then of averaged ones."""
         return None
 
     def log_pipeline(self, paths: list[Path], metadata: dict[str, Any]) -> None:
-        """Takes the files and folders of a finished pipeline, with its step and epoch."""
+        """Logs the files and folders of a finished pipeline, with its step and epoch."""
         return None
 
     def close(self) -> None:
-        """Sends what is left; the last call, while all processes are still there."""
+        """Sends what is left; the last call, before the processes exit."""
         return None
 
     def run_id(self, service: str) -> str:
-        """The id under which a service that cannot take steps back continues this run; a new one from step 0."""
+        """The id under which a service continues this run on resume; a new one from step 0."""
         path = self.logging_dir / RUN_ID_FILES.replace("*", service)
         if not (self.start_step and path.is_file()):
             path.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -64,7 +61,7 @@ class ExternalTracker(ABC):
 
 
 def opaque_pixels(picture: Tensor) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture [C, H, W]; what is transparent becomes white, as TensorBoard takes no alpha."""
-    color, alpha = picture[:3], picture[3:] if len(picture) == 4 else 1.0
-    opaque = color * alpha + (1 - alpha)
+    """Converts a picture [C, H, W] to uint8 [H, W, 3], on white: TensorBoard takes no alpha."""
+    alpha = picture[3:] if len(picture) == 4 else 1.0
+    opaque = picture[:3] * alpha + (1 - alpha)
     return (opaque * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

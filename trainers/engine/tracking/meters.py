@@ -1,4 +1,4 @@
-"""What is measured between two log lines: means over the steps, examples per second, the peak of memory."""
+"""Measures between two log lines: means over the steps, examples per second, peak memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,16 +15,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-UNREAD_CALLS = 1000  # of add() that wait on the device at most, should nobody ask for the means
+UNREAD_CALLS = 1000  # values of at most this many add() calls wait on the device
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"  # what clear_refs takes for "forget the highest resident size"
 
 
 class Meter:
-    """Sums and counts by name; what is not finite is left out, so that one skipped step does not hide a window.
+    """Means by name over a window of steps; values that are not finite are left out, as those of skipped steps.
 
-    Numbers wait on the device, as a step needs no synchronisation; on the host they are added up in double precision
-    and one after the other: a resumed run gets the same bits.
+    Values wait on the device, so that a step needs no synchronisation; the host adds them one by one in double
+    precision, so that a resumed run gets the same bits.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -34,7 +34,7 @@ class Meter:
 
     @torch.no_grad()
     def add(self, values: dict[str, Tensor]) -> None:
-        """Takes 0-dim tensors; what becomes of them later does not matter."""
+        """Adds 0-dim tensors, which may change afterwards."""
         self.unread.append((list(values), torch.stack([value.float() for value in values.values()])))
         if len(self.unread) == UNREAD_CALLS:
             self._read()
@@ -52,7 +52,7 @@ class Meter:
                 window[1] += 1
 
     def means(self) -> dict[str, float]:
-        """The means over all processes, and a new window. Collective; waits for the device."""
+        """Returns the means over all processes and starts a new window. Collective; waits for the device."""
         self._read()
         if not self.sums:
             return {}
@@ -62,14 +62,14 @@ class Meter:
         return {name: total / count if count else math.nan for name, (total, count) in zip(names, sums, strict=True)}
 
     def state(self) -> dict[str, list]:
-        """The open window of every process, [process, name, 2]: a resumed run logs the same bits. Collective."""
+        """Returns every process's open window, [process, name, 2], so that a resumed run logs the same. Collective."""
         self._read()
         if not self.sums:
             return {}
         return {"names": list(self.sums), "windows": gather_object([list(self.sums.values())])}
 
     def load(self, state: dict[str, list]) -> None:
-        """Takes up a saved window; with another number of processes the first one gets the sum."""
+        """Restores a saved window; with another number of processes the first one gets the sum."""
         windows = torch.tensor(state.get("windows", []), dtype=torch.float64)
         if not len(windows):
             return
@@ -82,7 +82,7 @@ class Meter:
 
 
 class Speed:
-    """Examples per second of training, without the time that validations and saves take."""
+    """Training speed in examples per second, without the time of validations and saves."""
 
     def __init__(self) -> None:
         self.start()
@@ -99,14 +99,14 @@ class Speed:
         self.pauses += time.perf_counter() - began
 
     def metrics(self) -> dict[str, float]:
-        """The rate since the last call, as "examples_per_second"."""
+        """Returns the rate since the last call, as "examples_per_second"."""
         rate = self.examples / max(time.perf_counter() - self.since - self.pauses, 1e-9)
         self.start()
         return {"examples_per_second": rate}
 
 
 class PeakMemory:
-    """The most memory that was in use since the last `take()`, in GiB: of the device on CUDA, else of this process."""
+    """Peak memory in GiB since the last `take()`: of the device on CUDA, else of this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -121,10 +121,10 @@ class PeakMemory:
 
 
 def _resident_peak() -> int:
-    """Bytes; since the process began where the system does not let the peak be forgotten."""
-    try:
+    """Bytes since the last call, or since the process began on systems that cannot reset the peak."""
+    with suppress(OSError):  # without /proc
         found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(encoding="ascii"))
         (PROCESS / "clear_refs").write_text(RESET_PEAK, encoding="ascii")
-        return int(found[1]) * 1024
-    except (OSError, TypeError):  # no /proc, or no such line
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if found:
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Where numbers and pictures go: metrics.jsonl and samples/ always, and the trackers of `base.logger`."""
+"""Logs numbers and pictures: to metrics.jsonl and samples/, and to the trackers of `base.logger`."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from trainers.engine.tracking import COMBINED, TRACKERS
 from trainers.engine.tracking.external import ExternalTracker
 from trainers.engine.tracking.meters import PeakMemory
 
-VALIDATION_TIME = "valid/seconds"  # what each validation logs, so that it can be told whether one was finished
-EVALUATION_TIME = "eval/seconds"  # the same of an evaluation
+VALIDATION_TIME = "valid/seconds"  # logged by each finished validation
+EVALUATION_TIME = "eval/seconds"  # and by each finished evaluation
 
 
 class Tracker:
-    """Writes on the main process; other ranks only remember the newest values."""
+    """Writes on the main process; other ranks only keep the newest values."""
 
     def __init__(self, ctx: RunContext, start_seconds: dict[str, float]) -> None:
         accelerator, run, output_dir, start_step = ctx.accelerator, ctx.run, ctx.output_dir, ctx.clock.origin_step
         self.accelerator, self.stop = accelerator, ctx.stop
         self.output_dir, self.start_step = output_dir, start_step
         self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
-        self.start_seconds = start_seconds  # metrics of what came before the first step
+        self.start_seconds = start_seconds  # metrics of the time before the first step
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
         self.trackers: list[ExternalTracker] = []  # on the main process
         self.logged_at = run_on_main(accelerator, lambda: self._open(run, start_step))
 
     def _open(self, run: RunConfig, start_step: int) -> dict[str, int]:
-        """Starts the trackers behind what a resumed run has logged; returns when each metric was last logged."""
+        """Starts the trackers at the run's step; returns the step at which each metric was last logged."""
         (self.output_dir / run.base.logging_dir).mkdir(parents=True, exist_ok=True)
-        logged_at = self._take_up(start_step)
+        logged_at = self._resume_logs(start_step)
         for name in COMBINED.get(run.base.logger, (run.base.logger,)):
             module, _, cls = TRACKERS[name].partition(":")
             self.trackers.append(getattr(importlib.import_module(module), cls)(run, self.output_dir, start_step))
@@ -51,18 +51,16 @@ class Tracker:
         (self.output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
         return logged_at
 
-    def _take_up(self, start_step: int) -> dict[str, int]:
-        """Cuts off what a resumed run logs again, and remembers the rest; returns when each metric was last logged."""
-        if start_step == 0 and any(
-            (self.output_dir / name).exists() for name in INDEX_FILES
-        ):  # a run that has lost its checkpoints
+    def _resume_logs(self, start_step: int) -> dict[str, int]:
+        """Cuts the logs after the step, and reads the newest values; returns when each metric was last logged."""
+        has_pipeline = any((self.output_dir / name).exists() for name in INDEX_FILES)
+        if start_step == 0 and has_pipeline:  # a run that has lost its checkpoints
             set_metrics_aside(self.output_dir, f"set-aside-{secrets.token_hex(2)}-", keep=True)
         for name in (METRICS, SKIPPED_STEPS):
             cut_lines(self.output_dir / name, start_step)
-        return self._remember() if start_step else {}
-
-    def _remember(self) -> dict[str, int]:
-        logged_at = {}
+        logged_at: dict[str, int] = {}
+        if start_step == 0:
+            return logged_at
         for line in read_lines(self.metrics_file):
             self.latest |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
             logged_at |= dict.fromkeys(line, line["step"])
@@ -81,7 +79,6 @@ class Tracker:
         self.accelerator.end_training()  # leaves the process group
 
     def close(self) -> None:
-        """Closes the trackers, before the processes leave."""
         while self.trackers:
             self.trackers.pop().close()
 
@@ -91,19 +88,20 @@ class Tracker:
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[dict[str, float]]:
-        """Logs how long what is done inside took, and its peak of memory, with what is put into the yielded values.
+        """Logs the block's duration and peak memory, together with the values that it adds to the yielded dict.
 
-        In a dry run a loop counts as if it had been run whole. Nothing is logged where it is left by an exception.
+        In a dry run, shortened loops count in full. Nothing is logged if the block raises.
         """
         self.peak_of_steps = max(self.peak_of_steps, self.memory.take())
-        values, limits = {}, self.stop.limits
+        values: dict[str, float] = {}
+        limits = self.stop.limits
         began, skipped = time.perf_counter(), limits.skipped_seconds
         yield values
         seconds = time.perf_counter() - began + limits.skipped_seconds - skipped
         self.log(values | {f"{name}/seconds": seconds, f"{name}/peak_memory_gib": self.memory.take()}, step)
 
     def log_steps(self, values: dict[str, float], step: int) -> None:
-        """Logs numbers of the steps since the last such line, with the peak of memory outside of other phases."""
+        """Logs the numbers of the last steps, with their peak memory outside other phases."""
         peak = max(self.peak_of_steps, self.memory.take())
         self.peak_of_steps = 0.0
         self.log(values | {"peak_memory_gib": peak}, step)
@@ -137,11 +135,9 @@ class Tracker:
             tracker.log_grids(grids, step)
 
     def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
-        """Hands over what was asked for and what was drawn, for trackers that show tables."""
         for tracker in self.trackers:
             tracker.log_table(requests, pictures, step)
 
     def log_pipeline(self, names: list[str], metadata: dict[str, Any]) -> None:
-        """Hands over the finished pipeline, for trackers that keep files."""
         for tracker in self.trackers:
             tracker.log_pipeline([self.output_dir / name for name in names], metadata)

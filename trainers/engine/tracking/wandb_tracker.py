@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,18 @@ class WandBTracker(ExternalTracker):
             self.wandb_run.log({name: [wandb.Image(opaque_pixels(grid))]}, step=step)
 
     def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
-        """A table "<name>_table" for each name: a row per request, with its pictures by raw and by averaged weights."""
+        """Logs "<name>_table" per name: a row for each request, with its pictures of raw and averaged weights."""
         kinds = ["raw", "averaged"] if len(pictures) == 2 else ["picture"]
-        columns = ["number", *requests[0], *kinds]
+        columns: list[str | int] = ["number", *requests[0], *kinds]
         for name in pictures[0]:
-            data = []
+            data: list[Iterable[Any]] = []
             for number, request in enumerate(requests):
                 shown = [wandb.Image(opaque_pixels(drawn[name][number])) for drawn in pictures]
                 data.append([number, *map(str, request.values()), *shown])
             self.wandb_run.log({f"{name}_table": wandb.Table(columns=columns, data=data)}, step=step)
 
     def log_pipeline(self, paths: list[Path], metadata: dict[str, Any]) -> None:
-        """The files of a pipeline as the next version of an artifact of type model."""
+        """Logs the files as the next version of an artifact of type model."""
         artifact = wandb.Artifact(f"pipeline-{self.wandb_run.id}", type="model", metadata=metadata)
         for path in paths:
             artifact.add_dir(str(path), name=path.name) if path.is_dir() else artifact.add_file(str(path))

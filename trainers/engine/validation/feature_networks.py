@@ -1,4 +1,4 @@
-"""Networks that judge pictures: features for Fréchet distances and the like, and classes."""
+"""Networks that measure pictures: features, for Fréchet distances and others, and classifiers."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from torch import Tensor, nn
 
 from trainers.engine.config.eval_networks import ALLOWED_FEATURES
 
-Judge = Callable[[Tensor], Tensor]  # pictures [B, C, H, W] in [0, 1] on the device -> rows [B, D]
+PictureNetwork = Callable[[Tensor], Tensor]  # pictures [B, C, H, W] in [0, 1] on the device -> rows [B, D]
 
 
-def load_features(spec: str, device: torch.device) -> Judge | None:
-    """The feature network of `eval_features`; None for "none".
+def load_features(spec: str, device: torch.device) -> PictureNetwork | None:
+    """Loads the network of `eval_features`; None for "none".
 
-    Raises ValueError where Inception cannot be downloaded, or a file does not hold what it should.
+    Raises ValueError if Inception cannot be downloaded or a file does not hold the network.
     """
     if spec == "none":
         return None
     if spec == "inception":
-        network = _inception().to(device)
-        return lambda images: network(_bytes(_in_color(images)))[0]
+        inception = _inception().to(device)
+        return lambda images: inception(_bytes(_in_color(images)))[0]
     if Path(spec).is_file():
         script = _torchscript(spec, device)
-        extra = {"return_features": True} if "return_features" in str(script.forward.schema) else {}
+        extra = {"return_features": True} if "return_features" in str(getattr(script.forward, "schema", "")) else {}
         return lambda images: script(_bytes(_in_color(images)), **extra).flatten(1)
-    return _torchvision(*spec.split(":", 1), device)
+    name, _, file = spec.partition(":")
+    return _torchvision(name, file, device)
 
 
-def load_classifier(spec: str, device: torch.device) -> Judge:
-    """Logits [B, classes] of a finished noisy_classifier run, or of a TorchScript file, for pictures without noise.
+def load_classifier(spec: str, device: torch.device) -> PictureNetwork:
+    """Loads a finished noisy_classifier run or a TorchScript file that gives logits [B, classes] of clean pictures.
 
-    A TorchScript classifier gets what a network gets in training: float32 in [-1, 1] with the run's channels.
+    TorchScript classifiers get float32 in [-1, 1] with the run's channels, like networks in training.
     """
     if (Path(spec) / "classifier" / "config.json").is_file():
         from diffusers import UNet2DModel
@@ -49,7 +50,7 @@ def _bytes(images: Tensor) -> Tensor:
 
 
 def _in_color(images: Tensor) -> Tensor:
-    """Three channels: grey is repeated, alpha is dropped."""
+    """Returns three channels: grey is repeated, alpha is dropped."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
 
 
@@ -69,12 +70,12 @@ def _torchscript(path: str, device: torch.device) -> torch.jit.ScriptModule:
         return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: no TorchScript file ({str(error).splitlines()[0]}); make one with torch.jit.save"
+            f"{path}: not a TorchScript file ({str(error).splitlines()[0]}); make one with torch.jit.save"
         ) from None
 
 
-def _torchvision(name: str, file: str, device: torch.device) -> Judge:
-    """The layer before the last one of a torchvision network."""
+def _torchvision(name: str, file: str, device: torch.device) -> PictureNetwork:
+    """Loads a torchvision network without its last layer."""
     from safetensors.torch import load_file
     from torchvision.models import get_model, get_model_weights
     from torchvision.transforms.functional import normalize, resize

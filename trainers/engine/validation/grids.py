@@ -1,4 +1,4 @@
-"""Pictures side by side in one, with texts below them."""
+"""Arranges pictures in a grid, with texts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-VISIBLE_SIZE = 64  # pixels of height; smaller pictures are enlarged in grids by a whole factor
-READABLE_SIZE = 128  # the same where there are texts
+VISIBLE_SIZE = 64  # pixels of height; grids enlarge smaller pictures by an integer factor
+READABLE_SIZE = 128  # the same with texts
 FONT_SIZE = 11  # pixels
 MAX_LINES = 4  # of a text
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None = None) -> Tensor:
-    """One grid of several sets of pictures [N, C, H, W] with a white gap: below each other where columns are given.
+    """Puts sets of pictures [N, C, H, W] side by side with a white gap, or one below another if columns are given.
 
     `texts`, one for each of the N pictures, stand below them.
     """
@@ -28,7 +29,8 @@ def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None
     zoom = max(1, (VISIBLE_SIZE if texts is None else READABLE_SIZE) // pictures[0].shape[-2])
     enlarged = [images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for images in pictures]
     if texts is not None:
-        enlarged = [_with_texts(images, texts) for images in enlarged]
+        strips = _strips(texts, enlarged[0].shape[-1])  # white, and of the same height for all
+        enlarged = [torch.cat([images, strips.expand(-1, images.shape[1], -1, -1)], dim=2) for images in enlarged]
     grids = [make_grid(images, nrow=columns, padding=2, pad_value=1.0) for images in enlarged]
     channels, height, width = grids[0].shape
     gap = torch.ones(channels, 8, width) if below else torch.ones(channels, height, 8)
@@ -37,7 +39,7 @@ def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None
 
 
 def labelled_grid(columns: dict[str, Tensor], rows: list[str]) -> Tensor:
-    """One picture [C, H, W] of pictures [rows, C, h, w] by column, with names above the columns, left of the rows."""
+    """Makes one picture [C, H, W] of pictures [rows, C, h, w] by column, with the names of columns and rows."""
     from torchvision.utils import make_grid
 
     cells = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
@@ -45,7 +47,7 @@ def labelled_grid(columns: dict[str, Tensor], rows: list[str]) -> Tensor:
     cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     channels, height, width = cells.shape[1:]
     grid = make_grid(cells, nrow=len(columns), padding=2, pad_value=1.0)
-    if len(cells) == 1:  # which make_grid does not pad
+    if len(cells) == 1:  # make_grid does not pad a single picture
         grid = torch.nn.functional.pad(grid, (2, 2, 2, 2), value=1.0)
     heads, names = _strips(list(columns), width), _strips(rows, READABLE_SIZE, height)
     top = torch.ones(channels, heads.shape[2], grid.shape[2])
@@ -57,14 +59,8 @@ def labelled_grid(columns: dict[str, Tensor], rows: list[str]) -> Tensor:
     return torch.cat([left, torch.cat([top, grid], dim=1)], dim=2)
 
 
-def _with_texts(images: Tensor, texts: list[str]) -> Tensor:
-    """Pictures with a white strip below, of the same height for all, that holds their texts."""
-    strips = _strips(texts, images.shape[-1])
-    return torch.cat([images, strips.expand(-1, images.shape[1], -1, -1)], dim=2)
-
-
 def _strips(texts: list[str], width: int, height: int | None = None) -> Tensor:
-    """The texts on white, [N, 1, height, width]; by default as high as the longest of them needs."""
+    """Draws texts on white, [N, 1, height, width]; by default as high as the longest needs."""
     font = ImageFont.load_default(FONT_SIZE)
     characters = max(4, int(width / font.getlength("e")))
     wrapped = [textwrap.wrap(text, characters, max_lines=MAX_LINES, placeholder=" ...") for text in texts]
@@ -72,7 +68,7 @@ def _strips(texts: list[str], width: int, height: int | None = None) -> Tensor:
     return torch.stack([_written(lines, width, height, font) for lines in wrapped])
 
 
-def _written(lines: list[str], width: int, height: int, font: ImageFont.FreeTypeFont) -> Tensor:
+def _written(lines: list[str], width: int, height: int, font: Font) -> Tensor:
     """Black on white [1, height, width]."""
     strip = Image.new("L", (width, height), 255)
     ImageDraw.Draw(strip).multiline_text((1, 0), "\n".join(lines), fill=0, font=font, spacing=2)

@@ -1,4 +1,4 @@
-"""Means of what a task says of examples, over a data set that all processes share."""
+"""Means of a task's metrics over a data set that is divided over the processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mean_over(
     measure: OfExamples,
     add_up: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> dict[str, float]:
-    """Means of `measure` over weighted batches, such as feeding.examples_once, with the same noise every time.
+    """Means of `measure` over weighted batches, as of examples_once, with the same noise every time.
 
     `add_up` sums over processes.
     """
@@ -31,12 +31,12 @@ def mean_over(
         rng = SlotRandom(seed, batch["slot"], "validation")
         for name, values in measure(encoders.encode(batch), rng).items():
             if values.shape != batch["slot"].shape:
-                count = len(batch["slot"])
+                size = len(batch["slot"])
                 raise ValueError(
-                    f"the metric {name} has the shape {list(values.shape)}; it must be [{count}], a number for each "
+                    f"the metric {name} has the shape {list(values.shape)}; it must be [{size}], a number for each "
                     f"example: name the numbers of a vector one by one, such as {name}/0"
                 )
-            sums[name] = sums.get(name, 0) + weight * values.float().sum()
+            sums[name] = sums.get(name, torch.zeros_like(count)) + weight * values.float().sum()
         count += weight * len(batch["slot"])
     totals = add_up(torch.stack([*sums.values(), count])).tolist()
     return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}

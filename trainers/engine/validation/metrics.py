@@ -1,46 +1,54 @@
-"""Metrics of drawn pictures against real ones: distances of distributions, classes, memorisation.
+"""Compares drawn pictures with real ones: distances of distributions, class accuracy, diversity, memorisation.
 
-FID, KID, precision and recall are torch-fidelity's, on the features of a network (see judges.py).
+FID, KID, precision and recall are torch-fidelity's, on the features of a network of feature_networks.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainers.engine.validation.feature_networks import Judge
+from datasets_lib.example import DataSet
+from trainers.engine.validation.feature_networks import PictureNetwork
 
 THUMBNAIL_SIZE = 32  # pixels; larger pictures are compared at this size
-LEAST_PICTURES = 5  # of either kind, for metrics of features
-KID_SUBSET_SIZE = 1000  # pictures, where there are as many
+LEAST_PICTURES = 5  # drawn and real, for metrics of features
+KID_SUBSET_SIZE = 1000  # pictures, if there are as many
+
+Batch = tuple[Tensor, Tensor | None]  # pictures [B, C, H, W] in [0, 1], labels [B]
 
 
 class Described(NamedTuple):
-    """What is kept of N pictures."""
+    """Measurements of N pictures."""
 
     thumbnails: Tensor  # [N, C, h, w] in [0, 1], at most THUMBNAIL_SIZE pixels
     features: Tensor | None  # [N, D] of the feature network
-    predicted: Tensor | None  # [N] int64, the class that a classifier sees
-    labels: Tensor | None  # [N] int64, the class that it is, or was to be
-    finite: Tensor  # [N] bool; what is not is black in the rest
+    predicted: Tensor | None  # [N] int64, the class by a classifier
+    labels: Tensor | None  # [N] int64, the true or requested class
+    finite: Tensor  # [N] bool; pictures that are not finite were replaced by black ones
 
     @property
     def vectors(self) -> Tensor:
         return self.thumbnails.flatten(1)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Described:
+        """Applies a function to all measurements."""
+        features, predicted, labels = (None if rows is None else change(rows) for rows in self[1:4])
+        return Described(change(self.thumbnails), features, predicted, labels, change(self.finite))
+
 
 @torch.no_grad()
 def describe(
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+    batches: Iterable[Batch],
     device: torch.device,
-    features: Judge | None = None,
-    classifier: Judge | None = None,
+    features: PictureNetwork | None = None,
+    classifier: PictureNetwork | None = None,
 ) -> Described:
-    """Describes batches of (pictures [B, C, H, W] in [0, 1], labels [B] or None), on the CPU."""
+    """Measures batches of pictures; the results are on the CPU."""
     found: list[list[Tensor]] = [[], [], [], [], []]
     for images, labels in batches:
         found[4].append(images.isfinite().flatten(1).all(1))
@@ -53,14 +61,12 @@ def describe(
             found[2].append(classifier(on_device).argmax(1).cpu())
         if labels is not None:
             found[3].append(labels.cpu())
-    return Described(*(torch.cat(parts) if parts else None for parts in found))
+    optional = (torch.cat(parts) if parts else None for parts in found[1:4])
+    return Described(torch.cat(found[0]), *optional, torch.cat(found[4]))
 
 
-def pictures_of(dataset: Any, numbers: list[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of a data set's pictures in [0, 1] and their labels, or None; nothing random.
-
-    Raises ValueError for a data set of latents.
-    """
+def pictures_of(dataset: DataSet, numbers: list[int], batch_size: int) -> Iterator[Batch]:
+    """Yields a data set's pictures and labels without augmentation; raises ValueError for a data set of latents."""
     for first in range(0, len(numbers), batch_size):
         examples = [dataset.get(number, None) for number in numbers[first : first + batch_size]]
         if "image" not in examples[0]:
@@ -69,13 +75,13 @@ def pictures_of(dataset: Any, numbers: list[int], batch_size: int) -> Iterator[t
 
 
 def as_labels(rows: list[dict]) -> Tensor | None:
-    """The labels [N] of examples or requests; None where they have none."""
+    """Returns the labels [N] of examples or requests; None if any has none."""
     labels = [row.get("label") for row in rows]
     return None if None in labels else torch.tensor(labels)
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most so many of `count` numbers, evenly spread."""
+    """Chooses at most `most` of the numbers below `count`, evenly spread."""
     return torch.linspace(0, count - 1, min(count, most)).long().tolist()
 
 
@@ -91,15 +97,17 @@ def measure(
     held_out_distances: Tensor | None = None,
     recognise: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """All metrics that what is known allows; NaN where one cannot be computed.
+    """Computes all metrics that the measurements allow; one that cannot be computed is NaN.
 
-    `recognise(vectors) -> classes` stands in where nothing is predicted; `held_out_distances` are those of held-out
+    `recognise(vectors) -> classes` replaces missing predictions; `held_out_distances` are the distances of held-out
     pictures to their nearest training pictures.
     """
-    metrics = feature_metrics(drawn.features, real.features) if drawn.features is not None else {}
+    metrics: dict[str, float] = {}
+    if drawn.features is not None and real.features is not None:
+        metrics |= feature_metrics(drawn.features, real.features)
     if drawn.labels is not None:
-        if drawn.predicted is not None or recognise is not None:
-            metrics |= class_accuracy(recognised(drawn, recognise), drawn.labels)
+        if (seen := recognised(drawn, recognise)) is not None:
+            metrics |= class_accuracy(seen, drawn.labels)
         if real.labels is not None:
             metrics["class_diversity"] = _ratio(within_classes(drawn), within_classes(real))
     else:
@@ -110,8 +118,8 @@ def measure(
 
 
 def measure_reconstructions(reconstructions: Described, originals: Described) -> dict[str, float]:
-    """FID and KID of reconstructions against their originals; nothing without a feature network."""
-    if originals.features is None:
+    """Computes FID and KID of reconstructions against their originals; nothing without a feature network."""
+    if reconstructions.features is None or originals.features is None:
         return {}
     found = feature_metrics(reconstructions.features, originals.features)
     return {"rfid": found["fid"], "rkid": found["kid"]}
@@ -122,9 +130,9 @@ def _ratio(value: float, reference: float) -> float:
 
 
 def feature_metrics(drawn: Tensor, real: Tensor) -> dict[str, float]:
-    """FID (arXiv 1706.08500), KID (1801.01401) and improved precision and recall (1904.06991) on features [N, D].
+    """Computes FID (arXiv 1706.08500), KID (1801.01401), improved precision and recall (1904.06991) of features [N, D].
 
-    Raises ValueError for fewer than five pictures of either kind.
+    Raises ValueError for fewer than five drawn or real pictures.
     """
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -148,13 +156,15 @@ def feature_metrics(drawn: Tensor, real: Tensor) -> dict[str, float]:
     }
 
 
-def recognised(pictures: Described, recognise: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The class that is seen in each picture, [N]."""
-    return pictures.predicted if pictures.predicted is not None else recognise(pictures.vectors)
+def recognised(pictures: Described, recognise: Callable[[Tensor], Tensor] | None) -> Tensor | None:
+    """Returns the recognised class of each picture, [N]; None without a classifier."""
+    if pictures.predicted is None and recognise is not None:
+        return recognise(pictures.vectors)
+    return pictures.predicted
 
 
 def class_accuracy(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """The part of pictures that is seen as the class asked for: over all, and of the class that does worst."""
+    """The share of pictures recognised as the requested class: of all pictures, and of the worst class."""
     right = (predicted == labels).double().mean().item()
     return {"class_accuracy": right, "worst_class_accuracy": min(accuracy_by_class(predicted, labels).values())}
 
@@ -164,21 +174,24 @@ def accuracy_by_class(predicted: Tensor, labels: Tensor) -> dict[int, float]:
 
 
 def train_classifier(real: Described, most: int = 10_000) -> Callable[[Tensor], Tensor]:
-    """A support vector machine on the real pictures, evenly chosen `most` of them: vectors [N, V] -> classes [N].
+    """Trains a support vector machine on at most `most` real pictures, evenly chosen: vectors [N, V] -> classes [N].
 
-    Raises ValueError where they are all of one class.
+    Raises ValueError if they are all of one class.
     """
     from sklearn.svm import SVC
 
-    chosen = spread(len(real.labels), most)
-    if len(real.labels[chosen].unique()) < 2:
+    chosen = spread(len(real.vectors), most)
+    labels = None if real.labels is None else real.labels[chosen]
+    if labels is None or len(labels.unique()) < 2:
         raise ValueError("the real pictures are all of one class; class accuracy needs at least two")
-    machine = SVC(C=10).fit(real.vectors[chosen].numpy(), real.labels[chosen].numpy())
+    machine = SVC(C=10).fit(real.vectors[chosen].numpy(), labels.numpy())
     return lambda vectors: torch.from_numpy(machine.predict(vectors.numpy()))
 
 
 def within_classes(pictures: Described) -> float:
-    """The mean distance of two pictures of one class, averaged over the classes that have two; NaN without any."""
+    """The mean distance of two pictures of one class, averaged over classes that have two; NaN if none has."""
+    if pictures.labels is None:
+        return math.nan
     classes, counts = pictures.labels.unique(return_counts=True)
     found = [_mean_distance(pictures.vectors[pictures.labels == k]) for k in classes[counts > 1]]
     return sum(found) / len(found) if found else math.nan
@@ -189,10 +202,10 @@ def _mean_distance(vectors: Tensor, most: int = 2000) -> float:
 
 
 def memorisation(distances: Tensor, held_out_distances: Tensor | None) -> dict[str, float]:
-    """From the distances [N] of pictures to their nearest training pictures.
+    """Computes metrics of the distances [N] from pictures to their nearest training pictures.
 
-    `copies` is the part of the drawn pictures that is no farther from a training picture than the nearest 5 % of the
-    held-out ones are; real pictures would get 0.05.
+    `copies` is the share of drawn pictures that are as close to a training picture as the closest 5 % of the held-out
+    pictures are; real pictures would get 0.05.
     """
     metrics = {"nearest_distance": distances.median().item()}
     if held_out_distances is not None and len(held_out_distances) >= 20:
@@ -204,10 +217,10 @@ def memorisation(distances: Tensor, held_out_distances: Tensor | None) -> dict[s
 
 
 def nearest(vectors: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest of `others` [M, V] and its number, each [N].
+    """Returns the distance to the nearest of `others` [M, V], and its number, each [N].
 
-    Products of matrices find the neighbour fast but cannot tell a copy from a near picture, so its distance is
-    computed anew.
+    Matrix products find the neighbour fast but are too inexact to tell a copy from a near picture, so its distance is
+    computed again.
     """
     indices = torch.cat([torch.cdist(part, others).argmin(1) for part in vectors.split(256)])
     return (vectors - others[indices]).norm(dim=1), indices

@@ -1,4 +1,4 @@
-"""Pictures of a trainer, drawn in batches and dealt out over the processes; the split changes none of them."""
+"""Draws a trainer's pictures in batches, divided over the processes; the division changes none of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from trainers.engine.run.randomness import SlotRandom
 
 @contextmanager
 def evaluation_mode(trainer: Trainer, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[None]:
-    """Networks in eval mode without gradients and `trainer.training` False inside; as they were after it.
+    """Inside the block networks are in eval mode without gradients, and `trainer.training` is False.
 
-    What is compiled runs uncompiled inside: other modes and batch sizes would each be compiled anew.
+    Compiled networks run uncompiled: each other mode and batch size would be compiled anew.
     """
     modes = [(module, module.training) for network in trainer.modules.values() for module in network.modules()]
     trainer.training, trainer.progress = False, progress
@@ -43,10 +43,10 @@ def draw(
     batch_size: int,
     held_out: DataSet | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Pictures of the requests with these numbers, by name: a list of batches [B, C, H, W] in [0, 1] on the CPU.
+    """Draws the requests with these numbers: lists of batches [B, C, H, W] in [0, 1] on the CPU, by name.
 
-    A picture depends on the seed, its request and the request's number, not on the batch. `held_out` is the data set
-    whose examples the requests name.
+    A picture depends on the seed, its request and the request's number, not on the batch. Requests may name examples of
+    `held_out`.
     """
     batches: dict[str, list[Tensor]] = {}
     for first in range(0, len(numbers), batch_size):
@@ -63,33 +63,33 @@ def draw(
 
 
 def with_examples(requests: list[dict], held_out: DataSet | None) -> list[dict]:
-    """The requests with the columns of the held-out examples that they name."""
+    """Adds to requests the columns of the held-out examples that they name."""
     if held_out is None:
         return requests
     return [held_out.get(r["example"], None) | r if "example" in r else r for r in requests]
 
 
 def evaluation_requests(trainer: Trainer, count: int, held_out: DataSet | None) -> list[dict]:
-    """What the task draws for metrics over many pictures, each request marked as part of an evaluation."""
+    """Returns the task's requests for metrics of many pictures, each marked as part of an evaluation."""
     return [request | {"evaluation": True} for request in trainer.evaluation_requests(count, held_out)]
 
 
 def own_share(count: int, accelerator: Accelerator) -> list[int]:
-    """The numbers of this process, as many on every process; what one is short of is number 0 again."""
+    """Returns this process's numbers, equally many on every process: number 0 fills the gap."""
     share = math.ceil(count / accelerator.num_processes)
     first = share * accelerator.process_index
     return [number if number < count else 0 for number in range(first, first + share)]
 
 
 def gather(accelerator: Accelerator, rows: Tensor, count: int) -> Tensor:
-    """The rows of own_share of all processes in the order of their numbers, [count, ...] on the CPU. Collective."""
+    """Gathers rows of own_share in the order of their numbers, [count, ...] on the CPU. Collective."""
     return accelerator.gather(rows.to(accelerator.device).contiguous())[:count].cpu()
 
 
 def draw_samples(
     accelerator: Accelerator, trainer: Trainer, requests: list[dict], seed: int, held_out: DataSet | None
 ) -> dict[str, Tensor]:
-    """Pictures [N, C, H, W] in [0, 1] of all requests by name, each process drawing its share. Collective."""
+    """Draws all requests, [N, C, H, W] in [0, 1] by name; each process draws its share. Collective."""
     numbers = own_share(len(requests), accelerator)
     drawn = draw(trainer, requests, numbers, seed, trainer.sample_batch_size or max(1, len(numbers)), held_out)
     return {name: gather(accelerator, torch.cat(images), len(requests)) for name, images in drawn.items()}

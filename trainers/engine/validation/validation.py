@@ -1,14 +1,15 @@
-"""Validation on every rank: metrics on held-out examples, pictures of fixed noise, and metrics of many pictures."""
+"""Validates on all ranks: metrics of held-out examples, pictures from fixed noise, and metrics of many pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from datasets_lib.example import ImageData, StreamData
 from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.data.batches import examples_once
@@ -24,13 +25,14 @@ from trainers.engine.validation.means import OfExamples, mean_over
 from trainers.engine.validation.metrics import spread
 from trainers.engine.validation.sampling import draw_samples, evaluation_mode, with_examples
 
-STREAMED = 2000  # examples of a stream at most, which are held in memory while they are measured
+STREAMED = 2000  # examples of a stream at most, which are held in memory to be measured
+Item = TypeVar("Item")
 
 
 class Validation:
-    """Validates and evaluates a run when it is due. Every call is collective.
+    """Runs validations and evaluations that are due. Every call is collective.
 
-    Where the run is asked to stop in the middle, nothing of the validation is logged, and a resumed run makes it up.
+    One that is interrupted by a stop logs nothing, and runs again on resume.
     """
 
     def __init__(
@@ -48,12 +50,10 @@ class Validation:
         self.saver, self.tracker = saver, tracker
         self.base = trainer.base
         if self.base.eval_steps is not None:
-            self.evaluation = Evaluation(
-                ctx.accelerator, trainer, *(None if each is None else each.uncached() for each in data), self._watched
-            )
+            self.evaluation = Evaluation(ctx.accelerator, trainer, data.uncached(), self._watched)
 
     def make_up(self, steps_done: int) -> None:
-        """What the run that wrote the checkpoint did not get to."""
+        """Runs what was due at the checkpoint's step and was interrupted."""
         if steps_done > 0:
             self._run_due(steps_done, lambda name: self.tracker.logged_at.get(name, 0) < steps_done)
 
@@ -71,36 +71,38 @@ class Validation:
         try:
             if self.stop.agreed(wait=True):
                 raise Abandoned
-            watched = self._watched("sampling")
-            with evaluation_mode(self.trainer, watched), self.tracker.phase(what, steps_done) as found:
+            progress = partial(self._watched, "sampling")
+            with evaluation_mode(self.trainer, progress), self.tracker.phase(what, steps_done) as found:
                 found.update(action(steps_done))
         except Abandoned:
-            name = {"valid": "validation", "eval": "evaluation"}[what]
-            self.accelerator.print(f"The {name} at step {steps_done} is abandoned; a resumed run makes it up")
+            name = {"valid": "Validation", "eval": "Evaluation"}[what]
+            self.accelerator.print(f"{name} at step {steps_done} interrupted; it runs again on resume")
 
-    def _watched(self, what: str) -> Callable[[Iterable], Iterable]:
-        """A bar around steps that are as many on every rank, and that a signal ends; a checkpoint may be sealed."""
-        return lambda steps: self.saver.watch(self.stop.watch(passing_bar(self.accelerator, what)(steps), what))
+    def _watched(self, what: str, items: Iterable[Item]) -> Iterable[Item]:
+        """Yields items, equally many on every rank: with a bar, ended by a stop; a written checkpoint is sealed."""
+        return self.saver.watch(self.stop.watch(passing_bar(self.accelerator, what, items), what))
 
     def validate(self, steps_done: int) -> dict[str, float]:
-        """Metrics ("valid/loss", with averaged weights "valid_ema/loss"); logs grids of pictures.
+        """Returns metrics ("valid/loss", and "valid_ema/loss" of averaged weights), and logs grids of pictures.
 
-        The raw weights' pictures come first, left or above, the averaged ones' second.
+        The pictures of the raw weights come first, left or above, those of the averaged weights second.
         """
-        weights = {"valid": nullcontext()} | ({"valid_ema": self._averaged_weights()} if self.ema is not None else {})
-        metrics, pictures = {}, []
+        weights: dict[str, AbstractContextManager] = {"valid": nullcontext()}
+        weights |= {"valid_ema": self._averaged_weights()} if self.ema is not None else {}
+        metrics: dict[str, float] = {}
+        pictures: list[dict[str, Tensor]] = []
         requests = self.trainer.sample_requests(self.data.validation)
         for prefix, applied in weights.items():
             with applied:
-                if self.data.validation is not None:
-                    found = self.held_out_metrics()
-                    metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+                found = self.held_out_metrics()
+                metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
                 if requests:
-                    pictures.append(self._draw(requests))
+                    held_out, seed = self.data.validation, self.base.seed
+                    pictures.append(draw_samples(self.accelerator, self.trainer, requests, seed, held_out))
                     if self.accelerator.is_main_process:
-                        asked = with_examples(requests, self.data.validation)
-                        judged = self.trainer.sample_metrics(asked, pictures[-1])
-                        metrics |= {f"{prefix}/{name}": value for name, value in judged.items()}
+                        asked = with_examples(requests, held_out)
+                        found = self.trainer.sample_metrics(asked, pictures[-1])
+                        metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
         names = list(pictures[0]) if pictures else []
         texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
         columns = self.trainer.grid_columns
@@ -110,36 +112,36 @@ class Validation:
             self.tracker.log_table([self._readable(request) for request in requests], pictures, steps_done)
         return metrics
 
-    def _draw(self, requests: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return draw_samples(self.accelerator, self.trainer, requests, self.base.seed, self.data.validation)
-
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
-        """A request with the name of its class."""
+        """Replaces a request's label by the name of its class."""
         names = self.trainer.run.label_names
         return request | ({"label": names[request["label"]]} if names and "label" in request else {})
 
     def held_out_metrics(self) -> dict[str, float]:
-        """What the task says of the validation set."""
+        """Returns the task's metrics of the validation set; none without one."""
+        if self.data.validation is None:
+            return {}
         share = self._share(self.data.validation, range(len(self.data.validation)))
-        means = self._mean_over(self._watched("validating")(share), self.trainer.validation_metrics)
+        means = self._mean_over(self._watched("validating", share), self.trainer.validation_metrics)
         return self.trainer.validation_summary(means)
 
     def training_statistics(self) -> dict[str, float]:
-        """Means of the task's data_statistics with the weights that the pipeline will hold; Abandoned by a signal."""
+        """Means of the task's data_statistics with the weights of the pipeline; a stop raises Abandoned."""
         trainer = self.trainer
         if not isinstance(trainer, MeasuresData) or trainer.statistics_samples == 0:
             return {}
-        wanted = trainer.statistics_samples
-        train_set = self.data.train.held(min(wanted, STREAMED)) if self.base.streaming else self.data.train
+        wanted, train_set = trainer.statistics_samples, self.data.train
+        if isinstance(train_set, StreamData):
+            train_set = train_set.held(min(wanted, STREAMED))
         share = self._share(train_set, spread(len(train_set), wanted))
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return self._mean_over(self._watched("measuring")(share), trainer.data_statistics)
+            return self._mean_over(self._watched("measuring", share), trainer.data_statistics)
 
     def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
         add_up = partial(self.accelerator.reduce, reduction="sum")
         return mean_over(self.encoders, batches, self.base.seed, measure, add_up)
 
-    def _share(self, dataset: Any, indices: Sequence[int]) -> Iterable[tuple[dict, float]]:
+    def _share(self, dataset: ImageData, indices: Sequence[int]) -> Iterable[tuple[dict, float]]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return examples_once(dataset, indices, self.base, rank, world, self.accelerator.device, self.stop)
 
@@ -147,6 +149,6 @@ class Validation:
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def evaluate(self, steps_done: int) -> dict[str, float]:
-        """Metrics of `eval_num_samples` pictures ("eval/fid") with the weights that the pipeline will hold."""
+        """Returns metrics of `eval_num_samples` pictures ("eval/fid"), drawn with the weights of the pipeline."""
         with self._averaged_weights():
             return {f"eval/{name}": value for name, value in self.evaluation.metrics().items()}
