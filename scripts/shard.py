@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.streaming.shards import FORMAT, INDEX, SETTINGS
-from datasets_lib.streaming.writing import SUFFIXES, Written, example_of, write_shard
+from datasets_lib.streaming.writing import SUFFIXES, Columns, example_of, write_shard
 from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
@@ -131,7 +131,7 @@ def is_whole(path: Path, record: Path) -> bool:
 
 def examples_of(
     dataset: ImageDataset, indices: list[int], space: LatentSpace | None, options: Any
-) -> Iterator[Written]:
+) -> Iterator[Columns]:
     if space is None:
         yield from (example_of(dataset, index) for index in indices)
         return

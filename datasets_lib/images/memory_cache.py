@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from datasets_lib.images.buckets import Size
 from datasets_lib.images.transforms import View
 
+T = TypeVar("T")
 Picture = tuple[torch.Tensor, Size]  # resized pixels, and the size before
 
 
@@ -65,17 +67,22 @@ def decode_all(
     show_progress: bool,
 ) -> DecodedImages | None:
     """Decode positions 0 .. count - 1 in threads, or return None when they need more than `budget` bytes."""
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        sizes = _within(budget, pool.map(resized_bytes, range(count)))
-        if sizes is None:
-            return None
-        decoded = DecodedImages(sizes)
-        images = pool.map(decode, range(count))
-        # The bar appears after three seconds, so that small data sets print nothing.
-        progress = tqdm(images, "decoding images", count, delay=3, unit="image", disable=not show_progress)
-        for position, picture in enumerate(progress):
-            decoded.put(position, picture)
+    sizes = _within(budget, in_threads(resized_bytes, count))
+    if sizes is None:
+        return None
+    decoded = DecodedImages(sizes)
+    # The bar appears after three seconds, so that small data sets print nothing.
+    images = in_threads(decode, count)
+    progress = tqdm(images, "decoding images", count, delay=3, unit="image", disable=not show_progress)
+    for position, picture in enumerate(progress):
+        decoded.put(position, picture)
     return decoded.finish()
+
+
+def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
+    """Yield function(0) ... function(count - 1), computed in threads."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        yield from pool.map(function, range(count))
 
 
 def _within(budget: int, sizes: Iterable[int]) -> list[int] | None:

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 
 from datasets_lib.images.buckets import Size, sizes_of
 from datasets_lib.images.decode import ImageError, ImageReader
-from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all
+from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all, in_threads
 from datasets_lib.images.source import Source
 
 DECODING = 1  # raise it when the pixels that come from a file change
@@ -59,9 +57,8 @@ class Pictures:
         if len(self.reader.sizes) == 1:
             return [0] * len(self)
         numbers = {size: number for number, size in enumerate(self.reader.sizes)}
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            sizes = pool.map(self._size_or_skip, range(len(self)))
-            found = [None if size is None else numbers[self.reader.target(size)] for size in sizes]
+        sizes = in_threads(self._size_or_skip, len(self))
+        found = [None if size is None else numbers[self.reader.target(size)] for size in sizes]
         counts = Counter(number for number in found if number is not None)
         most = max(counts, key=counts.get, default=0)
         return [most if number is None else number for number in found]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from datasets_lib.images.buckets import Size, kept_part
+from datasets_lib.images.memory_cache import in_threads
 from datasets_lib.images.pictures import Pictures
 
 SHOWN = 5  # captions, duplicates
@@ -40,10 +39,8 @@ def scan(pictures: Pictures, show_progress: bool) -> list[Found]:
         except ValueError as error:
             return Found(position, fault=str(error).partition("; repair or remove it")[0])
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        results = pool.map(read, range(len(pictures)))
-        progress = tqdm(results, "reading images", len(pictures), delay=3, unit="image", disable=not show_progress)
-        return list(progress)
+    results, count = in_threads(read, len(pictures)), len(pictures)
+    return list(tqdm(results, "reading images", count, delay=3, unit="image", disable=not show_progress))
 
 
 def picture_lines(found: list[Found], pictures: Pictures) -> Iterator[Line]:

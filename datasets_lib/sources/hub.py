@@ -132,11 +132,16 @@ def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[s
     return labels, getattr(rows.features[column], "names", None), []
 
 
+def caption_column(features: dict[str, Any], wanted: str | None) -> str | None:
+    """Return the column of captions: the one asked for, or the first with a common name."""
+    if wanted is not None:
+        return one_of("base.caption_column", wanted, features)
+    return next((name for name in CAPTION_COLUMNS if name in features), None)
+
+
 def read_captions(rows: Any, wanted: str | None, origin: str) -> list[str | list[str]] | None:
     """Return the captions of the column asked for, or of the first with a common name; None if there is none."""
-    if wanted is not None:
-        one_of("base.caption_column", wanted, rows.features)
-    column = wanted or next((name for name in CAPTION_COLUMNS if name in rows.features), None)
+    column = caption_column(rows.features, wanted)
     if column is None:
         return None
     return [

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from datasets_lib.checks import one_of
-from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption
-from datasets_lib.sources.hub import image_column, mask_column
+from datasets_lib.images.source import Source, check_caption
+from datasets_lib.sources.hub import caption_column, image_column, mask_column
 from datasets_lib.streaming.rows import LATENTS, RawRow, features_of
 from datasets_lib.streaming.shards import Shard
 
@@ -27,9 +27,8 @@ class ShardColumns:
         self.mask = mask_column(features, args.mask_column)
         pictures = {name: kind for name, kind in features.items() if name != self.mask}
         self.image = None if self.latents else image_column(pictures, args.image_column)
-        found = (name for name in CAPTION_COLUMNS if name in features)
-        self.caption = _named("caption_column", args, features) or next(found, None)
-        self.label = _named("label_column", args, features) or _label_column(features)
+        self.caption = caption_column(features, args.caption_column)
+        self.label = _label_column(features, args.label_column)
         self.label_names = label_names or getattr(features.get(self.label), "names", None)
         self.num_classes = len(self.label_names) if self.label_names else None
 
@@ -110,15 +109,12 @@ def posterior(row: RawRow) -> dict[str, torch.Tensor]:
         raise ValueError(f"{row.name}: its latents cannot be read ({error}); make the shards again") from None
 
 
-def _named(option: str, args: Any, features: dict[str, Any]) -> str | None:
-    wanted = getattr(args, option)
-    return None if wanted is None else one_of(f"base.{option}", wanted, features)
-
-
-def _label_column(features: dict[str, Any]) -> str | None:
-    """The only column of classes or, where there is none, `label`."""
+def _label_column(features: dict[str, Any], wanted: str | None) -> str | None:
+    """The column asked for, the only one of classes or, if there is none, `label`."""
     from datasets import ClassLabel
 
+    if wanted is not None:
+        return one_of("base.label_column", wanted, features)
     found = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     if found:
         return found[0] if len(found) == 1 else None

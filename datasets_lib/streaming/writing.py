@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,26 +22,17 @@ ROW_GROUP = 100  # examples of parquet that are read at once to reach one of the
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 
 
-class Written(NamedTuple):
-    """One example as it is written; what the data set does not have is None."""
-
-    image: bytes | None
-    mask: bytes | None
-    caption: str | list[str] | None
-    label: int | None
-    latents: bytes | None  # a safetensors file of mean and logvar
+Columns = dict[str, Any]  # of one example: image, mask and latents as files, text, label; those that there are
 
 
-def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) -> Written:
+def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) -> Columns:
     """Return the files of an example as they are, or its latents instead of its picture and mask."""
     source, row = dataset.source, dataset.rows[index]
-    return Written(
-        _file(source.images[row]) if latents is None else None,
-        _file(source.masks[row]) if latents is None and source.masks is not None else None,
-        source.captions[row] if source.captions is not None else None,
-        source.labels[row] if source.labels is not None else None,
-        latents,
-    )
+    found = {"image": source.images, MASK: source.masks} if latents is None else {}
+    found |= {"text": source.captions, "label": source.labels}
+    columns = {name: rows[row] for name, rows in found.items() if rows is not None}
+    columns |= {name: _file(columns[name]) for name in ("image", MASK) if name in columns}
+    return columns if latents is None else {**columns, LATENTS: latents}
 
 
 def _file(image: Path | bytes | np.ndarray) -> bytes:
@@ -54,7 +45,7 @@ def _file(image: Path | bytes | np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def write_shard(path: Path, examples: Iterable[Written], kind: str, source: Source) -> None:
+def write_shard(path: Path, examples: Iterable[Columns], kind: str, source: Source) -> None:
     """Write a shard of the kind "parquet" or "webdataset"; `source` is that of all examples."""
     if kind == "parquet":
         _write_parquet(path, iter(examples), source)
@@ -62,12 +53,12 @@ def write_shard(path: Path, examples: Iterable[Written], kind: str, source: Sour
         _write_tar(path, examples)
 
 
-def _write_parquet(path: Path, examples: Iterator[Written], source: Source) -> None:
+def _write_parquet(path: Path, examples: Iterator[Columns], source: Source) -> None:
     import datasets
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    rows = [_parquet_row(example) for example in islice(examples, ROW_GROUP)]
+    rows = list(islice(examples, ROW_GROUP))
     text, names = datasets.Value("string"), source.label_names
     several = any(isinstance(caption, list) for caption in source.captions or ())
     kinds = {
@@ -80,28 +71,18 @@ def _write_parquet(path: Path, examples: Iterator[Written], source: Source) -> N
     schema = datasets.Features({name: kinds[name] for name in rows[0]}).arrow_schema
     with ParquetWriter(path, schema, use_dictionary=False) as writer:
         while rows:
-            if several:
-                rows = [_with_list(row) for row in rows]
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-            rows = [_parquet_row(example) for example in islice(examples, ROW_GROUP)]
+            table = [_parquet_row(row, several) for row in rows]
+            writer.write_table(pyarrow.Table.from_pylist(table, schema=schema))
+            rows = list(islice(examples, ROW_GROUP))
 
 
-def _parquet_row(example: Written) -> dict[str, Any]:
-    row = {
-        "image": None if example.image is None else {"bytes": example.image, "path": None},
-        MASK: None if example.mask is None else {"bytes": example.mask, "path": None},
-        "text": example.caption,
-        "label": example.label,
-        LATENTS: example.latents,
-    }
-    return {name: value for name, value in row.items() if value is not None}
+def _parquet_row(example: Columns, several: bool) -> Columns:
+    pictures = {name: {"bytes": example[name], "path": None} for name in ("image", MASK) if name in example}
+    lists = {"text": [example["text"]]} if several and isinstance(example["text"], str) else {}
+    return {**example, **pictures, **lists}
 
 
-def _with_list(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"text": [row["text"]] if isinstance(row["text"], str) else row["text"]}
-
-
-def _write_tar(path: Path, examples: Iterable[Written]) -> None:
+def _write_tar(path: Path, examples: Iterable[Columns]) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, example in enumerate(examples):
             for end, data in _members(example):
@@ -111,19 +92,18 @@ def _write_tar(path: Path, examples: Iterable[Written]) -> None:
             archive.members.clear()  # else it keeps what it knows of each
 
 
-def _members(example: Written) -> Iterator[tuple[str, bytes]]:
-    if example.image is not None:
-        yield _end(example.image), example.image
-    if example.mask is not None:
-        yield f"{MASK}.{_end(example.mask)}", example.mask
-    if example.latents is not None:
-        yield LATENTS, example.latents
-    if example.label is not None:
-        yield LABEL, str(example.label).encode()
-    if isinstance(example.caption, str):
-        yield "txt", example.caption.encode()
-    elif example.caption is not None:
-        yield "json", json.dumps({"text": example.caption}).encode()
+def _members(example: Columns) -> Iterator[tuple[str, bytes]]:
+    for column, before in (("image", ""), (MASK, f"{MASK}.")):
+        if column in example:
+            yield before + _end(example[column]), example[column]
+    if LATENTS in example:
+        yield LATENTS, example[LATENTS]
+    if "label" in example:
+        yield LABEL, str(example["label"]).encode()
+    if isinstance(caption := example.get("text"), str):
+        yield "txt", caption.encode()
+    elif caption is not None:
+        yield "json", json.dumps({"text": caption}).encode()
 
 
 def _end(data: bytes) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import datasets_lib
 from datasets_lib.images.source import Source
-from datasets_lib.streaming.writing import SUFFIXES, Written, write_shard
+from datasets_lib.streaming.writing import SUFFIXES, write_shard
 from scripts.benchmarks.runs import seconds_of
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data.stream_batches import StreamBatches
@@ -62,7 +62,7 @@ def write_shards(folder: Path, kind: str) -> None:
     """One picture many times; in parquet with labels."""
     data = io.BytesIO()
     Image.new("L", (SIDE, SIDE), 128).save(data, "PNG")
-    example = Written(data.getvalue(), None, None, 0 if kind == "parquet" else None, None)
+    example = {"image": data.getvalue(), **({"label": 0} if kind == "parquet" else {})}
     for shard in range(SHARDS):
         path = folder / f"{shard:03}{SUFFIXES[kind]}"
         write_shard(path, (example for _ in range(ROWS)), kind, Source([], str(folder), ""))

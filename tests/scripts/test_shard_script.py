@@ -87,7 +87,7 @@ def test_shards_hold_the_files_as_they_are(folder, tmp_path, kind):
     assert order != sorted(order)  # classes are mixed
     [texts] = [row.columns["text"] for row in stream.held().rows if len(row.columns["text"]) == 2]
     assert texts == [caption(4), "another"]
-    names = {example_of(whole, number).image for number in range(COUNT)}
+    names = {example_of(whole, number)["image"] for number in range(COUNT)}
     column = "image"
     files = [row.columns[column] for row in stream.held().rows]
     assert {data["bytes"] if isinstance(data, dict) else data for data in files} == names
