@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
+from repository import ROOT
 
 from scripts.benchmarks import bench, loop, scale
 
@@ -47,6 +49,13 @@ def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
         ValueError, match="has no place for the table; write <!-- data --> and <!-- end of data --> where"
     ):
         bench.write("data", ROWS, "scripts/benchmarks/bench.py data", document)
+
+
+@pytest.mark.parametrize("table", bench.TABLES)
+def test_each_table_has_a_module_a_place_and_a_row_of_the_readme(table):
+    assert importlib.util.find_spec(f"scripts.benchmarks.{table}")
+    assert f"<!-- {table} -->" in bench.TABLES[table].read_text()
+    assert f"| `bench.py {table}" in (ROOT / "scripts/benchmarks/README.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["conditional_ddpm", "vae", "lora"])
