@@ -1,8 +1,12 @@
 """Metrics against one setting: scripts/sweep.py RUN --vary guidance=0,1,1.5,2,3 --output docs/digits-guidance
 
 Varies guidance, classifier_scale or steps (of the sampler), or checkpoint (those of the run, without a list), with
-averaged and with raw weights. Writes OUTPUT.json, a table OUTPUT.md and a plot OUTPUT.png. Classes are seen by the
-support vector machine of scripts/evaluate.py. Needs matplotlib (pip install diffloop[dev]).
+averaged and with raw weights. Writes OUTPUT.json, a table OUTPUT.md, a plot OUTPUT.png, and OUTPUT-pictures.png with
+the first pictures of each row. Classes are seen by the support vector machine of scripts/evaluate.py.
+
+--base BASE_RUN draws an adapter's base model beside it, from the same noise, and adds how far each row's pictures are
+from the base's of the last value. Overrides of a task's section are for the run of that task. Needs matplotlib
+(pip install diffloop[dev]).
 """
 
 from __future__ import annotations
@@ -11,10 +15,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
+from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets_lib
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.validation.metrics import describe, measure, nearest, pictures_of, train_classifier
+from trainers.engine.validation.grids import labelled_grid
+from trainers.engine.validation.metrics import Described, describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import evaluation_requests
 from trainers.inference.arguments import add_sampling_arguments, overrides_of, trainer_of
 from trainers.inference.command import command, positive
@@ -34,47 +43,79 @@ COLUMNS = {
     "class_diversity": "diversity within a class, over real",
     "nearest_distance": "distance to the nearest training picture, median",
     "copies": "nearer than 95 % of held-out ones",
+    "distance": "root mean square distance to the last of the base",
 }
+SHOWN = 10  # pictures of a row
 
 
-def points(arguments: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
-    """(value, arguments with it) of everything to be measured; ValueError for what cannot be varied."""
+class Point(NamedTuple):
+    """A row to measure: the varied value, whose pictures they are, and the arguments that draw them."""
+
+    value: str
+    weights: str
+    arguments: argparse.Namespace
+
+
+def points(arguments: argparse.Namespace) -> list[Point]:
+    """Everything to be measured; ValueError for what cannot be varied."""
     name, _, values = arguments.vary.partition("=")
+    changes: list[tuple[str, dict[str, Any]]] = []
     if name == "checkpoint":
         changes = [(str(step), {"path": path}) for step, path in reversed(list_checkpoints(arguments.path))]
     elif name in ("guidance", "classifier_scale", "steps"):
         changes = [(value, {name: value}) for value in values.split(",") if value]
-    else:
-        changes = []
     if not changes:
         wanted = "guidance=, classifier_scale= or steps=A,B,..., or checkpoint for a run with checkpoints"
         raise ValueError(f"--vary {arguments.vary}: must be {wanted}")
-    found = [(value, argparse.Namespace(**vars(arguments) | changed)) for value, changed in changes]
-    for _, changed in found:  # a mistake shows before the first picture is drawn
-        saved = open_run(changed.path)
-        saved.config(overrides_of(changed, saved))
+    kept = sides(arguments)
+    found = [
+        Point(value, weights, argparse.Namespace(**vars(arguments) | changed | side))
+        for value, changed in changes
+        for weights, side in kept
+    ]
+    for point in found:  # a mistake shows before the first picture is drawn
+        saved = open_run(point.arguments.path)
+        saved.config(overrides_of(point.arguments, saved))
     return found
 
 
-def sweep(arguments: argparse.Namespace) -> Iterator[dict]:
-    """A row of metrics for each value and kind of weights."""
+def sides(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """The kinds of weights to draw with, and the base model, each with what it changes in the arguments."""
+    saved = open_run(arguments.path)
+    kinds = [arguments.weights] if arguments.weights else [AVERAGED, RAW] if saved.config().config.use_ema else [RAW]
+    if arguments.base is None:
+        return [(kind, {"weights": kind}) for kind in kinds]
+    tasks = saved.task, open_run(arguments.base).task
+    own, others = ([each for each in arguments.overrides if not each.startswith(f"{task}.")] for task in tasks[::-1])
+    run = [(kind, {"weights": kind, "overrides": own}) for kind in kinds]
+    return [("base", {"path": arguments.base, "weights": None, "overrides": others}), *run]
+
+
+def sweep(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """A row of metrics for each value and kind of weights, and its pictures."""
     chosen, run, cpu = points(arguments), open_run(arguments.path).config(), torch.device("cpu")
-    sets = datasets_lib.build(run.base, "train"), datasets_lib.build(run.base, "validation")
-    real, held_out = [s and describe(pictures_of(s, list(range(len(s))), 500), cpu) for s in sets]
-    if real.labels is None or not run.trainer_class.Config.__dataclass_fields__.get("num_classes"):
-        raise ValueError(f"{arguments.path}: has no classes; only what is drawn by class can be recognised")
-    own = nearest(held_out.vectors, real.vectors)[0] if held_out else None
-    recognise = train_classifier(real)
-    kinds = [arguments.weights] if arguments.weights else [AVERAGED, RAW] if run.config.use_ema else [RAW]
-    for value, changed in tqdm(chosen, desc=arguments.vary.partition("=")[0]):
-        for changed.weights in kinds:
-            _, trainer = trainer_of(changed)
-            requests = evaluation_requests(trainer, arguments.number, None)
-            if not requests:
-                raise ValueError(f"{arguments.path}: its task draws no pictures")
-            batches = drawn_pictures(trainer, requests, None, arguments.seed, arguments.batch_size)
-            found = measure(describe(batches, trainer.device), real, own, recognise)
-            yield {"value": value, "weights": changed.weights} | found
+    sets: Any = datasets_lib.build(run.base, "train"), datasets_lib.build(run.base, "validation")
+    real, others = [s and describe(pictures_of(s, list(range(len(s))), 500), cpu) for s in sets]
+    own, recognise = nearest(others.vectors, real.vectors)[0] if others else None, None
+
+    @cache
+    def drawn(number: int) -> Described:
+        _, trainer = trainer_of(chosen[number].arguments)
+        requests = evaluation_requests(trainer, arguments.number, sets[1])
+        if not requests:
+            raise ValueError(f"{arguments.path}: its task draws no pictures")
+        if real.labels is None or "label" not in requests[0]:
+            raise ValueError(f"{arguments.path}: has no classes; only what is drawn by class can be recognised")
+        return describe(drawn_pictures(trainer, requests, None, arguments.seed, arguments.batch_size), trainer.device)
+
+    last = max((number for number, point in enumerate(chosen) if point.weights == "base"), default=None)
+    for number, point in enumerate(tqdm(chosen, desc=arguments.vary.partition("=")[0])):
+        pictures = drawn(number)
+        recognise = recognise or train_classifier(real)
+        found = measure(pictures, real, own, recognise)
+        if last is not None:
+            found["distance"] = (pictures.vectors - drawn(last).vectors).square().mean().sqrt().item()
+        yield {"value": point.value, "weights": point.weights} | found, pictures.thumbnails
 
 
 def as_table(name: str, rows: list[dict]) -> str:
@@ -104,18 +145,23 @@ def plot(name: str, rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run with classes")
+    parser.add_argument("--base", type=Path, help="a finished run: the base model of the adapter in `path`")
     parser.add_argument("--vary", required=True, help="guidance=A,B,..., classifier_scale=, steps=, or checkpoint")
     parser.add_argument("--number", type=positive, default=1000, help="pictures for each row")
-    parser.add_argument("--output", type=Path, required=True, help="path of the three files without suffix")
+    parser.add_argument("--output", type=Path, required=True, help="path of the files without suffix")
     add_sampling_arguments(parser)
     arguments = parser.parse_intermixed_args()
-    name, rows = arguments.vary.partition("=")[0], []
+    name, rows, pictures = arguments.vary.partition("=")[0], [], []
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for row in sweep(arguments):
+    for row, drawn in sweep(arguments):
         rows.append(row)
+        pictures.append(drawn[:SHOWN].expand(-1, max(3, drawn.shape[1]), -1, -1))
         arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     arguments.output.with_suffix(".md").write_text(as_table(name, rows), encoding="utf-8")
     plot(name, rows, arguments.output.with_suffix(".png"))
+    columns = {str(number): torch.stack(column) for number, column in enumerate(zip(*pictures, strict=True))}
+    picture = labelled_grid(columns, [f"{row['value']} {row['weights']}" for row in rows])
+    save_image(picture, arguments.output.with_name(f"{arguments.output.name}-pictures.png"))
     print(as_table(name, rows), end="")
 
 

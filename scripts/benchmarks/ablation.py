@@ -46,9 +46,10 @@ class NotFused(torch.optim.AdamW):
 
 def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Medians of runs in turns: examples/s, their ratio to plain float32, peak memory in GiB."""
+    changes: dict[str, list[str]] = {PLAIN: []} | KNOBS | TOGETHER
     sides = {
         name: partial(in_new_process, measure, name == FUSED or name in TOGETHER, options, asked.steps)
-        for name, options in ({PLAIN: []} | KNOBS | TOGETHER).items()
+        for name, options in changes.items()
     }
     found = in_turns(sides, asked.pairs)
     rates = {name: [rate for rate, _ in runs] for name, runs in found.items()}

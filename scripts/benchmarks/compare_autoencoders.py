@@ -17,21 +17,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import vgg16
 from torchvision.utils import save_image
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from research_loss import research_loss
 
 import datasets_lib
+from scripts.benchmarks.research_loss import research_loss
 from train import train
 from trainers.common.autoencoder.discriminator import PatchDiscriminator
 from trainers.common.autoencoder.loss import AutoencoderLoss, quality
@@ -40,27 +39,41 @@ from trainers.common.model_files import Grid
 from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.optim.optimizer import learning_rate_schedule
 from trainers.engine.run.randomness import example_generator
+from trainers.engine.validation.grids import grid_of
+from trainers.engine.validation.metrics import spread
 from trainers.inference.saved_run import load_trainer, open_run
 from trainers.vae import VAEConfig
 
 SIDES = ("bare", "plain", "full", "research")
 SHOWN = 8  # pictures in the grid
+Objective = Callable[[nn.Module, Tensor, Tensor, int], Tensor | None]  # of network, images, noise, step
 
 
-def bare_training(run: RunConfig, train_set: Any, objective: Callable[..., Tensor | None]) -> nn.Module:
+def trained(side: str, arguments: argparse.Namespace, vgg: Path) -> tuple[RunConfig, nn.Module]:
+    """The run of a side, and its network."""
+    folder = arguments.output / side
+    options = [*arguments.overrides, f"base.output_dir={folder}", f"vae.perceptual_loss=vgg16:{vgg}"]
+    run = load_config(arguments.config, options)
+    if side in ("bare", "research"):
+        return run, bare_training(run, l1_and_kl(run) if side == "bare" else research(run))
+    if side == "plain":
+        run = load_config(arguments.config, [*options, *without_terms(cast(VAEConfig, run.config))])
+    train(run)
+    return run, load_trainer(open_run(folder), weights="raw", device="cpu").raw("vae")
+
+
+def bare_training(run: RunConfig, objective: Objective) -> nn.Module:
     """A loop without anything but a loss, AdamW, clipping and the config's learning rate; returns the network."""
-    base, config = run.base, run.config
+    base, config, steps = run.base, cast(VAEConfig, run.config), cast(int, run.base.max_train_steps)
     torch.manual_seed(base.seed)
     vae = build_autoencoder(config.model_config, Grid.of(base))
-    rates = config.learning_rate
-    rate = rates["vae"] if isinstance(rates, dict) else rates
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.adam_weight_decay
-    )
-    factor = learning_rate_schedule(config, base.max_train_steps)
+    train_set: Any = datasets_lib.build(base, "train")
     grid = latent_grid(vae.config, base.resolution)
+    rate, factor = vae_rate(config), learning_rate_schedule(config, steps)
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+    optimizer = torch.optim.AdamW(vae.parameters(), rate, betas, config.adam_epsilon, decay)
     order: list[int] = []
-    for step in tqdm(range(base.max_train_steps)):
+    for step in trange(steps):
         order = order or torch.randperm(len(train_set)).tolist()
         chosen, order = order[: base.train_batch_size], order[base.train_batch_size :]
         images = torch.stack([train_set.get(i, example_generator(step, i))["image"] for i in chosen])
@@ -70,26 +83,32 @@ def bare_training(run: RunConfig, train_set: Any, objective: Callable[..., Tenso
         if loss is None:
             continue
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), config.max_grad_norm or torch.inf)
         optimizer.step()
         optimizer.zero_grad()
+    vae.save_pretrained(base.output_dir)
     return vae
 
 
-def l1_and_kl(run: RunConfig) -> Callable[..., Tensor]:
+def vae_rate(config: VAEConfig) -> float:
+    rates = config.learning_rate
+    return rates["vae"] if isinstance(rates, dict) else rates
+
+
+def l1_and_kl(run: RunConfig) -> Objective:
+    weight = cast(VAEConfig, run.config).kl_weight
+
     def objective(vae: nn.Module, images: Tensor, noise: Tensor, step: int) -> Tensor:
         reconstruction, moments = vae(images, noise)
-        mean, logvar = moments.chunk(2, dim=1)
-        kl = (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)) / 2
-        return (reconstruction - images).abs().mean() + run.config.kl_weight * kl.mean()
+        return (reconstruction - images).abs().mean() + weight * DiagonalGaussianDistribution(moments).kl().mean()
 
     return objective
 
 
-def research(run: RunConfig) -> Callable[..., Tensor | None]:
+def research(run: RunConfig) -> Objective:
     """With the config's perceptual network; its weights per pixel are those of the script, times all pixels here."""
-    config, base = run.config, run.base
-    distance = AutoencoderLoss(config, base.resolution, torch.device("cpu")).perceptual
+    config, base = cast(VAEConfig, run.config), run.base
+    distance: Any = AutoencoderLoss(config, base.resolution, torch.device("cpu")).perceptual
     discriminator = PatchDiscriminator(base.channels, config.discriminator_layers, config.discriminator_channels)
     return lambda vae, images, noise, step: research_loss(
         vae, discriminator, distance, images, noise, step, config.adversarial_start_step
@@ -98,9 +117,9 @@ def research(run: RunConfig) -> Callable[..., Tensor | None]:
 
 def without_terms(config: VAEConfig) -> list[str]:
     """Overrides that take the perceptual and the adversarial term away."""
-    fields, rate = VAEConfig.__dataclass_fields__, config.learning_rate
-    rates = f"vae.learning_rate={rate['vae'] if isinstance(rate, dict) else rate}"
-    return [rates, *(f"vae.{name}={json.dumps(fields[name].default)}" for name in VAEConfig.training_only)]
+    fields = VAEConfig.__dataclass_fields__
+    removed = [f"vae.{name}={json.dumps(fields[name].default)}" for name in VAEConfig.training_only]
+    return [f"vae.learning_rate={vae_rate(config)}", *removed]
 
 
 def judges() -> dict[str, nn.Module]:
@@ -110,70 +129,52 @@ def judges() -> dict[str, nn.Module]:
     return {f"st_lpips_{net}": stlpips.LPIPS(net=net, variant="shift_tolerant").eval() for net in ("alex", "vgg")}
 
 
-def write_vgg16(network: nn.Module, path: Path) -> None:
+def write_vgg16(network: Any, path: Path) -> Path:
     """The convolutions of the package's VGG16 under torchvision's names, without the blurs between them."""
     convolutions = [module for module in network.net.modules() if isinstance(module, nn.Conv2d)]
     names = [name for name, module in vgg16().features.named_children() if isinstance(module, nn.Conv2d)]
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, convolution in zip(names, convolutions, strict=True):
         weights |= {f"features.{name}.{key}": value.detach() for key, value in convolution.named_parameters()}
     save_file(weights, path)
+    return path
 
 
 @torch.no_grad()
-def measure(vae: nn.Module, held_out: Any, networks: dict[str, nn.Module]) -> tuple[dict[str, float], Tensor]:
-    """Means over the held-out pictures, and some reconstructions in [0, 1]."""
-    sums, shown = {}, []
-    for start in range(0, len(held_out), 32):
-        images = torch.stack([held_out.get(i, None)["image"] for i in range(start, min(start + 32, len(held_out)))])
-        reconstruction = vae.eval()(images)[0].clamp(-1, 1)
-        found = quality(images, reconstruction)
-        found |= {name: network(reconstruction, images).flatten() for name, network in networks.items()}
-        sums = {name: sums.get(name, 0.0) + rows.double().sum().item() for name, rows in found.items()}
-        shown.append(reconstruction / 2 + 0.5)
-    means = {name: total / len(held_out) for name, total in sums.items()}
-    return means, torch.cat(shown)[chosen_pictures(held_out)]
-
-
-def chosen_pictures(held_out: Any) -> list[int]:
-    """The numbers of the pictures in the grid, evenly spread."""
-    return torch.linspace(0, len(held_out) - 1, SHOWN).long().tolist()
+def measure(vae: nn.Module, images: Tensor, networks: dict[str, nn.Module]) -> tuple[dict[str, float], Tensor]:
+    """Means over pictures in [-1, 1], and their reconstructions."""
+    reconstructions = torch.cat([vae.eval()(part)[0].clamp(-1, 1) for part in images.split(32)])
+    found = quality(images, reconstructions)
+    for name, network in networks.items():
+        parts = zip(reconstructions.split(32), images.split(32), strict=True)
+        found[name] = torch.cat([network(*pair).flatten() for pair in parts])
+    return {name: rows.double().mean().item() for name, rows in found.items()}, reconstructions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("output", type=Path, help="folder for the runs and the report")
+    parser.add_argument("output", type=Path, help="folder for the runs, report.json and pictures.png")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--sides", default=",".join(SIDES))
     arguments = parser.parse_intermixed_args()
-    for side in arguments.sides.split(","):
-        if side not in SIDES:
-            sys.exit(f"error: --sides {arguments.sides}: must be of {', '.join(SIDES)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    report, rows, networks, weights = {}, [], judges(), arguments.output / "vgg16.safetensors"
-    write_vgg16(networks["st_lpips_vgg"], weights)
-    for side in arguments.sides.split(","):
-        began, folder = time.perf_counter(), arguments.output / side
-        options = [*arguments.overrides, f"base.output_dir={folder}", f"vae.perceptual_loss=vgg16:{weights}"]
-        run = load_config(arguments.config, options)
-        if side == "plain":
-            run = load_config(arguments.config, [*options, *without_terms(run.config)])
-        train_set, held_out = [datasets_lib.build(run.base, split) for split in ("train", "validation")]
-        if side in ("plain", "full"):
-            train(run)
-            vae = load_trainer(open_run(folder), weights="raw", device="cpu").raw("vae")
-        else:
-            vae = bare_training(run, train_set, (l1_and_kl if side == "bare" else research)(run))
-            vae.save_pretrained(folder)
+    networks = judges()
+    vgg = write_vgg16(networks["st_lpips_vgg"], arguments.output / "vgg16.safetensors")
+    report: dict[str, Any] = {}
+    rows: list[Tensor] = []
+    for side in SIDES:
+        began = time.perf_counter()
+        run, vae = trained(side, arguments, vgg)
         seconds = time.perf_counter() - began
-        metrics, pictures = measure(vae, held_out, networks)
+        held_out: Any = datasets_lib.build(run.base, "validation")
+        images = torch.stack([held_out.get(number, None)["image"] for number in range(len(held_out))])
+        metrics, reconstructions = measure(vae, images, networks)
         report[side] = metrics | {"seconds": round(seconds, 1)}
-        rows = rows or [torch.stack([held_out.get(i, None)["image"] for i in chosen_pictures(held_out)]) / 2 + 0.5]
-        rows.append(pictures)
+        rows = [*(rows or [images]), reconstructions]
         print(json.dumps({side: report[side]}), flush=True)
         (arguments.output / "report.json").write_text(json.dumps(report, indent=1))
-        save_image(torch.cat(rows), arguments.output / f"{'-'.join(report)}.png", nrow=SHOWN)
+        shown = spread(len(images), SHOWN)
+        save_image(grid_of([row[shown] / 2 + 0.5 for row in rows], SHOWN), arguments.output / "pictures.png")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainers.engine.distributed.sharding import shard_by_blocks
+from trainers.engine.distributed.fsdp import shard_by_blocks
 
 Storages = dict[int, torch.UntypedStorage]  # by identity
 Inputs = Callable[[int], dict[str, Tensor]]  # of a batch of so many examples
@@ -101,12 +101,15 @@ def passes_of(network: nn.Module, inputs: Inputs, precision: Precision, cuda: bo
     """What a third example adds to two, and what any batch needs; one alone is transposed without a copy."""
     two, three = (_pass(network, inputs(size), precision, cuda) for size in (2, 3))
     example = [b - a for a, b in zip(two, three, strict=True)]
-    return Passes(*example, copies=two[3] - 2 * example[3])
+    return Passes._make([*example, two[3] - 2 * example[3]])
 
 
-def _pass(network: nn.Module, batch: dict[str, Tensor], precision: Precision, cuda: bool) -> tuple[int, ...]:
+def _pass(network: Any, batch: dict[str, Tensor], precision: Precision, cuda: bool) -> tuple[int, ...]:
     """The counts of `Passes` for this batch; each block that can be checkpointed is watched by itself."""
-    rest, inputs, blocks, again = {}, {}, [], 0
+    rest: Storages = {}
+    inputs: Storages = {}
+    blocks: list[Storages] = []
+    again = 0
 
     def block(module: nn.Module, *arguments: Any) -> Any:
         nonlocal again

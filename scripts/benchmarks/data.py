@@ -7,7 +7,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -91,20 +91,21 @@ def write_pictures(folder: Path) -> None:
     datasets.Dataset.from_dict({"image": files}, features).save_to_disk(folder / "arrow")
 
 
-def batches_of(source: str, workers: int, folder: Path) -> Iterator[dict[str, Any]]:
+def batches_of(source: str, workers: int, folder: Path) -> Generator[dict[str, Any]]:
     """Flipped training batches of a source without an end, on the device, with latents where these are cached."""
-    option, name = SOURCES[source]
+    place: dict[str, Any] = {SOURCES[source][0]: f"{folder}/{SOURCES[source][1]}"}
     budget = 512 if source == "decoded cache" else 0  # MiB
     base = BaseConfig(
         resolution=RESOLUTION, train_batch_size=BATCH, center_crop=True, random_flip=True, image_cache_mb=budget,
-        dataloader_num_workers=workers, **{option: f"{folder}/{name}"},
+        dataloader_num_workers=workers, **place,
     )  # fmt: skip
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     stages = FrozenEncoders({"latents": LATENTS} if source == "latents cache" else {}, accelerator.device)
-    examples, _ = fill_caches(accelerator, stages, base, DataSets(datasets_lib.build(base, "train"), None))
+    dataset: Any = datasets_lib.build(base, "train")
+    examples, _ = fill_caches(accelerator, stages, base, DataSets(dataset, None))
     datasets_lib.prepare(examples, show_progress=False)
     clock = Clock(len(examples), BATCH, 1, 1, max_train_steps=10**9)
-    batches = training_batches(examples, clock, base, 0, accelerator.device, StopSignals(accelerator, base))
+    batches: Any = training_batches(examples, clock, base, 0, accelerator.device, StopSignals(accelerator, base))
     with closing(batches):
         yield from map(stages.encode, batches)
 

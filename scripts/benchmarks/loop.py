@@ -10,7 +10,7 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
@@ -40,11 +40,13 @@ OPTIONS = {
     "vae": ["vae.perceptual_loss=null", "vae.perceptual_weight=1.0"],
 }
 TINY_VAE = ["vae.model_config=configs/tests/models/autoencoder.json", "base.resolution=16", "base.train_batch_size=4"]
-SMALLEST = {task: (f"configs/tests/{task}.json", []) for task in TASKS} | {"vae": ("configs/vae_digits.yaml", TINY_VAE)}
+SMALLEST: dict[str, tuple[str, list[str]]] = {task: (f"configs/tests/{task}.json", []) for task in TASKS}
+SMALLEST |= {"vae": ("configs/vae_digits.yaml", TINY_VAE)}
 REALISTIC = {
     "ddpm": ("configs/ddpm_digits.yaml", []),
     "conditional_ddpm": ("configs/digits.yaml", []),
     "vae": ("configs/vae_digits.yaml", []),
+    "dit": ("configs/dit_digits.yaml", []),
     "lora": ("configs/tests/lora.json", ["base.resolution=64", "lora.rank=16"]),
     "text_to_image": ("configs/tests/text_to_image.json", ["base.resolution=64"]),
 }
@@ -60,13 +62,13 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return {"loop": rows}
 
 
-def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1) -> RunConfig:
+def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1, options: Sequence[str] = ()) -> RunConfig:
     config, overrides = (REALISTIC if size == "realistic" else SMALLEST)[task]
-    options = [option.format(task=task) for option in OPTIONS.get(task, [])]
+    fixed = [option.format(task=task) for option in OPTIONS.get(task, [])]
     if task in ("lora", "text_to_image"):
         base = stable_diffusion({"smallest": "smallest", "realistic": "quarter"}[size])
-        options.append(f"{task}.pretrained_model_name_or_path={base}")
-    return configured(config, folder, steps, [*overrides, *options], windows)
+        fixed.append(f"{task}.pretrained_model_name_or_path={base}")
+    return configured(config, folder, steps, [*overrides, *fixed, *options], windows)
 
 
 def compared(task: str, size: str, folder: str, pairs: int, steps: int) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def bare_step(run: RunConfig, trainer: Trainer) -> Callable[[], None]:
     weights = [p for p in network.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in weights]
     adamw = torch.optim.AdamW(weights, lr=1e-4, fused=True)
-    loss = (vae_loss if run.task == "vae" else denoising_loss)(trainer, network, run)
+    loss = (vae_loss if run.task == "vae" else denoising_loss)(trainer, network)
 
     def step() -> None:
         loss().backward()
@@ -92,19 +94,23 @@ def bare_step(run: RunConfig, trainer: Trainer) -> Callable[[], None]:
         adamw.zero_grad()
         if run.config.use_ema:
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 0.01)
+                torch._foreach_lerp_(averages, [*weights], 0.01)
 
     return step
 
 
-def denoising_loss(trainer: Any, network: nn.Module, run: RunConfig) -> Callable[[], Tensor]:
+def denoising_loss(trainer: Any, network: Any) -> Callable[[], Tensor]:
     """The squared error of the prediction on pictures, or on latents that are drawn anew in each step."""
-    base, size, text_width = run.base, run.base.train_batch_size, getattr(network.config, "cross_attention_dim", None)
+    base, size, text_width = (
+        trainer.base,
+        trainer.base.train_batch_size,
+        getattr(network.config, "cross_attention_dim", None),
+    )
     side = base.resolution // (4 if text_width else 1)  # the autoencoder's factor
     mean, deviation = torch.rand(2, size, network.config.in_channels, side, side, device=DEVICE) * 2 - 1
     scheduler = trainer.learned.scheduler if text_width else trainer.scheduler
-    velocity = run.config.prediction_type == "v_prediction"
-    classes = trainer.num_classes if run.task == "conditional_ddpm" else None
+    velocity = trainer.config.prediction_type == "v_prediction"
+    classes = trainer.num_classes
     text = {"encoder_hidden_states": torch.randn(size, 16, text_width, device=DEVICE)} if text_width else {}
 
     def loss() -> Tensor:
@@ -113,7 +119,7 @@ def denoising_loss(trainer: Any, network: nn.Module, run: RunConfig) -> Callable
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), device=DEVICE)
         asked = dict(text)
         if classes:
-            hidden = torch.rand(size, device=DEVICE) < run.config.label_dropout
+            hidden = torch.rand(size, device=DEVICE) < trainer.config.label_dropout
             asked["class_labels"] = torch.where(hidden, classes, torch.arange(size, device=DEVICE) % classes)
         predicted = network(scheduler.add_noise(clean, noise, timesteps), timesteps, **asked).sample
         target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
@@ -122,14 +128,14 @@ def denoising_loss(trainer: Any, network: nn.Module, run: RunConfig) -> Callable
     return loss
 
 
-def vae_loss(trainer: Any, network: nn.Module, run: RunConfig) -> Callable[[], Tensor]:
-    base = run.base
+def vae_loss(trainer: Any, network: Any) -> Callable[[], Tensor]:
+    base = trainer.base
     images = torch.rand(base.train_batch_size, base.channels, base.resolution, base.resolution, device=DEVICE) * 2 - 1
 
     def loss() -> Tensor:
         posterior = network.encode(images).latent_dist
         reconstruction = network.decode(posterior.sample()).sample
-        return nn.functional.l1_loss(reconstruction, images) + run.config.kl_weight * posterior.kl().mean()
+        return nn.functional.l1_loss(reconstruction, images) + trainer.config.kl_weight * posterior.kl().mean()
 
     return loss
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,16 +25,15 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import datasets_lib
+from trainers.common.lora.training import AdapterConfig
 from trainers.engine.config.config import RunConfig
-from trainers.engine.validation.grids import grid_of
+from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, class_accuracy, describe, pictures_of, train_classifier
 from trainers.inference.command import command, positive
 from trainers.inference.saved_run import open_run
 
 CPU = torch.device("cpu")
 ROWS = 2  # pairs of rows in the grid
-ZOOM = 3  # of its pictures
-GAP = 2  # pixels between them
 
 
 class Real(NamedTuple):
@@ -46,31 +46,36 @@ class Real(NamedTuple):
     @classmethod
     def of(cls, run: RunConfig) -> Real:
         """Raises ValueError where the pictures have no labels, or none are held out."""
-        if run.base.validation_split is None:
-            raise ValueError(f"{run.base.output_dir}: base.validation_split = null: judges need held-out pictures")
         train, held_out = (datasets_lib.build(run.base, split) for split in ("train", "validation"))
+        if train is None or held_out is None:
+            raise ValueError(f"{run.base.output_dir}: base.validation_split = null: judges need held-out pictures")
         examples = [held_out.without_image(number, None) for number in range(len(held_out))]
         if "label" not in examples[0]:
             raise ValueError(f"{run.base.output_dir}: its pictures have no labels; judges need them")
         captions = {example["label"]: example["caption"] for example in examples}
-        sets = (describe(pictures_of(each, list(range(len(each))), 100), CPU) for each in (train, held_out))
-        return cls(*sets, dict(sorted(captions.items())))
+        seen = [describe(pictures_of(each, list(range(len(each))), 100), CPU) for each in (train, held_out)]
+        return cls(seen[0], seen[1], dict(sorted(captions.items())))
 
 
 class Judge:
     """A support vector machine on real pictures, and the part of the held-out ones that it gets right."""
 
     def __init__(self, train: Described, held_out: Described) -> None:
+        assert held_out.labels is not None
         self.recognise = train_classifier(train)
         self.held_out = class_accuracy(self(held_out.thumbnails), held_out.labels)["class_accuracy"]
 
+    @classmethod
+    def of_kinds(cls, base: Real, style: Real, look: Callable[[Tensor], Tensor]) -> Judge:
+        """Tells the style's pictures, 1, from the base's, 0, by what `look` shows of them."""
+        kinds = [
+            describe([(look(rows), torch.full((len(rows),), label)) for label, rows in enumerate(pair)], CPU)
+            for pair in ((a.thumbnails, b.thumbnails) for a, b in zip(base[:2], style[:2], strict=True))
+        ]
+        return cls(*kinds)
+
     def __call__(self, pictures: Tensor) -> Tensor:
         return self.recognise(pictures.flatten(1))
-
-
-def either(base: Tensor, styled: Tensor) -> Described:
-    """Pictures of both kinds, labelled 0 and 1."""
-    return describe([(rows, torch.full((len(rows),), label)) for label, rows in enumerate((base, styled))], CPU)
 
 
 def shapes(pictures: Tensor) -> Tensor:
@@ -93,32 +98,17 @@ def draw(pipeline: Any, prompts: list[str], seed: int, batch_size: int, **option
 
 def measure(base: Real, style: Real, drawn: Tensor, styled: Tensor, labels: Tensor) -> dict[str, float]:
     """The base's pictures `drawn` and the LoRA's `styled` before all judges."""
-    own, others = Judge(*base[:2]), Judge(*style[:2])
-    kinds = [either(a.thumbnails, b.thumbnails) for a, b in zip(base[:2], style[:2], strict=True)]
-    of_style = Judge(*kinds)
-    kinds = [either(shapes(a.thumbnails), shapes(b.thumbnails)) for a, b in zip(base[:2], style[:2], strict=True)]
-    of_shape = Judge(*kinds)
     found: dict[str, float] = {}
-    for name, judge, pictures in (("base", own, drawn), ("lora", others, styled)):
+    for name, judge, pictures in (("base", Judge(*base[:2]), drawn), ("lora", Judge(*style[:2]), styled)):
         accuracy = class_accuracy(judge(pictures), labels)
         found |= {f"{name}_accuracy": accuracy["class_accuracy"], f"{name}_worst": accuracy["worst_class_accuracy"]}
         found[f"{name}_judge_held_out"] = judge.held_out
-    for name, judge, seen in (("styled", of_style, lambda rows: rows), ("styled_shape", of_shape, shapes)):
-        found |= {name: _part(judge(seen(styled))), f"base_{name}": _part(judge(seen(drawn)))}
+    for name, look in (("styled", lambda pictures: pictures), ("styled_shape", shapes)):
+        judge = Judge.of_kinds(base, style, look)
+        for key, pictures in ((name, styled), (f"base_{name}", drawn)):
+            found[key] = judge(look(pictures)).double().mean().item()
         found[f"{name}_judge_held_out"] = judge.held_out
     return found
-
-
-def _part(votes: Tensor) -> float:
-    return votes.double().mean().item()
-
-
-def pairs(drawn: Tensor, styled: Tensor, captions: list[str]) -> Tensor:
-    """A column per caption, below each other the base's and the LoRA's pictures of the same noise."""
-    rows = torch.stack([drawn, styled], 1).unflatten(0, (-1, len(captions)))[:ROWS]  # [R, captions, 2, C, H, W]
-    rows = rows.permute(1, 3, 0, 2, 4, 5).repeat_interleave(ZOOM, 4).repeat_interleave(ZOOM, 5)
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, GAP), value=1.0)
-    return grid_of([rows.flatten(2, 4)], len(captions), captions)
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
@@ -128,7 +118,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     base, style = (Real.of(config) for config in configs)
     captions = list(base.captions.values())
     rounds = -(-arguments.number // len(captions))
-    labels, config = torch.tensor(list(base.captions) * rounds), configs[1].config
+    labels, config = torch.tensor(list(base.captions) * rounds), cast(AdapterConfig, configs[1].config)
     how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
 
     pipeline = DiffusionPipeline.from_pretrained(saved[0].folder, safety_checker=None)
@@ -141,7 +131,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     pipeline.load_lora_weights(saved[1].folder)
     styled, without = drawing(), drawing(cross_attention_kwargs={"scale": 0.0})
     metrics = {"pictures": len(drawn), **measure(base, style, drawn, styled, labels)}
-    return metrics | {"scale_0_is_base": torch.equal(without, drawn)}, pairs(drawn, styled, captions)
+    pairs = torch.stack([drawn, styled], 1)[: ROWS * len(captions)].unflatten(0, (-1, len(captions)))
+    columns = dict(zip(captions, pairs.transpose(0, 1).flatten(1, 2), strict=True))
+    picture = labelled_grid(columns, ["base", "LoRA"] * (len(pairs)))
+    return metrics | {"scale_0_is_base": torch.equal(without, drawn)}, picture
 
 
 @command

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from psutil import Process
 
 from scripts.benchmarks.loop import run_of
-from scripts.benchmarks.runs import configured, examples_per_second, from_tests, seconds_of
-from scripts.benchmarks.watching import Messages, bucket_bytes, gradients_of, held, loopback_bytes, states, watch
+from scripts.benchmarks.runs import examples_per_second, from_tests, seconds_of
+from scripts.benchmarks.watching import Messages, gradients_of, held, loopback_bytes, states, watch
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.sandbox import is_main
 from trainers.engine.optim import optimizer as optimization
@@ -29,14 +29,15 @@ ZERO_3 = {
     "stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
 }  # fmt: skip
-ENGINES = {  # how many processes, and the faults of tests/helpers/faulty.py by which the engine runs on CPUs
+ENGINES: dict[
+    str, tuple[int, dict[str, Any]]
+] = {  # how many processes, and the faults of tests/helpers/faulty.py by which the engine runs on CPUs
     "one process": (1, {}),
     "DDP": (2, {}),
     "FSDP2": (2, {"fsdp": {}}),
     "ZeRO-2": (2, {"deepspeed": {"stage": 2}}),
     "ZeRO-3": (2, {"deepspeed": ZERO_3}),
 }
-CONFIGS = {"ddpm": "configs/ddpm_digits.yaml", "dit": "configs/dit_digits.yaml"}
 WARM_STEPS = 3  # the last of them is looked into, which takes time
 SMALL, LARGE = 1 << 10, 1 << 20  # numbers of the messages that are timed
 NUMBER_BYTES = 4
@@ -73,8 +74,8 @@ def measure(folder: str, engine: str, task: str, steps: str, *options: str) -> d
     with patch.object(optimization, "optimizer_step", look_and_step):
         examples_per_second(_configured(folder, engine, task, steps, options), look)
     timed = times[WARM_STEPS : WARM_STEPS + int(steps) + 1]
-    found["step_seconds"] = statistics.median(b - a for a, b in pairwise(timed))
-    return found | {"messages": messages.found, "wire": (wire[1] - wire[0]) / int(steps)}
+    seconds = statistics.median(b - a for a, b in pairwise(timed))
+    return found | {"messages": messages.found, "wire": (wire[1] - wire[0]) / int(steps), "step_seconds": seconds}
 
 
 def restart(folder: str, engine: str, task: str, steps: str, *options: str) -> float:
@@ -90,26 +91,7 @@ def _configured(folder: str, engine: str, task: str, steps: str, options: Sequen
     faulty = from_tests("faulty")
     for fault, settings in ENGINES[engine][1].items():
         getattr(faulty, fault)(settings)
-    return configured(CONFIGS[task], folder, WARM_STEPS + int(steps) + 1, options, windows=0)
-
-
-def reductions(folder: str, task: str, size: str, steps: str) -> dict[str, float]:
-    """Examples per second, and the bytes that this process gives to reductions in a step: of gradients, and others."""
-    found, run, all_reduce = {"other_bytes": 0.0}, run_of(task, size, folder, int(steps)), dist.all_reduce
-
-    def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:  # DDP's reducer does not call it
-        found["other_bytes"] += tensor.nbytes / run.base.max_train_steps
-        return all_reduce(tensor, *arguments, **options)
-
-    def look(validation: Validation, steps_done: int) -> None:
-        if steps_done == run.base.max_train_steps:
-            modules = validation.trainer.modules.values()
-            found["trained_bytes"] = sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
-            found["gradient_bytes"] = bucket_bytes(modules) or 0
-
-    with patch.object(dist, "all_reduce", counting):
-        [rate] = examples_per_second(run, look)
-    return found | {"examples_per_second": rate}
+    return run_of(task, "realistic", folder, WARM_STEPS + int(steps) + 1, windows=0, options=options)
 
 
 def links(folder: str, engine: str, repetitions: str) -> dict[str, list[float]]:
@@ -139,6 +121,7 @@ def _seconds(kind: str, numbers: int, repetitions: int) -> float:
 
 if __name__ == "__main__":
     function, own_folder = sys.argv[1:3]
-    result = {"measure": measure, "restart": restart, "reductions": reductions, "links": links}[function](*sys.argv[2:])
+    functions: dict[str, Any] = {"measure": measure, "restart": restart, "links": links}
+    result = functions[function](*sys.argv[2:])
     if is_main():
         Path(own_folder, "found.json").write_text(json.dumps(result), encoding="utf-8")

@@ -23,7 +23,7 @@ from trainers.engine.optim.optimizer import learning_rate_schedule
 from trainers.engine.validation.metrics import pictures_of
 
 CONFIG = str(Path(__file__).with_name("peer.yaml"))
-NUM_CLASSES = 10
+NUM_CLASSES, MAX_GRAD_NORM = 10, 1.0  # the norm is the default of a run
 
 
 @dataclass(kw_only=True)
@@ -64,14 +64,14 @@ class Package:
     """The loop of the package's documentation around its GaussianDiffusion, with AdamW, clipping and averaging."""
 
     def __init__(self, run: RunConfig, update_every: int, fp16: bool = False) -> None:
-        config = self.config = run.config
+        config: Any = run.config
         torch.manual_seed(run.base.seed)  # as diffloop does before it builds its networks
         unet = build_unet(config, config.label_dropout)
         steps = {"sampling_timesteps": config.ddpm_num_inference_steps}
         self.diffusion = GaussianDiffusion(unet, image_size=run.base.resolution, **steps).to(DEVICE)
         self.averaged = EMA(self.diffusion, beta=0.995, update_every=update_every)
         self.optimizer = torch.optim.AdamW(self.diffusion.parameters(), lr=config.learning_rate)
-        factor = learning_rate_schedule(config, run.base.max_train_steps)
+        factor = learning_rate_schedule(config, run.base.max_train_steps or 0)
         self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.fp16, self.scaler = fp16, torch.amp.GradScaler("cuda", enabled=fp16)
 
@@ -81,7 +81,7 @@ class Package:
             loss = self.diffusion(images, classes=labels)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), MAX_GRAD_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.rates.step()
@@ -96,5 +96,7 @@ class Package:
 
 def digits_of(run: RunConfig, split: str = "train") -> tuple[Tensor, Tensor]:
     """All pictures in [0, 1] and their labels."""
-    dataset = datasets_lib.build(run.base, split)
-    return next(pictures_of(dataset, list(range(len(dataset))), len(dataset)))
+    dataset: Any = datasets_lib.build(run.base, split)
+    images, labels = next(pictures_of(dataset, list(range(len(dataset))), len(dataset)))
+    assert labels is not None
+    return images, labels

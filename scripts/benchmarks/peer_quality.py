@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scripts.benchmarks.peer import CONFIG, Package, digits_of
-from scripts.benchmarks.runs import fresh_accelerate, quiet, seconds_of
+from scripts.benchmarks.runs import quiet, seconds_of
 from train import train
 from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.validation.metrics import describe, measure, nearest, train_classifier
@@ -48,12 +48,12 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def ours(run: RunConfig) -> None:
-    with quiet(), fresh_accelerate():
+    with quiet():
         train(run)
 
 
 def train_package(package: Package, run: RunConfig, images: Tensor, labels: Tensor) -> None:
-    size, steps = run.base.train_batch_size, run.base.max_train_steps
+    size, steps = run.base.train_batch_size, run.base.max_train_steps or 0
     order = torch.cat([torch.randperm(len(images)) for _ in range(-(-steps * size // len(images)))])
     for chosen in order[: steps * size].split(size):
         package.step(images[chosen], labels[chosen])

@@ -11,7 +11,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from scripts.benchmarks.peer import CONFIG, Package, build_unet, digits_of
+from scripts.benchmarks.peer import CONFIG, Package, PeerConfig, build_unet, digits_of
 from scripts.benchmarks.runs import DEVICE, beside, configured, median_ratio
 from trainers.engine.config.config import RunConfig
 
@@ -56,7 +56,7 @@ def _rows(setting: str, run: RunConfig, others: dict[str, Callable]) -> list[dic
         return call
 
     fp16 = setting != "a" and DEVICE.type == "cuda"
-    sides = {PACKAGE: lambda trainer: chosen(Package(run, update_every=1, fp16=fp16).step)}
+    sides: dict[str, Any] = {PACKAGE: lambda trainer: chosen(Package(run, update_every=1, fp16=fp16).step)}
     sides |= {name: lambda trainer, make=make: chosen(make(run)) for name, make in others.items()}
     rates = beside(run, sides)
     return [
@@ -72,10 +72,10 @@ def _rows(setting: str, run: RunConfig, others: dict[str, Callable]) -> list[dic
 
 
 def plain_step(run: RunConfig) -> Callable[[Tensor, Tensor], None]:
-    accelerator = Accelerator()  # its state is that of train()
+    accelerator, config = Accelerator(), cast(PeerConfig, run.config)  # its state is that of train()
     torch.manual_seed(run.base.seed)
-    unet = build_unet(run.config, run.config.label_dropout).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=run.config.learning_rate)
+    unet = build_unet(config, config.label_dropout).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     averaged = EMAModel(unet.parameters(), decay=0.995)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     averaged.to(accelerator.device)

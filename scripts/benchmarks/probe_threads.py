@@ -24,6 +24,6 @@ def seconds_per_step(threads: int, steps: int = 6) -> float:
 
 
 if __name__ == "__main__":
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     candidates = sorted({1, max(cores // 2, 1), min(cores, 16)})
     print(min(candidates, key=seconds_per_step))

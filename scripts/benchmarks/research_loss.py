@@ -8,8 +8,10 @@ is never updated, and an autoencoder that is updated in every other step only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,7 +26,7 @@ def perceptual_term(distance: Distance, reconstruction: Tensor, images: Tensor) 
 
 
 def research_loss(
-    vae: nn.Module,
+    vae: Any,
     discriminator: nn.Module,
     distance: Distance,
     images: Tensor,
@@ -36,12 +38,10 @@ def research_loss(
     if step % 2 and step >= start_step:
         return None
     reconstruction, moments = vae(images, noise)
-    mean, logvar = moments.chunk(2, dim=1)
     perceptual = perceptual_term(distance, reconstruction, images).reshape(-1, 1, 1, 1)
     errors = functional.l1_loss(reconstruction, images, reduction="none") + perceptual
     summed = errors.sum() / len(images)
-    kl = (mean.square() + logvar.exp() - 1 - logvar).sum() / 2 / len(images)
-    loss = summed + KL_SCALE * kl
+    loss = summed + KL_SCALE * DiagonalGaussianDistribution(moments).kl().mean()
     if step >= start_step:
         adversarial = -discriminator(reconstruction).mean()
         last_layer = vae.decoder.conv_out.weight

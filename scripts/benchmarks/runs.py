@@ -12,10 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -29,7 +29,6 @@ from trainers.engine.validation.validation import Validation
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts train()
-Side, Found = TypeVar("Side"), TypeVar("Found")
 Look = Callable[[Validation, int], None]  # gets the number of steps that are done
 
 
@@ -50,7 +49,7 @@ def examples_per_second(run: RunConfig, look: Look = lambda validation, steps_do
 
     `look` is called in place of validations, which the rates leave out: before the first step and after each.
     """
-    with quiet(), fresh_accelerate(), patch.multiple(Validation, make_up=look, after_step=look):
+    with quiet(), patch.multiple(Validation, make_up=look, after_step=look):
         train(run)
     return logged(run, "examples_per_second")[1:]
 
@@ -60,7 +59,7 @@ def logged(run: RunConfig, name: str) -> list[float]:
     return [line[name] for line in read_lines(Path(run.base.output_dir) / METRICS) if name in line]
 
 
-def beside(run: RunConfig, others: dict[str, Callable[[Trainer], Callable[[], Any]]]) -> dict[str, list[float]]:
+def beside(run: RunConfig, others: Mapping[str, Callable[[Trainer], Callable[[], Any]]]) -> dict[str, list[float]]:
     """Examples per second of "diffloop" and of the others by windows of steps, in turns in one process.
 
     The others make their step from the trainer before its first one. Whenever train() has logged, each does as many.
@@ -94,9 +93,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(sides: dict[Side, Callable[[], Found]], repetitions: int) -> dict[Side, list[Found]]:
+def in_turns(sides: Mapping[Any, Callable[[], Any]], repetitions: int) -> dict[Any, list[Any]]:
     """Calls each side as often, to and fro, so that all meet the same machine."""
-    found: dict[Side, list[Found]] = {side: [] for side in sides}
+    found: dict[Any, list[Any]] = {side: [] for side in sides}
     for repetition in range(repetitions):
         for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
             found[side].append(sides[side]())
@@ -108,7 +107,7 @@ def median_ratio(rates: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(rates, others, strict=True))
 
 
-def in_new_process(function: Callable[..., Found], *arguments: Any) -> Found:
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function in a process with as many threads, whose memory holds nothing else."""
     threads = torch.get_num_threads()
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as process:
@@ -140,16 +139,8 @@ def from_tests(module: str) -> ModuleType:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the lines and bars of many runs."""
+    """Without the lines and bars of a run; accelerate's state is global, and the next run starts with a new one."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-@contextlib.contextmanager
-def fresh_accelerate() -> Iterator[None]:
-    """Its state is global: the next run in this process starts anew."""
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from torch import Size
 
@@ -20,11 +21,15 @@ UPDATE_BYTES = 72  # moved for a trained number by the norm, clipping, fused Ada
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast"]
 Phase = Literal["forward", "backward", "update"]
 # how often a process sends the whole tensor, on the average of them and but for its own part of it
-RING = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1, "broadcast": 1}
-GLOO = RING | {"reduce_scatter": 2, "reduce": 2}  # as measured: it reduces all, and keeps what was asked for
+RING: dict[Kind, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1, "broadcast": 1}
+GLOO: dict[Kind, int] = RING | {
+    "reduce_scatter": 2,
+    "reduce": 2,
+}  # as measured: it reduces all, and keeps what was asked for
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True)
+class Collective:
     """What is exchanged in a phase of a step: so many messages, and the bytes of their whole tensors together."""
 
     kind: Kind
@@ -137,7 +142,7 @@ class Hardware(NamedTuple):
 
 def assumptions(given: Iterable[str]) -> Hardware:
     """The hardware with other values, given as NAME=VALUE; ValueError for an unknown name or what is not positive."""
-    hardware = Hardware()
+    hardware: Any = Hardware()
     for each in given:
         name, _, value = each.partition("=")
         if name not in hardware._fields:

@@ -76,7 +76,8 @@ def place_of(kind: str, example: int) -> tuple[int, int, int]:
 
 def batches_of(base: BaseConfig, place: tuple[int, int, int] | None = None) -> Any:
     """A process's batches from a place on, as a run of one process without workers has them."""
-    stream = datasets_lib.build(base, "train").shard_for_rank(0, 1, 0)
+    dataset: Any = datasets_lib.build(base, "train")
+    stream = dataset.shard_for_rank(0, 1, 0)
     stream.readers = (place and {"place": place},)
     return iter(StreamBatches(stream, Clock(None, BATCH, 1, 1, max_train_steps=10**9), base, 0))
 

@@ -45,20 +45,15 @@ def states(modules: Iterable[nn.Module], optimizer: Any, ema: Any) -> dict[str, 
     inner, modules = optimizer.optimizer, list(modules)
     masters = getattr(inner, "single_partition_of_fp32_groups", getattr(inner, "fp32_partitioned_groups_flat", []))
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in wrappers]
     weights = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]
     return {
         "weights": held([*weights, *masters]),
         "moments": held([moment for moment in moments if moment.dim()]),
         "averages": held(list(ema.averages.values()) if ema is not None else []),
-        "gradients in flight": bucket_bytes(modules),
+        "gradients in flight": sum(int(size) for sizes in buckets for size in sizes.split(",")) if wrappers else None,
     }
-
-
-def bucket_bytes(modules: Iterable[nn.Module]) -> int | None:
-    """Bytes of the gradients that DDP reduces in a step; None without DDP."""
-    wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
-    buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in wrappers]
-    return sum(int(size) for sizes in buckets for size in sizes.split(",")) if wrappers else None
 
 
 def gradients_of(optimizer: Any) -> list[Tensor | None]:

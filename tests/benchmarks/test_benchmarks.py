@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
+from repository import ROOT
 
-from scripts.benchmarks import loop, report, scale
+from scripts.benchmarks import bench, loop, scale
 
 ROWS = [
     {"task": "ddpm", "median_ratio": 0.98765, "rates": [1.0, 2.0], "ms_per_step": {"data": 0.5, "all": 123.4}},
@@ -16,10 +18,10 @@ ROWS = [
 
 
 def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
     document = tmp_path / "performance.md"
     document.write_text("before\n<!-- loop -->\nold\n<!-- end of loop -->\nafter\n")
-    path = report.write("loop", ROWS, "scripts/benchmarks/bench.py loop", document)
+    path = bench.write("loop", ROWS, "scripts/benchmarks/bench.py loop", document)
     result = json.loads(path.read_text())
     assert result["rows"] == ROWS
     assert result["versions"]["torch"] == torch.__version__
@@ -33,7 +35,7 @@ def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
         "| ddpm | 0.988 | data 0.5, all 123 |",
         "| vae | 1 | data 1, all 1,234 |",
     ]
-    report.write(
+    bench.write(
         "loop",
         [{"engine": "DDP", "held_mib": ("-", 2.5)}],
         "scripts/benchmarks/bench.py loop",
@@ -46,7 +48,14 @@ def test_a_table_takes_the_place_of_its_older_one(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="has no place for the table; write <!-- data --> and <!-- end of data --> where"
     ):
-        report.write("data", ROWS, "scripts/benchmarks/bench.py data", document)
+        bench.write("data", ROWS, "scripts/benchmarks/bench.py data", document)
+
+
+@pytest.mark.parametrize("table", bench.TABLES)
+def test_each_table_has_a_module_a_place_and_a_row_of_the_readme(table):
+    assert importlib.util.find_spec(f"scripts.benchmarks.{table}")
+    assert f"<!-- {table} -->" in bench.TABLES[table].read_text()
+    assert f"| `bench.py {table}" in (ROOT / "scripts/benchmarks/README.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["conditional_ddpm", "vae", "lora"])
@@ -81,7 +90,7 @@ def test_the_runs_that_are_measured(task, size, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_processes_send_each_other_is_the_gradient_and_a_few_numbers(processes):
-    found = scale.launched("ddpm", processes, 2, 1, size="smallest")
+    found = scale.launched("ddpm", processes, 2, 1)
     assert found["examples_per_second"] > 0
     assert found["gradient_bytes"] == (found["trained_bytes"] if processes > 1 else 0)
     assert 0 < found["other_bytes"] < 200 if processes > 1 else found["other_bytes"] == 0

@@ -15,7 +15,8 @@ from PIL import Image
 from repository import ROOT
 from sklearn.datasets import load_digits
 
-from scripts.benchmarks import measure_steps, measure_style
+from scripts import sweep
+from scripts.benchmarks import measure_style
 from scripts.data import make_base, make_digits
 from train import main
 from trainers.engine.config.config import load_config
@@ -135,34 +136,37 @@ def test_all_stages_in_a_few_steps(runs, capsys):
         assert found[f"{name}_judge_held_out"] > 0.9
     assert found == json.loads((runs / "lora" / "evaluation" / "metrics.json").read_text())
     width, height = Image.open(runs / "lora" / "evaluation" / "base_and_lora.png").size
-    assert width == 10 * (3 * 32 + 2) + 2
-    assert height > 2 * 2 * 3 * 32
+    assert width > 10 * 4 * 32
+    assert height > 2 * 2 * 4 * 32
     size = sum(parameter.numel() for parameter in unet_of(runs / "base").parameters())
     assert 0.9e6 < size < 1.6e6
 
 
-AWAY = ("distance_base", "distance_lcm")
-
-
-def test_few_steps_are_measured(runs, capsys):
-    call(measure_steps, runs / "base", runs / "lcm", "--number", 12, "--steps", 1, 2, "--many", 3, "--guidance", 3)
-    found = json.loads(capsys.readouterr().out)
-    numbers = {f"{name}_{steps}" for name in ("base", "lcm", "recovered", *AWAY) for steps in (1, 2)}
-    assert set(found) == {"pictures", "guidance_scale", "judge_held_out", "base_3", *numbers}
-    assert (found["pictures"], found["guidance_scale"]) == (20, 3)
-    assert found == json.loads((runs / "lcm" / "evaluation" / "metrics.json").read_text())
-    width, height = Image.open(runs / "lcm" / "evaluation" / "steps.png").size
-    assert width == 10 * (3 * 32 + 2) + 2
-    assert height > 5 * 3 * 32
-    assert f"{runs / 'lora'}: is a run of lora; give one of lcm_lora" in error(
-        measure_steps, runs / "base", runs / "lora"
-    )
-
-
-def test_what_is_recovered():
-    assert measure_steps.recovered(0.5, 1.0, 0.9) == pytest.approx(0.8)
-    assert measure_steps.recovered(0.8, 1.0, 0.7) == pytest.approx(-0.5)
-    assert measure_steps.recovered(0.95, 1.0, 1.0) is None
+def test_few_steps_with_and_without_an_adapter(runs, tmp_path):
+    """scripts/sweep.py: the base's options are its own, and its pictures of the last value are what others are compared with."""
+    options = ["--vary", "steps=1,2", "--number", 12, "--output", tmp_path / "steps"]
+    guided = "text_to_image.guidance_scale=3"
+    call(sweep, runs / "lcm", "--base", runs / "base", *options, guided, "lcm_lora.lora_scale=1")
+    rows = json.loads((tmp_path / "steps.json").read_text())
+    assert [(row["value"], row["weights"]) for row in rows] == [
+        ("1", "base"),
+        ("1", "raw"),
+        ("2", "base"),
+        ("2", "raw"),
+    ]
+    distances = [row["distance"] for row in rows]
+    assert distances[2] == 0 < min(distances[0], distances[1], distances[3])
+    assert {"class_accuracy", "worst_class_accuracy", "copies"} < rows[0].keys()
+    width, height = Image.open(tmp_path / "steps-pictures.png").size
+    assert width > 10 * 4 * 32
+    assert height > 4 * 4 * 32
+    call(sweep, runs / "base", *options, guided)
+    alone = json.loads((tmp_path / "steps.json").read_text())
+    drawn = ("class_accuracy", "class_diversity", "nearest_distance")
+    for with_adapter, row in zip(rows[::2], [row for row in alone if row["weights"] == "ema"], strict=True):
+        assert [with_adapter[name] for name in drawn] == [row[name] for name in drawn]
+    text = error(sweep, runs / "lcm", "--base", runs / "base", *options, "lora.rank=1")
+    assert "lora: an override names this section, the file has base, text_to_image" in text
 
 
 def unet_of(folder):
