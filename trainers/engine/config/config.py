@@ -42,7 +42,7 @@ class RunConfig(NamedTuple):
 def load_config(
     path: str | Path, overrides: list[str] | None = None, data_problems: Check = lambda base: ()
 ) -> RunConfig:
-    """Reads CONFIG, applies `section.key=value` overrides and checks everything; `data_problems` checks data options."""
+    """Reads CONFIG, applies `section.key=value` overrides and checks it; `data_problems` checks the data options."""
     return check_config(read_config_file(Path(path)), overrides, data_problems)
 
 
