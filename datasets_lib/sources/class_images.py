@@ -122,8 +122,8 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
         raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
-    twice = set(images) & set(instances.source.images) if isinstance(instances, ImageDataset) else None
-    if twice:
+    of_folder = args.train_data_dir is not None and isinstance(instances, ImageDataset)
+    if of_folder and (twice := set(images) & set(instances.source.images)):
         raise ValueError(
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "
             "base.train_data_dir too; move it out of that folder"
