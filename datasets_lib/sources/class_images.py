@@ -26,6 +26,7 @@ class PriorDataset(ImageData):
     """
 
     random = True
+    caption_note: str | None = None
     picture_columns = ("image", "class_image")
 
     def __init__(self, instances: ImageData, prior: ImageDataset) -> None:

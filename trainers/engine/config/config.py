@@ -167,7 +167,7 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"{key}: {reason}{hint}"]) from None
 
 
-def _plain(config: Any, **options: bool) -> dict[str, Any]:
+def _plain(config: Any, **options: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(config, **options))  # all of ours are mappings
 
 

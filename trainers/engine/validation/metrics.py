@@ -61,8 +61,8 @@ def describe(
             found[2].append(classifier(on_device).argmax(1).cpu())
         if labels is not None:
             found[3].append(labels.cpu())
-    optional = (torch.cat(parts) if parts else None for parts in found[1:4])
-    return Described(torch.cat(found[0]), *optional, torch.cat(found[4]))
+    vectors, predicted, classes = (torch.cat(parts) if parts else None for parts in found[1:4])
+    return Described(torch.cat(found[0]), vectors, predicted, classes, torch.cat(found[4]))
 
 
 def pictures_of(dataset: DataSet, numbers: list[int], batch_size: int) -> Iterator[Batch]:
