@@ -60,8 +60,8 @@ def sweep(arguments: argparse.Namespace) -> Iterator[dict]:
     """A row of metrics for each value and kind of weights."""
     chosen, run, cpu = points(arguments), open_run(arguments.path).config(), torch.device("cpu")
     sets = datasets_lib.build(run.base, "train"), datasets_lib.build(run.base, "validation")
-    real, held_out = [s and describe(pictures_of(s, list(range(len(s))), 500), cpu) for s in sets]
-    if real.labels is None or not run.trainer_class.Config.__dataclass_fields__.get("num_classes"):
+    real, held_out = [describe(pictures_of(s, list(range(len(s))), 500), cpu) if s else None for s in sets]
+    if real is None or real.labels is None or not run.trainer_class.Config.__dataclass_fields__.get("num_classes"):
         raise ValueError(f"{arguments.path}: has no classes; only what is drawn by class can be recognised")
     own = nearest(held_out.vectors, real.vectors)[0] if held_out else None
     recognise = train_classifier(real)
