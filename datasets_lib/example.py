@@ -37,8 +37,12 @@ class ImageData(DataSet, Protocol):
     highest_label: int | None = None  # if it is known
     encoded_by: str | None = None  # digest of the network that made the latents
     notes: Sequence[str] = ()  # lines for the start of a run
-    caption_note: str | None = None  # the line to show if there are no captions, for tasks that read them
     picture_columns: tuple[str, ...] = ()  # columns whose pictures image() knows, for caches
+
+    @property
+    def caption_note(self) -> str | None:
+        """The line to show if there are no captions, for tasks that read them."""
+        return None
 
     # one by one
     def name(self, index: int) -> str:

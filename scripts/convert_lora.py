@@ -38,7 +38,10 @@ from trainers.common.lora.files import (
 from trainers.inference.command import command
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
-STARTS = {"kohya": "lora_", "diffusers": ("unet.", "text_encoder.", "text_encoder_2.")}
+STARTS: dict[str, str | tuple[str, ...]] = {
+    "kohya": "lora_",
+    "diffusers": ("unet.", "text_encoder.", "text_encoder_2."),
+}
 NETWORKS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
@@ -85,7 +88,8 @@ def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     base = BASES.get(widths.pop(), {}) if len(widths) == 1 else {}
     sdxl = "text_encoder_2" in lora.tensors or base == BASES[2048]
     tags = {"unet": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}
-    tensors, ranks, alphas = {}, [], []
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas = [], []
     for network, state in lora.tensors.items():
         scalings, sizes = lora.scalings(network), lora.ranks(network)
         for module, rank in sizes.items():
@@ -145,7 +149,8 @@ def _magnitude(name: str, parts: dict[str, Tensor]) -> Tensor:
 
 def settings_of(ranks: dict[str, int], alphas: dict[str, float], dora: bool) -> Settings:
     """Options of a LoraConfig from each module's rank and alpha; those of most modules, and what differs."""
-    ranks, alphas = ({key.removeprefix("text_model."): value for key, value in row.items()} for row in (ranks, alphas))
+    ranks = {key.removeprefix("text_model."): value for key, value in ranks.items()}
+    alphas = {key.removeprefix("text_model."): value for key, value in alphas.items()}
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
         "r": rank,
@@ -173,7 +178,9 @@ def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         raise ValueError("names of the original SDXL network and of diffusers' are mixed: no such file is converted")
     found = {}
     for name, original in mapped.items():
-        tag, rest = re.fullmatch(r"lora_(unet|te|te1|te2)_(\w+)", name).groups()
+        match = re.fullmatch(r"lora_(unet|te|te1|te2)_(\w+)", name)
+        assert match is not None  # KOHYA fits all, and the mapping keeps beginnings
+        tag, rest = match.groups()
         if tag == "unet" and not _is_known(rest):
             rest = _from_original(name)
         if not _is_known(rest):

@@ -158,8 +158,8 @@ def of_folders(arguments: argparse.Namespace) -> Task:
     pictures, train_set = data_folder(folder, side), data_folder(real, side)
     held_out = data_folder(arguments.held_out, side) if arguments.held_out else None
     for other, place in ((pictures, folder), (held_out, arguments.held_out)):
-        named = other is not None and other.label_names and train_set.label_names
-        if named and other.label_names != train_set.label_names:
+        named = None if other is None else other.label_names
+        if named and train_set.label_names and named != train_set.label_names:
             raise ValueError(f"{place} and {real}: have other classes; name their sub-folders alike")
     drawn = pictures_of(pictures, list(range(len(pictures))), arguments.batch_size)
     return Task(
@@ -194,8 +194,9 @@ def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any],
         drawn, originals = describe(task.drawn, task.device, *judges), described(task.held_out, task.originals)
         shown = spread(len(task.originals), NEIGHBOURS)
         picture = grid_of([originals.thumbnails[shown], drawn.thumbnails[shown]], len(shown))
-        metrics = {"pictures": len(task.originals)} | task.known | measure_reconstructions(drawn, originals)
-        return finite(metrics | task.of_task.means()), picture
+        known: dict[str, Any] = {"pictures": len(task.originals)} | task.known
+        known |= measure_reconstructions(drawn, originals)
+        return finite(known | task.of_task.means()), picture
     real = described(task.train_set)
     held_out = described(task.held_out) if task.held_out is not None else None
     drawn = describe(task.drawn, task.device, *judges)
@@ -204,13 +205,15 @@ def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any],
     metrics: dict[str, Any] = {"pictures": len(drawn.thumbnails), "real_pictures": len(real.thumbnails)}
     own = nearest(held_out.vectors, real.vectors)[0] if held_out is not None and not arguments.real_number else None
     metrics |= measure(drawn, real, own, recognise) | task.of_task.means()
-    if classes:
+    seen = recognised(drawn, recognise) if classes else None
+    if seen is not None and drawn.labels is not None:
         names = getattr(task.train_set, "label_names", None)
-        found = accuracy_by_class(recognised(drawn, recognise), drawn.labels)
+        found = accuracy_by_class(seen, drawn.labels)
         metrics["accuracy_by_class"] = {names[k] if names else k: value for k, value in found.items()}
         if held_out is not None and held_out.labels is not None:  # what the classifier gets on real pictures
-            right = recognised(held_out, recognise) == held_out.labels
-            metrics["class_accuracy_held_out"] = right.double().mean().item()
+            seen = recognised(held_out, recognise)
+            assert seen is not None  # as of the drawn pictures
+            metrics["class_accuracy_held_out"] = (seen == held_out.labels).double().mean().item()
     return finite(metrics), neighbours(drawn, real)
 
 

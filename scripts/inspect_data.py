@@ -17,6 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
+from datasets_lib.example import StreamData
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.report.statistics import Line, caption_lines, column_lines, label_lines, picture_lines, scan
 from datasets_lib.sources.class_images import PriorDataset
@@ -34,7 +35,7 @@ STREAMED = 1000  # of a stream's examples, its first
 def parts(base: BaseConfig) -> Iterator[tuple[str, Any]]:
     """Yields the data sets of a configuration by name; the pictures of a class are one of their own."""
     train = datasets_lib.build(base, "train")
-    if base.streaming:
+    if isinstance(train, StreamData):
         train = train.held(STREAMED)
     yield "train", train.instances if isinstance(train, PriorDataset) else train
     if isinstance(train, PriorDataset):

@@ -50,8 +50,10 @@ SHEET_COLUMNS = 6
 def side_of(base: BaseModel) -> int:
     """The pixels of a side of the squares that a base works on."""
     unet = json.loads((base.folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    side, latents = unet["sample_size"], latent_grid(vae_config(str(base.folder / "vae")), 1 << 10)
-    return side * (1 << 10) // latents.resolution
+    settings = vae_config(str(base.folder / "vae"))
+    assert settings is not None  # the base was checked
+    latents = latent_grid(settings, 1 << 10)
+    return unet["sample_size"] * (1 << 10) // latents.resolution
 
 
 def check(arguments: argparse.Namespace) -> BaseModel:
@@ -85,11 +87,13 @@ def dtypes_of(arguments: argparse.Namespace) -> dict[str, torch.dtype]:
 
 def perceptual(spec: str | None, side: int) -> nn.Module | None:
     """The distance by which frames are spaced; ValueError where it cannot be had."""
-    problem = spec and perceptual_problem(spec, 3, side)
+    if not spec:
+        return None
+    problem = perceptual_problem(spec, 3, side)
     try:
         if problem:
             raise ValueError(problem)
-        return spec and load_perceptual(spec, side)
+        return load_perceptual(spec, side)
     except ValueError as error:
         raise ValueError(f"--reschedule {spec}: {error}") from None
 
@@ -99,7 +103,8 @@ def draw(
 ) -> tuple[list[float], Tensor]:
     """The frames' weights from 0 to 1, and the frames as squares [N, 3, S, S] in [0, 1] on the CPU."""
     options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain")}
-    morph = Morph(pipeline, loras, prompts_of(arguments), **options)
+    (first, last), (start, end) = loras, prompts_of(arguments)
+    morph = Morph(pipeline, (first, last), (start, end), **options)
     morph.invert(torch.stack([picture.pixels for picture in pictures]).to(pipeline.device), tqdm)
     weights = arguments.weights or torch.linspace(0, 1, arguments.frames, dtype=torch.float64).tolist()
     frames = morph.frames(weights, tqdm)

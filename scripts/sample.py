@@ -48,7 +48,9 @@ def batches_of(count: int, batch_size: int, only: int | None) -> list[list[int]]
 
 def sample(drawing: Drawing, batches: list[list[int]], seed: int, gif: bool) -> tuple[dict[str, Tensor], Tensor | None]:
     """Pictures [N, C, H, W] by name, and with `gif` those after steps of the sampler, [frames, N, C, H, W]."""
-    drawer, found, frames = drawing.drawer, {}, []
+    drawer: Any = drawing.drawer  # a pipeline has what drawing asks of a trainer
+    found: dict[str, list[Tensor]] = {}
+    frames: list[Tensor] = []
     with evaluation_mode(drawer, lambda steps: tqdm(steps, desc="sampling", leave=False)):
         for numbers in tqdm(batches, desc="batches", disable=len(batches) == 1):
             drawer.frames = [] if gif else None
@@ -135,8 +137,10 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.gif and arguments.lora_scales is not None:
         raise ValueError("--gif: shows one scale; leave out --lora-scales")
     saved = None if is_pipeline(arguments.path) else open_run(Path(arguments.path))
-    prompted = saved is None or issubclass(saved.trainer_class, StableDiffusionTrainer)
-    drawing = of_prompts(arguments, saved) if prompted else of_task(arguments, saved)
+    if saved is None or issubclass(saved.trainer_class, StableDiffusionTrainer):
+        drawing = of_prompts(arguments, saved)
+    else:
+        drawing = of_task(arguments, saved)
     folder = arguments.output_dir or drawing.folder / f"seed-{arguments.seed}"
     with output_folder(folder, drawing.files) as made:
         draw_into(made, arguments, drawing, saved)

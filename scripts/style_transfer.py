@@ -65,8 +65,10 @@ def fitted(image: Image.Image, multiple: int, max_side: int) -> Image.Image:
         raise ValueError(
             f"--max-side {max_side}: leaves too little of a picture of {width} x {height} pixels; raise it"
         )
-    size = [max(1, min(round(side * scale / multiple), max_side // multiple)) * multiple for side in image.size]
-    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    width, height = (
+        max(1, min(round(side * scale / multiple), max_side // multiple)) * multiple for side in image.size
+    )
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def edges_of(image: Image.Image) -> Image.Image:

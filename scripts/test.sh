@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints and tests: scripts/test.sh [--slow] [pytest arguments]
+# Lints, checks types and tests: scripts/test.sh [--slow] [pytest arguments]
 # On two workers, unless an argument does not begin with --, as -k and files do: a few tests start sooner without.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,5 +12,6 @@ done
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 exec .venv/bin/python -m pytest -q ${workers[@]+"${workers[@]}"} "$@"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from datasets_lib.images.buckets import Size, best
 from datasets_lib.images.transforms import resize, resized_size
@@ -111,13 +111,16 @@ def header_size(image: Image.Image) -> Size:
     if image.format == "TIFF":  # Pillow turns these by itself
         return image.size[::-1]
     # Pillow's PNG reader decodes to find an orientation, which may come after the pixels.
-    exif = Image.Image.getexif(image) if image.format == "PNG" and not _has_late_text(image.fp) else image.getexif()
+    early = isinstance(image, PngImageFile) and not _has_late_text(image)
+    exif = Image.Image.getexif(image) if early else image.getexif()
     turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return image.size if turned else image.size[::-1]
 
 
-def _has_late_text(file: IO[bytes]) -> bool:
+def _has_late_text(image: PngImageFile) -> bool:
     """Whether a PNG has chunks after its pixels that may hold an orientation."""
+    file = image.fp
+    assert file is not None  # the image was opened just now
     position = file.tell()
     file.seek(8)
     seen: set[bytes] = set()

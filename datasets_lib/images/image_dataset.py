@@ -24,6 +24,7 @@ class ImageDataset(ImageData):
     `random` is False when `get` would not use its generator.
     """
 
+    caption_note: str | None = None
     picture_columns = ("image",)  # what `image` and `image_keys` know, for caches of encoded pictures
 
     def __init__(self, source: Source, args: Any, split: str):
@@ -103,6 +104,7 @@ class ImageDataset(ImageData):
 
         Instead of "image" and "mask" there are "pixels", uint8 [B, C, H, W], and "flipped", bool [B].
         """
+        assert self.pictures.decoded is not None  # `in_memory` says so
         places = [self.pictures.find(index) for index in indices]
         pairs = zip(places, generators, strict=True)
         views, examples = zip(*[self._draw(place, self.pictures.size(place), own) for place, own in pairs], strict=True)
@@ -161,7 +163,7 @@ class ImageDataset(ImageData):
         if self.random_flip and generator is not None:
             view = view._replace(flipped=bool(draw(2, generator)))
         row = self.rows[position]
-        example = {"caption": self.texts.draw(row, generator)}
+        example: dict[str, Any] = {"caption": self.texts.draw(row, generator)}
         if self.source.labels is not None:
             example["label"] = self.source.labels[row]
         return view, {**example, "original_size": size, "crop_top_left": view.top_left()}
@@ -189,6 +191,6 @@ def _with_tensors(example: dict[str, Any]) -> dict[str, Any]:
     return {key: torch.tensor(value) if isinstance(value, tuple) else value for key, value in example.items()}
 
 
-def _column(values: Sequence[str | int | Size]) -> list[str] | torch.Tensor:
+def _column(values: Sequence[Any]) -> list[str] | torch.Tensor:
     """What collating gives: texts stay a list."""
     return list(values) if isinstance(values[0], str) else torch.tensor(values)

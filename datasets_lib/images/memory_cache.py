@@ -27,7 +27,7 @@ class DecodedImages:
     def __init__(self, byte_counts: list[int]):
         self.offsets = [0, *itertools.accumulate(byte_counts)]
         self.block = torch.empty(self.offsets[-1], dtype=torch.uint8)
-        self.shapes: list[tuple[int, int, int] | None] = [None] * len(byte_counts)
+        self.shapes: list[tuple[int, ...] | None] = [None] * len(byte_counts)
         self.sizes: list[Size | None] = [None] * len(byte_counts)
         self.same_shape = False
 
@@ -40,16 +40,19 @@ class DecodedImages:
 
     def finish(self) -> DecodedImages:
         """Make the block [N, C, H, W], which is faster to index, if all shapes are equal."""
-        self.same_shape = len(set(self.shapes)) == 1 and self.shapes[0] is not None
-        if self.same_shape:
-            self.block = self.block.view(len(self.shapes), *self.shapes[0])
+        shape = self.shapes[0] if len(set(self.shapes)) == 1 else None
+        if shape is not None:
+            self.same_shape = True
+            self.block = self.block.view(len(self.shapes), *shape)
         return self
 
     def __getitem__(self, position: int) -> Picture:
+        shape, size = self.shapes[position], self.sizes[position]
+        assert shape is not None  # nobody asks for one that cannot be decoded
+        assert size is not None
         if self.same_shape:
-            return self.block[position], self.sizes[position]
-        flat = self.block[self.offsets[position] : self.offsets[position + 1]]
-        return flat.view(self.shapes[position]), self.sizes[position]
+            return self.block[position], size
+        return self.block[self.offsets[position] : self.offsets[position + 1]].view(shape), size
 
     def crops(self, positions: Sequence[int], views: Sequence[View]) -> torch.Tensor:
         """Return the parts of these images that the views show, not mirrored: uint8 [B, C, H, W]."""

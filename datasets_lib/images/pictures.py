@@ -60,7 +60,7 @@ class Pictures:
         sizes = in_threads(self._size_or_skip, len(self))
         found = [None if size is None else numbers[self.reader.target(size)] for size in sizes]
         counts = Counter(number for number in found if number is not None)
-        most = max(counts, key=counts.get, default=0)
+        most = max(counts, key=lambda number: counts[number], default=0)
         return [most if number is None else number for number in found]
 
     def target(self, position: int) -> Size:
@@ -82,7 +82,7 @@ class Pictures:
 
     def find(self, index: int) -> int:
         """Return the first usable position of the bucket from `index` on; where broken ones are replaced, decode."""
-        if self.bad is None or self.good[index]:
+        if self.good is None or self.good[index]:
             return index
         return self._first_usable(index)[0]
 
@@ -95,8 +95,9 @@ class Pictures:
 
     def size(self, position: int) -> Size:
         """Return (height, width) of the upright picture before resizing; nothing is decoded."""
-        if self.decoded is not None:
-            return self.decoded.sizes[position]
+        decoded = None if self.decoded is None else self.decoded.sizes[position]
+        if decoded is not None:
+            return decoded
         if position not in self.sizes:
             with self._naming(position):
                 self.sizes[position] = self.reader.size(self._image(position))
@@ -126,7 +127,7 @@ class Pictures:
         for step in range(len(self)):
             position = (index + step) % len(self)
             same = position == index or self.buckets[position] == self.buckets[index]
-            if same and not self.bad[position]:
+            if same and not (self.bad is not None and self.bad[position]):
                 picture = self._decode_or_skip(position) if self.decoded is None else self.decoded[position]
                 if picture is not None:
                     return position, picture
@@ -146,6 +147,7 @@ class Pictures:
         return pixels, size
 
     def _read_mask(self, position: int, size: Size) -> torch.Tensor:
+        assert self.source.masks is not None
         mask = self.source.masks[self.rows[position]]
         name = f"its mask {mask}" if isinstance(mask, Path) else "its mask"
         with self._naming(position, name):

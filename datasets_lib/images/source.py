@@ -7,9 +7,17 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+
+
+class Rows(Protocol):
+    """Images by row, read when they are asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass
@@ -21,14 +29,14 @@ class Source:
     lines for the start of the run.
     """
 
-    images: Sequence
+    images: Rows
     origin: str
     fingerprint: str
     labels: list[int] | None = None
     label_names: list[str] | None = None
     captions: list[str | list[str]] | None = None
     notes: list[str] = field(default_factory=list)
-    masks: Sequence | None = None
+    masks: Rows | None = None
     names: Sequence[str] | None = None  # of images that are no files
 
     def name(self, row: int) -> str:

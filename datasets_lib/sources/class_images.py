@@ -26,6 +26,7 @@ class PriorDataset(ImageData):
     """
 
     random = True
+    caption_note: str | None = None
     picture_columns = ("image", "class_image")
 
     def __init__(self, instances: ImageData, prior: ImageDataset) -> None:
@@ -122,8 +123,8 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
         raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
-    of_folder = args.train_data_dir is not None and isinstance(instances, ImageDataset)
-    if of_folder and (twice := set(images) & set(instances.source.images)):
+    known = instances.source.images if args.train_data_dir is not None and isinstance(instances, ImageDataset) else ()
+    if twice := set(images) & {image for image in known if isinstance(image, Path)}:
         raise ValueError(
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "
             "base.train_data_dir too; move it out of that folder"

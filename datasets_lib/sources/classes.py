@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets_lib.checks import one_of
@@ -14,7 +15,7 @@ def class_folders(folder: Path, images: list[Path]) -> list[str] | None:
     return [first for first, *_ in parts] if looks_so else None
 
 
-def class_names(classes: list[str | int] | None) -> list[str] | None:
+def class_names(classes: Sequence[str | int] | None) -> list[str] | None:
     """Return the names in order, numbers by their value; None where classes are integers already."""
     if classes is None or all(isinstance(item, int) for item in classes):
         return None
@@ -23,7 +24,9 @@ def class_names(classes: list[str | int] | None) -> list[str] | None:
     return sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
 
 
-def number_classes(classes: list[str | int] | None, label_names: list[str] | None, folder: Path) -> list[int] | None:
+def number_classes(
+    classes: Sequence[str | int] | None, label_names: list[str] | None, folder: Path
+) -> list[int] | None:
     """Return the number of each image's class."""
     if classes is None:
         return None

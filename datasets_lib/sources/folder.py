@@ -81,7 +81,8 @@ def read_source(top: Path, args: Any, split: str) -> Source:
     labels = number_classes(classes, label_names, folder)
     origin = "sub-folders" if metadata is None else metadata.name
     notes = [f"classes from the {origin} of {folder}: {', '.join(label_names)}"] if label_names else []
-    if left_out := len(set(found) - set(images) - set(listed.masks or ())):
+    left_out = len(set(found) - set(images) - set(listed.masks or ()))
+    if metadata is not None and left_out:
         notes.append(f"{left_out} of {len(found)} images in {folder} are not in {metadata.name}: left out")
     return as_source(listed, folder, labels, label_names, notes)
 
@@ -141,7 +142,7 @@ def walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
         yield from files
 
 
-def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str] | None:
+def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str | list[str]] | None:
     """Return the text beside each image, or None if no image has one."""
     if caption_column is not None:
         raise ValueError(

@@ -175,6 +175,9 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __iter__(self) -> Iterator[Path | bytes]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, row: int) -> Path | bytes:
         image = self.rows[row][self.column]
         if image is None or image["bytes"] is not None:

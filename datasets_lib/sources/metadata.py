@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class Listed(NamedTuple):
 
     images: list[Path]
     captions: list[str | list[str]] | None
-    classes: list[str | int] | None
+    classes: Sequence[str | int] | None
     masks: list[Path] | None
 
 

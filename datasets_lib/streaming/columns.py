@@ -29,7 +29,7 @@ class ShardColumns:
         self.image = None if self.latents else image_column(pictures, args.image_column)
         self.caption = caption_column(features, args.caption_column)
         self.label = _label_column(features, args.label_column)
-        self.label_names = label_names or getattr(features.get(self.label), "names", None)
+        self.label_names = label_names or getattr(features.get(self.label or ""), "names", None)
         self.num_classes = len(self.label_names) if self.label_names else None
 
     @property
@@ -48,12 +48,12 @@ class ShardColumns:
             labels = [self.label_of(row)]
         if self.mask is not None:
             masks = [_encoded(row.columns.get(self.mask), row)]
-        images = [b"" if self.latents else _encoded(row.columns.get(self.image), row)]
+        images = [b"" if self.image is None else _encoded(row.columns.get(self.image), row)]
         return Source(images, self.origin, "", labels, self.label_names, captions, masks=masks, names=[row.name])
 
     def label_of(self, row: RawRow) -> int:
         """Return the number of a row's class."""
-        label = row.columns.get(self.label)
+        label = None if self.label is None else row.columns.get(self.label)
         if isinstance(label, str) and self.label_names:
             return self.label_names.index(one_of(f"the class of {row.name}", label, self.label_names))
         if type(label) is not int or not 0 <= label < 1 << 63:

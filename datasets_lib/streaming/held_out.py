@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ class HeldExamples(ImageData):
     label_names: list[str] | None
     highest_label: int | None
     encoded_by: str | None
-    notes: list[str]
+    notes: Sequence[str]
 
     random = False
     picture_columns = ()

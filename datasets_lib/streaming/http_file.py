@@ -6,8 +6,12 @@ import base64
 import io
 import urllib.error
 import urllib.request
-from typing import IO
+from http.client import HTTPResponse
+from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 PART_BYTES = 4 << 20  # of one request
 TIMEOUT_SECONDS = 60.0
@@ -31,7 +35,7 @@ class HttpFile(io.RawIOBase):
             raise OSError("the server does not serve parts of files (no answer 206 to a Range)")
         self.size = int(size)
 
-    def _request(self, first: int, last: int) -> IO[bytes]:
+    def _request(self, first: int, last: int) -> HTTPResponse:
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={first}-{last}"})
         if self.user:
             encoded = base64.b64encode(self.user.encode()).decode()
@@ -55,15 +59,16 @@ class HttpFile(io.RawIOBase):
     def tell(self) -> int:
         return self.place
 
-    def readinto(self, buffer: memoryview) -> int:
-        wanted = min(len(buffer), self.size - self.place)
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        wanted = min(len(view), self.size - self.place)
         if wanted <= 0:
             return 0
         with self._request(self.place, self.place + wanted - 1) as response:
             part = response.read()
         if len(part) != wanted:
             raise OSError(f"the server sent {len(part)} of {wanted} bytes")
-        buffer[:wanted] = part
+        view[:wanted] = part
         self.place += wanted
         return wanted
 

@@ -39,10 +39,9 @@ def left_out(order: ShardOrder, counted: dict[str, dict[str, Any]], readers: Rea
     found = f"{whole:,} shards and the rest of {len(rest) - whole:,}"
     if buffered:
         found += f", and {buffered:,} examples in shuffle buffers"
-    records = [counted.get(shard.name) for shard, _ in rest]
-    if None in records:
+    if any(shard.name not in counted for shard, _ in rest):
         return f"{found} (how many examples those shards hold is not known)"
-    counts = (_examples(shard, offset, record) for (shard, offset), record in zip(rest, records, strict=True))
+    counts = (_examples(shard, offset, counted[shard.name]) for shard, offset in rest)
     return f"{found}, about {round(sum(counts)) + buffered:,} examples"
 
 

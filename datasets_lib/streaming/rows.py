@@ -76,11 +76,12 @@ def _parquet_rows(file: IO[bytes], shard: Shard, place: int, columns: list[str] 
 def _tar_rows(file: IO[bytes], shard: Shard, place: int) -> Iterator[RawRow]:
     """Rows in WebDataset's layout: the members whose names are equal up to the first dot; nothing is extracted."""
     file.seek(place)
-    key, parts, begins = None, {}, place
+    key, begins = None, place
+    parts: dict[str, bytes | None] = {}
     # one after the other: a member is read once or passed; names in other encodings are shown as they can be
     with tarfile.open(fileobj=file, mode="r|", errors="backslashreplace") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # else it keeps what it knows of each
+            archive.members.clear()  # type: ignore[attr-defined]  # typeshed has no members; it would keep them all
             folder, slash, name = member.name.rpartition("/")
             stem, _, end = name.partition(".")
             if member.isdir() or not stem or not end:
@@ -111,7 +112,9 @@ def _add_part(parts: dict[str, bytes | None], end: str, archive: tarfile.TarFile
         raise tarfile.ReadError(f"its member {member.name} is the second {column} of its example")
     if member.size > MEMBER_BYTES:  # which a sparse member need not have
         raise tarfile.ReadError(f"its member {member.name} has {member.size:,} bytes, more than {MEMBER_BYTES:,}")
-    parts[column] = archive.extractfile(member).read()
+    file = archive.extractfile(member)
+    assert file is not None  # it is a regular file
+    parts[column] = file.read()
 
 
 def _column_of(end: str) -> str | None:
@@ -125,9 +128,11 @@ def _column_of(end: str) -> str | None:
 
 def _columns(parts: dict[str, bytes | None]) -> dict[str, Any]:
     """The columns of an example; what cannot be read in them becomes an error when it is made."""
-    found = {}
+    found: dict[str, Any] = {}
     for column, data in parts.items():
-        if column == "json":
+        if data is None:
+            found[column] = None
+        elif column == "json":
             found |= _object(data)
         elif column in TEXTS.values():
             found[column] = data.decode("utf-8", errors="replace").strip()

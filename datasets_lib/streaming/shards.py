@@ -86,9 +86,8 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
     folder, excluded = top, None
     if held_out is not None:
         folders = sorted(path.name for path in top.iterdir() if path.is_dir())
-        excluded = top / one_of(f"base.validation_split (a sub-folder of {top})", held_out, folders)
-    if split == "validation":
-        folder, excluded = excluded, None
+        named = top / one_of(f"base.validation_split (a sub-folder of {top})", held_out, folders)
+        folder, excluded = (named, None) if split == "validation" else (top, named)
     if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
     found = [path for path in walk(folder, excluded, top) if path.suffix.lower() in KINDS]

@@ -54,7 +54,7 @@ class Stream(ImageData):
         self.encoded_by = about.get("encoded_by")
         names = [shard.name for shard in self.shards]
         self.fingerprint = digest(names, list(sizes(self.shards)), sorted(features), self.label_names)
-        count = "" if None in known else f", {sum(record['examples'] for record in known):,} examples"
+        count = "" if None in known else f", {sum(record['examples'] for record in known if record):,} examples"
         self.notes = [f"a stream of {len(self.shards):,} shards{count}; its epochs are not counted"]
         if self.records and None in known:
             self.notes.append(
@@ -77,7 +77,7 @@ class Stream(ImageData):
     @property
     def caption_note(self) -> str | None:
         """The line that a task which reads captions shows where there are none."""
-        captions = None if self.columns.caption is None else []
+        captions: list[str | list[str]] | None = None if self.columns.caption is None else []
         return Captions(Source([], self.origin, "", captions=captions), self.args).note
 
     def example(self, row: RawRow, generator: torch.Generator | None) -> dict[str, Any]:
@@ -149,7 +149,8 @@ class Stream(ImageData):
         epoch = resume.next_epoch(readers)
         self.readers = ({"place": (epoch, 0, 0)},) * len(self.readers)
         if process_index == 0:
-            self.skipped_before = tuple(map(sum, zip(resume.skipped(readers), *before, strict=True)))
+            shards, images = map(sum, zip(resume.skipped(readers), *before, strict=True))
+            self.skipped_before = shards, images
         return [f"stream: all readers begin epoch {epoch}: {self.left_out(saved)} are not read"]
 
     def left_out(self, saved: list[dict[str, Any]]) -> str:

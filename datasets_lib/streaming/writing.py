@@ -89,7 +89,7 @@ def _write_tar(path: Path, examples: Iterable[Columns]) -> None:
                 info = tarfile.TarInfo(f"{number:08}.{end}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
-            archive.members.clear()  # else it keeps what it knows of each
+            archive.members.clear()  # type: ignore[attr-defined]  # typeshed has no members; it would keep them all
 
 
 def _members(example: Columns) -> Iterator[tuple[str, bytes]]:
@@ -110,7 +110,7 @@ def _end(data: bytes) -> str:
     """The end of a picture's name; of one that Pillow does not know some end, as its reader looks at the content."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            end = image.format.lower()
+            end = (image.format or "").lower()
     except OSError:
         end = "png"
     return end if f".{end}" in EXTENSIONS else "png"

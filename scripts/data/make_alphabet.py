@@ -39,10 +39,10 @@ def find_fonts(folder: Path | None) -> list[Path]:
     if shutil.which("fc-list") is None:
         raise FileNotFoundError("fc-list of fontconfig is not installed; name a folder of font files with --fonts")
     listed = subprocess.run(["fc-list", "--format", "%{file}\n"], capture_output=True, text=True, check=True).stdout
-    found = {Path(line) for line in listed.splitlines() if Path(line).suffix.lower() in SUFFIXES}
-    if not found:
+    known = {Path(line) for line in listed.splitlines() if Path(line).suffix.lower() in SUFFIXES}
+    if not known:
         raise FileNotFoundError("fontconfig knows no font file; install fonts, or name a folder with --fonts")
-    return sorted(found)
+    return sorted(known)
 
 
 def faces_with_letters(path: Path, letters: str) -> tuple[list[Face], int]:
@@ -60,12 +60,12 @@ def render(face: Face, letter: str, size: int) -> Image.Image | None:
     """The letter in black on white, as large as fits, in the middle; None where the font draws nothing."""
     path, number = face
     font = ImageFont.truetype(str(path), 4 * size, index=number)
-    left, top, right, bottom = font.getbbox(letter)
+    left, top, right, bottom = map(int, font.getbbox(letter))  # whole pixels, which Pillow's stub calls float
     if right <= left or bottom <= top:
         return None
     glyph = Image.new("L", (right - left, bottom - top), 255)
     ImageDraw.Draw(glyph).text((-left, -top), letter, fill=0, font=font)
-    if glyph.getextrema()[0] > 128:
+    if min(glyph.tobytes()) > 128:
         return None
     scale = (size - 2 * MARGIN) / max(glyph.size)
     glyph = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.Resampling.LANCZOS)
@@ -86,11 +86,12 @@ def make_alphabet(output: Path, fonts: list[Path], size: int, held_out: float) -
         skipped += missing
         for face in faces:
             try:
-                pictures = [render(face, letter, size) for letter in letters]
+                rendered = [render(face, letter, size) for letter in letters]
             except OSError:  # FreeType refuses what fontTools could read
-                pictures = [None]
-            drawn = b"".join(picture.tobytes() for picture in pictures if picture)
-            if None in pictures or drawn in seen:
+                rendered = []
+            pictures = [picture for picture in rendered if picture is not None]
+            drawn = b"".join(picture.tobytes() for picture in pictures)
+            if len(pictures) < len(letters) or drawn in seen:
                 skipped += 1
                 continue
             seen.add(drawn)

@@ -70,7 +70,10 @@ def make_base(options: argparse.Namespace) -> str:
     for problem in latents_problems(options.vae):
         raise ValueError(f"VAE = {options.vae}: {problem}")
     base = load_config(options.config, options.overrides, datasets_lib.problems).base
-    captions = set(datasets_lib.build(base, "train").captions())
+    texts = datasets_lib.build(base, "train").captions()
+    if texts is None:
+        raise ValueError(f"CONFIG = {options.config}: its data set has no captions() to make a vocabulary of; add them")
+    captions = set(texts)
     torch.manual_seed(options.seed)
     vae = AutoencoderKL.from_pretrained(options.vae, subfolder=find_subfolder(options.vae, None))
     vae.save_pretrained(options.output / "vae")

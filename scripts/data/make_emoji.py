@@ -62,7 +62,7 @@ def open_font(path: Path) -> tuple[ImageFont.FreeTypeFont, list[str]]:
 
 def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
     """The picture alone, transparent around it; None where the font draws none, or two beside each other."""
-    left, top, right, bottom = font.getbbox(text)
+    left, top, right, bottom = map(int, font.getbbox(text))  # whole pixels, which Pillow's stub calls float
     if right <= left or bottom <= top or right - left > 1.5 * (bottom - top):
         return None
     glyph = Image.new("RGBA", (right - left, bottom - top))

@@ -295,6 +295,8 @@ def test_a_cache_on_each_host_holds_all(options, tmp_path, tiny_config):
 class Encoded:
     """A data set of one's own: the latents of another one's pictures, with their captions."""
 
+    options = ("center_crop", "random_flip")
+
     def __init__(self, pictures, autoencoder):
         self.pictures, self.fingerprint, self.captions = pictures, pictures.fingerprint, pictures.captions
         self.autoencoder = diffusers.AutoencoderKL.from_pretrained(autoencoder).requires_grad_(False)

@@ -30,6 +30,8 @@ SMALL_UNET = json.loads((ROOT / "configs/tests/models/unet2d.json").read_text())
 class Encoded:
     """A data set of one's own: the posteriors of another one's pictures, by the autoencoder in the folder `vae`."""
 
+    options = ("center_crop", "random_flip")
+
     def __init__(self, pictures, vae):
         self.pictures, self.fingerprint = pictures, pictures.fingerprint
         self.network = diffusers.AutoencoderKL.from_pretrained(vae).requires_grad_(False)

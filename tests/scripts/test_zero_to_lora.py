@@ -235,6 +235,14 @@ def test_shapes_know_no_colors():
         assert torch.allclose(measure_style.shapes(shape * ink + (1 - shape) * ground), shape, atol=1e-5)
 
 
+def test_base_needs_known_captions(tmp_path, monkeypatch):
+    config = ROOT / "configs/zero_to_lora/base.yaml"
+    monkeypatch.setattr(make_base.datasets_lib, "build", lambda base, split: SimpleNamespace(captions=lambda: None))
+    text = error(make_base, "owner/vae", config, tmp_path / "new")
+    assert f"CONFIG = {config}: its data set has no captions() to make a vocabulary of; add them" in text
+    assert not (tmp_path / "new").exists()
+
+
 def test_mistakes(digits, runs, tmp_path):
     assert f"{digits}: exists; choose a new folder" in error(make_digits, digits)
     captions = "configs/zero_to_lora/base.yaml"

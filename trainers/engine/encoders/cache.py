@@ -108,6 +108,8 @@ def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path,
 class KeyedExamples(ImageData):
     """A data set whose examples hold keys of cached pictures, "<column>_key", instead of the pictures."""
 
+    caption_note: str | None = None
+
     def __init__(self, whole: ImageData, keys: dict[str, list[tuple[str, ...]]]) -> None:
         self.whole, self.keys = whole, keys
         self.fingerprint, self.random, self.notes = whole.fingerprint, whole.random, whole.notes
