@@ -22,8 +22,8 @@ from trainers.common.text_to_image.prompts import EMBEDS
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.randomness import SlotRandom
+from trainers.engine.validation import validation
 from trainers.engine.validation.sampling import evaluation_mode
-from trainers.engine.validation.validation import Validation
 from trainers.inference.saved_run import load_trainer, open_run
 from trainers.lcm_lora import LCMLoRAConfig, LCMLoRATrainer
 
@@ -312,8 +312,8 @@ def test_validation_in_quarters_of_the_time():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pipeline_with_the_file_draws_the_validations_picture(run_in_process, monkeypatch, family):
-    drawn, original = [], Validation._draw
-    monkeypatch.setattr(Validation, "_draw", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    drawn, original = [], validation.draw_samples
+    monkeypatch.setattr(validation, "draw_samples", lambda *args: drawn.append(original(*args)) or drawn[-1])
     options = {"validation_prompts": PROMPTS, "pretrained_model_name_or_path": str(tiny_models.model(family))}
     folder = run_in_process("run", "lcm_lora", **{f"lcm_lora.{name}": value for name, value in options.items()})
     pipeline = DiffusionPipeline.from_pretrained(tiny_models.model(family))

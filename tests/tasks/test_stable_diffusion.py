@@ -22,8 +22,8 @@ from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, size_
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.randomness import SlotRandom
+from trainers.engine.validation import validation
 from trainers.engine.validation.sampling import evaluation_mode
-from trainers.engine.validation.validation import Validation
 from trainers.inference.saved_run import load_trainer, open_run
 from trainers.sd_lora import LoRAConfig, LoRATrainer
 from trainers.text_to_image import TextToImageConfig, TextToImageTrainer
@@ -264,8 +264,8 @@ def test_only_adapters_are_trained_and_the_base_stays_as_it_is(run_in_process):
 def test_the_pipeline_with_the_file_draws_the_validations_picture(run_in_process, monkeypatch, family):
     """Alpha differs from the rank, the text encoders have adapters, and the averaged weights are what is exported."""
     drawn = []
-    original = Validation._draw
-    monkeypatch.setattr(Validation, "_draw", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    original = validation.draw_samples
+    monkeypatch.setattr(validation, "draw_samples", lambda *args: drawn.append(original(*args)) or drawn[-1])
     rates = {"unet": 1e-2, "text_encoder": 1e-3} | ({"text_encoder_2": 1e-3} if family == "sdxl" else {})
     folder = run_in_process(
         "run",
@@ -494,8 +494,8 @@ def from_scratch(tmp_path):
 @pytest.mark.parametrize("objective", ["ddpm", "rectified_flow"])
 def test_from_scratch_the_result_is_a_whole_pipeline(run_in_process, monkeypatch, from_scratch, objective):
     drawn = []
-    original = Validation._draw
-    monkeypatch.setattr(Validation, "_draw", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    original = validation.draw_samples
+    monkeypatch.setattr(validation, "draw_samples", lambda *args: drawn.append(original(*args)) or drawn[-1])
     options = {"text_to_image.validation_prompts": PROMPTS, "text_to_image.objective": objective}
     if objective == "rectified_flow":
         options |= {"text_to_image.noise_offset": 0.0, "text_to_image.time_shift": 2.0}
