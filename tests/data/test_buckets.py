@@ -21,6 +21,7 @@ from reports import section
 from run_folders import final_state, forget_after, losses, read_metrics
 
 import datasets_lib
+from datasets_lib.example import ImageData
 from datasets_lib.images.buckets import best, bucket_sizes, kept_part
 from scripts.inspect_data import sheet_of
 from trainers.engine.checkpoint.config_diff import check_steps
@@ -269,7 +270,7 @@ def test_groups_and_their_members_are_shuffled_and_follow_from_the_seed():
     assert [order_for((40, 40, 40), 4, seed=1)[0].index(slot) for slot in slots] != indices
 
 
-class Sized:
+class Sized(ImageData):
     """A data set of which `counts` say how many examples each bucket has; an example's shape is its bucket's number."""
 
     fingerprint, random = "sized", False

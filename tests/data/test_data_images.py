@@ -168,8 +168,8 @@ def test_the_pixel_limit_holds_for_the_resized_size(tmp_path):
         ("interpolation=bilinar", "must be one of nearest, bilinear, bicubic, lanczos"),
         ("background_color=whit", "must be a colour: a name such as white, or #rrggbb"),
         ("bad_images=drop", "must be one of error, skip"),
-        ("max_image_pixels=400000000", r"must be int in \[1, 357913940\]"),
-        ("max_train_samples=0", "must be int at least 1 or null"),
+        ("max_image_pixels=400000000", r"must be an integer in \[1, 357913940\]"),
+        ("max_train_samples=0", "must be an integer of at least 1, or null"),
     ],
 )
 def test_settings_that_cannot_be_met(setting, message, tiny_config):
