@@ -182,7 +182,7 @@ def test_caches_count_for_what_the_run_will_have_to_encode(dry_run, run_in_proce
         "base.max_train_steps": 8,
     }
     _, printed, _ = dry_run(task="lora", **options)
-    assert "(1.429 times what was encoded here)" in printed  # 40 pictures, of which 28 are enough for 7 steps
+    assert "(1.429 times the values encoded here)" in printed  # 40 pictures, of which 28 are enough for 7 steps
     cache = number(r"caches +([\d,]+) bytes", printed)
     folder = run_in_process(task="lora", **options)
     real = sum(bytes_in(folder.parent / "encoder-cache").values())

@@ -78,7 +78,7 @@ class Measured:
             times = scale.get(f"cache_{column}", 1.0)
             what = f"{times:.4g} times the values encoded here"
             parts.append(Part(f"cache of {column}", 1, spent * times * self._missing(column), what))
-        decoding = sum(spent * scale[f"prepare_{split}"] for split, spent in self._seconds("prepare_").items())
+        decoding = sum(spent * scale.get(f"prepare_{split}", 1.0) for split, spent in self._seconds("prepare_").items())
         if decoding > NOTHING:
             parts.append(Part("decoding ahead", 1, decoding, f"{(plan.clock.num_examples or 0) + held_out:,} pictures"))
         parts += [Part("steps", plan.clock.total_steps, plan.clock.global_batch_size / self.examples_per_second)]
