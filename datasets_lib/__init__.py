@@ -1,4 +1,4 @@
-"""What an example is: data sets by name, by folder, or by hub name, all with the same small contract."""
+"""Data sets by name, by folder, or by hub name, all with the same small contract."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ Example = dict[str, Any]
 
 
 class DataSet(Protocol):
-    """What every data set has; all that one of your own needs."""
+    """The members that every data set has; one of your own needs no others."""
 
     fingerprint: str  # changes with the content
 
@@ -30,7 +30,7 @@ class DataSet(Protocol):
 
 @runtime_checkable
 class ImageData(DataSet, Protocol):
-    """What the loop may ask of a data set beside; the defaults are those of one that has no answer."""
+    """Further members that the loop may use; the defaults suit a data set that has no answer."""
 
     random: bool = True  # whether get() uses its generator
     label_names: list[str] | None = None

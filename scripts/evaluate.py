@@ -114,7 +114,7 @@ def held_out_metrics(trainer: Trainer, held_out: Any, numbers: list[int], size: 
 
 
 class Task(NamedTuple):
-    """What is to be compared, and where the result goes."""
+    """The pictures to compare, and where the result goes."""
 
     drawn: Iterable[tuple[Tensor, Tensor | None]]  # batches of pictures and classes
     train_set: Any

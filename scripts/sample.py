@@ -64,7 +64,7 @@ def sample(drawing: Drawing, batches: list[list[int]], seed: int, gif: bool) -> 
 
 
 def of_task(arguments: argparse.Namespace, saved: SavedRun) -> Drawing:
-    """What a run of a task without prompts draws at validations."""
+    """Describes what a run of a task without prompts draws at validations."""
     refuse_prompts(arguments, saved.task)
     trainer = load_trainer(saved, overrides_of(arguments, saved), arguments.weights, arguments.device)
     trainer.config.valid_batch_size = arguments.number or trainer.config.valid_batch_size

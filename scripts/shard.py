@@ -53,7 +53,7 @@ def read_base(source: Path, overrides: list[str]) -> BaseConfig:
 
 
 def settings_of(dataset: ImageDataset, base: BaseConfig, space: LatentSpace | None, options: Any) -> dict[str, Any]:
-    """What decides the shards of a split: a folder holds those of one."""
+    """The settings that decide the shards of a split; a folder holds those of one split."""
     found = {"format": FORMAT, "kind": options.format, "shard_size": options.shard_size, "seed": base.seed}
     found["data"] = dataset.fingerprint
     if space is not None:
@@ -145,7 +145,7 @@ def examples_of(
 
 
 def write_index(folder: Path, dataset: ImageDataset, settings: dict[str, Any], shape: list[int] | None) -> None:
-    """What the stream is told of the shards; it comes last, so that what was begun and not ended is no data set."""
+    """Writes the index of the shards last, so that an unfinished folder is not a data set."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(".shard-*.json"))]
     highest = [record.pop("highest_label") for record in records]
     about = {"format": FORMAT, "examples": len(dataset), "label_names": dataset.label_names, "shards": records}

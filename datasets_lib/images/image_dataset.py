@@ -192,5 +192,5 @@ def _with_tensors(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _column(values: Sequence[Any]) -> list[str] | torch.Tensor:
-    """What collating gives: texts stay a list."""
+    """Collates values; texts stay a list."""
     return list(values) if isinstance(values[0], str) else torch.tensor(values)

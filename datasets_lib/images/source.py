@@ -1,4 +1,4 @@
-"""What a data set is made of before anything is decoded."""
+"""The raw material of a data set, before anything is decoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be said of a data set: its pictures, its classes and its captions, as lines of a report."""
+"""Describes a data set's pictures, classes and captions as lines of a report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Line = tuple[str, str]  # title, text
 
 
 class Found(NamedTuple):
-    """What reading one picture showed; `fault` says why it cannot be used."""
+    """The result of reading one picture; `fault` says why it cannot be used."""
 
     position: int
     size: Size | None = None
@@ -115,7 +115,7 @@ def caption_lines(dataset: Any, tokenizer: Any | None) -> Iterator[Line]:
 
 
 def column_lines(example: dict[str, Any]) -> Iterator[Line]:
-    """What an example has, and of which type and shape."""
+    """Lists an example's columns with type and shape."""
     for number, (name, value) in enumerate(example.items()):
         is_tensor = isinstance(value, torch.Tensor)
         kind = f"{str(value.dtype)[6:]} {list(value.shape)}" if is_tensor else type(value).__name__

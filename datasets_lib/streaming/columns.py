@@ -1,4 +1,4 @@
-"""What the columns of shards mean: which is the picture, the caption and the label, and a row as a data set of one."""
+"""Finds the picture, caption and label columns of shards, and presents a row as a data set of one."""
 
 from __future__ import annotations
 

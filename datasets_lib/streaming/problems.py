@@ -1,4 +1,4 @@
-"""What cannot be had of a stream: its examples are neither counted nor chosen."""
+"""Options that do not work with a stream, whose examples are neither counted nor chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stream reads again when it goes on, and what it leaves out."""
+"""Counts what a resumed stream reads again, and what it leaves out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network's passes take, counted without its memory: on tensors that have a shape and no numbers."""
+"""Counts what a network's passes take on meta tensors, which have a shape and no numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Network(NamedTuple):
 
 
 class NormsInFloat32(TorchFunctionMode):
-    """What CUDA's autocast does to norms, and that of a CPU does not."""
+    """Imitates what CUDA's autocast does to norms, which a CPU's does not."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
@@ -98,7 +98,7 @@ def units_of(network: nn.Module) -> list[list[Size]]:
 
 
 def passes_of(network: nn.Module, inputs: Inputs, precision: Precision, cuda: bool = False) -> Passes:
-    """What a third example adds to two, and what any batch needs; one alone is transposed without a copy."""
+    """Returns the cost that a third example adds to two, and that of any batch; one alone needs no copy to transpose."""
     two, three = (_pass(network, inputs(size), precision, cuda) for size in (2, 3))
     example = [b - a for a, b in zip(two, three, strict=True)]
     return Passes._make([*example, two[3] - 2 * example[3]])

@@ -45,7 +45,7 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def run(engine: str, task: str, steps: int) -> dict[str, Any]:
-    """What a run's first process measured, and the seconds of its restart."""
+    """Measurements of a run's first process, and the seconds of its restart."""
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, engine, task, steps, f"base.train_batch_size={BATCH}")
         return launched("measure", *given) | {"restart_seconds": launched("restart", *given)}
@@ -57,7 +57,7 @@ def links(repetitions: int) -> dict[str, list[float]]:
 
 
 def launched(mode: str, folder: str | Path, engine: str, *arguments: Any) -> Any:
-    """What a function of measured.py found on the first of the engine's processes."""
+    """Runs a function of measured.py on the engine's processes and returns the first one's result."""
     given = [mode, str(folder), engine, *map(str, arguments)]
     return in_processes("scripts.benchmarks.measured", given, folder, ENGINES[engine][0], 1, own_loopback())
 

@@ -79,7 +79,7 @@ class Judge:
 
 
 def shapes(pictures: Tensor) -> Tensor:
-    """What differs from the corners' colour, from 0 to 1 in each picture: [N, C, H, W] -> [N, 1, H, W]."""
+    """The difference from the corners' colour, scaled to 0 to 1 in each picture: [N, C, H, W] -> [N, 1, H, W]."""
     corners = pictures[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].median(2).values
     distance = (pictures - corners[:, :, None, None]).norm(dim=1, keepdim=True)
     return distance / distance.amax((2, 3), keepdim=True).clamp(min=1e-6)

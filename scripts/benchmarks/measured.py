@@ -1,4 +1,4 @@
-"""What a process of a run holds and sends, counted inside of train(); each of the processes runs this module."""
+"""Counts what a process of a run holds and sends, inside train(); each of the processes runs this module."""
 
 from __future__ import annotations
 

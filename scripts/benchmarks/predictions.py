@@ -1,4 +1,4 @@
-"""What the model of scaling.py says of large networks on 8, 64 and 512 GPUs. Nothing runs, all is calculated."""
+"""Predictions of the model in scaling.py for large networks on 8, 64 and 512 GPUs: calculated, nothing runs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def taken(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def gigabytes(engine: str, case: Case, network: Network, gpus: int) -> dict[str, float]:
-    """What a GPU holds, in 10^9 bytes."""
+    """Memory of a GPU by part, in 10^9 bytes."""
     kept = held(engine, network, gpus, WIDTH)
     kept["activations"] = activations(network.passes[ENGINES[engine]], case.batch, case.checkpointing)
     return {name: value / 1e9 for name, value in kept.items()}

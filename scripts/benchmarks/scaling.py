@@ -30,7 +30,7 @@ GLOO: dict[Kind, int] = RING | {
 
 @dataclass(frozen=True)
 class Collective:
-    """What is exchanged in a phase of a step: so many messages, and the bytes of their whole tensors together."""
+    """The messages of a phase of a step: how many, and the bytes of their whole tensors together."""
 
     kind: Kind
     phase: Phase
@@ -83,7 +83,7 @@ def _kept(own: int, gradients: int, in_flight: int = 0, copies: int = 0, gathere
 
 
 def exchanged(engine: str, network: Network, processes: int, width: int, micro_batches: int = 1) -> list[Collective]:
-    """What is exchanged in a step; DDP and FSDP2 reduce gradients once, whatever the number of micro-batches."""
+    """The messages of a step; DDP and FSDP2 reduce gradients once, whatever the number of micro-batches."""
     if processes == 1:
         return []
     whole, micro = network.parameters, micro_batches

@@ -57,7 +57,7 @@ def states(modules: Iterable[nn.Module], optimizer: Any, ema: Any) -> dict[str, 
 
 
 def gradients_of(optimizer: Any) -> list[Tensor | None]:
-    """What the optimizer is about to use: DeepSpeed has parts in tensors of its own."""
+    """The gradients that the optimizer is about to use: DeepSpeed has parts in separate tensors."""
     inner = optimizer.optimizer
     if hasattr(inner, "grad_partitions_flat_buffer"):  # ZeRO-3
         return [inner.grad_partitions_flat_buffer]
@@ -71,7 +71,7 @@ def held(tensors: list[Tensor | None]) -> int:
 
 
 class Messages(TorchDispatchMode):
-    """What processes exchange inside: for each kind how often, and the bytes of the whole tensors."""
+    """Counts the messages that processes exchange inside the block, and the bytes of the whole tensors, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def _bytes_in(argument: Any) -> int:
 
 
 def loopback_bytes() -> int:
-    """What was sent until now, when all processes are here."""
+    """Bytes sent so far, read when all processes have arrived."""
     if not dist.is_initialized():
         return 0
     dist.barrier()

@@ -1,4 +1,4 @@
-"""What the commands of all scripts share, without libraries that are slow to import."""
+"""Argument types and error handling shared by all scripts, without slow imports."""
 
 from __future__ import annotations
 
