@@ -98,7 +98,7 @@ def units_of(network: nn.Module) -> list[list[Size]]:
 
 
 def passes_of(network: nn.Module, inputs: Inputs, precision: Precision, cuda: bool = False) -> Passes:
-    """Returns the cost that a third example adds to two, and that of any batch; one alone needs no copy to transpose."""
+    """Returns the cost that a third example adds to two, and that of any batch."""
     two, three = (_pass(network, inputs(size), precision, cuda) for size in (2, 3))
     example = [b - a for a, b in zip(two, three, strict=True)]
     return Passes._make([*example, two[3] - 2 * example[3]])
