@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from processes import launch
+from processes import environment, launch
+from repository import ROOT
 from run_folders import final_state, losses, read_metrics
 from safetensors.torch import load_file
 from script_calls import run_script
@@ -206,6 +209,16 @@ def test_replay_names_what_is_broken(run_in_process, monkeypatch, capsys):
     assert f"slots {first} to {end - 1}" in out
     assert "NOT FINITE" not in out
     assert Image.open(folder / f"replay-step-{step}.png").size[0] > 16
+
+
+@pytest.mark.slow
+def test_replay_as_a_command(run_in_process):
+    folder = run_in_process()
+    command = [sys.executable, "scripts/replay.py", str(folder), "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment(None))
+    assert done.returncode == 0, done.stderr
+    assert "step 5: slots 16 to 19" in done.stdout
+    assert Image.open(folder / "replay-step-5.png").size[0] > 16
 
 
 def test_replay_says_what_it_cannot_do(tmp_path, run_in_process):

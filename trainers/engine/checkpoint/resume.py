@@ -127,7 +127,8 @@ def _warm_up(ctx: RunContext, trainer: Trainer, encoders: FrozenEncoders, state:
     would sum gradients in another order than the uninterrupted run.
     """
     accelerator, clock, base = ctx.accelerator, ctx.clock, ctx.run.base
-    if accelerator.num_processes == 1 or deepspeed.in_use(accelerator):
+    is_finished = clock.origin_step >= clock.total_steps  # no example is left to run it on
+    if accelerator.num_processes == 1 or deepspeed.in_use(accelerator) or is_finished:
         return
     # the previous step, so that the same networks have had a backward as in the uninterrupted run
     step = max(clock.origin_step - 1, 0)

@@ -39,6 +39,7 @@ class Saver:
             ctx.stop.votes.own = 0
 
     def __enter__(self) -> Saver:
+        self._on_mains(self._prune)  # the run may have been killed right after a checkpoint was sealed
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -118,6 +119,7 @@ class Saver:
         writer.seal(self.staged.result())
 
     def _prune(self) -> None:
+        """Removes all but the newest checkpoints, the first of which is sealed in all folders, or was resumed from."""
         limit = self.base.checkpoints_total_limit
         for _, folder in list_checkpoints(self.output_dir)[limit:] if limit is not None else []:
             writer.remove(folder, self.thread)
