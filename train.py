@@ -38,7 +38,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     from trainers.engine.validation.validation import Validation
 
     model_card.check_hub_login(run.base.push_to_hub)
-    with context.start(run, dry_run is not None) as ctx:  # processes, signals, the run folder and its lock
+    with context.start(run) as ctx:  # processes, signals, the run folder and its lock
         base, accelerator = run.base, ctx.accelerator
         resume_from = find.find_checkpoint(ctx)
 

@@ -420,18 +420,18 @@ def test_loops_are_cut_short_and_the_rest_is_added_up(monkeypatch):
     clock = iter(range(0, 1000))
     monkeypatch.setattr(plan, "_now", lambda: next(clock))
     short = DryRun(None, None)
-    assert list(short.limited(range(20), "sampling")) == [0, 1, 2, 3, 4]
+    assert list(short.limited(range(20), "valid: sampling")) == [0, 1, 2, 3, 4]
     # looks at the clock after the first and the last one
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15)
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15)}
     assert short.samples
-    assert list(short.limited(range(3), "sampling")) == [0, 1, 2]
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15)
-    short.scale["validating"] = 10
-    assert list(short.limited((each for each in "abcdefg"), "validating")) == list("abcdefg")
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15 + 9)
-    assert list(short.limited((each for each in "ab"), "another")) == ["a", "b"]
-    assert list(short.limited(range(0), "none")) == []
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15 + 9)
+    assert list(short.limited(range(3), "eval: sampling")) == [0, 1, 2]
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15), "eval": 0}
+    short.scale["valid: examples"] = 10
+    assert list(short.limited((each for each in "abcdefg"), "valid: examples")) == list("abcdefg")
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15 + 9), "eval": 0}
+    assert list(short.limited((each for each in "ab"), "valid: another")) == ["a", "b"]
+    assert list(short.limited(range(0), "export: none")) == []
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15 + 9), "eval": 0, "export": 0}
 
 
 def test_peak_memory_is_of_the_time_since_the_last_look():

@@ -33,21 +33,16 @@ class Abandoned(BaseException):
     """Leaves a validation unfinished, on all ranks at the same place."""
 
 
-class Limits:
-    """How much of a long loop within a step is run: all of it; a dry run runs a part."""
-
-    skipped_seconds = 0.0  # that the rest of these loops would have taken so far
-
-    def limited(self, items: Iterable[Item], what: str) -> Iterable[Item]:
-        return items
-
-
 @dataclass
 class CheckpointVotes:
     """Steps of the newest checkpoints with all files written: by this rank (infinite if it never writes), by all."""
 
     own: float = math.inf
     all: float = math.inf
+
+
+def whole(items: Iterable[Item], what: str) -> Iterable[Item]:
+    return items
 
 
 class StopSignals:
@@ -77,7 +72,7 @@ class StopSignals:
         self.ended = False  # whether all steps are done; the final validation is not interrupted
         self.steps_done = 0
         self.launcher = launcher_pid()
-        self.limits = Limits()
+        self.limited = whole  # what is run of a long loop; a dry run runs a part
 
     def __enter__(self) -> StopSignals:
         self.handlers: dict[int, Any] = {}
@@ -142,7 +137,7 @@ class StopSignals:
 
     def watch(self, items: Iterable[Item], what: str) -> Iterator[Item]:
         """Yields a long loop's items, equally many on every rank; raises Abandoned if a stop is agreed on meanwhile."""
-        for item in self.limits.limited(items, what):
+        for item in self.limited(items, what):
             yield item
             if not self.ended and self.agreed():
                 raise Abandoned

@@ -31,7 +31,7 @@ class Tracker:
 
     def __init__(self, ctx: RunContext, start_seconds: dict[str, float]) -> None:
         accelerator, run, output_dir, start_step = ctx.accelerator, ctx.run, ctx.output_dir, ctx.clock.origin_step
-        self.accelerator, self.stop = accelerator, ctx.stop
+        self.accelerator = accelerator
         self.output_dir, self.start_step, self.metrics_file = output_dir, start_step, output_dir / METRICS
         self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
         self.start_seconds = start_seconds  # metrics of the time before the first step
@@ -87,10 +87,9 @@ class Tracker:
         """Logs the block's duration and peak memory, with the values that it puts into the yielded dict."""
         self.peak_of_steps = max(self.peak_of_steps, self.memory.take())
         values: dict[str, float] = {}
-        limits = self.stop.limits
-        began, skipped = time.perf_counter(), limits.skipped_seconds
+        began = time.perf_counter()
         yield values
-        seconds = time.perf_counter() - began + limits.skipped_seconds - skipped
+        seconds = time.perf_counter() - began
         self.log(values | {f"{name}/seconds": seconds, f"{name}/peak_memory_gib": self.memory.take()}, step)
 
     def log_steps(self, values: dict[str, float], step: int) -> None:

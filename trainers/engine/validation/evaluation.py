@@ -119,7 +119,7 @@ class Evaluation:
     def _describe_real(self, dataset: ImageData, chosen: list[int]) -> Described:
         mine = [chosen[number] for number in own_share(len(chosen), self.accelerator)]
         batches = pictures_of(dataset, mine, self.trainer.base.train_batch_size)
-        return self._describe(self.watched("describing real pictures", batches), len(chosen))
+        return self._describe(self.watched("eval: real pictures", batches), len(chosen))
 
     def _describe(self, batches: Iterable[Batch], count: int) -> Described:
         own = describe(batches, self.accelerator.device, self.features, self.classifier)

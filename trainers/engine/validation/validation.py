@@ -13,6 +13,7 @@ from datasets_lib.example import ImageData, StreamData
 from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.data.batches import examples_once
+from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.optim.ema import EMA
 from trainers.engine.run.context import DataSets, RunContext
@@ -64,15 +65,15 @@ class Validation:
         if wanted(EVALUATION_TIME) and base.eval_steps is not None and due(steps_done, base.eval_steps):
             self._unless_stopped("eval", steps_done, self.evaluate)
 
-    def _unless_stopped(self, what: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
+    def _unless_stopped(self, phase: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
         try:
             if self.stop.agreed(wait=True):
                 raise Abandoned
-            progress = partial(self._watched, "sampling")
-            with evaluation_mode(self.trainer, progress), self.tracker.phase(what, steps_done) as found:
+            progress = partial(self._watched, f"{phase}: sampling")
+            with evaluation_mode(self.trainer, progress), self.tracker.phase(phase, steps_done) as found:
                 found.update(action(steps_done))
         except Abandoned:
-            name = {"valid": "Validation", "eval": "Evaluation"}[what]
+            name = {"valid": "Validation", "eval": "Evaluation"}[phase]
             self.accelerator.print(f"{name} at step {steps_done} interrupted; it runs again on resume")
 
     def _watched(self, what: str, items: Iterable[Item]) -> Iterable[Item]:
@@ -89,22 +90,32 @@ class Validation:
         for prefix, applied in weights.items():
             with applied:
                 found = self.held_out_metrics()
-                metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
                 if requests:
-                    held_out, seed = self.data.validation, self.base.seed
+                    seed, held_out = self.base.seed, self.data.validation
                     pictures.append(draw_samples(self.accelerator, self.trainer, requests, seed, held_out))
-                    if self.accelerator.is_main_process:
-                        asked = with_examples(requests, held_out)
-                        found = self.trainer.sample_metrics(asked, pictures[-1])
-                        metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
-        names = list(pictures[0]) if pictures else []
+                    found |= self._picture_metrics(requests, pictures[-1], found)
+                metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
         texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
-        columns = self.trainer.grid_columns
+        columns, names = self.trainer.grid_columns, list(pictures[0]) if pictures else []
         grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in names}
         self.tracker.log_grids(grids, steps_done)
         if requests:
             self.tracker.log_table([self._readable(request) for request in requests], pictures, steps_done)
         return metrics
+
+    def _picture_metrics(
+        self, requests: list[dict[str, Any]], pictures: dict[str, Tensor], others: dict[str, float]
+    ) -> dict[str, float]:
+        """Returns the task's metrics of the pictures; raises ValueError if one has the name of another metric."""
+        trainer, held_out = self.trainer, self.data.validation
+        found = run_on_main(
+            self.accelerator, lambda: trainer.sample_metrics(with_examples(requests, held_out), pictures)
+        )
+        if both := found.keys() & others.keys():
+            raise ValueError(
+                f"{type(trainer).__name__}: validation_metrics and sample_metrics both return {min(both)}; rename one"
+            )
+        return found
 
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
         """Replaces a request's label by the name of its class."""
@@ -116,7 +127,7 @@ class Validation:
         if self.data.validation is None:
             return {}
         share = self._share(self.data.validation, range(len(self.data.validation)))
-        means = self._mean_over(self._watched("validating", share), self.trainer.validation_metrics)
+        means = self._mean_over(self._watched("valid: examples", share), self.trainer.validation_metrics)
         return self.trainer.validation_summary(means)
 
     def training_statistics(self) -> dict[str, float]:
@@ -129,7 +140,7 @@ class Validation:
             train_set = train_set.held(min(wanted, STREAMED))
         share = self._share(train_set, spread(len(train_set), wanted))
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return self._mean_over(self._watched("measuring", share), trainer.data_statistics)
+            return self._mean_over(self._watched("export: measuring", share), trainer.data_statistics)
 
     def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
         add_up = partial(self.accelerator.reduce, reduction="sum")
