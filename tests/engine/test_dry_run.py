@@ -28,7 +28,7 @@ from trainers.engine.dry_run.report import duration
 from trainers.engine.dry_run.suggestions import disk_suggestions, memory_suggestions, out_of_resources
 from trainers.engine.run.clock import Clock
 from trainers.engine.tracking import meters
-from trainers.engine.tracking.meters import PeakMemory
+from trainers.engine.tracking.meters import take_peak_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CADENCES = {
@@ -435,23 +435,21 @@ def test_loops_are_cut_short_and_the_rest_is_added_up(monkeypatch):
 
 
 def test_peak_memory_is_of_the_time_since_the_last_look():
-    look = PeakMemory(CPU)
-    look.take()
-    before = look.take()
+    take_peak_memory(CPU)
+    before = take_peak_memory(CPU)
     with mmap.mmap(-1, 2**28) as block:  # malloc might give memory that is there already
         for page in range(0, 2**28, mmap.PAGESIZE):
             block[page] = 1
-    after, later = look.take(), look.take()
+    after, later = take_peak_memory(CPU), take_peak_memory(CPU)
     assert after == pytest.approx(before + 0.25, abs=0.1)
     assert later < after - 0.1
 
 
 def test_peak_memory_where_it_cannot_be_forgotten(monkeypatch, tmp_path):
     monkeypatch.setattr(meters, "PROCESS", tmp_path)
-    look = PeakMemory(CPU)
-    assert 0.05 < look.take() <= look.take()
+    assert 0.05 < take_peak_memory(CPU) <= take_peak_memory(CPU)
     (tmp_path / "status").write_text("Name: x\n")
-    assert look.take() > 0.05
+    assert take_peak_memory(CPU) > 0.05
 
 
 @pytest.mark.parametrize(

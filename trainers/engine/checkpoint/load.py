@@ -88,7 +88,7 @@ def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[n
     for name, tensor in _tensors(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition(".")
         saved.setdefault(parameter, {})[key] = tensor
-    own = {f"{name}.{key}": p for name, network in networks.items() for key, p in trained_parameters(network).items()}
+    own = trained_parameters(networks)
     if not saved.keys() <= own.keys():
         raise ValueError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
     return {own[name]: values for name, values in saved.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets_lib.example import ImageData, StreamData
 from trainers.base import Trainer
-from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes, optimizer_changed
+from trainers.engine.checkpoint.config_diff import check_steps, find_changes, option_changes
 from trainers.engine.checkpoint.load import compare_shape, put_weights, read_optimizer_state, read_tensors, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.snapshot import TrainState
@@ -70,7 +70,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
             "from an earlier checkpoint"
         )
     check_steps(state, clock, folder)
-    changes = breaking_changes(state, run, clock, train_set)
+    changes, harmless = find_changes(state, run, clock, train_set)
     refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
     if refused:
         names = ",".join(dict.fromkeys([*run.base.allow_changes, *(change.names[0] for change in refused)]))
@@ -78,7 +78,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
             f"{folder}: the training would go on differently; undo these changes, or accept them with "
             f"base.allow_changes=[{names}]:\n" + "\n".join(f"  {change.text}" for change in refused)
         )
-    for text in [*harmless_changes(state, run), *(f"{change.text} (allowed)" for change in changes)]:
+    for text in [*harmless, *(f"{change.text} (allowed)" for change in changes)]:
         accelerator.print(f"Changed since the checkpoint: {text}")
     if state.get("stream") and isinstance(train_set, StreamData):
         for text in train_set.go_on(state["stream"], accelerator.process_index):
@@ -107,7 +107,8 @@ def load(
                     f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
                 )
             averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
-    moments = {} if optimizer_changed(saved, ctx.run) else read_optimizer_state(folder, networks)
+    changed = [key for key, _, _ in option_changes(saved["config"], ctx.run)]
+    moments = {} if f"{ctx.run.task}.optimizer" in changed else read_optimizer_state(folder, networks)
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)

@@ -36,7 +36,7 @@ class Saver:
         self.kept: dict[str, Tensor] = {}  # memory of the last copy, for the next one
         self.staged: Future[Path] = Future()  # its temporary folder, on a main process
         if ctx.folders.is_main:
-            ctx.stop.votes.own = 0
+            ctx.stop.written = 0
 
     def __enter__(self) -> Saver:
         self._on_mains(self._prune)  # the run may have been killed right after a checkpoint was sealed
@@ -112,7 +112,7 @@ class Saver:
         return self.folders.on_mains(self.ctx.accelerator, action)
 
     def _seal_written(self) -> None:
-        if self.step and self.step == self.ctx.stop.votes.all:
+        if self.step and self.step == self.ctx.stop.written_by_all:
             self.wait()
 
     def _seal(self) -> None:
@@ -122,14 +122,14 @@ class Saver:
         """Removes all but the newest checkpoints, the first of which is sealed in all folders, or was resumed from."""
         limit = self.base.checkpoints_total_limit
         for _, folder in list_checkpoints(self.output_dir)[limit:] if limit is not None else []:
-            writer.remove(folder, self.thread)
+            self.thread.submit(writer.remove, folder)
 
     def _write(self, taken: Snapshot) -> Path:
         """Writes the files, in the thread; the vote tells the other ranks that this is over, successfully or not."""
         try:
             return writer.stage(taken, self.output_dir)
         finally:
-            self.ctx.stop.votes.own = taken.step
+            self.ctx.stop.written = taken.step
 
     def _about(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
         """Returns what state.json holds."""

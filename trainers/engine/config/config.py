@@ -79,7 +79,7 @@ def check_config(
     problems += _unknown_changes(base.allow_changes, schemas)
     problems += resolve_launcher_values(base, os.environ)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     return RunConfig(task, base, config, trainer_class)
 
 
@@ -89,7 +89,7 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
     try:
         return _plain(OmegaConf.from_dotlist(well_formed)), problems
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}"]) from None
+        raise ConfigError(*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}") from None
 
 
 def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
@@ -108,7 +108,7 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
         elif not isinstance(document[name], dict | None):
             problems.append(f"{name} = {_show(document[name])}: must be a mapping of options to values")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     for name in document:
         document[name] = document[name] or {}
     return tasks[0]
@@ -118,23 +118,22 @@ def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
     """Imports a task's Trainer: `base.trainer_class` if given, else from TRAINERS; ConfigError if there is none."""
     if trainer_class is None and task not in TRAINERS:
         raise ConfigError(
-            [
-                f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
-                'For your own class set base.trainer_class: "package.module:Class"'
-            ]
+            f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
+            'For your own class set base.trainer_class: "package.module:Class"'
         )
     module, _, name = str(trainer_class or TRAINERS[task]).partition(":")
+    given = f"base.trainer_class = {trainer_class}"
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        place = f"base.trainer_class = {trainer_class}: must be an importable package.module:Class"
-        raise ConfigError([f"{place} ({error}); is its folder on PYTHONPATH?"]) from None
+        wanted = "must be an importable package.module:Class"
+        raise ConfigError(f"{given}: {wanted} ({error}); is its folder on PYTHONPATH?") from None
     if not (isinstance(found, type) and issubclass(found, Trainer)):
-        raise ConfigError([f"base.trainer_class = {trainer_class}: must be a subclass of trainers.base.Trainer"])
+        raise ConfigError(f"{given}: must be a subclass of trainers.base.Trainer")
     has_config = issubclass(getattr(found, "Config", object), TrainerConfig)
     lacking = sorted(found.__abstractmethods__) + ([] if has_config else ["a Config derived from TrainerConfig"])
     if lacking:
-        raise ConfigError([f"base.trainer_class = {trainer_class}: lacks {', '.join(lacking)}; see trainers/base.py"])
+        raise ConfigError(f"{given}: lacks {', '.join(lacking)}; see trainers/base.py")
     return found
 
 
@@ -158,7 +157,7 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or "a reference"
         reason = str(error).splitlines()[0]
         hint = "; environment variables are not read" if "oc.env" in reason else ""
-        raise ConfigError([f"{key}: {reason}{hint}"]) from None
+        raise ConfigError(f"{key}: {reason}{hint}") from None
 
 
 def _plain(config: object, resolve: bool = False) -> dict[str, Any]:

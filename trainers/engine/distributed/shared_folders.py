@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trainers.engine.distributed.collectives import run_on_ranks
+from trainers.engine.distributed.collectives import run_on_all, run_on_ranks
 
 PROBE = ".probe-"
 Result = TypeVar("Result")
@@ -67,28 +68,25 @@ def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
     """Creates each process's folder `path`, and finds out which of them are the same. Collective."""
     token = path / f"{PROBE}{secrets.token_hex(8)}"
     try:
-        error = _leave(token, option)
-        found = gather_object([(error, socket.gethostname(), str(path.absolute()), token.name)])
-        errors, hosts, paths, names = zip(*found, strict=True)
-        for each in filter(None, errors):
-            raise error or each
+        run_on_all(accelerator, lambda: _leave(token, option))
+        found = gather_object([(socket.gethostname(), str(path.absolute()), token.name)])
+        hosts, paths, names = zip(*found, strict=True)
         # by new names: a network file system may cache a folder's listing, but not names that nobody has asked for
         seen = gather_object([tuple(rank for rank, name in enumerate(names) if (path / name).exists())])
     finally:
-        if error is None:
-            token.unlink(missing_ok=True)
+        with suppress(OSError):
+            token.unlink()
     folders = Folders(accelerator.process_index, hosts, paths, tuple(min(ranks, default=-1) for ranks in seen))
     _check(folders, seen, option)
     return folders
 
 
-def _leave(token: Path, option: str) -> OSError | None:
+def _leave(token: Path, option: str) -> None:
     try:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     except OSError as error:
-        return OSError(f"{option} = {token.parent}: cannot be written ({error}); choose another folder")
-    return None
+        raise OSError(f"{option} = {token.parent}: cannot be written ({error}); choose another folder") from None
 
 
 def _check(folders: Folders, seen: list[tuple[int, ...]], option: str) -> None:

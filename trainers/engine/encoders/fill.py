@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,18 +28,7 @@ from trainers.engine.run.progress import passing_bar
 FILE_BYTES = 64 << 20  # of rows in one file, about
 BATCHES_AHEAD = 2  # decoded while one is encoded
 Rows = dict[str, list[torch.Tensor]]  # by key, one tensor per column
-
-
-class Picture(NamedTuple):
-    """One picture of a data set by its number in a column, plain or mirrored."""
-
-    dataset: ImageData
-    column: str
-    number: int
-    flipped: bool
-
-    def read(self) -> torch.Tensor:
-        return self.dataset.image(self.number, self.flipped, self.column)
+Values = dict[str, Any]  # by key: a text, or a function that reads a picture
 
 
 def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, datasets: DataSets) -> DataSets:
@@ -47,28 +37,26 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
     for name, encoder in encoders.encoders.items():
         if encoder.cache is None:
             continue
-        refusal = f"encoder {name} cannot be cached: the data set {{}}; set its cache to null"
-        began = time.perf_counter()
-        wanted: dict[str, Any] = {text_key(value): value for value in encoder.constants}
+        began, column = time.perf_counter(), encoder.reads
+        wanted: Values = {text_key(value): value for value in encoder.constants}
         for dataset, columns in zip(datasets, keys, strict=True):
             if dataset is None:
                 continue
-            if encoder.reads == "caption":
-                if (texts := dataset.captions()) is None:
-                    raise ValueError(refusal.format("does not list its captions"))
-                wanted |= {text_key(text): text for text in texts}
-            elif encoder.reads in dataset.picture_columns:
-                columns[encoder.reads] = _picture_keys(accelerator, dataset, encoder.reads)
+            if column in dataset.picture_columns:
+                columns[column] = _picture_keys(accelerator, dataset, column)
                 wanted |= {
-                    key: Picture(dataset, encoder.reads, number, bool(flipped))
-                    for number, both in enumerate(columns[encoder.reads])
+                    key: partial(dataset.image, number, bool(flipped), column)
+                    for number, both in enumerate(columns[column])
                     for flipped, key in enumerate(both)
                 }
-            elif not encoder.optional:
-                raise ValueError(refusal.format(f"does not list its pictures of column {encoder.reads}"))
+            elif column == "caption" and (texts := dataset.captions()) is not None:
+                wanted |= {text_key(text): text for text in texts}
+            elif column == "caption" or not encoder.optional:
+                what = f"the data set does not list the values of column {column}"
+                raise ValueError(f"encoder {name} cannot be cached: {what}; set its cache to null")
         encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
         encoders.release(name)
-        seconds, metric = time.perf_counter() - began, f"cache_{encoder.reads}/seconds"
+        seconds, metric = time.perf_counter() - began, f"cache_{column}/seconds"
         seconds += encoders.fill_seconds.get(metric, 0.0) - encoders.build_seconds.get(name, 0.0)
         encoders.fill_seconds[metric] = seconds
     train, validation = datasets
@@ -88,9 +76,7 @@ def _picture_keys(accelerator: Accelerator, dataset: ImageData, column: str) -> 
     return [found[number] for number in sorted(found)]
 
 
-def _filled(
-    accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, name: str, wanted: dict[str, Any]
-) -> Cache:
+def _filled(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, name: str, wanted: Values) -> Cache:
     """Returns the encoder's cache with all wanted values; an error of one rank is raised on all."""
     cache, missing, sharing = _opened(accelerator, encoders.encoders[name], base, name, wanted)
     own = missing[sharing.index(accelerator.process_index) :: len(sharing)]
@@ -118,7 +104,7 @@ def _write(cache: Cache, encoded: Iterator[Rows]) -> None:
         cache.add(rows)
 
 
-def _read_ahead(batches: list[list[str]], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[Any]]]:
+def _read_ahead(batches: list[list[str]], wanted: Values) -> Iterator[tuple[list[str], list[Any]]]:
     """Yields the keys and values of each batch; threads decode pictures while earlier batches are encoded."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         ahead: deque[tuple[list[str], list[Future]]] = deque()
@@ -131,11 +117,11 @@ def _read_ahead(batches: list[list[str]], wanted: dict[str, Any]) -> Iterator[tu
 
 
 def _read(value: Any) -> Any:
-    return value.read() if isinstance(value, Picture) else value
+    return value() if callable(value) else value
 
 
 def _opened(
-    accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: dict[str, Any]
+    accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: Values
 ) -> tuple[Cache, list[str], list[int]]:
     """Returns the cache, its missing keys, and the processes that share its folder and the work. Collective."""
     said = f"cache {name}: {{:,}} of {len(wanted):,} to encode, in {{}}".format
@@ -155,7 +141,7 @@ def _opened(
     return cache, missing[folders.number], folders.sharing
 
 
-def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:
+def _missing(cache: Cache, wanted: Values) -> list[str]:
     cache.look()
     return [key for key in wanted if key not in cache]
 

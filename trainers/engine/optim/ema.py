@@ -53,11 +53,7 @@ class EMA:
 
     def __init__(self, networks: dict[str, nn.Module], config: TrainerConfig) -> None:
         self.config, self.networks = config, networks
-        self.parameters = {
-            f"{name}.{key}": parameter
-            for name, network in networks.items()
-            for key, parameter in trained_parameters(network).items()
-        }
+        self.parameters = trained_parameters(networks)
         self.weights = [part_of(p).tensor for p in self.parameters.values()]  # the same memory
         device = "cpu" if config.offload_ema else None
         self.averages = {

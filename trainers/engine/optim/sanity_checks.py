@@ -21,7 +21,7 @@ class SanityChecks:
         self, ctx: RunContext, networks: dict[str, nn.Module], optimizer: Optimizer, rate_factor: Callable[[int], float]
     ) -> None:
         self.accelerator, self.optimizer, self.clock = ctx.accelerator, optimizer, ctx.clock
-        self.parameters = [p for network in networks.values() for p in trained_parameters(network).values()]
+        self.parameters = trained_parameters(networks).values()
         self.initial_norms = self._norms()
         last = rate_factor(self.clock.total_steps - 1)
         self.last_rates = [group["initial_lr"] * last for group in optimizer.param_groups]

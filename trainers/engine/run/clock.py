@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from accelerate import Accelerator
 
-    from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.base_options import BaseConfig
 
 
 class Clock(NamedTuple):

@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -115,10 +115,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a JSON-lines file, without the last line of a killed run if it is incomplete."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return [line for line in found if isinstance(line, dict) and "step" in line]
 
 

@@ -105,26 +105,18 @@ class Speed:
         return {"examples_per_second": rate}
 
 
-class PeakMemory:
-    """Peak memory in GiB since the last `take()`: of the device on CUDA, else of this process."""
+def take_peak_memory(device: torch.device) -> float:
+    """Returns the peak in GiB since the last call: of the device on CUDA, else of this process.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def take(self) -> float:
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            peak = _resident_peak()
+    On systems that cannot reset the peak of a process, it is the peak since the process began.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
-
-
-def _resident_peak() -> int:
-    """Bytes since the last call, or since the process began on systems that cannot reset the peak."""
     with suppress(OSError):  # without /proc
         found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(encoding="ascii"))
         (PROCESS / "clear_refs").write_text(RESET_PEAK, encoding="ascii")
         if found:
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return int(found[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
