@@ -207,10 +207,10 @@ def test_a_dry_run_wants_one_folder(tmp_path):
 
 
 def test_several_processes_in_each_folder():
-    found = Folders(1, ("a", "a", "b", "b"), ("/x", "/link", "/x", "/x"), (0, 0, 2, 2))
+    found = Folders(SimpleNamespace(process_index=1), ("a", "a", "b", "b"), ("/x", "/link", "/x", "/x"), (0, 0, 2, 2))
     assert (found.several, found.mains, found.places) == (True, [0, 2], ["a:/x", "b:/x"])
     assert (found.number, found.sharing, found.is_main) == (0, [0, 1], False)
-    last = replace(found, rank=2)
+    last = replace(found, accelerator=SimpleNamespace(process_index=2))
     assert (last.number, last.sharing, last.is_main) == (1, [2, 3], True)
     assert not replace(found, owners=(0, 0, 0, 0)).several
 

@@ -58,10 +58,8 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
         return {}
     run, accelerator = ctx.run, ctx.accelerator
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder}: written by another version of diffloop (format {state.get('format')}, not {FORMAT})"
-        )
+    if (found := state.get("format")) != FORMAT:
+        raise ValueError(f"{folder}: written by another version of diffloop (format {found}, not {FORMAT})")
     ctx.clock = clock = ctx.clock.resumed_at(state["step"], state["slot"])
     if clock.total_steps < clock.origin_step:
         option = f"max_train_steps = {run.base.max_train_steps}" if run.base.max_train_steps else "num_epochs"
@@ -100,13 +98,10 @@ def load(
         compare_shape(folder / name, network, ctx.run.base.allow_changes)
     weights = read_weights(folder, networks)
     averages: dict[str, Tensor] = {}
-    for name in networks:
-        if ema is not None:
-            if not (folder / f"{name}_ema").is_dir():
-                raise ValueError(
-                    f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
-                )
-            averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
+    for name in networks if ema is not None else ():
+        if not (folder / f"{name}_ema").is_dir():
+            raise ValueError(f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false")
+        averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
     changed = [key for key, _, _ in option_changes(saved["config"], ctx.run)]
     moments = {} if f"{ctx.run.task}.optimizer" in changed else read_optimizer_state(folder, networks)
     put_weights(weights, networks)
@@ -116,7 +111,7 @@ def load(
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     logging_dir, step = ctx.run.base.logging_dir, saved["step"]
-    ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(ctx.output_dir, logging_dir, folder, step))
+    ctx.folders.on_mains(lambda: _set_aside(ctx.output_dir, logging_dir, folder, step))
     state.meter.load(saved["meter"])
     state.nonfinite.load(saved["divergence"])
 

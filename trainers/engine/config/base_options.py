@@ -14,6 +14,7 @@ from trainers.engine.config.eval_networks import classifier_problem, features_pr
 from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section
 
 OF_CAPTIONS = ("trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption")
+DATA_SOURCES = ("dataset_name", "train_data_dir", "dataset")
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -24,13 +25,13 @@ class BaseConfig(Section):
 
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("num_epochs", "max_train_steps"),
-        ("dataset_name", "train_data_dir", "dataset"),
+        DATA_SOURCES,
         ("valid_epochs", "valid_steps"),
         ("save_model_epochs", "save_model_steps"),
         ("gradient_accumulation_steps", "global_batch_size"),
     )
     reset_with: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
-        ("dataset_name", "train_data_dir", "dataset"), ("dataset_config_name", "dataset_args")
+        DATA_SOURCES, ("dataset_config_name", "dataset_args")
     )
     free_on_resume: ClassVar[tuple[str, ...]] = (
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
@@ -136,7 +137,7 @@ class BaseConfig(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.num_epochs is None) == (self.max_train_steps is None):
             yield "num_epochs", "exactly one of num_epochs and max_train_steps must be set"
-        sources = [name for name in ("dataset_name", "train_data_dir", "dataset") if getattr(self, name) is not None]
+        sources = [name for name in DATA_SOURCES if getattr(self, name) is not None]
         if len(sources) != 1:
             given = " and ".join(sources) or "none"
             yield "dataset_name", f"exactly one of dataset_name, train_data_dir and dataset must be set, not {given}"
@@ -192,23 +193,19 @@ class BaseConfig(Section):
 
 def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
     """Replaces null by the launcher's values, whose defaults `no` and 1 count as unset; yields contradictions."""
+    contradiction = "base.{0} = {1}: the launcher says {2} = {3}; make them equal, or set base.{0}=null".format
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in get_args(Precision):
         yield f"ACCELERATE_MIXED_PRECISION = {precision}: must be no, fp16 or bf16; change --mixed_precision"
     elif precision not in ("no", base.mixed_precision or precision):
-        yield _two_values("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
+        yield contradiction("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", str(base.gradient_accumulation_steps or steps)):
         variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-        yield _two_values("gradient_accumulation_steps", base.gradient_accumulation_steps, variable, steps)
+        yield contradiction("gradient_accumulation_steps", base.gradient_accumulation_steps, variable, steps)
     elif steps != "1" and base.global_batch_size is not None:
         launched = f"the launcher says ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {steps}"
         yield f"base.global_batch_size = {base.global_batch_size}: {launched}; give one of them"
     base.mixed_precision = base.mixed_precision or cast(Precision, precision)
     if base.global_batch_size is None:
         base.gradient_accumulation_steps = base.gradient_accumulation_steps or int(steps)
-
-
-def _two_values(option: str, value: object, variable: str, launched: str) -> str:
-    launcher = f"the launcher says {variable} = {launched}"
-    return f"base.{option} = {value}: {launcher}; make them equal, or set base.{option}=null"

@@ -25,9 +25,8 @@ class ConfigError(ValueError):
 def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a mapping; raises FileNotFoundError, or ConfigError if it is too large, malformed or no mapping."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
-        )
+        searched = f"(searched {path.resolve()})"
+        raise FileNotFoundError(f"config file {path} does not exist {searched}; see configs/ for examples")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}")
     kind = "JSON" if path.suffix == ".json" else "YAML"

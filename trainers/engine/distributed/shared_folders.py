@@ -23,13 +23,17 @@ Result = TypeVar("Result")
 class Folders:
     """The folders behind a path: one that all processes see, or several, each seen by some of them.
 
-    Lists are by process; `owners` holds the lowest process that sees the same folder, the only one to write there.
+    Tuples are by process; `owners` holds the lowest process that sees the same folder, the only one to write there.
     """
 
-    rank: int
+    accelerator: Accelerator
     hosts: tuple[str, ...]
     paths: tuple[str, ...]
     owners: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
 
     @property
     def mains(self) -> list[int]:
@@ -58,10 +62,10 @@ class Folders:
         """HOST:FOLDER of each folder, by its main process."""
         return [f"{self.hosts[rank]}:{self.paths[rank]}" for rank in self.mains]
 
-    def on_mains(self, accelerator: Accelerator, action: Callable[[], Result]) -> list[Result]:
+    def on_mains(self, action: Callable[[], Result]) -> list[Result]:
         """Runs an action on each folder's main process; all ranks return the results or raise an error. Collective."""
         where = f"on {self.hosts[self.rank]}: " if self.several else ""
-        return run_on_ranks(accelerator, self.mains, action, where)
+        return run_on_ranks(self.accelerator, self.mains, action, where)
 
 
 def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
@@ -76,7 +80,7 @@ def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
     finally:
         with suppress(OSError):
             token.unlink()
-    folders = Folders(accelerator.process_index, hosts, paths, tuple(min(ranks, default=-1) for ranks in seen))
+    folders = Folders(accelerator, hosts, paths, tuple(min(ranks, default=-1) for ranks in seen))
     _check(folders, seen, option)
     return folders
 

@@ -46,10 +46,8 @@ class Measured:
         self.seconds = {key.removesuffix("/seconds"): logged[key] for key in logged if key.endswith("/seconds")}
         self.rates = [line["examples_per_second"] for line in self.lines if "examples_per_second" in line]
         self.timed = self.rates[WARM_STEPS:] or self.rates
-
-    @property
-    def finished(self) -> bool:
-        return "export" in self.seconds
+        self.examples_per_second = statistics.harmonic_mean(self.timed) if self.timed else 0.0
+        self.finished = "export" in self.seconds
 
     def peaks(self) -> dict[str, float]:
         """Returns GiB by phase, of the phases that ended."""
@@ -61,11 +59,6 @@ class Measured:
         """The first phase that did not end."""
         phases = [phase for phase in PHASES if phase != "evaluation" or self.run.base.eval_steps is not None]
         return next((phase for phase in phases if phase not in self.peaks()), phases[-1])
-
-    @property
-    def examples_per_second(self) -> float:
-        """Of the timed steps together."""
-        return statistics.harmonic_mean(self.timed)
 
     def _seconds(self, start: str) -> dict[str, float]:
         """Returns the seconds of names with a prefix, by the rest of the name."""

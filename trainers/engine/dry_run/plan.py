@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -59,6 +60,8 @@ class DryRun:
     def shorten(self, ctx: RunContext, data: DataSets) -> DataSets:
         """Returns the few examples that the last steps need, and sets the clock to these steps."""
         if ctx.folders.several:
+            if ctx.folders.is_main:
+                shutil.rmtree(ctx.output_dir)
             raise ValueError(
                 f"--dry-run: the processes have {len(ctx.folders.mains)} output folders "
                 f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
@@ -127,19 +130,18 @@ def _only(dataset: ImageData, candidates: Sequence[int], count: int) -> ImageDat
 
 def _scale(data: DataSets, few: DataSets, run: RunConfig) -> dict[str, float]:
     """Returns how many times longer the whole run takes for the parts that depend on the number of examples."""
-    pairs = {"validation": (data.validation, few.validation)}
-    found, measured = {}, getattr(run.trainer_class, "statistics_samples", 0)
-    if not run.base.streaming:  # a stream's length is unknown, and no cache holds its examples
-        pairs["train"] = data.train, few.train
-        if measured:
-            found["export: measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
-    sets = {split: (whole, part) for split, (whole, part) in pairs.items() if whole is not None and part is not None}
-    for split, (whole, part) in sets.items():
-        found[f"prepare_{split}"] = len(whole) / len(part)
+    pairs = {"train": (data.train, few.train), "validation": (data.validation, few.validation)}
+    if run.base.streaming:  # a stream's length is unknown, and no cache holds its examples
+        del pairs["train"]
+    known = {split: (whole, part) for split, (whole, part) in pairs.items() if whole is not None and part is not None}
+    found = {f"prepare_{split}": len(whole) / len(part) for split, (whole, part) in known.items()}
     found["valid: examples"] = found.get("prepare_validation", 1.0)
-    wholes, parts = [whole for whole, _ in sets.values()], [part for _, part in sets.values()]
+    measured = getattr(run.trainer_class, "statistics_samples", 0)
+    if measured and not run.base.streaming:
+        found["export: measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
     for column in (*data.train.picture_columns, "caption"):
-        found[f"cache_{column}"] = _values(wholes, column) / max(_values(parts, column), 1)
+        whole_values, few_values = (_values([pair[n] for pair in known.values()], column) for n in (0, 1))
+        found[f"cache_{column}"] = whole_values / max(few_values, 1)
     return found
 
 

@@ -56,14 +56,10 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
                 raise ValueError(f"encoder {name} cannot be cached: {what}; set its cache to null")
         encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
         encoders.release(name)
-        seconds, metric = time.perf_counter() - began, f"cache_{column}/seconds"
-        seconds += encoders.fill_seconds.get(metric, 0.0) - encoders.build_seconds.get(name, 0.0)
-        encoders.fill_seconds[metric] = seconds
-    train, validation = datasets
-    return DataSets(
-        KeyedExamples(train, keys[0]) if keys[0] else train,
-        KeyedExamples(validation, keys[1]) if validation is not None and keys[1] else validation,
-    )
+        seconds = time.perf_counter() - began - encoders.build_seconds.get(name, 0.0)
+        encoders.fill_seconds[f"cache_{column}/seconds"] += seconds
+    both = zip(datasets, keys, strict=True)
+    return DataSets._make(KeyedExamples(whole, each) if whole is not None and each else whole for whole, each in both)
 
 
 def _picture_keys(accelerator: Accelerator, dataset: ImageData, column: str) -> list[tuple[str, ...]]:
@@ -131,19 +127,14 @@ def _opened(
     directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
     kind = encoder.reads.rpartition("_")[2]  # pictures of the class are pictures
     folders = find_folders(accelerator, directory, "base.encoder_cache_dir")
-    opened = folders.on_mains(accelerator, lambda: folder_of(directory, kind, encoder.source()))
+    opened = folders.on_mains(lambda: folder_of(directory, kind, encoder.source()))
     cache = Cache(directory / opened[folders.number][0].name)
-    missing = folders.on_mains(accelerator, lambda: _missing(cache, wanted))
+    missing = folders.on_mains(lambda: cache.look(wanted))
     for place, (folder, changed), lacks in zip(folders.places, opened, missing, strict=True):
         if changed:
             accelerator.print(f"cache {name}: {directory} holds outputs of another encoder, precision or version")
         accelerator.print(said(len(lacks), f"{place}/{folder.name}" if folders.several else folder))
     return cache, missing[folders.number], folders.sharing
-
-
-def _missing(cache: Cache, wanted: Values) -> list[str]:
-    cache.look()
-    return [key for key in wanted if key not in cache]
 
 
 def _encode(encoders: FrozenEncoders, name: str, keys: list[str], values: list[Any]) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class FrozenEncoders:
         self.encoders = encoders
         self.device = device
         self.caches: dict[str, Cache] = {}
-        self.fill_seconds: dict[str, float] = {}  # "cache_<column>/seconds", without building the encoder
+        self.fill_seconds: dict[str, float] = defaultdict(float)  # "cache_<column>/seconds", without build_seconds
         self.build_seconds: dict[str, float] = {}
         self._built: dict[str, nn.Module] = {}
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}

@@ -56,13 +56,6 @@ class Clock(NamedTuple):
         size = self.global_batch_size
         return sum(-(-count // size) * size for count in self.bucket_counts) or self.num_examples or 0
 
-    def bucket_note(self) -> str:
-        count = sum(self.bucket_counts)
-        return (
-            f"buckets: {count:,} examples in {len(self.bucket_counts)} sizes; an epoch draws "
-            f"{self.epoch_slots - count:,} again, to fill the last step of each size"
-        )
-
     @property
     def total_steps(self) -> int:
         return self.max_train_steps or self.steps_in(self.num_epochs or 0)

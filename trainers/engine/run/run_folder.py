@@ -34,7 +34,7 @@ def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Fold
     """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block."""
     folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
     with ExitStack() as locks:
-        folders.on_mains(accelerator, lambda: _take(base, locks))
+        folders.on_mains(lambda: _take(base, locks))
         yield folders
 
 

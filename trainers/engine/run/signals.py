@@ -9,10 +9,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -157,10 +159,9 @@ class StopSignals:
 
 def launcher_pid() -> int | None:
     """The parent's pid if it is accelerate or torchrun; a shell may end before a run that it started."""
-    parent = os.getppid()
-    try:
-        arguments = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:4]
-    except OSError:  # another user's process, or a system without /proc
-        return None
     known = ("accelerate", "torchrun", "torch.distributed")
-    return parent if any(Path(os.fsdecode(argument)).name.startswith(known) for argument in arguments) else None
+    with suppress(psutil.Error):  # another user's process
+        parent = psutil.Process(os.getppid())
+        if any(Path(argument).name.startswith(known) for argument in parent.cmdline()[:4]):
+            return parent.pid
+    return None

@@ -85,24 +85,19 @@ class Speed:
     """Training speed in examples per second, without the time of validations and saves."""
 
     def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.since = time.perf_counter()
-        self.examples = 0
-        self.pauses = 0.0
+        self.since, self.examples = time.perf_counter(), 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.pauses += time.perf_counter() - began
+        self.since += time.perf_counter() - began
 
     def metrics(self) -> dict[str, float]:
         """Returns the rate since the last call, as "examples_per_second"."""
-        rate = self.examples / max(time.perf_counter() - self.since - self.pauses, 1e-9)
-        self.start()
-        return {"examples_per_second": rate}
+        now, since, examples = time.perf_counter(), self.since, self.examples
+        self.since, self.examples = now, 0
+        return {"examples_per_second": examples / max(now - since, 1e-9)}
 
 
 def take_peak_memory(device: torch.device) -> float:

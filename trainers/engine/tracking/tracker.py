@@ -22,9 +22,6 @@ from trainers.engine.tracking import COMBINED, TRACKERS
 from trainers.engine.tracking.external import ExternalTracker
 from trainers.engine.tracking.meters import take_peak_memory
 
-VALIDATION_TIME = "valid/seconds"  # logged by each finished validation
-EVALUATION_TIME = "eval/seconds"  # and by each finished evaluation
-
 
 class Tracker:
     """Writes on the main process; other ranks only keep the newest values."""

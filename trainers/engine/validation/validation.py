@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from trainers.engine.optim.ema import EMA
 from trainers.engine.run.context import DataSets, RunContext
 from trainers.engine.run.progress import passing_bar
 from trainers.engine.run.signals import Abandoned
-from trainers.engine.tracking.tracker import EVALUATION_TIME, VALIDATION_TIME, Tracker
+from trainers.engine.tracking.tracker import Tracker
 from trainers.engine.validation.evaluation import Evaluation
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import OfExamples, mean_over
@@ -30,42 +31,37 @@ STREAMED = 2000  # examples of a stream at most, which are held in memory to be 
 Item = TypeVar("Item")
 
 
+@dataclass
 class Validation:
     """Runs what is due, collectively; what a stop interrupts logs nothing and runs again on resume."""
 
-    def __init__(
-        self,
-        ctx: RunContext,
-        trainer: Trainer,
-        ema: EMA | None,
-        encoders: FrozenEncoders,
-        data: DataSets,
-        saver: Saver,
-        tracker: Tracker,
-    ) -> None:
-        self.accelerator, self.clock, self.stop = ctx.accelerator, ctx.clock, ctx.stop
-        self.trainer, self.ema, self.encoders, self.data = trainer, ema, encoders, data
-        self.saver, self.tracker = saver, tracker
-        self.base = trainer.base
+    ctx: RunContext
+    trainer: Trainer
+    ema: EMA | None
+    encoders: FrozenEncoders
+    data: DataSets
+    saver: Saver
+    tracker: Tracker
+
+    def __post_init__(self) -> None:
+        self.accelerator, self.stop, self.base = self.ctx.accelerator, self.ctx.stop, self.trainer.base
         if self.base.eval_steps is not None:
-            self.evaluation = Evaluation(ctx.accelerator, trainer, data.uncached(), self._watched)
+            self.evaluation = Evaluation(self.accelerator, self.trainer, self.data.uncached(), self._watched)
 
     def make_up(self, steps_done: int) -> None:
-        """Runs what was due at the checkpoint's step and was interrupted."""
-        if steps_done > 0:
-            self._run_due(steps_done, lambda name: self.tracker.logged_at.get(name, 0) < steps_done)
+        """Runs what was due at the step of the checkpoint that the run resumes from, and was interrupted."""
+        self.after_step(steps_done)
 
     def after_step(self, steps_done: int) -> None:
-        self._run_due(steps_done, lambda name: True)
-
-    def _run_due(self, steps_done: int, wanted: Callable[[str], bool]) -> None:
-        due, base = self.clock.due, self.base
-        if wanted(VALIDATION_TIME) and due(steps_done, base.valid_steps, base.valid_epochs):
+        due, base = self.ctx.clock.due, self.base
+        if due(steps_done, base.valid_steps, base.valid_epochs):
             self._unless_stopped("valid", steps_done, self.validate)
-        if wanted(EVALUATION_TIME) and base.eval_steps is not None and due(steps_done, base.eval_steps):
+        if base.eval_steps is not None and due(steps_done, base.eval_steps):
             self._unless_stopped("eval", steps_done, self.evaluate)
 
     def _unless_stopped(self, phase: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
+        if steps_done <= self.tracker.logged_at.get(f"{phase}/seconds", 0):
+            return  # it was finished before the run was resumed
         try:
             if self.stop.agreed(wait=True):
                 raise Abandoned
@@ -76,9 +72,11 @@ class Validation:
             name = {"valid": "Validation", "eval": "Evaluation"}[phase]
             self.accelerator.print(f"{name} at step {steps_done} interrupted; it runs again on resume")
 
-    def _watched(self, what: str, items: Iterable[Item]) -> Iterable[Item]:
+    def _watched(self, what: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yields items, equally many on every rank: with a bar, ended by a stop; a written checkpoint is sealed."""
-        return self.saver.watch(self.stop.watch(passing_bar(self.accelerator, what, items), what))
+        for item in self.stop.watch(passing_bar(self.accelerator, what, items), what):
+            yield item
+            self.saver.seal_written()
 
     def validate(self, steps_done: int) -> dict[str, float]:
         """Returns metrics ("valid/loss", "valid_ema/loss"); logs grids of pictures, by raw weights and by averages."""
@@ -89,33 +87,29 @@ class Validation:
         requests = self.trainer.sample_requests(self.data.validation)
         for prefix, applied in weights.items():
             with applied:
-                found = self.held_out_metrics()
-                if requests:
-                    seed, held_out = self.base.seed, self.data.validation
-                    pictures.append(draw_samples(self.accelerator, self.trainer, requests, seed, held_out))
-                    found |= self._picture_metrics(requests, pictures[-1], found)
-                metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+                found, drawn = self._measure(requests)
+            metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+            pictures.append(drawn)
         texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
-        columns, names = self.trainer.grid_columns, list(pictures[0]) if pictures else []
-        grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in names}
+        columns = self.trainer.grid_columns
+        grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in pictures[0]}
         self.tracker.log_grids(grids, steps_done)
         if requests:
             self.tracker.log_table([self._readable(request) for request in requests], pictures, steps_done)
         return metrics
 
-    def _picture_metrics(
-        self, requests: list[dict[str, Any]], pictures: dict[str, Tensor], others: dict[str, float]
-    ) -> dict[str, float]:
-        """Returns the task's metrics of the pictures; raises ValueError if one has the name of another metric."""
-        trainer, held_out = self.trainer, self.data.validation
-        found = run_on_main(
-            self.accelerator, lambda: trainer.sample_metrics(with_examples(requests, held_out), pictures)
-        )
-        if both := found.keys() & others.keys():
-            raise ValueError(
-                f"{type(trainer).__name__}: validation_metrics and sample_metrics both return {min(both)}; rename one"
-            )
-        return found
+    def _measure(self, requests: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Returns metrics of held-out examples and of pictures, and the pictures, of the weights in the networks."""
+        trainer, held_out, metrics = self.trainer, self.data.validation, self.held_out_metrics()
+        if not requests:
+            return metrics, {}
+        pictures = draw_samples(self.accelerator, trainer, requests, self.base.seed, held_out)
+        asked = with_examples(requests, held_out) if self.accelerator.is_main_process else []
+        found = run_on_main(self.accelerator, lambda: trainer.sample_metrics(asked, pictures))
+        if both := found.keys() & metrics.keys():
+            which = f"validation_metrics and sample_metrics both return {min(both)}"
+            raise ValueError(f"{type(trainer).__name__}: {which}; rename one")
+        return metrics | found, pictures
 
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
         """Replaces a request's label by the name of its class."""
