@@ -38,7 +38,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     from trainers.engine.validation.validation import Validation
 
     model_card.check_hub_login(run.base.push_to_hub)
-    with context.start(run, dry_run is not None) as ctx:  # processes, signals, the run folder and its lock
+    with context.start(run) as ctx:  # processes, signals, the run folder and its lock
         base, accelerator = run.base, ctx.accelerator
         resume_from = find.find_checkpoint(ctx)
 
@@ -57,7 +57,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         if resume_from:
             resume.load(ctx, trainer, encoders, state, resume_from, saved)
         rate_factor = optimizer.learning_rate_schedule(run.config, clock.total_steps)
-        checks = sanity_checks.SanityChecks(ctx, state.networks, state.optimizer, rate_factor)
+        checks = sanity_checks.SanityChecks(ctx, state.networks, state.optimizer)
         start_seconds = encoders.fill_seconds | datasets_lib.prepare(
             *data, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes
         )

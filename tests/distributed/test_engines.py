@@ -152,6 +152,15 @@ def test_a_checkpoint_is_resumed_on_another_engine(engine, then, whole, tmp_path
     assert difference(tmp_path / "run", whole(then)[0], "unet/diffusion_pytorch_model.safetensors") < 1e-4
 
 
+@pytest.mark.parametrize("engine", ["DDP", *but_one("FSDP2")])
+def test_the_pipeline_of_a_finished_run_is_written_again(engine, whole, tmp_path):
+    folder, weights = shutil.copytree(whole(engine)[0], tmp_path / "run"), "unet/diffusion_pytorch_model.safetensors"
+    (folder / weights).unlink()
+    _, text = run(folder, engine, LATEST)
+    assert "the run is finished already" in text
+    assert difference(folder, whole(engine)[0], weights) == 0
+
+
 @pytest.mark.parametrize("engine", but_one("ZeRO-3"))
 @pytest.mark.parametrize("rank", [slow(0), 1])
 def test_one_rank_is_killed_in_a_save(rank, engine, whole, tmp_path):

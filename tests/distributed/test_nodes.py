@@ -124,6 +124,11 @@ def test_old_checkpoints_go_in_every_folder(tmp_path):
     assert [steps_of(tmp_path / name) for name in NAMES] == [[8, 6], [8, 6]]
 
 
+def test_old_checkpoints_of_a_finished_run_go_in_every_folder(again):
+    assert "the run is finished already" in run(again, LATEST, "base.checkpoints_total_limit=3")
+    assert [steps_of(again / name) for name in NAMES] == [[8, 6, 4], [8, 6, 4]]
+
+
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_write_that_fails_in_one_folder(tmp_path, rank):
     error = error_of_both(tmp_path, "base.max_train_steps=40", fail_write=[4, rank])
@@ -202,10 +207,10 @@ def test_a_dry_run_wants_one_folder(tmp_path):
 
 
 def test_several_processes_in_each_folder():
-    found = Folders(1, ("a", "a", "b", "b"), ("/x", "/link", "/x", "/x"), (0, 0, 2, 2))
+    found = Folders(SimpleNamespace(process_index=1), ("a", "a", "b", "b"), ("/x", "/link", "/x", "/x"), (0, 0, 2, 2))
     assert (found.several, found.mains, found.places) == (True, [0, 2], ["a:/x", "b:/x"])
     assert (found.number, found.sharing, found.is_main) == (0, [0, 1], False)
-    last = replace(found, rank=2)
+    last = replace(found, accelerator=SimpleNamespace(process_index=2))
     assert (last.number, last.sharing, last.is_main) == (1, [2, 3], True)
     assert not replace(found, owners=(0, 0, 0, 0)).several
 

@@ -344,6 +344,6 @@ def test_errors_of_caches(run_in_process, tmp_path, options, monkeypatch):
 
     monkeypatch.setattr(ImageDataset, "captions", lambda self: None)
     with pytest.raises(
-        ValueError, match=r"encoder text cannot be cached: the data set does not list its captions; set"
+        ValueError, match=r"encoder text cannot be cached: the data set does not list the values of column caption; set"
     ):
         run_in_process("run", "text_to_image", **options, **{"text_to_image.cache_text": "memory"})

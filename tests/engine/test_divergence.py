@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from processes import launch
+from processes import environment, launch
+from repository import ROOT
 from run_folders import final_state, losses, read_metrics
 from safetensors.torch import load_file
 from script_calls import run_script
@@ -208,6 +211,16 @@ def test_replay_names_what_is_broken(run_in_process, monkeypatch, capsys):
     assert Image.open(folder / f"replay-step-{step}.png").size[0] > 16
 
 
+@pytest.mark.slow
+def test_replay_as_a_command(run_in_process):
+    folder = run_in_process()
+    command = [sys.executable, "scripts/replay.py", str(folder), "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment(None))
+    assert done.returncode == 0, done.stderr
+    assert "step 5: slots 16 to 19" in done.stdout
+    assert Image.open(folder / "replay-step-5.png").size[0] > 16
+
+
 def test_replay_says_what_it_cannot_do(tmp_path, run_in_process):
     with pytest.raises(SystemExit, match="error: .*config.yaml does not exist"):
         run_script(replay, tmp_path, 3)
@@ -273,15 +286,6 @@ def test_a_run_in_which_nothing_moves_is_told(run_in_process, capsys):
     assert out.count("WARNING: no trained parameter moved in 10 steps: look at learning_rate (now 1e-30)") == 1
     run_in_process("moves")
     assert "WARNING" not in capsys.readouterr().out
-
-
-def test_a_last_rate_that_is_not_what_was_asked_for_is_told(run_in_process, monkeypatch, capsys):
-    monkeypatch.setattr(optimization, "set_learning_rates", lambda optimizer, factor: {"lr": 1e-3})
-    run_in_process(**{"ddpm.lr_scheduler": "linear", "ddpm.lr_warmup_steps": 0})
-    assert (
-        "WARNING: the last learning rate of unet was 0.001; the configuration asks for 0.000166667"
-        in capsys.readouterr().out
-    )
 
 
 def test_two_ranks_that_draw_the_same_are_told(tmp_path):

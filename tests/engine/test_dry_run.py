@@ -28,7 +28,7 @@ from trainers.engine.dry_run.report import duration
 from trainers.engine.dry_run.suggestions import disk_suggestions, memory_suggestions, out_of_resources
 from trainers.engine.run.clock import Clock
 from trainers.engine.tracking import meters
-from trainers.engine.tracking.meters import PeakMemory
+from trainers.engine.tracking.meters import take_peak_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CADENCES = {
@@ -420,38 +420,36 @@ def test_loops_are_cut_short_and_the_rest_is_added_up(monkeypatch):
     clock = iter(range(0, 1000))
     monkeypatch.setattr(plan, "_now", lambda: next(clock))
     short = DryRun(None, None)
-    assert list(short.limited(range(20), "sampling")) == [0, 1, 2, 3, 4]
+    assert list(short.limited(range(20), "valid: sampling")) == [0, 1, 2, 3, 4]
     # looks at the clock after the first and the last one
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15)
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15)}
     assert short.samples
-    assert list(short.limited(range(3), "sampling")) == [0, 1, 2]
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15)
-    short.scale["validating"] = 10
-    assert list(short.limited((each for each in "abcdefg"), "validating")) == list("abcdefg")
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15 + 9)
-    assert list(short.limited((each for each in "ab"), "another")) == ["a", "b"]
-    assert list(short.limited(range(0), "none")) == []
-    assert short.skipped_seconds == pytest.approx(1 / 4 * 15 + 9)
+    assert list(short.limited(range(3), "eval: sampling")) == [0, 1, 2]
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15), "eval": 0}
+    short.scale["valid: examples"] = 10
+    assert list(short.limited((each for each in "abcdefg"), "valid: examples")) == list("abcdefg")
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15 + 9), "eval": 0}
+    assert list(short.limited((each for each in "ab"), "valid: another")) == ["a", "b"]
+    assert list(short.limited(range(0), "export: none")) == []
+    assert short.skipped == {"valid": pytest.approx(1 / 4 * 15 + 9), "eval": 0, "export": 0}
 
 
 def test_peak_memory_is_of_the_time_since_the_last_look():
-    look = PeakMemory(CPU)
-    look.take()
-    before = look.take()
+    take_peak_memory(CPU)
+    before = take_peak_memory(CPU)
     with mmap.mmap(-1, 2**28) as block:  # malloc might give memory that is there already
         for page in range(0, 2**28, mmap.PAGESIZE):
             block[page] = 1
-    after, later = look.take(), look.take()
+    after, later = take_peak_memory(CPU), take_peak_memory(CPU)
     assert after == pytest.approx(before + 0.25, abs=0.1)
     assert later < after - 0.1
 
 
 def test_peak_memory_where_it_cannot_be_forgotten(monkeypatch, tmp_path):
     monkeypatch.setattr(meters, "PROCESS", tmp_path)
-    look = PeakMemory(CPU)
-    assert 0.05 < look.take() <= look.take()
+    assert 0.05 < take_peak_memory(CPU) <= take_peak_memory(CPU)
     (tmp_path / "status").write_text("Name: x\n")
-    assert look.take() > 0.05
+    assert take_peak_memory(CPU) > 0.05
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 from accelerate import Accelerator
 from processes import Forked, start, wait_for
 from repository import ROOT, tiny
-from run_folders import final_state, logged_steps, losses, read_metrics
+from run_folders import final_state, logged_steps, losses, read_metrics, steps_of
 
 from train import main, train
 from trainers.base import Trainer, TrainerConfig
@@ -61,7 +61,7 @@ def uninterrupted(tmp_path_factory):
     return folder, seconds, int(output.rpartition(" lines")[0].split()[-1])
 
 
-@pytest.mark.parametrize("points", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [4, *(pytest.param(points, marks=pytest.mark.slow) for points in (6, 50))])
 def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
     """Half of the points by time, half at a line of the modules that write files."""
     whole, seconds, lines = uninterrupted
@@ -97,6 +97,21 @@ def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
         if points > 10:
             print("\n".join(map(str, table)))
     assert max(lost) <= 4  # checkpoints are two steps apart, and one may be in flight
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_kill_9_between_a_seal_and_the_removal_of_older_checkpoints(uninterrupted, tmp_path, step):
+    """The run that is resumed removes what exceeds the limit, also if it was finished."""
+    whole, folder = uninterrupted[0], tmp_path / "run"
+    code, _, _ = run_child(folder, {"kill_before_prune": step})
+    assert code == -signal.SIGKILL
+    assert steps_of(folder) == [step, step - 2, step - 4]
+    code, _, output = run_child(folder)
+    assert code == 0, output
+    assert f"resumed at {step}" in output
+    assert steps_of(folder) == [12, 10]
+    assert final_state(folder, 12) == final_state(whole, 12)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -565,6 +565,13 @@ def test_the_test_of_every_task_would_notice(what, run_in_process, monkeypatch):
         train_and_draw("ddpm", run_in_process, **{"base.max_train_steps": 1})
 
 
+def test_two_metrics_of_a_validation_have_different_names(tiny_config, monkeypatch, capsys):
+    monkeypatch.setattr(DDPMTrainer, "sample_metrics", lambda self, requests, images: {"brightness": 0.5, "loss": 0.0})
+    assert main([str(tiny_config(**{"base.validation_split": 0.02, "base.max_train_steps": 1}))]) == 1
+    error = capsys.readouterr().err
+    assert "error: DDPMTrainer: validation_metrics and sample_metrics both return loss; rename one" in error
+
+
 @pytest.mark.slow
 def test_compile_changes_no_names_and_few_bits(run_in_process, network_without_dropout):
     options = {"ddpm.model_config": network_without_dropout}  # compiled dropout draws other numbers

@@ -197,6 +197,20 @@ def kill_in_save(step_and_rank):
     Saver.begin = killing
 
 
+def kill_before_prune(step):
+    """Killed once this step's checkpoint has its name, before older ones are removed."""
+    from trainers.engine.checkpoint.saver import Saver
+
+    original = Saver._prune
+
+    def killing(self):
+        if (self.output_dir / f"checkpoint-{step}").exists():
+            die()
+        original(self)
+
+    Saver._prune = killing
+
+
 def kill_at_line(number):
     """Killed before the n-th line that runs in the modules which write files; 0 prints how many there are."""
     seen, counter = [0], itertools.count(1)  # of all threads

@@ -25,23 +25,29 @@ class Change(NamedTuple):
     text: str
 
 
-def breaking_changes(state: dict[str, Any], run: RunConfig, clock: Clock, train_set: ImageData) -> list[Change]:
-    """Lists the changes that make the rest of the run differ from the uninterrupted run."""
-    found = [
-        Change((key.partition(".")[2], key), f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
-        for key, before, now in option_changes(state["config"], run)
-        if key.partition(".")[2] not in _free(run, key)
-    ]
+def find_changes(
+    state: dict[str, Any], run: RunConfig, clock: Clock, train_set: ImageData
+) -> tuple[list[Change], list[str]]:
+    """Lists the changes that make the rest of the run differ from the uninterrupted run, and texts of the others."""
+    found: list[Change] = []
+    harmless: list[str] = []
+    for key, before, now in option_changes(state["config"], run):
+        section, _, option = key.partition(".")
+        text = f"{key}: {json.dumps(before)} -> {json.dumps(now)}"
+        if option not in (run.base if section == "base" else run.config).free_on_resume:
+            found.append(Change((option, key), text))
+        elif key not in OWN_TO_A_RUN:
+            harmless.append(text)
     if state["global_batch_size"] != clock.global_batch_size:
         text = f"global batch size: {state['global_batch_size']} -> {clock.global_batch_size}"
         found.append(Change(("global_batch_size",), text))
-    before, now = (state["num_examples"], state["fingerprint"]), (clock.num_examples, train_set.fingerprint)
-    if before != now:
-        shown = [f"{'a stream' if count is None else f'{count} examples'} ({key})" for count, key in (before, now)]
+    data = [(state["num_examples"], state["fingerprint"]), (clock.num_examples, train_set.fingerprint)]
+    if data[0] != data[1]:
+        shown = [f"{'a stream' if count is None else f'{count} examples'} ({key})" for count, key in data]
         found.append(Change(("dataset",), f"data set: {shown[0]} -> {shown[1]}"))
     if state.get("stream") and isinstance(train_set, StreamData):
         found += _reader_change(state["stream"], clock, train_set)
-    return found + list(_length_change(state, run, clock))
+    return [*found, *_length_change(state, run, clock)], harmless
 
 
 def _reader_change(saved: list[dict[str, Any]], clock: Clock, stream: StreamData) -> Iterator[Change]:
@@ -65,15 +71,6 @@ def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:
         )
 
 
-def harmless_changes(state: dict[str, Any], run: RunConfig) -> list[str]:
-    """Lists options that changed without an effect on the training."""
-    return [
-        f"{key}: {json.dumps(before)} -> {json.dumps(now)}"
-        for key, before, now in option_changes(state["config"], run)
-        if key.partition(".")[2] in _free(run, key) and key not in OWN_TO_A_RUN
-    ]
-
-
 def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Yields (dotted key, value in the checkpoint, value now); an option missing in the checkpoint had its default."""
     [task] = [section for section in saved if section != "base"]
@@ -87,15 +84,6 @@ def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator
             old = before.get(name, default)
             if old != value:
                 yield f"{section}.{name}", old, value
-
-
-def optimizer_changed(state: dict[str, Any], run: RunConfig) -> bool:
-    """Whether the checkpoint's optimizer state is of another optimizer."""
-    return any(key == f"{run.task}.optimizer" for key, _, _ in option_changes(state["config"], run))
-
-
-def _free(run: RunConfig, key: str) -> tuple[str, ...]:
-    return (run.base if key.startswith("base.") else run.config).free_on_resume
 
 
 def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Iterator[Change]:
@@ -115,9 +103,8 @@ def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
     """Formats a step's learning rate for the configuration, length and batch size of a state."""
     saved = next(values for section, values in state["config"].items() if section != "base")
     config = dataclasses.replace(run.config, **{k: v for k, v in saved.items() if hasattr(run.config, k)})
-    factor = learning_rate_schedule(config, state["total_steps"])(step) * (
-        state["global_batch_size"] if config.scale_lr else 1
-    )
+    factor = learning_rate_schedule(config, state["total_steps"])(step)
+    factor *= state["global_batch_size"] if config.scale_lr else 1
     if isinstance(config.learning_rate, dict):
         return ", ".join(f"{rate * factor:.4g} ({name})" for name, rate in config.learning_rate.items())
     return f"{config.learning_rate * factor:.4g}"

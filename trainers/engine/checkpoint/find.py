@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import Accelerator
-
 from trainers.engine.checkpoint.manifest import DamagedCheckpoint, list_checkpoints, tensor_digests, verify
 from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.run.context import RunContext
@@ -16,7 +14,6 @@ from trainers.engine.run.context import RunContext
 class Copy(NamedTuple):
     """One output folder's copy of a checkpoint: hashes of its tensors, or the reason why it cannot be used."""
 
-    place: str  # HOST:FOLDER
     digests: dict[str, str] | None
     fault: str = ""
 
@@ -27,79 +24,69 @@ def find_checkpoint(ctx: RunContext) -> Path | None:
     Raises FileNotFoundError for a name or path that does not exist, DamagedCheckpoint if all are damaged, ValueError if
     the output folders hold different ones.
     """
-    accelerator, folders, output_dir = ctx.accelerator, ctx.folders, ctx.output_dir
-    resume = ctx.run.base.resume_from_checkpoint
+    folders, output_dir, resume = ctx.folders, ctx.output_dir, ctx.run.base.resume_from_checkpoint
     if not resume:
         return None
     if resume in (True, "latest"):
-        return _find_latest(accelerator, folders, output_dir)
-    found = folders.on_mains(accelerator, lambda: _find_named(output_dir, str(resume)))
-    (_, digests), (own, _) = found[0], found[folders.number]
-    for place, (_, others) in zip(folders.places, found, strict=True):
-        if others != digests:
-            raise ValueError(
-                f"resume_from_checkpoint = {resume}: {folders.places[0]} and {place} hold different ones; copy one over"
-            )
-    return own
+        return _find_latest(folders, output_dir)
+    found = folders.on_mains(lambda: _find_named(output_dir, str(resume)))
+    for place, (_, digests) in zip(folders.places, found, strict=True):
+        if digests != found[0][1]:
+            places = f"{folders.places[0]} and {place}"
+            raise ValueError(f"resume_from_checkpoint = {resume}: {places} hold different ones; copy one over")
+    return found[folders.number][0]
 
 
-def _find_latest(accelerator: Accelerator, folders: Folders, output_dir: Path) -> Path | None:
-    listed = folders.on_mains(accelerator, lambda: [step for step, _ in list_checkpoints(output_dir)])
+def _find_latest(folders: Folders, output_dir: Path) -> Path | None:
+    listed = folders.on_mains(lambda: [step for step, _ in list_checkpoints(output_dir)])
     steps, newest_advice = sorted(set().union(*listed), reverse=True), ""
     for folder in (output_dir / f"checkpoint-{step}" for step in steps):
-        copies = folders.on_mains(accelerator, partial(_look, folders, folder))
-        faults = _faults(folder.name, copies)
+        copies = folders.on_mains(partial(_look, folders, folder))
+        faults = [copy.fault for copy in copies if copy.fault]
+        if not faults and any(copy.digests != copies[0].digests for copy in copies):
+            faults = [f"{folder.name}: it is not the same in {' and '.join(folders.places)}"]
         if not faults:
             return folder
         for fault in faults:
-            accelerator.print(f"WARNING: skipping {fault}", flush=True)
-        if advice := _advice(copies):
-            advice = f"to go on from {folder.name}, {advice}"
-            accelerator.print(f"  {advice}", flush=True)
+            folders.accelerator.print(f"WARNING: skipping {fault}", flush=True)
+        if advice := _advice(folder, folders.places, copies):
+            folders.accelerator.print(f"  {advice}", flush=True)
         newest_advice = newest_advice or advice
     if newest_advice:
         raise ValueError(f"no checkpoint is intact and the same in {' and '.join(folders.places)}; {newest_advice}")
     if steps:
         raise DamagedCheckpoint(f"all {len(steps)} checkpoints in {output_dir} are damaged; remove them to start anew")
-    accelerator.print(f"No checkpoint in {output_dir}: starting at step 0", flush=True)
+    folders.accelerator.print(f"No checkpoint in {output_dir}: starting at step 0", flush=True)
     return None
 
 
 def _look(folders: Folders, folder: Path) -> Copy:
     place, where = folders.places[folders.number], f"on {folders.hosts[folders.rank]}: " if folders.several else ""
     if not folder.is_dir():
-        return Copy(place, None, f"{folder.name}: it is missing in {place}")
+        return Copy(None, f"{folder.name}: it is missing in {place}")
     try:
         verify(folder)
     except DamagedCheckpoint as error:
-        return Copy(place, None, f"a damaged checkpoint: {where}{error}")
-    return Copy(place, tensor_digests(folder))
+        return Copy(None, f"a damaged checkpoint: {where}{error}")
+    return Copy(tensor_digests(folder))
 
 
-def _faults(name: str, copies: list[Copy]) -> list[str]:
-    """Lists why a checkpoint cannot be used; empty if it can."""
-    found = [copy.fault for copy in copies if copy.fault]
-    if found or all(copy.digests == copies[0].digests for copy in copies):
-        return found
-    return [f"{name}: it is not the same in {' and '.join(copy.place for copy in copies)}"]
-
-
-def _advice(copies: list[Copy]) -> str:
-    """Says how to make a checkpoint usable that is intact in some folder; empty if it is in none."""
-    intact = next((copy for copy in copies if not copy.fault), None)
-    if intact is None:
-        return ""
-    others = [copy.place for copy in copies if copy.digests != intact.digests]
-    return f"copy it from {intact.place} to {' and '.join(others)}, or start on {intact.place.partition(':')[0]} alone"
+def _advice(folder: Path, places: list[str], copies: list[Copy]) -> str:
+    """Says how to make a checkpoint usable that is intact in some place; empty if it is in none."""
+    for intact, copy in zip(places, copies, strict=True):
+        if not copy.fault:
+            others = [place for place, other in zip(places, copies, strict=True) if other.digests != copy.digests]
+            copying = f"copy it from {intact} to {' and '.join(others)}"
+            return f"to go on from {folder.name}, {copying}, or start on {intact.partition(':')[0]} alone"
+    return ""
 
 
 def _find_named(output_dir: Path, name: str) -> tuple[Path, dict[str, str]]:
     for folder in (output_dir / name, Path(name)):
         inside = list_checkpoints(folder)
         if inside and not (folder / "manifest.json").exists():
-            raise FileNotFoundError(
-                f"resume_from_checkpoint = {name}: a folder of checkpoints; name one, such as {inside[0][1]}"
-            )
+            advice = f"a folder of checkpoints; name one, such as {inside[0][1]}"
+            raise FileNotFoundError(f"resume_from_checkpoint = {name}: {advice}")
         if folder.is_dir():
             verify(folder)
             return folder, tensor_digests(folder)

@@ -11,27 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainers.engine.checkpoint.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
-from trainers.engine.distributed.sharding import (
-    Configured,
-    Part,
-    configuration,
-    like,
-    part_from,
-    refresh,
-    trained_parameters,
-)
+from trainers.engine.distributed import sharding
+from trainers.engine.distributed.sharding import Configured, Part
 
 
 def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) -> None:
     """Raises ValueError if the network's configuration, such as its dropout, differs from the checkpoint's."""
     if not ((folder / "config.json").is_file() and isinstance(network, Configured)):
         return
-    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), configuration(network)
-    found = [
-        f"{k}: {json.dumps(saved.get(k))} -> {json.dumps(own.get(k))}"
-        for k in own
-        if saved.get(k) != own[k] and k[0] != "_"
-    ]
+    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), sharding.configuration(network)
+    changed = [key for key in own if saved.get(key) != own[key] and key[0] != "_"]
+    found = [f"{key}: {json.dumps(saved.get(key))} -> {json.dumps(own[key])}" for key in changed]
     if found and "network" not in allow_changes:
         raise ValueError(
             f"{folder}: the network changed ({'; '.join(found)}); undo that, or accept it with "
@@ -43,7 +33,11 @@ def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "")
     """Reads weights and buffers by network, averaged ones with the suffix "_ema"; ValueError if they do not fit."""
     weights = {name: read_tensors(folder / f"{name}{suffix}") for name in networks}
     for name, network in networks.items():
-        _compare(folder / f"{name}{suffix}", weights[name], trained_state(network))
+        saved, own = weights[name], trained_state(network)
+        differing = sorted(saved.keys() ^ own.keys()) or [key for key in own if saved[key].shape != own[key].shape]
+        if differing:
+            count = f"{len(differing)} tensors differ, first {differing[0]}"
+            raise ValueError(f"{folder / f'{name}{suffix}'} does not fit this run's network: {count}")
     return weights
 
 
@@ -52,10 +46,10 @@ def put_weights(weights: dict[str, dict[str, Tensor]], networks: dict[str, nn.Mo
     for name, network in networks.items():
         for key, own in trained_state(network).items():
             if isinstance(own, Part):
-                own.tensor.copy_(part_from(weights[name][key], own.parameter))
+                own.tensor.copy_(sharding.part_from(weights[name][key], own.parameter))
             else:
-                own.copy_(like(weights[name][key], own))
-    refresh(networks, masters=True)
+                own.copy_(sharding.like(weights[name][key], own))
+    sharding.refresh(networks, masters=True)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -69,17 +63,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safetensors file ({error}); the checkpoint was not written by diffloop"
-        ) from None
-
-
-def _compare(folder: Path, saved: dict[str, Tensor], own: dict[str, Tensor | Part]) -> None:
-    differing = sorted(saved.keys() ^ own.keys()) or [key for key in own if saved[key].shape != own[key].shape]
-    if differing:
-        raise ValueError(
-            f"{folder} does not fit this run's network: {len(differing)} tensors differ, first {differing[0]}"
-        )
+        what = f"{path} is not a safetensors file ({error})"
+        raise ValueError(f"{what}; the checkpoint was not written by diffloop") from None
 
 
 def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -88,7 +73,7 @@ def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[n
     for name, tensor in _tensors(folder / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition(".")
         saved.setdefault(parameter, {})[key] = tensor
-    own = {f"{name}.{key}": p for name, network in networks.items() for key, p in trained_parameters(network).items()}
+    own = sharding.trained_parameters(networks)
     if not saved.keys() <= own.keys():
         raise ValueError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
     return {own[name]: values for name, values in saved.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets_lib.example import ImageData, StreamData
 from trainers.base import Trainer
-from trainers.engine.checkpoint.config_diff import breaking_changes, check_steps, harmless_changes, optimizer_changed
+from trainers.engine.checkpoint.config_diff import check_steps, find_changes, option_changes
 from trainers.engine.checkpoint.load import compare_shape, put_weights, read_optimizer_state, read_tensors, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.snapshot import TrainState
@@ -58,10 +58,8 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
         return {}
     run, accelerator = ctx.run, ctx.accelerator
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder}: written by another version of diffloop (format {state.get('format')}, not {FORMAT})"
-        )
+    if (found := state.get("format")) != FORMAT:
+        raise ValueError(f"{folder}: written by another version of diffloop (format {found}, not {FORMAT})")
     ctx.clock = clock = ctx.clock.resumed_at(state["step"], state["slot"])
     if clock.total_steps < clock.origin_step:
         option = f"max_train_steps = {run.base.max_train_steps}" if run.base.max_train_steps else "num_epochs"
@@ -70,7 +68,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
             "from an earlier checkpoint"
         )
     check_steps(state, clock, folder)
-    changes = breaking_changes(state, run, clock, train_set)
+    changes, harmless = find_changes(state, run, clock, train_set)
     refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
     if refused:
         names = ",".join(dict.fromkeys([*run.base.allow_changes, *(change.names[0] for change in refused)]))
@@ -78,7 +76,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
             f"{folder}: the training would go on differently; undo these changes, or accept them with "
             f"base.allow_changes=[{names}]:\n" + "\n".join(f"  {change.text}" for change in refused)
         )
-    for text in [*harmless_changes(state, run), *(f"{change.text} (allowed)" for change in changes)]:
+    for text in [*harmless, *(f"{change.text} (allowed)" for change in changes)]:
         accelerator.print(f"Changed since the checkpoint: {text}")
     if state.get("stream") and isinstance(train_set, StreamData):
         for text in train_set.go_on(state["stream"], accelerator.process_index):
@@ -100,14 +98,12 @@ def load(
         compare_shape(folder / name, network, ctx.run.base.allow_changes)
     weights = read_weights(folder, networks)
     averages: dict[str, Tensor] = {}
-    for name in networks:
-        if ema is not None:
-            if not (folder / f"{name}_ema").is_dir():
-                raise ValueError(
-                    f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false"
-                )
-            averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
-    moments = {} if optimizer_changed(saved, ctx.run) else read_optimizer_state(folder, networks)
+    for name in networks if ema is not None else ():
+        if not (folder / f"{name}_ema").is_dir():
+            raise ValueError(f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false")
+        averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
+    changed = [key for key, _, _ in option_changes(saved["config"], ctx.run)]
+    moments = {} if f"{ctx.run.task}.optimizer" in changed else read_optimizer_state(folder, networks)
     put_weights(weights, networks)
     if ema is not None:
         ema.load(averages)
@@ -115,7 +111,7 @@ def load(
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     logging_dir, step = ctx.run.base.logging_dir, saved["step"]
-    ctx.folders.on_mains(ctx.accelerator, lambda: _set_aside(ctx.output_dir, logging_dir, folder, step))
+    ctx.folders.on_mains(lambda: _set_aside(ctx.output_dir, logging_dir, folder, step))
     state.meter.load(saved["meter"])
     state.nonfinite.load(saved["divergence"])
 
@@ -127,7 +123,8 @@ def _warm_up(ctx: RunContext, trainer: Trainer, encoders: FrozenEncoders, state:
     would sum gradients in another order than the uninterrupted run.
     """
     accelerator, clock, base = ctx.accelerator, ctx.clock, ctx.run.base
-    if accelerator.num_processes == 1 or deepspeed.in_use(accelerator):
+    is_finished = clock.origin_step >= clock.total_steps  # no example is left to run it on
+    if accelerator.num_processes == 1 or deepspeed.in_use(accelerator) or is_finished:
         return
     # the previous step, so that the same networks have had a backward as in the uninterrupted run
     step = max(clock.origin_step - 1, 0)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -17,8 +16,6 @@ from trainers.engine.checkpoint.snapshot import Snapshot, TrainState, find_not_f
 from trainers.engine.data import stream_batches
 from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.tracker import Tracker
-
-Result = TypeVar("Result")
 
 
 class Saver:
@@ -36,9 +33,10 @@ class Saver:
         self.kept: dict[str, Tensor] = {}  # memory of the last copy, for the next one
         self.staged: Future[Path] = Future()  # its temporary folder, on a main process
         if ctx.folders.is_main:
-            ctx.stop.votes.own = 0
+            ctx.stop.written = 0
 
     def __enter__(self) -> Saver:
+        self.folders.on_mains(self._prune)  # the run may have been killed right after a checkpoint was sealed
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -52,16 +50,10 @@ class Saver:
 
     def after_step(self, steps_done: int) -> None:
         """Seals a checkpoint whose files are written, and begins one if it is due."""
-        self._seal_written()
+        self.seal_written()
         if self.ctx.clock.due(steps_done, self.base.checkpointing_steps):
             with self.tracker.phase("save", steps_done):  # the time that the training waits
                 self.begin(steps_done)
-
-    def watch(self, items: Iterable[Result]) -> Iterator[Result]:
-        """Yields the items of a long loop that checks for stop signals, and seals a checkpoint written meanwhile."""
-        for item in items:
-            yield item
-            self._seal_written()
 
     def save(self, steps_done: int) -> None:
         """Writes output_dir/checkpoint-N and waits until it is sealed."""
@@ -73,7 +65,7 @@ class Saver:
         self.wait()
         counts = self.state.nonfinite.state()
         final = self.output_dir / f"checkpoint-{steps_done}"
-        if self.state.nonfinite.gave_up or all(self._on_mains(final.exists)):
+        if self.state.nonfinite.gave_up or all(self.folders.on_mains(final.exists)):
             return
         broken = find_not_finite(self.state.networks, self.state.ema, self.state.optimizer)
         if broken is not None:
@@ -94,43 +86,41 @@ class Saver:
         if self.folders.several:
             self._wait_for_all()  # if another rank dies meanwhile, __exit__ seals alone
         self.step = 0
-        self._on_mains(self._seal)
-        self._on_mains(self._prune)  # only now that all folders have the new one
+        self.folders.on_mains(self._seal)
+        self.folders.on_mains(self._prune)  # only now that all folders have the new one
 
     def _wait_for_all(self) -> None:
         """Waits for the files of every folder; if one cannot be written, no folder keeps its files."""
         try:
-            self._on_mains(lambda: self.staged.result())
+            self.folders.on_mains(lambda: self.staged.result())
         except (OSError, ValueError):
             if self.folders.is_main and self.staged.exception() is None:
                 shutil.rmtree(self.staged.result(), ignore_errors=True)
             self.step = 0
             raise
 
-    def _on_mains(self, action: Callable[[], Result]) -> list[Result]:
-        return self.folders.on_mains(self.ctx.accelerator, action)
-
-    def _seal_written(self) -> None:
-        if self.step and self.step == self.ctx.stop.votes.all:
+    def seal_written(self) -> None:
+        """Seals a checkpoint if all ranks know that its files are written."""
+        if self.step and self.step == self.ctx.stop.written_by_all:
             self.wait()
 
     def _seal(self) -> None:
         writer.seal(self.staged.result())
 
     def _prune(self) -> None:
+        """Removes all but the newest checkpoints, the first of which is sealed in all folders, or was resumed from."""
         limit = self.base.checkpoints_total_limit
         for _, folder in list_checkpoints(self.output_dir)[limit:] if limit is not None else []:
-            writer.remove(folder, self.thread)
+            self.thread.submit(writer.remove, folder)
 
     def _write(self, taken: Snapshot) -> Path:
         """Writes the files, in the thread; the vote tells the other ranks that this is over, successfully or not."""
         try:
             return writer.stage(taken, self.output_dir)
         finally:
-            self.ctx.stop.votes.own = taken.step
+            self.ctx.stop.written = taken.step
 
     def _about(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
-        """Returns what state.json holds."""
         clock, scaler, train_set = self.ctx.clock, self.ctx.accelerator.scaler, self.state.train_set
         return {
             "format": writer.FORMAT,

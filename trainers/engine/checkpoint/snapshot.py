@@ -88,11 +88,7 @@ def find_not_finite(networks: dict[str, nn.Module], ema: EMA | None, optimizer: 
 
 
 def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer: Optimizer) -> str | None:
-    parts = {
-        f"weight {name}.{key}": sharding.part_of(parameter).tensor
-        for name, network in networks.items()
-        for key, parameter in trained_parameters(network).items()
-    }
+    parts = {f"weight {name}": sharding.part_of(p).tensor for name, p in trained_parameters(networks).items()}
     parts |= {f"average {name}": average for name, average in (ema.averages if ema is not None else {}).items()}
     for name, value in sharding.optimizer_state(networks, optimizer).items():
         parameter, _, key = name.rpartition(".")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from concurrent.futures import Executor
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -48,20 +47,12 @@ def seal(staging: Path) -> None:
         raise OSError(f"{name} could not be written to {output_dir}: {failure}; {INTACT}") from None
 
 
-def remove(folder: Path, thread: Executor) -> None:
-    """Renames an old checkpoint at once, and deletes its files in a thread; a failure only prints a warning."""
+def remove(folder: Path) -> None:
+    """Renames an old checkpoint, then deletes its files; a failure only prints a warning."""
     try:
-        trash = folder.rename(folder.with_name(f".trash-{folder.name}-{secrets.token_hex(4)}"))
-        thread.submit(_remove_files, trash, folder.name)
+        shutil.rmtree(folder.rename(folder.with_name(f".trash-{folder.name}-{secrets.token_hex(4)}")))
     except OSError as error:
         print(f"WARNING: {folder.name} could not be removed: {error}", flush=True)
-
-
-def _remove_files(trash: Path, name: str) -> None:
-    try:
-        shutil.rmtree(trash)
-    except OSError as error:
-        print(f"WARNING: {name} could not be removed: {error}", flush=True)
 
 
 def write(taken: Snapshot, folder: Path) -> None:

@@ -14,6 +14,7 @@ from trainers.engine.config.eval_networks import classifier_problem, features_pr
 from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section
 
 OF_CAPTIONS = ("trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption")
+DATA_SOURCES = ("dataset_name", "train_data_dir", "dataset")
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -24,13 +25,13 @@ class BaseConfig(Section):
 
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("num_epochs", "max_train_steps"),
-        ("dataset_name", "train_data_dir", "dataset"),
+        DATA_SOURCES,
         ("valid_epochs", "valid_steps"),
         ("save_model_epochs", "save_model_steps"),
         ("gradient_accumulation_steps", "global_batch_size"),
     )
     reset_with: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
-        ("dataset_name", "train_data_dir", "dataset"), ("dataset_config_name", "dataset_args")
+        DATA_SOURCES, ("dataset_config_name", "dataset_args")
     )
     free_on_resume: ClassVar[tuple[str, ...]] = (
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
@@ -136,7 +137,7 @@ class BaseConfig(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.num_epochs is None) == (self.max_train_steps is None):
             yield "num_epochs", "exactly one of num_epochs and max_train_steps must be set"
-        sources = [name for name in ("dataset_name", "train_data_dir", "dataset") if getattr(self, name) is not None]
+        sources = [name for name in DATA_SOURCES if getattr(self, name) is not None]
         if len(sources) != 1:
             given = " and ".join(sources) or "none"
             yield "dataset_name", f"exactly one of dataset_name, train_data_dir and dataset must be set, not {given}"
@@ -145,11 +146,10 @@ class BaseConfig(Section):
         for pair in self.exclusive[2:]:
             if all(getattr(self, name) is not None for name in pair):
                 yield pair[0], f"at most one of {pair[0]} and {pair[1]} can be set"
-        yield from self._paths()
-        yield from self._eval_networks()
+        yield from self._malformed()
         yield from self._without_effect()
 
-    def _paths(self) -> Iterator[tuple[str, str]]:
+    def _malformed(self) -> Iterator[tuple[str, str]]:
         logging_dir = PurePosixPath(self.logging_dir)
         if not self.output_dir.strip():
             yield "output_dir", "must name a folder"
@@ -157,68 +157,55 @@ class BaseConfig(Section):
             yield "logging_dir", "must be a relative path below output_dir, such as logs"
         if self.hub_model_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.hub_model_id):
             yield "hub_model_id", "must read name or owner/name"
-
-    def _eval_networks(self) -> Iterator[tuple[str, str]]:
         if problem := features_problem(self.eval_features):
             yield "eval_features", problem
         if self.eval_classifier is not None and (problem := classifier_problem(self.eval_classifier)):
             yield "eval_classifier", problem
-
-    def _without_effect(self) -> Iterator[tuple[str, str]]:
-        """A setting that cannot take effect is an error, not silence."""
-        if self.hub_model_id is not None and not self.push_to_hub:
-            yield "hub_model_id", "has an effect with push_to_hub: true only"
-        yield from self._captions_without_effect()
-        yield from self.without_effect(("bucket_max_pixels", "bucket_step"), "buckets: true", self.buckets)
-        yield from self.without_effect(("compile_repeated_blocks",), "compile: true", self.compile)
-        yield from self.without_effect(("shuffle_buffer_size", "shard_retries"), "streaming: true", self.streaming)
-        buffered = self.shuffle_buffer_size is not None
-        yield from self.without_effect(("shuffle_buffer_resume",), "shuffle_buffer_size", buffered)
-        on_hub = self.dataset_name is not None or self.streaming
-        yield from self.without_effect(("dataset_config_name", "cache_dir", "image_column"), "dataset_name", on_hub)
-        of_evaluations = ("eval_num_samples", "eval_features", "eval_classifier")
-        yield from self.without_effect(of_evaluations, "eval_steps", self.eval_steps is not None)
-        columns = ("label_column", "mask_column", "caption_column")
-        yield from self.without_effect(columns, "dataset_name and train_data_dir", self.dataset is None)
-        if self.dataset_args and self.dataset is None:
-            yield "dataset_args", "has an effect with dataset only"
-        if self.tracker_project != "diffloop" and self.logger == "none":
-            yield "tracker_project", "has no effect with logger: none"
-        if self.run_name is not None and self.logger not in ("wandb", "both"):
-            yield "run_name", "has an effect with logger: wandb or both only"
-        if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
-            yield "enable_xformers_memory_efficient_attention", "needs xformers: pip install diffloop[xformers]"
-
-    def _captions_without_effect(self) -> Iterator[tuple[str, str]]:
-        if self.keep_tags and not self.shuffle_tags:
-            yield "keep_tags", "has an effect with shuffle_tags: true only"
         if self.trigger_word is not None and not self.trigger_word.strip():
             yield "trigger_word", "must not be blank; null for none"
         if self.class_data_dir is not None and not (self.class_caption or "").strip():
             yield "class_caption", "must be the text of the pictures in class_data_dir, such as a photo of a dog"
-        if self.class_caption is not None and self.class_data_dir is None:
-            yield "class_caption", "has an effect with class_data_dir only"
+        if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+            yield "enable_xformers_memory_efficient_attention", "needs xformers: pip install diffloop[xformers]"
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """A setting that cannot take effect is an error, not silence."""
+        for condition, holds, *options in (
+            ("push_to_hub: true", self.push_to_hub, "hub_model_id"),
+            ("shuffle_tags: true", self.shuffle_tags, "keep_tags"),
+            ("class_data_dir", self.class_data_dir is not None, "class_caption"),
+            ("buckets: true", self.buckets, "bucket_max_pixels", "bucket_step"),
+            ("compile: true", self.compile, "compile_repeated_blocks"),
+            ("streaming: true", self.streaming, "shuffle_buffer_size", "shard_retries"),
+            ("shuffle_buffer_size", self.shuffle_buffer_size is not None, "shuffle_buffer_resume"),
+            ("dataset_name", self.dataset_name is not None or self.streaming, "dataset_config_name", "cache_dir",
+             "image_column"),
+            ("eval_steps", self.eval_steps is not None, "eval_num_samples", "eval_features", "eval_classifier"),
+            ("dataset_name and train_data_dir", self.dataset is None, "label_column", "mask_column", "caption_column"),
+            ("logger: wandb or both", self.logger in ("wandb", "both"), "run_name"),
+        ):  # fmt: skip
+            yield from self.without_effect(options, condition, holds)
+        if self.dataset_args and self.dataset is None:  # its default is made by a factory
+            yield "dataset_args", "has an effect with dataset only"
+        if self.tracker_project != "diffloop" and self.logger == "none":
+            yield "tracker_project", "has no effect with logger: none"
 
 
 def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
     """Replaces null by the launcher's values, whose defaults `no` and 1 count as unset; yields contradictions."""
+    contradiction = "base.{0} = {1}: the launcher says {2} = {3}; make them equal, or set base.{0}=null".format
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in get_args(Precision):
         yield f"ACCELERATE_MIXED_PRECISION = {precision}: must be no, fp16 or bf16; change --mixed_precision"
     elif precision not in ("no", base.mixed_precision or precision):
-        yield _two_values("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
+        yield contradiction("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", str(base.gradient_accumulation_steps or steps)):
         variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-        yield _two_values("gradient_accumulation_steps", base.gradient_accumulation_steps, variable, steps)
+        yield contradiction("gradient_accumulation_steps", base.gradient_accumulation_steps, variable, steps)
     elif steps != "1" and base.global_batch_size is not None:
         launched = f"the launcher says ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {steps}"
         yield f"base.global_batch_size = {base.global_batch_size}: {launched}; give one of them"
     base.mixed_precision = base.mixed_precision or cast(Precision, precision)
     if base.global_batch_size is None:
         base.gradient_accumulation_steps = base.gradient_accumulation_steps or int(steps)
-
-
-def _two_values(option: str, value: object, variable: str, launched: str) -> str:
-    launcher = f"the launcher says {variable} = {launched}"
-    return f"base.{option} = {value}: {launcher}; make them equal, or set base.{option}=null"

@@ -61,28 +61,25 @@ def check_config(
         checked[name], wrong_values = _check_section(name, document[name], schema, schemas)
         problems += wrong_values
     base, config = BaseConfig(**checked["base"]), trainer_class.Config(**checked[task])
-    sections = {"base": base, task: config}
+    of_base = [*data_problems(base), *base.problems()]
+    of_base += base.without_effect(OF_CAPTIONS, "a task that reads captions", config.reads_captions)
+    on_disk = any(name.startswith("cache_") and value == "disk" for name, value in vars(config).items())
+    of_base += base.without_effect(("encoder_cache_dir",), "cache_latents or cache_text: disk", on_disk)
+    if base.buckets and not config.takes_buckets:
+        of_base.append(("buckets", f"{task} takes pictures of one size; set it to false"))
+    of_task = list(config.problems(base))
+    if problem := optimizer_problem(config.optimizer):
+        of_task.append(("optimizer", problem))
     # rules about several options would only repeat the problem of one of them
     wrong = {problem.split(" = ")[0] for problem in problems}
-    found = [("base", *problem) for problem in (*data_problems(base), *base.problems())]
-    found += [(task, *problem) for problem in config.problems(base)]
-    if problem := optimizer_problem(config.optimizer):
-        found.append((task, "optimizer", problem))
-    if not trainer_class.Config.reads_captions:
-        condition = "a task that reads captions"
-        found += [("base", *problem) for problem in base.without_effect(OF_CAPTIONS, condition, False)]
-    if base.buckets and not trainer_class.Config.takes_buckets:
-        found.append(("base", "buckets", f"{task} takes pictures of one size; set it to false"))
-    on_disk = any(name.startswith("cache_") and value == "disk" for name, value in vars(config).items())
-    cache_dir = ("encoder_cache_dir",), "cache_latents or cache_text: disk", on_disk
-    found += [("base", *problem) for problem in base.without_effect(*cache_dir)]
-    for name, option, reason in found:
-        if f"{name}.{option}" not in wrong:
-            problems.append(f"{name}.{option} = {_show(getattr(sections[name], option))}: {reason}")
+    for name, section, found in (("base", base, of_base), (task, config, of_task)):
+        for option, reason in found:
+            if f"{name}.{option}" not in wrong:
+                problems.append(f"{name}.{option} = {_show(getattr(section, option))}: {reason}")
     problems += _unknown_changes(base.allow_changes, schemas)
     problems += resolve_launcher_values(base, os.environ)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     return RunConfig(task, base, config, trainer_class)
 
 
@@ -92,10 +89,11 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
     try:
         return _plain(OmegaConf.from_dotlist(well_formed)), problems
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}"]) from None
+        raise ConfigError(*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}") from None
 
 
 def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
+    """Names the section beside `base`; raises ConfigError for other sections. Empty ones become mappings."""
     tasks = [str(name) for name in document if name != "base"]
     known = ", ".join(TRAINERS)
     problems = []
@@ -110,7 +108,7 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
         elif not isinstance(document[name], dict | None):
             problems.append(f"{name} = {_show(document[name])}: must be a mapping of options to values")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     for name in document:
         document[name] = document[name] or {}
     return tasks[0]
@@ -120,23 +118,22 @@ def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
     """Imports a task's Trainer: `base.trainer_class` if given, else from TRAINERS; ConfigError if there is none."""
     if trainer_class is None and task not in TRAINERS:
         raise ConfigError(
-            [
-                f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
-                'For your own class set base.trainer_class: "package.module:Class"'
-            ]
+            f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
+            'For your own class set base.trainer_class: "package.module:Class"'
         )
     module, _, name = str(trainer_class or TRAINERS[task]).partition(":")
+    given = f"base.trainer_class = {trainer_class}"
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        place = f"base.trainer_class = {trainer_class}: must be an importable package.module:Class"
-        raise ConfigError([f"{place} ({error}); is its folder on PYTHONPATH?"]) from None
+        wanted = "must be an importable package.module:Class"
+        raise ConfigError(f"{given}: {wanted} ({error}); is its folder on PYTHONPATH?") from None
     if not (isinstance(found, type) and issubclass(found, Trainer)):
-        raise ConfigError([f"base.trainer_class = {trainer_class}: must be a subclass of trainers.base.Trainer"])
+        raise ConfigError(f"{given}: must be a subclass of trainers.base.Trainer")
     has_config = issubclass(getattr(found, "Config", object), TrainerConfig)
     lacking = sorted(found.__abstractmethods__) + ([] if has_config else ["a Config derived from TrainerConfig"])
     if lacking:
-        raise ConfigError([f"base.trainer_class = {trainer_class}: lacks {', '.join(lacking)}; see trainers/base.py"])
+        raise ConfigError(f"{given}: lacks {', '.join(lacking)}; see trainers/base.py")
     return found
 
 
@@ -160,7 +157,7 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or "a reference"
         reason = str(error).splitlines()[0]
         hint = "; environment variables are not read" if "oc.env" in reason else ""
-        raise ConfigError([f"{key}: {reason}{hint}"]) from None
+        raise ConfigError(f"{key}: {reason}{hint}") from None
 
 
 def _plain(config: object, resolve: bool = False) -> dict[str, Any]:
@@ -189,11 +186,13 @@ def _check_section(
 def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[Section]]) -> list[str]:
     """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now."""
     known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
-    replacements = schemas[section].replaced.get(key, {}).items()
-    name, now = next((new for old, new in replacements if old == value), (None, None))
-    if name is None:
-        return [f"{shown}: unknown option; {_place(key, section, known, schemas)}"]
-    return [] if now == known[name].default else [f"{shown}: has been replaced; write {name}: {now}"]
+    for old, (name, now) in schemas[section].replaced.get(key, {}).items():
+        if old == value:
+            return [] if now == known[name].default else [f"{shown}: has been replaced; write {name}: {now}"]
+    for other, schema in schemas.items():
+        if key in options(schema):
+            return [f"{shown}: unknown option; it belongs in section {other}"]
+    return [f"{shown}: unknown option; did you mean {section}.{nearest(key, known)}?"]
 
 
 def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> Iterator[str]:
@@ -202,13 +201,6 @@ def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> I
         section, _, option = name.rpartition(".")
         if (option or name) not in known or (section and section not in schemas):
             yield f"base.allow_changes: {name} is not an option; did you mean {nearest(name, known)}?"
-
-
-def _place(key: str, section: str, known: dict, schemas: dict[str, type[Section]]) -> str:
-    for other, schema in schemas.items():
-        if other != section and key in options(schema):
-            return f"it belongs in section {other}"
-    return f"did you mean {section}.{nearest(key, known)}?"
 
 
 def _show(value: Any) -> str:

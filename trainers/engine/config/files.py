@@ -17,7 +17,7 @@ MAX_YAML_NODES = 100_000  # after aliases are expanded
 class ConfigError(ValueError):
     """Lists all problems of a configuration, one per line."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems))
 
@@ -25,20 +25,18 @@ class ConfigError(ValueError):
 def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a mapping; raises FileNotFoundError, or ConfigError if it is too large, malformed or no mapping."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
-        )
+        searched = f"(searched {path.resolve()})"
+        raise FileNotFoundError(f"config file {path} does not exist {searched}; see configs/ for examples")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError([f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}"])
+        raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}")
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text(encoding="utf-8")
-        document = json.loads(text, object_pairs_hook=_no_duplicates) if path.suffix == ".json" else _read_yaml(text)
+        document = json.loads(text, object_pairs_hook=_no_duplicates) if kind == "JSON" else _read_yaml(text)
     except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            [f"{path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]
-        ) from None
+        raise ConfigError(f"{path} cannot be read as {kind}: {error}") from None
     if not isinstance(document, dict):
-        raise ConfigError([f"{path} holds {type(document).__name__}; it must hold two sections, `base` and the task's"])
+        raise ConfigError(f"{path} holds {type(document).__name__}; it must hold two sections, `base` and the task's")
     return document
 
 

@@ -12,6 +12,7 @@ import tokenize
 import types
 import typing
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from trainers.options import Section
@@ -72,13 +73,15 @@ def coerce(value: Any, kind: Any) -> Any:
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _first_fit(value, kind)
+        for choice in args:
+            with suppress(ValueError):
+                return coerce(value, choice)
+        _refuse(kind)
     if origin is Annotated:
-        try:
-            number = coerce(value, args[0])
-        except ValueError:
-            _refuse(kind)
-        return number if number in args[1] else _refuse(kind)
+        with suppress(ValueError):
+            if (number := coerce(value, args[0])) in args[1]:
+                return number
+        _refuse(kind)
     if origin is Literal:
         word = "no" if value is False and "no" in args else value
         return word if (type(word), word) in {(type(arg), arg) for arg in args} else _refuse(kind)
@@ -96,18 +99,8 @@ def _scalar(value: Any, kind: type) -> Any:
         return int(value)
     if kind is float and type(value) is int:
         return float(value)
-    if kind is float and isinstance(value, float) and value - value != 0:  # nan or inf
-        _refuse(kind)
-    return value if type(value) is kind else _refuse(kind)
-
-
-def _first_fit(value: Any, kind: Any) -> Any:
-    for choice in get_args(kind):
-        try:
-            return coerce(value, choice)
-        except ValueError:
-            continue
-    return _refuse(kind)
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value if type(value) is kind and is_finite else _refuse(kind)
 
 
 def _refuse(kind: Any) -> typing.NoReturn:

@@ -110,6 +110,5 @@ def _deepspeed(settings: dict[str, Any], count: int) -> str:
     divided = {2: "gradients and optimizer state", 3: "weights, gradients and optimizer state"}[settings["stage"]]
     parts = {"offload_optimizer": "optimizer", "offload_param": "weights"}
     kept = [what for option, what in parts.items() if (settings.get(option) or {}).get("device") == "cpu"]
-    return f"DeepSpeed ZeRO-{settings['stage']}, 1/{count} of {divided} in each process" + (
-        f", {' and '.join(kept)} in main memory" if kept else ""
-    )
+    in_memory = f", {' and '.join(kept)} in main memory" if kept else ""
+    return f"DeepSpeed ZeRO-{settings['stage']}, 1/{count} of {divided} in each process{in_memory}"

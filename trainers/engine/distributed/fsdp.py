@@ -18,25 +18,17 @@ TRANSFORMER_BLOCKS = ("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings"
 def check_fsdp(accelerator: Accelerator) -> None:
     """Raises ValueError for options of the launcher that are not supported."""
     plugin = accelerator.state.fsdp_plugin
-    for refused, text in (
-        (plugin.fsdp_version != 2, f"fsdp_version = {plugin.fsdp_version}: must be 2"),
-        (
-            plugin.cpu_ram_efficient_loading,
-            "fsdp_cpu_ram_efficient_loading = true: frozen networks would be empty on all processes but the first; "
-            "set it to false",
-        ),
-        (
-            plugin.activation_checkpointing,
-            "fsdp_activation_checkpointing = true: it renames weights; set base.gradient_checkpointing instead",
-        ),
-        (
-            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-            "fsdp_offload_params = true: not supported; set it to false, and base.gradient_checkpointing where memory "
-            "is short",
-        ),
-    ):
-        if refused:
-            raise ValueError(text)
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version = {plugin.fsdp_version}: must be 2")
+    if plugin.cpu_ram_efficient_loading:
+        where = "frozen networks would be empty on all processes but the first"
+        raise ValueError(f"fsdp_cpu_ram_efficient_loading = true: {where}; set it to false")
+    if plugin.activation_checkpointing:
+        instead = "set base.gradient_checkpointing instead"
+        raise ValueError(f"fsdp_activation_checkpointing = true: it renames weights; {instead}")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        instead = "set it to false, and base.gradient_checkpointing to true if memory is short"
+        raise ValueError(f"fsdp_offload_params = true: not supported; {instead}")
 
 
 def shard_by_blocks(accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:

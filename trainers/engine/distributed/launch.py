@@ -21,11 +21,15 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
     backends.check_devices()
     if base.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
+    # otherwise accelerate's choice, which has none for DeepSpeed without GPUs
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available()
     accelerator = Accelerator(
         # the plugin, because the number alone would give way to the environment
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps(base, launched)),
         mixed_precision=base.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(_backend(), timeout=timedelta(seconds=base.collective_timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs("gloo" if on_cpu else None, timeout=timedelta(seconds=base.collective_timeout))
+        ],
     )
     backends.check_engine(accelerator)
     if launched != accelerator.num_processes:
@@ -34,11 +38,6 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
             "and each would write the same folder; on CPUs launch with ACCELERATE_USE_CPU=true torchrun"
         )
     return accelerator
-
-
-def _backend() -> str | None:
-    """None leaves the choice to accelerate, which has none for DeepSpeed without GPUs."""
-    return "gloo" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available() else None
 
 
 def accumulation_steps(base: BaseConfig, num_processes: int) -> int:

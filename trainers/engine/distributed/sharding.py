@@ -114,14 +114,13 @@ def optimizer_state(networks: dict[str, nn.Module], optimizer: Optimizer) -> dic
     """Returns the optimizer state by "network.parameter.key"."""
     found: dict[str, Tensor | Part] = {}
     inner = zero.optimizer_of(networks)
-    for name, network in networks.items():
-        for key, parameter in trained_parameters(network).items():
-            if inner is not None:
-                state = zero.optimizer_parts(inner, parameter)
-            else:
-                state = {k: torch.as_tensor(value) for k, value in optimizer.state.get(parameter, {}).items()}
-            for k, value in state.items():
-                found[f"{name}.{key}.{k}"] = value if inner is None or value.ndim == 0 else Part(value, parameter)
+    for name, parameter in trained_parameters(networks).items():
+        if inner is not None:
+            state = zero.optimizer_parts(inner, parameter)
+        else:
+            state = {key: torch.as_tensor(value) for key, value in optimizer.state.get(parameter, {}).items()}
+        for key, value in state.items():
+            found[f"{name}.{key}"] = value if inner is None or value.ndim == 0 else Part(value, parameter)
     return found
 
 
@@ -141,8 +140,14 @@ def load_optimizer_state(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+def trained_parameters(networks: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Returns the trained parameters by "network.parameter"."""
+    return {
+        f"{name}.{key}": parameter
+        for name, network in networks.items()
+        for key, parameter in network.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def configuration(network: Configured) -> dict[str, Any]:

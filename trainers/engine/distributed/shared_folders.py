@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trainers.engine.distributed.collectives import run_on_ranks
+from trainers.engine.distributed.collectives import run_on_all, run_on_ranks
 
 PROBE = ".probe-"
 Result = TypeVar("Result")
@@ -22,13 +23,17 @@ Result = TypeVar("Result")
 class Folders:
     """The folders behind a path: one that all processes see, or several, each seen by some of them.
 
-    Lists are by process; `owners` holds the lowest process that sees the same folder, the only one to write there.
+    Tuples are by process; `owners` holds the lowest process that sees the same folder, the only one to write there.
     """
 
-    rank: int
+    accelerator: Accelerator
     hosts: tuple[str, ...]
     paths: tuple[str, ...]
     owners: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
 
     @property
     def mains(self) -> list[int]:
@@ -57,38 +62,35 @@ class Folders:
         """HOST:FOLDER of each folder, by its main process."""
         return [f"{self.hosts[rank]}:{self.paths[rank]}" for rank in self.mains]
 
-    def on_mains(self, accelerator: Accelerator, action: Callable[[], Result]) -> list[Result]:
+    def on_mains(self, action: Callable[[], Result]) -> list[Result]:
         """Runs an action on each folder's main process; all ranks return the results or raise an error. Collective."""
         where = f"on {self.hosts[self.rank]}: " if self.several else ""
-        return run_on_ranks(accelerator, self.mains, action, where)
+        return run_on_ranks(self.accelerator, self.mains, action, where)
 
 
 def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
     """Creates each process's folder `path`, and finds out which of them are the same. Collective."""
     token = path / f"{PROBE}{secrets.token_hex(8)}"
     try:
-        error = _leave(token, option)
-        found = gather_object([(error, socket.gethostname(), str(path.absolute()), token.name)])
-        errors, hosts, paths, names = zip(*found, strict=True)
-        for each in filter(None, errors):
-            raise error or each
+        run_on_all(accelerator, lambda: _leave(token, option))
+        found = gather_object([(socket.gethostname(), str(path.absolute()), token.name)])
+        hosts, paths, names = zip(*found, strict=True)
         # by new names: a network file system may cache a folder's listing, but not names that nobody has asked for
         seen = gather_object([tuple(rank for rank, name in enumerate(names) if (path / name).exists())])
     finally:
-        if error is None:
-            token.unlink(missing_ok=True)
-    folders = Folders(accelerator.process_index, hosts, paths, tuple(min(ranks, default=-1) for ranks in seen))
+        with suppress(OSError):
+            token.unlink()
+    folders = Folders(accelerator, hosts, paths, tuple(min(ranks, default=-1) for ranks in seen))
     _check(folders, seen, option)
     return folders
 
 
-def _leave(token: Path, option: str) -> OSError | None:
+def _leave(token: Path, option: str) -> None:
     try:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     except OSError as error:
-        return OSError(f"{option} = {token.parent}: cannot be written ({error}); choose another folder")
-    return None
+        raise OSError(f"{option} = {token.parent}: cannot be written ({error}); choose another folder") from None
 
 
 def _check(folders: Folders, seen: list[tuple[int, ...]], option: str) -> None:

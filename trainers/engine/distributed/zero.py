@@ -12,10 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-def tagged(parameter: Tensor) -> Any:
-    """The parameter with the attributes that DeepSpeed adds to it, which torch's type does not have."""
-    return parameter
+Divided = Any  # a parameter with the attributes that DeepSpeed adds to it, which torch's type does not have
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -33,41 +30,41 @@ def holds_part(parameter: Tensor) -> bool:
     return is_sharded(parameter) or is_divided(parameter)
 
 
-def part_of(parameter: Tensor) -> Tensor:
+def part_of(parameter: Divided) -> Tensor:
     """Returns this process's part, flat; shares its memory."""
     if is_sharded(parameter):
-        return tagged(parameter).ds_tensor.detach()
-    mapping = tagged(parameter)._hp_mapping
+        return parameter.ds_tensor.detach()
+    mapping = parameter._hp_mapping
     return parameter.detach().flatten()[:0] if mapping is None else mapping.lp_fragment.detach()
 
 
-def whole_of(part: Tensor, parameter: Tensor) -> Tensor:
+def whole_of(part: Tensor, parameter: Divided) -> Tensor:
     """Gathers something that is divided like the parameter. Collective."""
     part = part.to(parameter.device)  # collectives of GPUs take nothing from main memory
     if is_sharded(parameter):
-        group = tagged(parameter).ds_process_group
+        group = parameter.ds_process_group
         gathered = part.new_empty(part.numel() * dist.get_world_size(group))  # the last part is padded
         dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)
-        return gathered[: tagged(parameter).ds_numel].view(tagged(parameter).ds_shape)
+        return gathered[: parameter.ds_numel].view(parameter.ds_shape)
     gathered = part.new_zeros(parameter.numel())
-    if tagged(parameter)._hp_mapping is not None:
+    if parameter._hp_mapping is not None:
         gathered[_place_in_weight(parameter)].copy_(part)
-    dist.all_reduce(gathered, group=tagged(parameter)._dp_group)
+    dist.all_reduce(gathered, group=parameter._dp_group)
     return gathered.view(parameter.shape)
 
 
-def part_from(whole: Tensor, parameter: Tensor) -> Tensor:
+def part_from(whole: Tensor, parameter: Divided) -> Tensor:
     """Takes this process's part of a whole tensor, flat."""
     if is_sharded(parameter):
-        size, rank = tagged(parameter).ds_tensor.numel(), dist.get_rank(tagged(parameter).ds_process_group)
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
         own = whole.flatten()[rank * size : (rank + 1) * size]
         return nn.functional.pad(own, (0, size - own.numel()))
-    has_part = tagged(parameter)._hp_mapping is not None
+    has_part = parameter._hp_mapping is not None
     return whole.flatten()[_place_in_weight(parameter) if has_part else slice(0)]
 
 
-def _place_in_weight(parameter: Tensor) -> slice:
-    address = tagged(parameter)._hp_mapping.lp_fragment_address
+def _place_in_weight(parameter: Divided) -> slice:
+    address = parameter._hp_mapping.lp_fragment_address
     return slice(address.start, address.start + address.numel)
 
 
@@ -106,12 +103,12 @@ def optimizer_parts(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     return {key: value if value.ndim == 0 else value[place] for key, value in state.items()}
 
 
-def _place_in_state(optimizer: Any, parameter: Tensor) -> tuple[Tensor, slice]:
+def _place_in_state(optimizer: Any, parameter: Divided) -> tuple[Tensor, slice]:
     """Returns the flat tensor that the optimizer updates, and the place of the parameter's part in it."""
     if is_sharded(parameter):
         group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
         return optimizer.fp32_partitioned_groups_flat[group], slice(start, start + count)
-    mapping = tagged(parameter)._hp_mapping
+    mapping = parameter._hp_mapping
     if mapping is None:
         return optimizer.single_partition_of_fp32_groups[0], slice(0, 0)
     address = mapping.hp_fragment_address

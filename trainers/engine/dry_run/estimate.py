@@ -15,8 +15,9 @@ from trainers.engine.dry_run.plan import WARM_STEPS, DryRun
 from trainers.engine.encoders.cache import Cache
 from trainers.engine.run.run_folder import METRICS, read_lines
 
-PHASES = ("start", "steps", "save", "validation", "evaluation", "export")
-PREFIXES = {"steps": "", "validation": "valid", "evaluation": "eval"}  # of metrics; the phase's own name otherwise
+PHASES = {  # with the prefix of their metrics
+    "start": "start/", "steps": "", "save": "save/", "validation": "valid/", "evaluation": "eval/", "export": "export/",
+}  # fmt: skip
 NOTHING = 1e-3  # seconds: a data set had nothing to decode
 NOT_PIPELINE = ("checkpoint-", "samples", "metrics", "config.yaml", "README.md", ".", "encoder-cache")
 
@@ -45,14 +46,12 @@ class Measured:
         self.seconds = {key.removesuffix("/seconds"): logged[key] for key in logged if key.endswith("/seconds")}
         self.rates = [line["examples_per_second"] for line in self.lines if "examples_per_second" in line]
         self.timed = self.rates[WARM_STEPS:] or self.rates
-
-    @property
-    def finished(self) -> bool:
-        return "export" in self.seconds
+        self.examples_per_second = statistics.harmonic_mean(self.timed) if self.timed else 0.0
+        self.finished = "export" in self.seconds
 
     def peaks(self) -> dict[str, float]:
         """Returns GiB by phase, of the phases that ended."""
-        keys = {phase: f"{PREFIXES.get(phase, phase)}/peak_memory_gib".lstrip("/") for phase in PHASES}
+        keys = {phase: f"{prefix}peak_memory_gib" for phase, prefix in PHASES.items()}
         found = {phase: [line[key] for line in self.lines if key in line] for phase, key in keys.items()}
         return {phase: max(peaks) for phase, peaks in found.items() if peaks}
 
@@ -61,14 +60,13 @@ class Measured:
         phases = [phase for phase in PHASES if phase != "evaluation" or self.run.base.eval_steps is not None]
         return next((phase for phase in phases if phase not in self.peaks()), phases[-1])
 
-    @property
-    def examples_per_second(self) -> float:
-        """Of the timed steps together."""
-        return statistics.harmonic_mean(self.timed)
-
     def _seconds(self, start: str) -> dict[str, float]:
         """Returns the seconds of names with a prefix, by the rest of the name."""
         return {key.removeprefix(start): seconds for key, seconds in self.seconds.items() if key.startswith(start)}
+
+    def _whole(self, phase: str) -> float:
+        """Returns the seconds of a phase with those that the rest of its loops would have taken."""
+        return self.seconds[phase] + self.dry_run.skipped[phase]
 
     def time_parts(self) -> list[Part]:
         """Divides the whole run's time into parts."""
@@ -86,19 +84,18 @@ class Measured:
         items = [f"{held_out:,} held-out examples"] if held_out else []
         items += ["a sampler's steps"] if self.dry_run.samples else []
         how = f"{' and '.join(items)} at the pace of the few that were run" if items else ""
-        parts += [Part("validations", plan.validations, self.seconds["valid"], how)]
+        parts += [Part("validations", plan.validations, self._whole("valid"), how)]
         if plan.evaluations:
             ratio = self.run.base.eval_num_samples / self.short.base.eval_num_samples
             how = f"{ratio:.4g} times that of {self.short.base.eval_num_samples} pictures, so rather too much"
-            parts.append(Part("evaluations", plan.evaluations, self.seconds["eval"] * ratio, how))
-        parts += [Part("exports", plan.exports, self.seconds["export"])]
+            parts.append(Part("evaluations", plan.evaluations, self._whole("eval") * ratio, how))
+        parts += [Part("exports", plan.exports, self._whole("export"))]
         return [part for part in parts if part.total > 0]
 
     def _rest(self) -> float:
         """The process's lifetime without the parts counted elsewhere, including the first step, which warms up."""
-        elsewhere = sum(self.seconds.values()) - self.dry_run.skipped_seconds
-        elsewhere += sum(self.dry_run.plan.clock.global_batch_size / rate for rate in self.rates[1:])
-        return time.time() - psutil.Process().create_time() - elsewhere
+        steps = sum(self.dry_run.plan.clock.global_batch_size / rate for rate in self.rates[1:])
+        return time.time() - psutil.Process().create_time() - sum(self.seconds.values()) - steps
 
     def _missing(self, column: str) -> float:
         """The share of the values encoded here that the run's own cache lacks."""

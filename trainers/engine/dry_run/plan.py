@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
 from typing import NamedTuple, TypeVar
@@ -16,7 +18,6 @@ from trainers.engine.config.config import RunConfig
 from trainers.engine.data.batches import by_bucket
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.context import DataSets, RunContext
-from trainers.engine.run.signals import Limits
 from trainers.engine.validation.metrics import LEAST_PICTURES, spread
 
 WARM_STEPS, TIMED_STEPS = 2, 5
@@ -28,11 +29,11 @@ Item = TypeVar("Item")
 class Plan(NamedTuple):
     """Counts what the whole run does from step 0, by its own clock."""
 
-    clock: Clock = Clock(None, 1, 1, 1)
-    saves: int = 0
-    validations: int = 0
-    evaluations: int = 0
-    exports: int = 0
+    clock: Clock
+    saves: int
+    validations: int
+    evaluations: int
+    exports: int
 
     @classmethod
     def of(cls, clock: Clock, base: BaseConfig) -> Plan:
@@ -44,19 +45,28 @@ class Plan(NamedTuple):
         return cls(clock, saves, validations, evaluations, times(base.save_model_steps, base.save_model_epochs))
 
 
-class DryRun(Limits):
+class DryRun:
     """Shortens a run; `plan` and `scale` describe the whole run, once its data has been loaded."""
+
+    plan: Plan
 
     def __init__(self, run: RunConfig, short: RunConfig) -> None:
         self.run, self.short = run, short  # the whole one, and the one that is trained
-        self.plan = Plan()
         self.held_out, self.largest = 0, ""  # held-out examples; a description of the shape of the examples run here
         self.scale: dict[str, float] = {}  # how many times longer the whole run takes, by part
+        self.skipped: dict[str, float] = defaultdict(float)  # seconds that the rest of loops would take, by phase
         self.samples = False  # whether a sampler ran
 
     def shorten(self, ctx: RunContext, data: DataSets) -> DataSets:
         """Returns the few examples that the last steps need, and sets the clock to these steps."""
-        ctx.stop.limits = self
+        if ctx.folders.several:
+            if ctx.folders.is_main:
+                shutil.rmtree(ctx.output_dir)
+            raise ValueError(
+                f"--dry-run: the processes have {len(ctx.folders.mains)} output folders "
+                f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
+            )
+        ctx.stop.limited = self.limited
         self.plan, self.held_out = Plan.of(ctx.clock, self.run.base), len(data.validation or ())
         few = self._few(ctx.clock, data)
         self.scale = _scale(data, few, self.run)
@@ -78,8 +88,11 @@ class DryRun(Limits):
         return DataSets(train_set, validation_set)
 
     def limited(self, items: Iterable[Item], what: str) -> Iterator[Item]:
-        """Yields a few items of a loop with a known length, else all; adds up the time of the rest."""
-        count = length_hint(items, 0)
+        """Yields a few items of a loop with a known length, else all; adds up the time of the rest.
+
+        `what` starts with the loop's phase, as its metrics do: "valid: sampling".
+        """
+        phase, count = what.partition(":")[0], length_hint(items, 0)
         first, shown = (WARM_ITEMS, min(count, WARM_ITEMS + TIMED_ITEMS)) if count else (0, sys.maxsize)
         began, number = _now(), 0
         for number, item in enumerate(items, 1):
@@ -90,9 +103,9 @@ class DryRun(Limits):
                 break
         if count:
             self.samples = True
-            self.skipped_seconds += (_now() - began) / max(shown - first, 1) * (count - shown)
+            self.skipped[phase] += (_now() - began) / max(shown - first, 1) * (count - shown)
         else:
-            self.skipped_seconds += (_now() - began) * (self.scale.get(what, 1.0) - 1.0)
+            self.skipped[phase] += (_now() - began) * (self.scale.get(what, 1.0) - 1.0)
 
 
 def _now() -> float:
@@ -117,19 +130,18 @@ def _only(dataset: ImageData, candidates: Sequence[int], count: int) -> ImageDat
 
 def _scale(data: DataSets, few: DataSets, run: RunConfig) -> dict[str, float]:
     """Returns how many times longer the whole run takes for the parts that depend on the number of examples."""
-    pairs = {"validation": (data.validation, few.validation)}
-    found, measured = {}, getattr(run.trainer_class, "statistics_samples", 0)
-    if not run.base.streaming:  # a stream's length is unknown, and no cache holds its examples
-        pairs["train"] = data.train, few.train
-        if measured:
-            found["measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
-    sets = {split: (whole, part) for split, (whole, part) in pairs.items() if whole is not None and part is not None}
-    for split, (whole, part) in sets.items():
-        found[f"prepare_{split}"] = len(whole) / len(part)
-    found["validating"] = found.get("prepare_validation", 1.0)
-    wholes, parts = [whole for whole, _ in sets.values()], [part for _, part in sets.values()]
+    pairs = {"train": (data.train, few.train), "validation": (data.validation, few.validation)}
+    if run.base.streaming:  # a stream's length is unknown, and no cache holds its examples
+        del pairs["train"]
+    known = {split: (whole, part) for split, (whole, part) in pairs.items() if whole is not None and part is not None}
+    found = {f"prepare_{split}": len(whole) / len(part) for split, (whole, part) in known.items()}
+    found["valid: examples"] = found.get("prepare_validation", 1.0)
+    measured = getattr(run.trainer_class, "statistics_samples", 0)
+    if measured and not run.base.streaming:
+        found["export: measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
     for column in (*data.train.picture_columns, "caption"):
-        found[f"cache_{column}"] = _values(wholes, column) / max(_values(parts, column), 1)
+        whole_values, few_values = (_values([pair[n] for pair in known.values()], column) for n in (0, 1))
+        found[f"cache_{column}"] = whole_values / max(few_values, 1)
     return found
 
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, DryRun
-from trainers.engine.run.run_folder import LOCK, check_run_folder, lock_folder
+from trainers.engine.run.run_folder import LOCK, lock_folder, refuse_another_run
 from trainers.engine.validation.metrics import LEAST_PICTURES
 
 PROMISE = f"the run's last {WARM_STEPS + TIMED_STEPS} steps, one validation, one save; nothing of it stays"
@@ -24,8 +25,8 @@ SECONDS_OF_MAIN = 5.0  # for the first process to read its numbers if all fail
 @contextmanager
 def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
     """Yields the short run, in a folder beside the run's that is removed afterwards; the run's own is not touched."""
-    check_run_folder(run.base)
     output_dir, main = Path(run.base.output_dir).absolute(), is_main()
+    _check_run_folder(output_dir, run.base)
     parent = next(parent for parent in output_dir.parents if parent.is_dir())
     folder = parent / f".{output_dir.name[:200]}-dry-run"  # a file system's names have 255 bytes
     lock = _claim(folder) if main else None
@@ -45,6 +46,16 @@ def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
             lock.close()
         with suppress(OSError):
             folder.rmdir()  # another machine's, which is empty
+
+
+def _check_run_folder(output_dir: Path, base: BaseConfig) -> None:
+    """Raises the errors that the run itself would raise for its folder, without writing anything."""
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        what = "is not a folder" if not nearest.is_dir() else "may not be written"
+        raise OSError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
+    if nearest == output_dir:
+        refuse_another_run(output_dir, base)
 
 
 def _claim(folder: Path) -> TextIO | None:

@@ -63,12 +63,8 @@ def memory_suggestions(run: RunConfig, phase: str, device: torch.device) -> list
     if base.mixed_precision == "no" and has_bf16(device):
         effect = "activations of 2 bytes instead of 4, computed in hardware"
         found.append(Suggestion({"base.mixed_precision": "bf16"}, effect))
-    found.append(
-        Suggestion(
-            {"base.gradient_checkpointing": "true"}, "activations are computed twice instead of kept; slower steps"
-        )
-    )
-    found += _smaller_batches(base)
+    effect = "activations are computed twice instead of kept; slower steps"
+    found += [Suggestion({"base.gradient_checkpointing": "true"}, effect), *_smaller_batches(base)]
     if device.type == "cuda":
         found.append(Suggestion({f"{task}.offload_ema": "true"}, "averages in main memory; a copy in every step"))
     return [suggestion for suggestion in found if _possible(run, suggestion)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ class Cache:
                     f"{self.folder}: a cache cannot be written ({error}); {space}; what is there stays"
                 ) from None
 
-    def look(self) -> None:
-        """Finds the rows of new files in the folder; removes a file with a broken header, with a warning."""
+    def look(self, wanted: Iterable[str] = ()) -> list[str]:
+        """Finds the rows of new files in the folder; returns the wanted keys that are still missing.
+
+        Removes a file with a broken header, with a warning.
+        """
         for path in sorted(self.folder.glob("rows-*.safetensors")) if self.folder is not None else ():
             if path.name in self.opened:
                 continue
@@ -86,12 +90,10 @@ class Cache:
                 print(f"WARNING: {path} cannot be read ({error}): removed, and encoded again", flush=True)
                 path.unlink(missing_ok=True)
                 continue
-            counts: dict[str, int] = {}
-            for name in file.keys():  # noqa: SIM118  # not a dict
-                key = name.partition(".")[0]
-                counts[key] = counts.get(key, 0) + 1
+            counts = Counter(name.partition(".")[0] for name in file.keys())  # noqa: SIM118  # not a dict
             self.files |= {key: (file, count) for key, count in counts.items()}
             self.opened.add(path.name)
+        return [key for key in wanted if key not in self]
 
 
 def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path, bool]:

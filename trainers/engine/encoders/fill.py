@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,18 +28,7 @@ from trainers.engine.run.progress import passing_bar
 FILE_BYTES = 64 << 20  # of rows in one file, about
 BATCHES_AHEAD = 2  # decoded while one is encoded
 Rows = dict[str, list[torch.Tensor]]  # by key, one tensor per column
-
-
-class Picture(NamedTuple):
-    """One picture of a data set by its number in a column, plain or mirrored."""
-
-    dataset: ImageData
-    column: str
-    number: int
-    flipped: bool
-
-    def read(self) -> torch.Tensor:
-        return self.dataset.image(self.number, self.flipped, self.column)
+Values = dict[str, Any]  # by key: a text, or a function that reads a picture
 
 
 def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, datasets: DataSets) -> DataSets:
@@ -47,35 +37,29 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
     for name, encoder in encoders.encoders.items():
         if encoder.cache is None:
             continue
-        refusal = f"encoder {name} cannot be cached: the data set {{}}; set its cache to null"
-        began = time.perf_counter()
-        wanted: dict[str, Any] = {text_key(value): value for value in encoder.constants}
+        began, column = time.perf_counter(), encoder.reads
+        wanted: Values = {text_key(value): value for value in encoder.constants}
         for dataset, columns in zip(datasets, keys, strict=True):
             if dataset is None:
                 continue
-            if encoder.reads == "caption":
-                if (texts := dataset.captions()) is None:
-                    raise ValueError(refusal.format("does not list its captions"))
-                wanted |= {text_key(text): text for text in texts}
-            elif encoder.reads in dataset.picture_columns:
-                columns[encoder.reads] = _picture_keys(accelerator, dataset, encoder.reads)
+            if column in dataset.picture_columns:
+                columns[column] = _picture_keys(accelerator, dataset, column)
                 wanted |= {
-                    key: Picture(dataset, encoder.reads, number, bool(flipped))
-                    for number, both in enumerate(columns[encoder.reads])
+                    key: partial(dataset.image, number, bool(flipped), column)
+                    for number, both in enumerate(columns[column])
                     for flipped, key in enumerate(both)
                 }
-            elif not encoder.optional:
-                raise ValueError(refusal.format(f"does not list its pictures of column {encoder.reads}"))
+            elif column == "caption" and (texts := dataset.captions()) is not None:
+                wanted |= {text_key(text): text for text in texts}
+            elif column == "caption" or not encoder.optional:
+                what = f"the data set does not list the values of column {column}"
+                raise ValueError(f"encoder {name} cannot be cached: {what}; set its cache to null")
         encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
         encoders.release(name)
-        seconds, metric = time.perf_counter() - began, f"cache_{encoder.reads}/seconds"
-        seconds += encoders.fill_seconds.get(metric, 0.0) - encoders.build_seconds.get(name, 0.0)
-        encoders.fill_seconds[metric] = seconds
-    train, validation = datasets
-    return DataSets(
-        KeyedExamples(train, keys[0]) if keys[0] else train,
-        KeyedExamples(validation, keys[1]) if validation is not None and keys[1] else validation,
-    )
+        seconds = time.perf_counter() - began - encoders.build_seconds.get(name, 0.0)
+        encoders.fill_seconds[f"cache_{column}/seconds"] += seconds
+    both = zip(datasets, keys, strict=True)
+    return DataSets._make(KeyedExamples(whole, each) if whole is not None and each else whole for whole, each in both)
 
 
 def _picture_keys(accelerator: Accelerator, dataset: ImageData, column: str) -> list[tuple[str, ...]]:
@@ -88,9 +72,7 @@ def _picture_keys(accelerator: Accelerator, dataset: ImageData, column: str) -> 
     return [found[number] for number in sorted(found)]
 
 
-def _filled(
-    accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, name: str, wanted: dict[str, Any]
-) -> Cache:
+def _filled(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseConfig, name: str, wanted: Values) -> Cache:
     """Returns the encoder's cache with all wanted values; an error of one rank is raised on all."""
     cache, missing, sharing = _opened(accelerator, encoders.encoders[name], base, name, wanted)
     own = missing[sharing.index(accelerator.process_index) :: len(sharing)]
@@ -118,7 +100,7 @@ def _write(cache: Cache, encoded: Iterator[Rows]) -> None:
         cache.add(rows)
 
 
-def _read_ahead(batches: list[list[str]], wanted: dict[str, Any]) -> Iterator[tuple[list[str], list[Any]]]:
+def _read_ahead(batches: list[list[str]], wanted: Values) -> Iterator[tuple[list[str], list[Any]]]:
     """Yields the keys and values of each batch; threads decode pictures while earlier batches are encoded."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         ahead: deque[tuple[list[str], list[Future]]] = deque()
@@ -131,11 +113,11 @@ def _read_ahead(batches: list[list[str]], wanted: dict[str, Any]) -> Iterator[tu
 
 
 def _read(value: Any) -> Any:
-    return value.read() if isinstance(value, Picture) else value
+    return value() if callable(value) else value
 
 
 def _opened(
-    accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: dict[str, Any]
+    accelerator: Accelerator, encoder: Encoder, base: BaseConfig, name: str, wanted: Values
 ) -> tuple[Cache, list[str], list[int]]:
     """Returns the cache, its missing keys, and the processes that share its folder and the work. Collective."""
     said = f"cache {name}: {{:,}} of {len(wanted):,} to encode, in {{}}".format
@@ -145,19 +127,14 @@ def _opened(
     directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
     kind = encoder.reads.rpartition("_")[2]  # pictures of the class are pictures
     folders = find_folders(accelerator, directory, "base.encoder_cache_dir")
-    opened = folders.on_mains(accelerator, lambda: folder_of(directory, kind, encoder.source()))
+    opened = folders.on_mains(lambda: folder_of(directory, kind, encoder.source()))
     cache = Cache(directory / opened[folders.number][0].name)
-    missing = folders.on_mains(accelerator, lambda: _missing(cache, wanted))
+    missing = folders.on_mains(lambda: cache.look(wanted))
     for place, (folder, changed), lacks in zip(folders.places, opened, missing, strict=True):
         if changed:
             accelerator.print(f"cache {name}: {directory} holds outputs of another encoder, precision or version")
         accelerator.print(said(len(lacks), f"{place}/{folder.name}" if folders.several else folder))
     return cache, missing[folders.number], folders.sharing
-
-
-def _missing(cache: Cache, wanted: dict[str, Any]) -> list[str]:
-    cache.look()
-    return [key for key in wanted if key not in cache]
 
 
 def _encode(encoders: FrozenEncoders, name: str, keys: list[str], values: list[Any]) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class FrozenEncoders:
         self.encoders = encoders
         self.device = device
         self.caches: dict[str, Cache] = {}
-        self.fill_seconds: dict[str, float] = {}  # "cache_<column>/seconds", without building the encoder
+        self.fill_seconds: dict[str, float] = defaultdict(float)  # "cache_<column>/seconds", without build_seconds
         self.build_seconds: dict[str, float] = {}
         self._built: dict[str, nn.Module] = {}
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -33,24 +34,22 @@ class FrozenEncoders:
                 continue
             if encoder.reads not in batch and encoder.default is not None:
                 batch = {**batch, encoder.reads: [encoder.default] * len(batch["slot"])}
-            keys = self._keys(name, batch)
-            if keys is not None:
-                batch = {**batch, **self.caches[name].rows(keys, encoder.writes, self.device)}
-                continue
-            if encoder.reads not in batch:
-                if encoder.optional:
-                    continue
+            written = self._cached(name, batch)
+            if written is None and encoder.reads in batch:
+                written = self.run(name, batch[encoder.reads])
+            if written is None and not encoder.optional:
                 raise ValueError(f"encoder {name} reads {encoder.reads!r}; the data set has {', '.join(batch)}")
-            batch = {**batch, **self.run(name, batch[encoder.reads])}
+            batch = {**batch, **(written or {})}
         return batch
 
-    def _keys(self, name: str, batch: dict[str, Any]) -> list[str] | None:
-        """Returns the keys of a batch's values in the encoder's cache; None if any is missing there."""
-        column = self.encoders[name].reads
+    def _cached(self, name: str, batch: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Returns the columns that an encoder writes from its cache; None if a value of the batch is missing there."""
+        column, writes = self.encoders[name].reads, self.encoders[name].writes
         if name not in self.caches or not batch.keys() & {column, f"{column}_key"}:
             return None
-        found = batch.get(f"{column}_key") or [text_key(text) for text in batch[column]]
-        return found if all(key in self.caches[name] for key in found) else None
+        keys = batch.get(f"{column}_key") or [text_key(text) for text in batch[column]]
+        in_cache = all(key in self.caches[name] for key in keys)
+        return self.caches[name].rows(keys, writes, self.device) if in_cache else None
 
     def encoded(self, name: str, value: Any) -> dict[str, Tensor]:
         """Encodes one constant, such as the empty caption, once; its columns have B = 1."""
@@ -59,11 +58,8 @@ class FrozenEncoders:
             self._constants.clear()
         if key not in self._constants:
             values = value[None] if isinstance(value, Tensor) else [value]
-            keys = self._keys(name, {self.encoders[name].reads: values}) if isinstance(value, str) else None
-            if keys is None:
-                self._constants[key] = self.run(name, values)
-            else:
-                self._constants[key] = self.caches[name].rows(keys, self.encoders[name].writes, self.device)
+            found = self._cached(name, {self.encoders[name].reads: values}) if isinstance(value, str) else None
+            self._constants[key] = self.run(name, values) if found is None else found
         return self._constants[key]
 
     @torch.no_grad()

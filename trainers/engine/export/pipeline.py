@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 import shutil
 
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.snapshot import TrainState, full_tensor
+from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.distributed.sharding import is_sharded, weight_of
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled
@@ -39,25 +39,22 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
     live, output_dir, steps_done = trainer.unwrapped, ctx.output_dir, ctx.stop.steps_done
     wanted = ctx.accelerator.is_main_process
     weights = {name: _averaged_weights(name, network, state.ema, wanted) for name, network in live.items()}
-    answer: list = [[], None]
-    if wanted:
-        staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
+    staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
+
+    def write() -> list[str]:
+        trainer.unwrapped = {name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()}
         try:
-            trainer.unwrapped = {
-                name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()
-            }
             trainer.save_pipeline(staging)
-            answer = [publish_pipeline(staging, output_dir), None]
-            tracker.log_pipeline(answer[0], {"step": steps_done} | ctx.clock.epochs(steps_done))
+            names = publish_pipeline(staging, output_dir)
+            tracker.log_pipeline(names, {"step": steps_done} | ctx.clock.epochs(steps_done))
         except (OSError, SafetensorError) as error:
-            answer[1] = f"the pipeline could not be written to {output_dir}: {error}"
+            raise OSError(f"the pipeline could not be written to {output_dir}: {error}") from None
         finally:
             trainer.unwrapped = live
             shutil.rmtree(staging, ignore_errors=True)
-    names, failure = broadcast_object_list(answer)
-    if failure:
-        raise OSError(failure)
-    return names
+        return names
+
+    return run_on_main(ctx.accelerator, write)
 
 
 def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:

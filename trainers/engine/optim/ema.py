@@ -31,12 +31,6 @@ def move(averages: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
         torch._foreach_add_(some, differences)
 
 
-def move_on_host(averages: list[Tensor], weights: list[Tensor], rate: float) -> None:
-    """The same for averages in main memory, where the weights are copied."""
-    for some, towards in pieces(averages, weights):
-        torch._foreach_lerp_(some, [weight.to("cpu") for weight in towards], rate)
-
-
 def pieces(averages: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yields both lists in parts of at most PIECE numbers, or of one tensor."""
     first, numbers = 0, 0
@@ -53,11 +47,7 @@ class EMA:
 
     def __init__(self, networks: dict[str, nn.Module], config: TrainerConfig) -> None:
         self.config, self.networks = config, networks
-        self.parameters = {
-            f"{name}.{key}": parameter
-            for name, network in networks.items()
-            for key, parameter in trained_parameters(network).items()
-        }
+        self.parameters = trained_parameters(networks)
         self.weights = [part_of(p).tensor for p in self.parameters.values()]  # the same memory
         device = "cpu" if config.offload_ema else None
         self.averages = {
@@ -69,10 +59,12 @@ class EMA:
         """Moves the averages towards the weights; `applied` is a 0-dim tensor, 0 if the step was skipped."""
         averages = list(self.averages.values())
         rate = applied * (1 - ema_decay(step, self.config))  # a tensor: the host does not know of a skipped step
-        if averages[0].device.type == "cpu":  # by offload_ema, or because ZeRO-3 keeps the weights there
-            move_on_host(averages, self.weights, rate.item())
-        else:
+        if averages[0].device.type != "cpu":
             move(averages, self.weights, rate)
+            return
+        on_host = rate.item()
+        for some, towards in pieces(averages, self.weights):  # by offload_ema, or ZeRO-3 with weights in main memory
+            torch._foreach_lerp_(some, [weight.to("cpu") for weight in towards], on_host)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -96,12 +88,8 @@ class EMA:
 
     def averages_of(self, network: str) -> dict[str, Part]:
         """Returns one network's averages by parameter name, divided like the parameters."""
-        prefix = f"{network}."
-        return {
-            name.removeprefix(prefix): Part(average, self.parameters[name])
-            for name, average in self.averages.items()
-            if name.startswith(prefix)
-        }
+        own = trained_parameters({network: self.networks[network]})
+        return {name.removeprefix(f"{network}."): Part(self.averages[name], p) for name, p in own.items()}
 
     def settings(self, steps_done: int) -> dict[str, Any]:
         """Returns the entries that diffusers' EMAModel.save_pretrained adds to a network's config.json."""

@@ -74,7 +74,7 @@ def prepare_networks(
         if base.enable_xformers_memory_efficient_attention:
             option = "enable_xformers_memory_efficient_attention"
             _method(network, name, option, option)()
-    meta_networks = {name: filled(network, _without_numbers(network)) for name, network in networks.items()}
+    meta_networks = {name: _without_numbers(network) for name, network in networks.items()}
     prepared, wrapped = backends.prepare(accelerator, trainer, networks, optimizer)
     trainer.modules = dict(zip(networks, prepared, strict=True))
     trainer.unwrapped = networks
@@ -93,9 +93,9 @@ def filled(network: nn.Module, numbers: dict[str, Tensor]) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
-def _without_numbers(network: nn.Module) -> dict[str, Tensor]:
-    own = dict(network.named_parameters()) | dict(network.named_buffers())
-    return {key: tensor.detach().to("meta") for key, tensor in own.items()}
+def _without_numbers(network: nn.Module) -> nn.Module:
+    own = [*network.named_parameters(), *network.named_buffers()]
+    return filled(network, {key: tensor.detach().to("meta") for key, tensor in own})
 
 
 def _compile(networks: dict[str, nn.Module], only_blocks: bool) -> None:

@@ -44,9 +44,7 @@ class NonFiniteSteps:
             metrics = {"skipped": skipped * loss_is_bad, "scaler_skipped": skipped * (1 - loss_is_bad)}
         self.finite = torch.ones_like(self.finite)
         values = torch.stack([skipped, metrics["skipped"], *norms.values()]).to("cpu", non_blocking=skipped.is_cuda)
-        event = torch.cuda.Event() if skipped.is_cuda else None
-        if event:
-            event.record()
+        event = torch.cuda.current_stream(skipped.device).record_event() if skipped.is_cuda else None
         self.pending.append((step, list(norms), values, event))
         self.read()
         return metrics

@@ -57,15 +57,13 @@ def _library_schedule(config: TrainerConfig, warmup: int, total_steps: int) -> C
     if config.lr_scheduler == "cosine_with_min_lr":
         from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            scratch, warmup, total_steps, min_lr_rate=config.lr_min_ratio
-        )
+        low = config.lr_min_ratio
+        scheduler = get_cosine_with_min_lr_schedule_with_warmup(scratch, warmup, total_steps, min_lr_rate=low)
     else:
         from diffusers.optimization import get_scheduler
 
-        scheduler = get_scheduler(
-            config.lr_scheduler, scratch, None, warmup, total_steps, config.lr_num_cycles, config.lr_power
-        )
+        name, cycles, power = config.lr_scheduler, config.lr_num_cycles, config.lr_power
+        scheduler = get_scheduler(name, scratch, None, warmup, total_steps, cycles, power)
     return scheduler.lr_lambdas[0]
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from accelerate import Accelerator
 
-    from trainers.engine.config.base_options import BaseConfig
+from trainers.engine.config.base_options import BaseConfig
 
 
 class Clock(NamedTuple):
@@ -56,13 +55,6 @@ class Clock(NamedTuple):
         """The examples drawn in an epoch: N, or whole steps of each bucket; 0 for a stream, which has no epochs."""
         size = self.global_batch_size
         return sum(-(-count // size) * size for count in self.bucket_counts) or self.num_examples or 0
-
-    def bucket_note(self) -> str:
-        count = sum(self.bucket_counts)
-        return (
-            f"buckets: {count:,} examples in {len(self.bucket_counts)} sizes; an epoch draws "
-            f"{self.epoch_slots - count:,} again, to fill the last step of each size"
-        )
 
     @property
     def total_steps(self) -> int:

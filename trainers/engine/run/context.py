@@ -49,12 +49,12 @@ class RunContext:
 
 
 @contextmanager
-def start(run: RunConfig, is_dry_run: bool) -> Iterator[RunContext]:
+def start(run: RunConfig) -> Iterator[RunContext]:
     """Joins the launched processes; signal handlers, the folder's lock and numerical settings hold inside the block."""
     accelerator = start_accelerator(run.base)
     with (
         StopSignals(accelerator, run.base) as stop,
-        open_run_folder(accelerator, run.base, is_dry_run) as folders,
+        open_run_folder(accelerator, run.base) as folders,
         numerics(run.base),
     ):
         yield RunContext(accelerator, run, folders, stop)

@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,16 +30,11 @@ SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 @contextmanager
-def open_run_folder(accelerator: Accelerator, base: BaseConfig, is_dry_run: bool) -> Iterator[Folders]:
+def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Folders]:
     """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block."""
     folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
-    if folders.several and is_dry_run:
-        raise ValueError(
-            f"--dry-run: the processes have {len(folders.mains)} output folders ({', '.join(folders.places)}); give "
-            "all of them one for it, or run it on one host"
-        )
     with ExitStack() as locks:
-        folders.on_mains(accelerator, lambda: _take(base, locks))
+        folders.on_mains(lambda: _take(base, locks))
         yield folders
 
 
@@ -49,7 +44,7 @@ def _take(base: BaseConfig, locks: ExitStack) -> None:
     if lock is not None:  # otherwise temporary files may belong to a live run
         locks.enter_context(lock)
         _sweep(output_dir)
-    _refuse_another_run(output_dir, base)
+    refuse_another_run(output_dir, base)
 
 
 def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | None:
@@ -79,17 +74,6 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
     return file
 
 
-def check_run_folder(base: BaseConfig) -> None:
-    """Raises the errors that open_run_folder would raise now, without writing anything."""
-    output_dir = Path(base.output_dir).absolute()
-    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        what = "is not a folder" if not nearest.is_dir() else "may not be written"
-        raise OSError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
-    if nearest == output_dir:
-        _refuse_another_run(output_dir, base)
-
-
 def _sweep(output_dir: Path) -> None:
     """Removes temporary files of a run that died while writing; that we hold the lock shows that it is dead."""
     for path in sorted(output_dir.iterdir()):
@@ -100,7 +84,8 @@ def _sweep(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
+def refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
+    """Raises ValueError if the folder holds a run and none is resumed."""
     held = sorted(path.name for path in output_dir.iterdir() if path.is_dir() or path.name in RUN_FILES)
     held = [] if held == [base.logging_dir] else held  # left behind by a failed start
     if held and not base.resume_from_checkpoint:
@@ -130,10 +115,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a JSON-lines file, without the last line of a killed run if it is incomplete."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return [line for line in found if isinstance(line, dict) and "step" in line]
 
 

@@ -9,14 +9,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import Interrupted
@@ -33,29 +35,15 @@ class Abandoned(BaseException):
     """Leaves a validation unfinished, on all ranks at the same place."""
 
 
-class Limits:
-    """How much of a long loop within a step is run: all of it; a dry run runs a part."""
-
-    skipped_seconds = 0.0  # that the rest of these loops would have taken so far
-
-    def limited(self, items: Iterable[Item], what: str) -> Iterable[Item]:
-        return items
-
-
-@dataclass
-class CheckpointVotes:
-    """Steps of the newest checkpoints with all files written: by this rank (infinite if it never writes), by all."""
-
-    own: float = math.inf
-    all: float = math.inf
-
-
 class StopSignals:
-    """Collects requests to stop; the loop calls `agreed` once per step, whose reduce carries the checkpoint votes too.
+    """Collects requests to stop; the loop calls `agreed` once per step, whose reduce carries votes on checkpoints too.
 
     Outside the steps a signal ends the run at once. Several processes agree through a separate process group on the
     CPU, so no step waits for a device; the answer is one call old.
     """
+
+    # steps of the newest checkpoint whose files are written by this rank (infinite if it never writes), and by all
+    written = written_by_all = math.inf
 
     def __init__(self, accelerator: Accelerator, base: BaseConfig) -> None:
         self.main = accelerator.is_main_process
@@ -71,13 +59,12 @@ class StopSignals:
         self.armed = -math.inf  # when the stack dump was last postponed
         self.asked, self.text = 0, ""  # reason of this rank
         self.reason = 0  # of all ranks together
-        self.votes = CheckpointVotes()
         self.received = 0
         self.waits = False  # whether signals wait for the end of a step
         self.ended = False  # whether all steps are done; the final validation is not interrupted
         self.steps_done = 0
         self.launcher = launcher_pid()
-        self.limits = Limits()
+        self.limited: Callable[[Iterable, str], Iterable] = lambda items, what: items  # a dry run leaves most out
 
     def __enter__(self) -> StopSignals:
         self.handlers: dict[int, Any] = {}
@@ -113,13 +100,13 @@ class StopSignals:
         if self.launcher and os.getppid() != self.launcher:  # the launcher died, and nothing else reports that
             self.ask(signal.SIGTERM)
         if self.group is None:
-            self.reason, self.votes.all = self.asked, self.votes.own
+            self.reason, self.written_by_all = self.asked, self.written
             return self.reason > 0
         if time.monotonic() - self.armed > 1:  # each call starts a thread
             faulthandler.dump_traceback_later(self.dump_after, file=STDERR)  # shows where a rank hangs
             self.armed = time.monotonic()
         self._await()
-        self.flag = torch.tensor([self.asked, -self.votes.own], dtype=torch.float64)
+        self.flag = torch.tensor([self.asked, -self.written], dtype=torch.float64)
         self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
         if wait:
             self._await()
@@ -129,7 +116,7 @@ class StopSignals:
         if self.work is not None:
             self.work.wait()
             reason, unwritten = self.flag.tolist()
-            self.reason, self.votes.all = max(self.reason, int(reason)), -unwritten
+            self.reason, self.written_by_all = max(self.reason, int(reason)), -unwritten
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """Yields the steps from first to last - 1, during which signals wait; ends once a stop is agreed on."""
@@ -142,7 +129,7 @@ class StopSignals:
 
     def watch(self, items: Iterable[Item], what: str) -> Iterator[Item]:
         """Yields a long loop's items, equally many on every rank; raises Abandoned if a stop is agreed on meanwhile."""
-        for item in self.limits.limited(items, what):
+        for item in self.limited(items, what):
             yield item
             if not self.ended and self.agreed():
                 raise Abandoned
@@ -159,7 +146,7 @@ class StopSignals:
             return
         save(self.steps_done)
         close()
-        text = self._text_of_all()  # all ranks leave together, after the trackers
+        text = next(filter(None, gather_object([self.text])), "")  # all ranks leave together, after the trackers
         way_on = f"checkpoint-{self.steps_done} is written; continue with base.resume_from_checkpoint=latest"
         if self.reason == DIVERGED:
             raise ValueError(text)
@@ -169,20 +156,12 @@ class StopSignals:
         text = f"ended by {name} after step {self.steps_done}; {way_on}" if self.main else ""  # once is enough
         raise Interrupted(text, EXIT_CODES[self.reason])
 
-    def _text_of_all(self) -> str:
-        texts = [self.text]
-        if self.group is not None:
-            texts = [""] * dist.get_world_size(self.group)
-            dist.all_gather_object(texts, self.text, self.group)
-        return next((text for text in texts if text), "")
-
 
 def launcher_pid() -> int | None:
     """The parent's pid if it is accelerate or torchrun; a shell may end before a run that it started."""
-    parent = os.getppid()
-    try:
-        arguments = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:4]
-    except OSError:  # another user's process, or a system without /proc
-        return None
     known = ("accelerate", "torchrun", "torch.distributed")
-    return parent if any(Path(os.fsdecode(argument)).name.startswith(known) for argument in arguments) else None
+    with suppress(psutil.Error):  # another user's process
+        parent = psutil.Process(os.getppid())
+        if any(Path(argument).name.startswith(known) for argument in parent.cmdline()[:4]):
+            return parent.pid
+    return None

@@ -33,9 +33,8 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     rows["steps"] = f"{clock.total_steps:,}{epochs}{resumed}"
     parts = f"{clock.micro_batch_size} x {clock.accumulation_steps} micro-batches x {clock.num_processes} processes"
     rows["global batch"] = f"{clock.global_batch_size} = {parts}"
-    rows["learning rate"] = (
-        f"{config.learning_rate} {config.lr_scheduler}, {warmup_steps(config, clock.total_steps):.0f} warm-up"
-    )
+    warmup = warmup_steps(config, clock.total_steps)
+    rows["learning rate"] = f"{config.learning_rate} {config.lr_scheduler}, {warmup:.0f} warm-up"
     rows["precision"] = "float32" if base.mixed_precision == "no" else str(base.mixed_precision)
     gpu = f" ({torch.cuda.get_device_name(ctx.device)})" if ctx.device.type == "cuda" else ""
     rows["devices"] = f"{accelerator.num_processes} x {ctx.device.type}{gpu}"
@@ -47,15 +46,16 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     notes = [*train_set.notes, *trainer.notes(train_set)]
     if base.mixed_precision == "no" and has_bf16(ctx.device):
         notes.append("this device computes bf16 in hardware: base.mixed_precision=bf16 would use it")
-    lines = [f"  {name:16} {value}" for name, value in rows.items()]
-    lines += [f"  NOTE: {note}" for note in notes]
     if clock.bucket_counts:
-        lines.append(f"  NOTE: {clock.bucket_note()}")
+        count = sum(clock.bucket_counts)
+        again = f"an epoch draws {clock.epoch_slots - count:,} again, to fill the last step of each size"
+        notes.append(f"buckets: {count:,} examples in {len(clock.bucket_counts)} sizes; {again}")
     if clock.origin_step >= clock.total_steps:
-        lines.append("  NOTE: the run is finished already; its pipeline is written again")
-    if warmup_steps(config, clock.total_steps) >= clock.total_steps:
-        lines.append("  NOTE: the warm-up is as long as the run; the learning rate never reaches its value")
-    return "\n".join(lines)
+        notes.append("the run is finished already; its pipeline is written again")
+    if warmup >= clock.total_steps:
+        notes.append("the warm-up is as long as the run; the learning rate never reaches its value")
+    lines = [f"  {name:16} {value}" for name, value in rows.items()]
+    return "\n".join([*lines, *(f"  NOTE: {note}" for note in notes)])
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -69,8 +69,7 @@ def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
     """Says where the pipeline is, how to load and sample it, and what was unreadable. Collective."""
     folders, output_dir = ctx.folders, ctx.output_dir
     usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
-    bad = train_set.bad_count
-    if bad:
+    if bad := train_set.bad_count:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
     if any(counts := skipped(train_set).values()):
         shards, images = counts
@@ -82,6 +81,5 @@ def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
 def show_metrics(bar: tqdm, metrics: dict[str, float]) -> None:
     if metrics["skipped"] > 0:
         bar.write(f"WARNING: {metrics['skipped']:.0%} of the last steps were skipped: a gradient was not finite")
-    bar.set_postfix_str(
-        f"loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, {metrics['examples_per_second']:.0f} examples/s"
-    )
+    speed = f"{metrics['examples_per_second']:.0f} examples/s"
+    bar.set_postfix_str(f"loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, {speed}")

@@ -85,46 +85,33 @@ class Speed:
     """Training speed in examples per second, without the time of validations and saves."""
 
     def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.since = time.perf_counter()
-        self.examples = 0
-        self.pauses = 0.0
+        self.since, self.examples = time.perf_counter(), 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.pauses += time.perf_counter() - began
+        self.since += time.perf_counter() - began
 
     def metrics(self) -> dict[str, float]:
         """Returns the rate since the last call, as "examples_per_second"."""
-        rate = self.examples / max(time.perf_counter() - self.since - self.pauses, 1e-9)
-        self.start()
-        return {"examples_per_second": rate}
+        now, since, examples = time.perf_counter(), self.since, self.examples
+        self.since, self.examples = now, 0
+        return {"examples_per_second": examples / max(now - since, 1e-9)}
 
 
-class PeakMemory:
-    """Peak memory in GiB since the last `take()`: of the device on CUDA, else of this process."""
+def take_peak_memory(device: torch.device) -> float:
+    """Returns the peak in GiB since the last call: of the device on CUDA, else of this process.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def take(self) -> float:
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            peak = _resident_peak()
+    On systems that cannot reset the peak of a process, it is the peak since the process began.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
-
-
-def _resident_peak() -> int:
-    """Bytes since the last call, or since the process began on systems that cannot reset the peak."""
     with suppress(OSError):  # without /proc
         found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(encoding="ascii"))
         (PROCESS / "clear_refs").write_text(RESET_PEAK, encoding="ascii")
         if found:
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return int(found[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -20,10 +20,7 @@ from trainers.engine.run.context import RunContext
 from trainers.engine.run.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
 from trainers.engine.tracking import COMBINED, TRACKERS
 from trainers.engine.tracking.external import ExternalTracker
-from trainers.engine.tracking.meters import PeakMemory
-
-VALIDATION_TIME = "valid/seconds"  # logged by each finished validation
-EVALUATION_TIME = "eval/seconds"  # and by each finished evaluation
+from trainers.engine.tracking.meters import take_peak_memory
 
 
 class Tracker:
@@ -31,9 +28,9 @@ class Tracker:
 
     def __init__(self, ctx: RunContext, start_seconds: dict[str, float]) -> None:
         accelerator, run, output_dir, start_step = ctx.accelerator, ctx.run, ctx.output_dir, ctx.clock.origin_step
-        self.accelerator, self.stop = accelerator, ctx.stop
+        self.accelerator, self.device = accelerator, accelerator.device
         self.output_dir, self.start_step, self.metrics_file = output_dir, start_step, output_dir / METRICS
-        self.memory, self.peak_of_steps = PeakMemory(accelerator.device), 0.0
+        self.peak_of_steps = 0.0  # memory of those that were not logged yet
         self.start_seconds = start_seconds  # metrics of the time before the first step
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
@@ -64,14 +61,12 @@ class Tracker:
         for line in read_lines(self.metrics_file):
             self.latest |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
             logged_at |= dict.fromkeys(line, line["step"])
-        newest: dict[str, Path] = {}
-        for path in sorted((self.output_dir / "samples").glob("*-step-*.png")):
-            newest[path.name.rpartition("-step-")[0]] = path
-        self.grids = list(newest.values())
+        pictures = sorted((self.output_dir / "samples").glob("*-step-*.png"))
+        self.grids = list({path.name.rpartition("-step-")[0]: path for path in pictures}.values())
         return logged_at
 
     def __enter__(self) -> Tracker:
-        self.log(self.start_seconds | {"start/peak_memory_gib": self.memory.take()}, self.start_step)
+        self.log(self.start_seconds | {"start/peak_memory_gib": take_peak_memory(self.device)}, self.start_step)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,17 +80,16 @@ class Tracker:
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[dict[str, float]]:
         """Logs the block's duration and peak memory, with the values that it puts into the yielded dict."""
-        self.peak_of_steps = max(self.peak_of_steps, self.memory.take())
+        self.peak_of_steps = max(self.peak_of_steps, take_peak_memory(self.device))
         values: dict[str, float] = {}
-        limits = self.stop.limits
-        began, skipped = time.perf_counter(), limits.skipped_seconds
+        began = time.perf_counter()
         yield values
-        seconds = time.perf_counter() - began + limits.skipped_seconds - skipped
-        self.log(values | {f"{name}/seconds": seconds, f"{name}/peak_memory_gib": self.memory.take()}, step)
+        seconds = time.perf_counter() - began
+        self.log(values | {f"{name}/seconds": seconds, f"{name}/peak_memory_gib": take_peak_memory(self.device)}, step)
 
     def log_steps(self, values: dict[str, float], step: int) -> None:
         """Logs the numbers of the last steps, with their peak memory outside other phases."""
-        peak = max(self.peak_of_steps, self.memory.take())
+        peak = max(self.peak_of_steps, take_peak_memory(self.device))
         self.peak_of_steps = 0.0
         self.log(values | {"peak_memory_gib": peak}, step)
 

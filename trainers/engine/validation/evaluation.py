@@ -11,46 +11,23 @@ from datasets_lib.example import ImageData
 from trainers.base import Trainer
 from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.run.context import DataSets
+from trainers.engine.validation import metrics
 from trainers.engine.validation.feature_networks import load_classifier, load_features
-from trainers.engine.validation.metrics import (
-    LEAST_PICTURES,
-    Batch,
-    Described,
-    as_labels,
-    describe,
-    measure,
-    measure_reconstructions,
-    nearest,
-    pictures_of,
-    recognised,
-    spread,
-    train_classifier,
-)
+from trainers.engine.validation.metrics import Batch, Described, spread
 from trainers.engine.validation.sampling import draw, evaluation_requests, gather, own_share
 
 REAL_PICTURES = 50_000  # of each data set at most, evenly spread
+Watched = Callable[[str, Iterable[Batch]], Iterable[Batch]]  # shows a bar, and ends if the run is stopped
 
 
 class Evaluation:
     """Compares drawn pictures with those of the training set, described at the first call. All calls are collective."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        trainer: Trainer,
-        data: DataSets,
-        watched: Callable[[str, Iterable[Batch]], Iterable[Batch]],
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, trainer: Trainer, data: DataSets, watched: Watched) -> None:
         base, device = trainer.base, accelerator.device
-        self.accelerator, self.trainer, self.data = accelerator, trainer, data
-        self.watched = watched  # watched("what", batches) shows a bar, and ends if the run is stopped
+        self.accelerator, self.trainer, self.data, self.watched = accelerator, trainer, data, watched
         self.requests = evaluation_requests(trainer, base.eval_num_samples, data.validation)
-        if not self.requests:
-            without = " without base.validation_split" if trainer.draws_held_out and data.validation is None else ""
-            raise ValueError(
-                f"base.eval_steps = {base.eval_steps}: this task draws no pictures{without}; set it to null"
-            )
-        self.reconstructs = "example" in self.requests[0]
+        self.reconstructs = any("example" in request for request in self.requests)
         self._check()
         with accelerator.main_process_first():  # which downloads; the others then find the file
             self.features = load_features(base.eval_features, device)
@@ -62,24 +39,27 @@ class Evaluation:
 
     def _check(self) -> None:
         """Raises ValueError at the start if an evaluation would fail or measure nothing later."""
-        base = self.trainer.base
+        base, validation_set = self.trainer.base, self.data.validation
         option = f"base.eval_steps = {base.eval_steps}"
+        if not self.requests:
+            without = " without base.validation_split" if self.trainer.draws_held_out and validation_set is None else ""
+            raise ValueError(f"{option}: this task draws no pictures{without}; set it to null")
         if "image" not in self.data.train.get(0, None):
             raise ValueError(f"{option}: the data set holds latents, and metrics compare pictures; set it to null")
         if self.reconstructs and base.eval_features == "none":
             raise ValueError(f"{option}: base.eval_features = none measures nothing of reconstructions; name a network")
-        if self.reconstructs and len(self.requests) < LEAST_PICTURES:
+        if self.reconstructs and len(self.requests) < metrics.LEAST_PICTURES:
             found = f"base.eval_num_samples and the validation set give {len(self.requests)} pictures"
-            raise ValueError(f"{option}: {found}, and metrics need {LEAST_PICTURES}; set it to null")
+            raise ValueError(f"{option}: {found}, and metrics need {metrics.LEAST_PICTURES}; set it to null")
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics of `eval_num_samples` pictures, the same on every rank."""
         real = self.real = self.real or self._describe_all_real()
         drawn = self._describe(self._drawn(), len(self.requests))
         if self.reconstructs:
-            return run_on_main(self.accelerator, lambda: measure_reconstructions(drawn, real))
+            return run_on_main(self.accelerator, lambda: metrics.measure_reconstructions(drawn, real))
         distances, recognise = self.held_out_distances, self.recognise
-        return run_on_main(self.accelerator, lambda: measure(drawn, real, distances, recognise) | self.fixed)
+        return run_on_main(self.accelerator, lambda: metrics.measure(drawn, real, distances, recognise) | self.fixed)
 
     def _describe_all_real(self) -> Described:
         """Describes the pictures to compare with: the training set, or the originals of reconstructions."""
@@ -97,13 +77,13 @@ class Evaluation:
         """Trains a classifier if none is given, and measures real held-out pictures as a reference."""
         whole = len(real.thumbnails) == len(self.data.train)  # otherwise a copied picture may be missing
         if held_out is not None and whole:
-            self.held_out_distances = nearest(held_out.vectors, real.vectors)[0]
+            self.held_out_distances = metrics.nearest(held_out.vectors, real.vectors)[0]
         if "label" not in self.requests[0]:
             return
         if self.classifier is None and real.labels is not None and len(real.labels.unique()) > 1:
-            self.recognise = train_classifier(real)
+            self.recognise = metrics.train_classifier(real)
         if held_out is not None and held_out.labels is not None:
-            seen = recognised(held_out, self.recognise)
+            seen = metrics.recognised(held_out, self.recognise)
             if seen is not None:
                 self.fixed["class_accuracy_held_out"] = (seen == held_out.labels).double().mean().item()
 
@@ -114,13 +94,13 @@ class Evaluation:
             chosen = numbers[first : first + base.train_batch_size]
             drawn = draw(self.trainer, self.requests, chosen, base.seed, len(chosen), self.data.validation)
             [images] = drawn.get("samples") or next(iter(drawn.values()))
-            yield images, as_labels([self.requests[number] for number in chosen])
+            yield images, metrics.as_labels([self.requests[number] for number in chosen])
 
     def _describe_real(self, dataset: ImageData, chosen: list[int]) -> Described:
         mine = [chosen[number] for number in own_share(len(chosen), self.accelerator)]
-        batches = pictures_of(dataset, mine, self.trainer.base.train_batch_size)
-        return self._describe(self.watched("describing real pictures", batches), len(chosen))
+        batches = metrics.pictures_of(dataset, mine, self.trainer.base.train_batch_size)
+        return self._describe(self.watched("eval: real pictures", batches), len(chosen))
 
     def _describe(self, batches: Iterable[Batch], count: int) -> Described:
-        own = describe(batches, self.accelerator.device, self.features, self.classifier)
+        own = metrics.describe(batches, self.accelerator.device, self.features, self.classifier)
         return own.each(lambda rows: gather(self.accelerator, rows, count))

@@ -54,18 +54,16 @@ def _inception() -> nn.Module:
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
-        raise ValueError(
-            f"eval_features = inception: its weights cannot be downloaded ({error}); allowed: {ALLOWED_FEATURES}"
-        ) from None
+        reason = f"its weights cannot be downloaded ({error})"
+        raise ValueError(f"eval_features = inception: {reason}; allowed: {ALLOWED_FEATURES}") from None
 
 
 def _torchscript(path: str, device: torch.device) -> torch.jit.ScriptModule:
     try:
         return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(
-            f"{path}: not a TorchScript file ({str(error).splitlines()[0]}); make one with torch.jit.save"
-        ) from None
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a TorchScript file ({first}); make one with torch.jit.save") from None
 
 
 def _torchvision(name: str, file: str, device: torch.device) -> PictureNetwork:
@@ -76,12 +74,8 @@ def _torchvision(name: str, file: str, device: torch.device) -> PictureNetwork:
 
     network = get_model(name, weights=None)
     try:
-        weights = (
-            load_file(file)
-            if file.endswith(".safetensors")
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-        network.load_state_dict(weights)
+        is_safe = file.endswith(".safetensors")
+        network.load_state_dict(load_file(file) if is_safe else torch.load(file, "cpu", weights_only=True))
     except Exception as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"eval_features = {name}:{file}: these are not the weights of {name} ({first})") from None

@@ -37,8 +37,7 @@ class Described(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Described:
         """Applies a function to all measurements."""
-        features, predicted, labels = (None if rows is None else change(rows) for rows in self[1:4])
-        return Described(change(self.thumbnails), features, predicted, labels, change(self.finite))
+        return Described._make(None if rows is None else change(rows) for rows in self)
 
 
 @torch.no_grad()
@@ -49,20 +48,14 @@ def describe(
     classifier: PictureNetwork | None = None,
 ) -> Described:
     """Measures batches of pictures; the results are on the CPU."""
-    found: list[list[Tensor]] = [[], [], [], [], []]
+    found = []
     for images, labels in batches:
-        found[4].append(images.isfinite().flatten(1).all(1))
-        images = images.nan_to_num(0.0, 1.0, 0.0)
-        on_device = images.to(device)
-        found[0].append(_thumbnails(images))
-        if features is not None:
-            found[1].append(features(on_device).float().cpu())
-        if classifier is not None:
-            found[2].append(classifier(on_device).argmax(1).cpu())
-        if labels is not None:
-            found[3].append(labels.cpu())
-    measured, predicted, labelled = (torch.cat(parts) if parts else None for parts in found[1:4])
-    return Described(torch.cat(found[0]), measured, predicted, labelled, torch.cat(found[4]))
+        finite, images = images.isfinite().flatten(1).all(1), images.nan_to_num(0.0, 1.0, 0.0)
+        on_device, labels = images.to(device), None if labels is None else labels.cpu()
+        measured = None if features is None else features(on_device).float().cpu()
+        predicted = None if classifier is None else classifier(on_device).argmax(1).cpu()
+        found.append(Described(_thumbnails(images), measured, predicted, labels, finite))
+    return Described._make(None if rows[0] is None else torch.cat(rows) for rows in zip(*found, strict=True))
 
 
 def pictures_of(dataset: DataSet, numbers: list[int], batch_size: int) -> Iterator[Batch]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,12 +14,13 @@ from datasets_lib.example import ImageData, StreamData
 from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.data.batches import examples_once
+from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.optim.ema import EMA
 from trainers.engine.run.context import DataSets, RunContext
 from trainers.engine.run.progress import passing_bar
 from trainers.engine.run.signals import Abandoned
-from trainers.engine.tracking.tracker import EVALUATION_TIME, VALIDATION_TIME, Tracker
+from trainers.engine.tracking.tracker import Tracker
 from trainers.engine.validation.evaluation import Evaluation
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import OfExamples, mean_over
@@ -29,55 +31,52 @@ STREAMED = 2000  # examples of a stream at most, which are held in memory to be 
 Item = TypeVar("Item")
 
 
+@dataclass
 class Validation:
     """Runs what is due, collectively; what a stop interrupts logs nothing and runs again on resume."""
 
-    def __init__(
-        self,
-        ctx: RunContext,
-        trainer: Trainer,
-        ema: EMA | None,
-        encoders: FrozenEncoders,
-        data: DataSets,
-        saver: Saver,
-        tracker: Tracker,
-    ) -> None:
-        self.accelerator, self.clock, self.stop = ctx.accelerator, ctx.clock, ctx.stop
-        self.trainer, self.ema, self.encoders, self.data = trainer, ema, encoders, data
-        self.saver, self.tracker = saver, tracker
-        self.base = trainer.base
+    ctx: RunContext
+    trainer: Trainer
+    ema: EMA | None
+    encoders: FrozenEncoders
+    data: DataSets
+    saver: Saver
+    tracker: Tracker
+
+    def __post_init__(self) -> None:
+        self.accelerator, self.stop, self.base = self.ctx.accelerator, self.ctx.stop, self.trainer.base
         if self.base.eval_steps is not None:
-            self.evaluation = Evaluation(ctx.accelerator, trainer, data.uncached(), self._watched)
+            self.evaluation = Evaluation(self.accelerator, self.trainer, self.data.uncached(), self._watched)
 
     def make_up(self, steps_done: int) -> None:
-        """Runs what was due at the checkpoint's step and was interrupted."""
-        if steps_done > 0:
-            self._run_due(steps_done, lambda name: self.tracker.logged_at.get(name, 0) < steps_done)
+        """Runs what was due at the step of the checkpoint that the run resumes from, and was interrupted."""
+        self.after_step(steps_done)
 
     def after_step(self, steps_done: int) -> None:
-        self._run_due(steps_done, lambda name: True)
-
-    def _run_due(self, steps_done: int, wanted: Callable[[str], bool]) -> None:
-        due, base = self.clock.due, self.base
-        if wanted(VALIDATION_TIME) and due(steps_done, base.valid_steps, base.valid_epochs):
+        due, base = self.ctx.clock.due, self.base
+        if due(steps_done, base.valid_steps, base.valid_epochs):
             self._unless_stopped("valid", steps_done, self.validate)
-        if wanted(EVALUATION_TIME) and base.eval_steps is not None and due(steps_done, base.eval_steps):
+        if base.eval_steps is not None and due(steps_done, base.eval_steps):
             self._unless_stopped("eval", steps_done, self.evaluate)
 
-    def _unless_stopped(self, what: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
+    def _unless_stopped(self, phase: str, steps_done: int, action: Callable[[int], dict[str, float]]) -> None:
+        if steps_done <= self.tracker.logged_at.get(f"{phase}/seconds", 0):
+            return  # it was finished before the run was resumed
         try:
             if self.stop.agreed(wait=True):
                 raise Abandoned
-            progress = partial(self._watched, "sampling")
-            with evaluation_mode(self.trainer, progress), self.tracker.phase(what, steps_done) as found:
+            progress = partial(self._watched, f"{phase}: sampling")
+            with evaluation_mode(self.trainer, progress), self.tracker.phase(phase, steps_done) as found:
                 found.update(action(steps_done))
         except Abandoned:
-            name = {"valid": "Validation", "eval": "Evaluation"}[what]
+            name = {"valid": "Validation", "eval": "Evaluation"}[phase]
             self.accelerator.print(f"{name} at step {steps_done} interrupted; it runs again on resume")
 
-    def _watched(self, what: str, items: Iterable[Item]) -> Iterable[Item]:
+    def _watched(self, what: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yields items, equally many on every rank: with a bar, ended by a stop; a written checkpoint is sealed."""
-        return self.saver.watch(self.stop.watch(passing_bar(self.accelerator, what, items), what))
+        for item in self.stop.watch(passing_bar(self.accelerator, what, items), what):
+            yield item
+            self.saver.seal_written()
 
     def validate(self, steps_done: int) -> dict[str, float]:
         """Returns metrics ("valid/loss", "valid_ema/loss"); logs grids of pictures, by raw weights and by averages."""
@@ -88,23 +87,29 @@ class Validation:
         requests = self.trainer.sample_requests(self.data.validation)
         for prefix, applied in weights.items():
             with applied:
-                found = self.held_out_metrics()
-                metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
-                if requests:
-                    held_out, seed = self.data.validation, self.base.seed
-                    pictures.append(draw_samples(self.accelerator, self.trainer, requests, seed, held_out))
-                    if self.accelerator.is_main_process:
-                        asked = with_examples(requests, held_out)
-                        found = self.trainer.sample_metrics(asked, pictures[-1])
-                        metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
-        names = list(pictures[0]) if pictures else []
+                found, drawn = self._measure(requests)
+            metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+            pictures.append(drawn)
         texts = [request["prompt"] for request in requests] if requests and "prompt" in requests[0] else None
         columns = self.trainer.grid_columns
-        grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in names}
+        grids = {name: grid_of([images[name] for images in pictures], columns, texts) for name in pictures[0]}
         self.tracker.log_grids(grids, steps_done)
         if requests:
             self.tracker.log_table([self._readable(request) for request in requests], pictures, steps_done)
         return metrics
+
+    def _measure(self, requests: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Returns metrics of held-out examples and of pictures, and the pictures, of the weights in the networks."""
+        trainer, held_out, metrics = self.trainer, self.data.validation, self.held_out_metrics()
+        if not requests:
+            return metrics, {}
+        pictures = draw_samples(self.accelerator, trainer, requests, self.base.seed, held_out)
+        asked = with_examples(requests, held_out) if self.accelerator.is_main_process else []
+        found = run_on_main(self.accelerator, lambda: trainer.sample_metrics(asked, pictures))
+        if both := found.keys() & metrics.keys():
+            which = f"validation_metrics and sample_metrics both return {min(both)}"
+            raise ValueError(f"{type(trainer).__name__}: {which}; rename one")
+        return metrics | found, pictures
 
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:
         """Replaces a request's label by the name of its class."""
@@ -116,7 +121,7 @@ class Validation:
         if self.data.validation is None:
             return {}
         share = self._share(self.data.validation, range(len(self.data.validation)))
-        means = self._mean_over(self._watched("validating", share), self.trainer.validation_metrics)
+        means = self._mean_over(self._watched("valid: examples", share), self.trainer.validation_metrics)
         return self.trainer.validation_summary(means)
 
     def training_statistics(self) -> dict[str, float]:
@@ -129,7 +134,7 @@ class Validation:
             train_set = train_set.held(min(wanted, STREAMED))
         share = self._share(train_set, spread(len(train_set), wanted))
         with self._averaged_weights(), evaluation_mode(self.trainer):
-            return self._mean_over(self._watched("measuring", share), trainer.data_statistics)
+            return self._mean_over(self._watched("export: measuring", share), trainer.data_statistics)
 
     def _mean_over(self, batches: Iterable[tuple[dict, float]], measure: OfExamples) -> dict[str, float]:
         add_up = partial(self.accelerator.reduce, reduction="sum")
