@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainers.base import RandomSource
 from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
@@ -29,21 +29,12 @@ class DDPMTrainer(PixelDiffusionTrainer):
     )
 
     def usage_of(self, location: str | Path) -> str:
-        config, flow = self.config, self.config.objective == "rectified_flow"
-        steps = config.ddpm_num_inference_steps if flow else config.ddpm_num_steps  # ancestral sampling needs all steps
+        config = self.config  # ancestral sampling needs all steps
+        steps = config.ddpm_num_inference_steps if config.is_flow else config.ddpm_num_steps
         return self.usage.format(output_dir=location, steps=steps)
 
-    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective.loss(self._predict, self.clean(batch, rng), rng).mean(), {}
-
-    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        return {"loss": self.objective.loss(self._predict, self.clean(batch, rng), rng)}
-
-    def _predict(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return self.modules["unet"](noisy, timesteps).sample
-
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        return {"samples": self.draw(self._predict, rng)}
+        return {"samples": self.draw(self.predict, rng)}
 
     def save_pipeline(self, output_dir: Path) -> None:
         from diffusers import DDPMPipeline

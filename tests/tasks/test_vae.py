@@ -445,7 +445,7 @@ def test_a_network_of_another_kind_or_with_gaps(trained, tmp_path, tiny_config, 
 
     unet = diffusers.UNet2DModel.from_config(json.loads(Path("configs/tests/models/unet2d.json").read_text()))
     unet.save_pretrained(tmp_path / "unet")
-    assert "must be an AutoencoderKL, found a UNet2DModel" in error(tmp_path / "unet")
+    assert "must be of class AutoencoderKL, found UNet2DModel" in error(tmp_path / "unet")
     (tmp_path / "gaps").mkdir()
     shutil.copy(trained / "config.json", tmp_path / "gaps")
     weights = load_file(trained / "diffusion_pytorch_model.safetensors")

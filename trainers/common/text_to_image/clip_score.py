@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.multimodal import CLIPScore
+from torchmetrics.functional.multimodal import clip_score
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -20,14 +20,10 @@ class Features(nn.Module):
         self.model, self.config = model, model.config
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        return _as_tensor(self.model.get_image_features(pixel_values))
+        return self.model.get_image_features(pixel_values).pooler_output
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return _as_tensor(self.model.get_text_features(input_ids, attention_mask))
-
-
-def _as_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.pooler_output
+        return self.model.get_text_features(input_ids, attention_mask).pooler_output
 
 
 def check_clip(option: str, source: str) -> None:
@@ -57,20 +53,14 @@ class ClipScore:
 
         try:
             model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
-            processor = CLIPProcessor.from_pretrained(source)
+            self.processor = CLIPProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise _unreadable(option, source, error) from None
-        # only one process computes scores, so torchmetrics must not synchronise
-        features = Features(model)
-        self.metric = CLIPScore(
-            lambda: (features, processor),  # type: ignore[arg-type,return-value]  # calls no other methods of a CLIPModel
-            sync_on_compute=False,
-        ).to(device)
-        self.device = device
+        self.features, self.device = Features(model).to(device), device
 
+    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> float:
         """Scores images [N, 3, H, W] in [0, 1]."""
         pixels = (images.to(self.device) * 255).round().to(torch.uint8)
-        self.metric.reset()
-        self.metric.update(list(pixels), list(prompts))
-        return self.metric.compute().item()
+        model: Any = self.features, self.processor  # of a CLIPModel torchmetrics calls no other methods
+        return clip_score(list(pixels), list(prompts), lambda: model).item()

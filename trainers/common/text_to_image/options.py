@@ -23,6 +23,11 @@ from trainers.common.text_to_image.base_model import base_model_problems
 
 BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end")
 
+OF_DENOISING = (
+    "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr",
+    "dream_detail_preservation", "timestep_range", "timestep_bias_strategy",
+)  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class StableDiffusionConfig(TrainerConfig):

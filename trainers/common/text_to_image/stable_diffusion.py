@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainers.base import Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.diffusion.guidance import Condition, Guidance
-from trainers.common.diffusion.objective import Part, Predict
+from trainers.common.diffusion.objective import Predict, columns
 from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.objective import Learned, build_diffusion
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from trainers.base import DataSet, ImageData
     from trainers.common.text_to_image.clip_score import ClipScore
-
-QUARTERS = 4  # equal parts of the time; the validation loss is given for each
 
 
 class StableDiffusionTrainer(Trainer):
@@ -125,8 +123,8 @@ class StableDiffusionTrainer(Trainer):
         clean = self.latents.draw(batch, rng)
         ask, mask = self._asking(self._asked(batch, clean, rng)), self._mask(batch, clean)
         quarters = {
-            f"loss_quarter_{n + 1}": self.learned.plain.loss(ask, clean, rng, mask, Part(n, QUARTERS), f"quarter_{n}_")
-            for n in range(QUARTERS)
+            f"loss_quarter_{n + 1}": objective.loss(ask, clean, rng, mask, f"quarter_{n}_")
+            for n, objective in enumerate(self.learned.quarters)
         }
         return {"loss": torch.stack(list(quarters.values())).mean(0)} | quarters
 
@@ -139,7 +137,7 @@ class StableDiffusionTrainer(Trainer):
         if self.training and self.config.caption_dropout:
             hidden, empty = rng.bernoulli("caption_dropout", self.config.caption_dropout), self.empty()
             embeds = {
-                name: torch.where(hidden.reshape(-1, *[1] * (rows.ndim - 1)), empty[name].to(rows.dtype), rows)
+                name: torch.where(columns(hidden, rows), empty[name].to(rows.dtype), rows)
                 for name, rows in embeds.items()
             }
         return self._condition(embeds, clean.shape, batch)
