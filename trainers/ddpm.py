@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(kw_only=True)
-class DDPMConfig(PixelDiffusionConfig):
-    """Options of the section `ddpm`."""
-
-
 class DDPMTrainer(PixelDiffusionTrainer):
     """Trains a UNet2DModel; the result is a diffusers DDPMPipeline."""
 
-    Config = DDPMConfig
+    Config = PixelDiffusionConfig
     usage = (
         "from diffusers import DDPMPipeline\n"
         'pipeline = DDPMPipeline.from_pretrained("{output_dir}")\n'

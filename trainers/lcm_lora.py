@@ -27,8 +27,6 @@ EVERYWHERE = [
 
 @dataclass(kw_only=True)
 class LCMLoRAConfig(AdapterConfig):
-    """Options of the section `lcm_lora`."""
-
     rank: Positive = 64  # r: columns of A, rows of B
     target_modules: list[str] | str | None = None  # endings of the UNet's modules, or a pattern; null: its blocks
     num_ddim_timesteps: Positive = 50  # steps of the teacher's DDIM solver from noise to picture

@@ -33,8 +33,6 @@ class UNetConfig(StableDiffusionConfig):
 
 @dataclass(kw_only=True)
 class TextToImageConfig(ObjectiveOptions, UNetConfig):
-    """Options of the section `text_to_image`."""
-
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
         yield from self.objective_problems((*OF_DENOISING, "loss_type"))

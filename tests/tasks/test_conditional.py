@@ -16,9 +16,10 @@ from run_folders import losses, read_metrics
 from train import main
 from trainers.base import RunInfo
 from trainers.common.class_pipeline import ClassConditionalPipeline
+from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig
 from trainers.common.diffusion.guidance import Guidance, noise_levels
 from trainers.common.diffusion.sampling import build_sampler
-from trainers.conditional_ddpm import ConditionalDDPMConfig, ConditionalDDPMTrainer
+from trainers.conditional_ddpm import ConditionalDDPMTrainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.run.randomness import SlotRandom
@@ -77,7 +78,7 @@ def test_noise_levels():
 
 def make(names=NAMES, **options):
     options = {"model_config": "configs/tests/models/unet2d.json", "ddpm_num_steps": 20} | options
-    trainer = ConditionalDDPMTrainer(ConditionalDDPMConfig(**options), BaseConfig(resolution=16, channels=1))
+    trainer = ConditionalDDPMTrainer(ClassDiffusionConfig(**options), BaseConfig(resolution=16, channels=1))
     trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32, label_names=names)
     trainer.setup()
     trainer.modules = trainer.init_modules()

@@ -474,7 +474,7 @@ def test_random_latents_wait_until_their_distribution_is_known(run_in_process):
         ({"subfolder": "vae"}, 'subfolder = vae: has an effect with pretrained_model_name_or_path only'),
         (
             {"pretrained_model_name_or_path": "x", "decoder_only": True, "estimate_shift": True},
-            "estimate_shift = true: has no effect with decoder_only: the encoder stays as it is",
+            "estimate_shift = true: has an effect with a trained encoder only",
         ),
         (
             {"pretrained_model_name_or_path": "x", "model_config": "y"},
@@ -492,7 +492,7 @@ def test_random_latents_wait_until_their_distribution_is_known(run_in_process):
         ),
         (
             {"pretrained_model_name_or_path": "x", "decoder_only": True, "kl_weight": 0.5},
-            "kl_weight = 0.5: has no effect with decoder_only: the encoder stays as it is",
+            "kl_weight = 0.5: has an effect with a trained encoder only",
         ),
     ],
 )  # fmt: skip

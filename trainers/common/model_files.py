@@ -31,6 +31,10 @@ class Grid(NamedTuple):
         """The grid of the run's pictures."""
         return cls(base.channels, base.resolution)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
 
 def files_digest(*folders: Path) -> str:
     """Hashes the files of networks and tokenizers (weights, configs, vocabularies): 16 hex digits."""

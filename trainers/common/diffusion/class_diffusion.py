@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainers.base import (
-    BaseConfig,
-    Bounds,
-    CacheKind,
-    Encoder,
-    Fraction,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    RandomSource,
-)
+from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.latents import LatentSpace, cache_problems, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
 from trainers.common.diffusion.classes import class_numbers, count_classes, labels_of
@@ -25,13 +15,12 @@ from trainers.common.diffusion.guidance import ClassifierGuidance, Condition, Gu
 from trainers.common.diffusion.objective import Predict
 from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 from trainers.common.model_files import Grid
+from trainers.options import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainers.base import DataSet
-
-ClassNumber = Annotated[int, Bounds(0)]
 
 
 @dataclass(kw_only=True)
@@ -53,7 +42,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
     guidance_interval: list[float] | None = None  # [low, high]: noise levels sigma with guidance; null: all
     classifier: str | None = None  # a finished noisy_classifier run, for classifier guidance; null: none
     classifier_scale: PositiveFloat = 1.0  # strength of classifier guidance, besides guidance_scale
-    valid_classes: list[str | ClassNumber] | None = None  # drawn in a column each, by name or number; null: all
+    valid_classes: list[str | NonNegative] | None = None  # drawn in a column each, by name or number; null: all
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -100,9 +89,8 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
     def setup(self) -> None:
         config = self.config
         if config.vae is not None:
-            place = f"{self.task}.vae", config.vae
-            self.latents = LatentSpace(*place, self.base, self.device, self.weight_dtype, self.run.encoded_by)
-            self.latents.offloaded = config.cache_latents is not None
+            place = f"{self.task}.vae", config.vae, self.base, self.device, self.weight_dtype, self.run.encoded_by
+            self.latents = LatentSpace(*place, offloaded=config.cache_latents is not None)
         super().setup()
         self.num_classes = count_classes(self.task, self, config.num_classes)
         drawn, names = config.valid_classes or range(self.num_classes), self.run.label_names or []

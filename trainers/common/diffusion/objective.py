@@ -40,14 +40,13 @@ class ObjectiveOptions(Section):
         of_logit = ("time_logit_mean", "time_logit_std")
         yield from self.without_effect(of_logit, "time_distribution: logit_normal", logit_normal)
 
-    def build_flow(self, num_train_timesteps: int) -> tuple[FlowMatchEulerDiscreteScheduler, RectifiedFlow]:
-        """Builds a rectified flow and its scheduler."""
+    def build_flow(self, num_train_timesteps: int) -> RectifiedFlow:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         # by keyword: diffusers' from_config drops positional arguments, taking them for defaults
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, shift=self.time_shift)
         logit = (self.time_logit_mean, self.time_logit_std) if self.time_distribution == "logit_normal" else None
-        return scheduler, RectifiedFlow(scheduler, logit)
+        return RectifiedFlow(scheduler, logit)
 
 
 class Timesteps:
@@ -72,31 +71,23 @@ class Timesteps:
         return self.low + places.clamp(max=self.high - self.low - 1)
 
 
+@dataclass
 class DDPMObjective:
     """Denoising regression of arXiv 2006.11239 with the min-SNR weights of arXiv 2303.09556.
 
     The scheduler's `prediction_type` is the network's target: epsilon, sample or v_prediction. `noise_offset` times a
     normal number per channel is added to the noise, and so to the target. `input_perturbation` times further noise is
     added to the input only (arXiv 2301.11706). `huber_c` replaces the square by 2 c (sqrt(e^2 + c^2) - c).
-    `dream_detail_preservation` is p of arXiv 2312.00210, for epsilon.
+    `dream_detail_preservation` is p of arXiv 2312.00210, for epsilon. `timesteps` are by default all, uniform.
     """
 
-    def __init__(
-        self,
-        scheduler: DDPMScheduler,
-        snr_gamma: float | None = None,
-        noise_offset: float = 0.0,
-        input_perturbation: float = 0.0,
-        huber_c: float | None = None,
-        dream_detail_preservation: float | None = None,
-        timesteps: Timesteps | None = None,
-    ) -> None:
-        self.scheduler = scheduler
-        self.snr_gamma = snr_gamma
-        self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
-        self.huber_c = huber_c
-        self.dream_detail_preservation = dream_detail_preservation
-        self.timesteps = timesteps or Timesteps(0, scheduler.config.num_train_timesteps)
+    scheduler: DDPMScheduler
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    huber_c: float | None = None
+    dream_detail_preservation: float | None = None
+    timesteps: Timesteps | None = None
 
     def loss(
         self, predict: Predict, clean: Tensor, rng: RandomSource, mask: Tensor | None = None, prefix: str = ""
@@ -111,7 +102,8 @@ class DDPMObjective:
         added = noise
         if self.input_perturbation:
             added = noise + self.input_perturbation * rng.normal(f"{prefix}input_perturbation", clean.shape[1:])
-        timesteps = self.timesteps.draw(rng, f"{prefix}timestep")
+        times = self.timesteps or Timesteps(0, self.scheduler.config.num_train_timesteps)
+        timesteps = times.draw(rng, f"{prefix}timestep")
         noisy = self.scheduler.add_noise(clean, added, timesteps)
         target = self.target(clean, noise, timesteps)
         power = self.dream_detail_preservation
@@ -159,6 +151,7 @@ class DDPMObjective:
         return noisy + s * moved, noise + moved
 
 
+@dataclass
 class RectifiedFlow:
     """Regression of the velocity along straight lines from pictures to noise, arXiv 2209.03003.
 
@@ -168,23 +161,17 @@ class RectifiedFlow:
     they are uniform in one of `count` equal parts of [0, 1), without a shift.
     """
 
-    def __init__(
-        self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        logit: tuple[float, float] | None = None,
-        part: tuple[int, int] | None = None,
-    ) -> None:
-        self.scale = scheduler.config.num_train_timesteps
-        self.shift = scheduler.config.shift
-        self.logit, self.part = logit, part
+    scheduler: FlowMatchEulerDiscreteScheduler
+    logit: tuple[float, float] | None = None
+    part: tuple[int, int] | None = None
 
     def loss(
         self, predict: Predict, clean: Tensor, rng: RandomSource, mask: Tensor | None = None, prefix: str = ""
     ) -> Tensor:
         """Returns the squared error [B] at one random time per example; see DDPMObjective.loss."""
         noise, times = rng.normal(f"{prefix}noise", clean.shape[1:]), self.times(rng, prefix)
-        t = columns(times, clean)
-        error = predict((1 - t) * clean + t * noise, self.scale * times).float() - (noise - clean)
+        t, timesteps = columns(times, clean), self.scheduler.config.num_train_timesteps * times
+        error = predict((1 - t) * clean + t * noise, timesteps).float() - (noise - clean)
         return masked_mean(error.square(), mask)
 
     def times(self, rng: RandomSource, prefix: str = "") -> Tensor:
@@ -197,7 +184,8 @@ class RectifiedFlow:
         else:
             mean, std = self.logit
             times = torch.sigmoid(mean + std * rng.normal(f"{prefix}time", ()))
-        return self.shift * times / (1 + (self.shift - 1) * times)
+        shift = self.scheduler.config.shift
+        return shift * times / (1 + (shift - 1) * times)
 
 
 def columns(values: Tensor, like: Tensor) -> Tensor:

@@ -110,17 +110,18 @@ class PixelDiffusionTrainer(Trainer):
 
     def setup(self) -> None:
         config = self.config
+        self.grid = Grid.of(self.base) if self.latents is None else self.latents.grid
         if config.is_flow:
-            self.scheduler, self.objective = config.build_flow(config.ddpm_num_steps)
+            self.objective = config.build_flow(config.ddpm_num_steps)
         else:
             clip_sample = self.latents is None  # latents have no bounds
-            self.scheduler = build_schedule(config, prediction_type=config.prediction_type, clip_sample=clip_sample)
-            self.objective = DDPMObjective(self.scheduler, config.snr_gamma)
+            scheduler = build_schedule(config, prediction_type=config.prediction_type, clip_sample=clip_sample)
+            self.objective = DDPMObjective(scheduler, config.snr_gamma)
+        self.scheduler = self.objective.scheduler
         self.sigma_of = noise_levels(self.scheduler)
 
     def init_modules(self) -> dict[str, nn.Module]:
-        grid = Grid.of(self.base) if self.latents is None else self.latents.grid
-        return {self.network_name: self.build_network(grid)}
+        return {self.network_name: self.build_network(self.grid)}
 
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         return self._losses(batch, rng).mean(), {}
@@ -149,8 +150,7 @@ class PixelDiffusionTrainer(Trainer):
 
     def build_network(self, grid: Grid) -> nn.Module:
         """Builds the network for a grid, in float32."""
-        config = self.config
-        settings = self.network_settings()
+        config, settings = self.config, self.network_settings()
         return build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)
 
     def network_settings(self) -> dict[str, Any]:
@@ -159,9 +159,8 @@ class PixelDiffusionTrainer(Trainer):
 
     def draw(self, predict: Predict, rng: RandomSource) -> Tensor:
         """Draws pictures [B, C, H, W] in [0, 1] with the network's `predict(noisy, timestep)`."""
-        generators, size = rng.generators(), self.base.resolution
-        shape = (self.base.channels, size, size) if self.latents is None else self.latents.shape
-        noise = initial_noise(shape, generators, self.device)
+        generators = rng.generators()
+        noise = initial_noise(self.grid.shape, generators, self.device)
         scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)
         steps = self.config.ddpm_num_inference_steps
         after_step = keep_frames(self.frames, self._as_pictures)

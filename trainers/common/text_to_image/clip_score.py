@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,37 +27,32 @@ class Features(nn.Module):
         return self.model.get_text_features(input_ids, attention_mask).pooler_output
 
 
-def check_clip(option: str, source: str) -> None:
-    """Raises FileNotFoundError if no CLIP can be read from `source`, the value of `option`; reads no weights."""
-    from transformers import CLIPConfig, CLIPProcessor
-
-    try:
-        CLIPConfig.from_pretrained(source)
-        CLIPProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise _unreadable(option, source, error) from None
-
-
-def _unreadable(option: str, source: str, error: Exception) -> FileNotFoundError:
-    advice, reason = "give a local folder, or a hub name that can be reached", str(error).splitlines()[0]
-    return FileNotFoundError(f"{option} = {source}: no CLIP could be read; {advice} ({reason})")
-
-
 class ClipScore:
     """100 times the mean cosine similarity of pictures and prompts, by the CLIP in `source`.
 
-    Raises FileNotFoundError, naming the `option`, if it cannot be read.
+    Its weights are read on first use. Raises FileNotFoundError, naming the `option`, if it cannot be read.
     """
 
     def __init__(self, option: str, source: str, device: torch.device) -> None:
-        from transformers import CLIPModel, CLIPProcessor
+        from transformers import CLIPConfig, CLIPProcessor
 
+        self.option, self.source, self.device = option, source, device
+        self._read(CLIPConfig)
+        self.processor = self._read(CLIPProcessor)
+
+    def _read(self, kind: Any, **options: Any) -> Any:
         try:
-            model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
-            self.processor = CLIPProcessor.from_pretrained(source)
+            return kind.from_pretrained(self.source, **options)
         except (OSError, ValueError) as error:
-            raise _unreadable(option, source, error) from None
-        self.features, self.device = Features(model).to(device), device
+            advice, reason = "give a local folder, or a hub name that can be reached", str(error).splitlines()[0]
+            found = f"no CLIP could be read; {advice} ({reason})"
+            raise FileNotFoundError(f"{self.option} = {self.source}: {found}") from None
+
+    @cached_property
+    def features(self) -> Features:
+        from transformers import CLIPModel
+
+        return Features(self._read(CLIPModel, use_safetensors=True)).to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> float:

@@ -83,7 +83,8 @@ def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Tim
 
 def build_flow(options: ObjectiveOptions) -> Learned:
     """Builds a rectified flow; pipelines sample it with DPM-Solver++."""
-    scheduler, objective = options.build_flow(num_train_timesteps=1000)
+    objective = options.build_flow(num_train_timesteps=1000)
+    scheduler = objective.scheduler
     quarters = [RectifiedFlow(scheduler, part=(number, QUARTERS)) for number in range(QUARTERS)]
     own = build_sampler("dpmsolver++", scheduler)  # StableDiffusionPipeline cannot use the Euler method of flows
     return Learned(objective, quarters, scheduler, own)
