@@ -1,15 +1,16 @@
-"""The contract between the loop and a task: the Trainer's methods, and the options that every task has."""
+"""The contract between the loop and a task: what a Trainer has, and what it is given."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from trainers.task_options import TrainerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -21,63 +22,6 @@ __all__ = [  # what a task imports from here
     "BaseConfig", "Bounds", "CacheKind", "Encoder", "Fraction", "MeasuresData", "NonNegative", "NonNegativeFloat",
     "Positive", "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
 ]  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class TrainerConfig(Section):
-    """The options that every task has: optimizer, learning rate, averaging of the weights."""
-
-    free_on_resume: ClassVar[tuple[str, ...]] = ("valid_batch_size", "offload_ema")
-    replaced: ClassVar[dict[str, dict[Any, tuple[str, Any]]]] = {
-        "use_8bit_adam": {False: ("optimizer", "adamw"), True: ("optimizer", "adamw_8bit")}
-    }
-    training_only: ClassVar[tuple[str, ...]] = ()  # of no use after training: ignored when a run is loaded
-    initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # ignored if all weights are saved
-    export_is_base_model: ClassVar[bool] = False  # whether a finished run is a valid pretrained_model_name_or_path
-    reads_captions: ClassVar[bool] = False  # whether captions and class images are used
-    takes_buckets: ClassVar[bool] = False  # whether height and width may differ between batches
-
-    learning_rate: PositiveFloat | dict[str, float] = 1e-4  # peak of the schedule; a dict: one rate per network
-    scale_lr: bool = False  # multiply the learning rate by the global batch size
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts",
-        "polynomial", "one_cycle", "warmup_cosine",
-    ] = "cosine"  # shape of the learning rate over the optimizer steps  # fmt: skip
-    lr_warmup_steps: NonNegative | None = None  # steps; null: 30 % (one_cycle), 15 % (warmup_cosine), else 500 or 10 %
-    lr_min_ratio: Fraction = 0.1  # floor of cosine_with_min_lr, as a fraction of learning_rate
-    lr_num_cycles: Positive = 1  # cycles of cosine_with_restarts
-    lr_power: PositiveFloat = 1.0  # exponent of polynomial
-    optimizer: str = "adamw"  # a name in OPTIMIZERS, such as adamw_8bit: on CUDA, with the extra bitsandbytes
-    adam_beta1: Annotated[float, Bounds(0, 0.999999)] = 0.9  # decay of the gradient's moving average
-    adam_beta2: Annotated[float, Bounds(0, 0.9999999)] = 0.999  # decay of the squared gradient's moving average
-    adam_weight_decay: NonNegativeFloat = 1e-2  # decoupled weight decay, as in AdamW
-    adam_epsilon: PositiveFloat = 1e-8  # added to the denominator of the update
-    max_grad_norm: PositiveFloat | None = 1.0  # clip each network's gradient to this norm; null: no clipping
-    use_ema: bool = True  # average the weights; validation shows both, the finished pipeline holds the average
-    ema_max_decay: Fraction = 0.9999  # upper limit of the average's decay
-    ema_inv_gamma: PositiveFloat = 1.0  # decay at step s is 1 - (1 + s / ema_inv_gamma) ** -ema_power
-    ema_power: PositiveFloat = 0.75  # see ema_inv_gamma
-    offload_ema: bool = False  # keep the averages in main memory: slower, saves device memory
-    valid_batch_size: Positive = 16  # pictures drawn at each validation, over all processes
-
-    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
-        """Yields (option, problem and remedy) for values and combinations that the types cannot rule out."""
-        fields = type(self).__dataclass_fields__
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            yield "lr_warmup_steps", "has no effect with lr_scheduler: constant; use constant_with_warmup, or null"
-        for option, schedule in (
-            ("lr_min_ratio", "cosine_with_min_lr"),
-            ("lr_num_cycles", "cosine_with_restarts"),
-            ("lr_power", "polynomial"),
-        ):
-            default = fields[option].default
-            if getattr(self, option) != default and self.lr_scheduler != schedule:
-                yield option, f"has an effect with lr_scheduler: {schedule} only; leave it at {default}"
-        averaging = ("ema_max_decay", "ema_inv_gamma", "ema_power", "offload_ema")
-        yield from self.without_effect(averaging, "use_ema: true", self.use_ema)
-        rates = self.learning_rate.values() if isinstance(self.learning_rate, dict) else ()
-        if any(rate <= 0 for rate in rates):
-            yield "learning_rate", "every rate must be above 0"
 
 
 class RandomSource(Protocol):
@@ -137,8 +81,9 @@ class Trainer(ABC):
 
     The four required methods are init_modules, compute_loss, sample and save_pipeline. The loop owns devices,
     optimizer, averaging, data order, checkpoints and files; a Trainer never calls `backward`, `.item()` or
-    `torch.randn`, and never asks for its rank. What it returns has the same names in the same order on every rank, as
-    numbers are added up, and pictures gathered, by their places.
+    `torch.randn`, and never asks for its rank. What it returns has the same names in the same order on every rank, and
+    in all calls of a validation, because numbers are added up, and pictures gathered, by their places. The names of
+    what compute_loss logs may depend on the step.
 
     A task's module is imported to check a config, so it imports diffusers, transformers and peft inside functions.
     Classes derived from theirs, such as pipelines and networks, belong in `trainers/common`; for a task outside the
@@ -160,9 +105,7 @@ class Trainer(ABC):
     unwrapped: dict[str, nn.Module]  # the same without wrappers: see raw()
     encoded: Callable[[str, Any], dict[str, Tensor]]  # encoded(name, value): output of encoder `name` for a constant
     training: bool = True  # False in validation: no label or caption dropout
-    progress: Callable[[Iterable], Iterable] = staticmethod(
-        iter
-    )  # wraps a sampler's steps, of which every rank has the same number
+    progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # wraps a sampler's steps: as many on every rank
     frames: list[Tensor] | None = None  # if a list, sample() appends its pictures [N, C, H, W] after every step
 
     # set by the task in setup()
@@ -170,8 +113,7 @@ class Trainer(ABC):
     grid_columns: int | None = None  # columns of validation grids; None: as square as possible
 
     def __init__(self, config: TrainerConfig, base: BaseConfig) -> None:
-        self.config = config
-        self.base = base
+        self.config, self.base = config, base
 
     @property
     def device(self) -> torch.device:
@@ -197,17 +139,11 @@ class Trainer(ABC):
 
     @abstractmethod
     def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar loss, the mean over the batch, and detached scalars to log.
-
-        Their names depend on the step at most, so that they are the same on every rank.
-        """
+        """Returns the scalar loss, the mean over the batch, and detached scalars to log."""
 
     @abstractmethod
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}; never called with an empty list.
-
-        All calls of a validation return the same names, in the same order on every rank.
-        """
+        """Draws one picture per request: {name: images [N, C, H, W] in [0, 1]}; never called with an empty list."""
 
     @abstractmethod
     def save_pipeline(self, output_dir: Path) -> None:
@@ -259,17 +195,13 @@ class Trainer(ABC):
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns metrics per example, {name: [B]}; by default the batch's loss.
 
-        All batches have the same names, in the same order on every rank. A vector per example needs a name for each of
-        its numbers: {"psnr/red": [B], "psnr/green": [B], ...}.
+        A vector per example needs a name for each of its numbers: {"psnr/red": [B], "psnr/green": [B], ...}.
         """
         loss, _ = self.compute_loss(batch, rng, step=0)
         return {"loss": loss.expand(len(batch["slot"]))}
 
     def validation_summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Returns what is logged of the means of validation_metrics over the validation set.
-
-        It follows from the means alone, which are the same on every rank.
-        """
+        """Returns what to log, which follows from the means of validation_metrics over the validation set alone."""
         return means
 
     def encoders(self) -> dict[str, Encoder]:
@@ -285,14 +217,12 @@ class Trainer(ABC):
         Raises ValueError if `learning_rate` names an unknown network or leaves one out.
         """
         rates = self.config.learning_rate
-        if isinstance(rates, dict) and set(rates) != set(modules):
+        if not isinstance(rates, dict):
+            rates = dict.fromkeys(modules, rates)
+        if set(rates) != set(modules):
             raise ValueError(f"learning_rate = {rates}: needs one rate for each of the networks {', '.join(modules)}")
         return [
-            {
-                "name": name,
-                "params": [p for p in module.parameters() if p.requires_grad],
-                "lr": rates[name] if isinstance(rates, dict) else rates,
-            }
+            {"name": name, "params": [p for p in module.parameters() if p.requires_grad], "lr": rates[name]}
             for name, module in modules.items()
         ]
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
 
 
-@dataclass(kw_only=True)
-class ConditionalDDPMConfig(ClassDiffusionConfig):
-    """Options of the section `conditional_ddpm`."""
-
-
 class ConditionalDDPMTrainer(ClassDiffusionTrainer):
     """Trains a UNet2DModel with an embedding per class and one for "no class"; the result draws classes by name."""
 
-    Config = ConditionalDDPMConfig
+    Config = ClassDiffusionConfig
     task = "conditional_ddpm"
 
     def network_settings(self) -> dict[str, Any]:

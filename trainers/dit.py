@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class DiTConfig(ClassDiffusionConfig):
-    """Options of the section `dit`."""
-
     def network_problems(self, grid: Grid) -> Iterator[str]:
         return dit_problems(self.model_config, grid)
 

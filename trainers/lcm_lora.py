@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.base import BaseConfig, NonNegativeFloat, Positive, PositiveFloat
 from trainers.common.lora.training import ATTENTION, AdapterConfig, AdapterTrainer
-from trainers.common.text_to_image.objective import Learned
+from trainers.common.text_to_image.objective import QUARTERS, Learned
+from trainers.common.text_to_image.options import OF_DENOISING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,16 +23,10 @@ EVERYWHERE = [
     *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]  # fmt: skip
-OF_DENOISING = (
-    "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr",
-    "dream_detail_preservation", "timestep_range", "timestep_bias_strategy",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class LCMLoRAConfig(AdapterConfig):
-    """Options of the section `lcm_lora`."""
-
     rank: Positive = 64  # r: columns of A, rows of B
     target_modules: list[str] | str | None = None  # endings of the UNet's modules, or a pattern; null: its blocks
     num_ddim_timesteps: Positive = 50  # steps of the teacher's DDIM solver from noise to picture
@@ -78,8 +73,11 @@ class LCMLoRATrainer(AdapterTrainer):
             objective = ConsistencyObjective(scheduler, config.w_min, config.w_max, huber_c)
         except ValueError as error:
             raise ValueError(f"{self.task}.{error} ({config.pretrained_model_name_or_path})") from None
-        plain = ConsistencyObjective(scheduler, config.w_min, config.w_max)
-        return Learned(objective, plain, base_model.training_scheduler(), scheduler)
+        quarters = [
+            ConsistencyObjective(scheduler, config.w_min, config.w_max, starts=part)
+            for part in objective.starts.parts(QUARTERS)
+        ]
+        return Learned(objective, quarters, base_model.training_scheduler(), scheduler)
 
     def _asking(self, condition: Condition) -> Networks:
         import torch

@@ -18,8 +18,6 @@ TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 @dataclass(kw_only=True)
 class LoRAConfig(AdapterConfig):
-    """Options of the section `lora`."""
-
     train_text_encoder: bool = False  # also adapt the text encoders; learning_rate can be a dict
     text_encoder_target_modules: list[str] | str | None = None  # in the text encoders; null: their attention
 
@@ -63,4 +61,4 @@ class LoRATrainer(AdapterTrainer):
     def embed(self, captions: list[str]) -> dict[str, Tensor]:
         if not self.trains_text():
             return super().embed(captions)
-        return self.prompts.embed(self.modules, list(captions), self.device)
+        return self.prompts.embed(self.modules, list(captions))

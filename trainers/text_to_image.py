@@ -6,26 +6,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from trainers.base import BaseConfig, PositiveFloat
+from trainers.common.diffusion.objective import ObjectiveOptions
 from trainers.common.text_to_image.objective import Learned, build_flow
-from trainers.common.text_to_image.options import StableDiffusionConfig
+from trainers.common.text_to_image.options import OF_DENOISING, StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.common.text_to_image.unet2d_condition import build_unet, unet_problems
 
 if TYPE_CHECKING:
     from torch import nn
 
-OF_DIFFUSION = (
-    "prediction_type", "snr_gamma", "loss_type", "noise_offset", "input_perturbation", "rescale_betas_zero_snr",
-    "dream_detail_preservation", "timestep_range", "timestep_bias_strategy",
-)  # fmt: skip
-
 
 @dataclass(kw_only=True)
-class TextToImageConfig(StableDiffusionConfig):
-    """Options of the section `text_to_image`."""
+class UNetConfig(StableDiffusionConfig):
+    """Options of a whole UNet."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "model_config")
     initial_weights: ClassVar[tuple[str, ...]] = ()  # the base model's other parts are needed as well
@@ -33,20 +29,14 @@ class TextToImageConfig(StableDiffusionConfig):
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-5  # peak of the schedule
     model_config: str | None = None  # UNet from scratch: folder, JSON file or name in configs/models; null: the base's
-    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # training objective; a flow predicts noise minus picture
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of a flow's training times
-    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures than to noise
-    time_logit_std: PositiveFloat = 1.0  # of logit_normal
-    time_shift: PositiveFloat = 1.0  # shifts a flow's times towards noise, in sampling too; 3 is usual at 1024 pixels
 
+
+@dataclass(kw_only=True)
+class TextToImageConfig(ObjectiveOptions, UNetConfig):
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
-        flow, logit_normal = self.objective == "rectified_flow", self.time_distribution == "logit_normal"
-        yield from self.without_effect(OF_DIFFUSION, "objective: ddpm", not flow)
-        yield from self.without_effect(("time_distribution", "time_shift"), "objective: rectified_flow", flow)
-        of_logit = ("time_logit_mean", "time_logit_std")
-        yield from self.without_effect(of_logit, "time_distribution: logit_normal", logit_normal)
-        if flow and self.sampler not in (None, "euler", "dpmsolver++"):
+        yield from self.objective_problems((*OF_DENOISING, "loss_type"))
+        if self.is_flow and self.sampler not in (None, "euler", "dpmsolver++"):
             yield "sampler", "must be euler, dpmsolver++ or null with objective: rectified_flow"
         if self.model_config is not None:
             yield from (("model_config", problem) for problem in unet_problems(self.model_config))
@@ -68,9 +58,7 @@ class TextToImageTrainer(StableDiffusionTrainer):
     )
 
     def build_objective(self) -> Learned:
-        if self.config.objective == "ddpm":
-            return super().build_objective()
-        return build_flow(self.config)
+        return build_flow(self.config) if self.config.is_flow else super().build_objective()
 
     def build_networks(self) -> dict[str, nn.Module]:
         import torch

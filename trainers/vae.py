@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from trainers.base import (
-    BaseConfig,
-    NonNegative,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    RandomSource,
-    Trainer,
-    TrainerConfig,
-)
+from trainers.base import RandomSource, Trainer
 from trainers.common.autoencoder.latents import images_of
-from trainers.common.autoencoder.options import (
-    autoencoder_problems,
-    build_autoencoder,
-    latent_grid,
-    load_autoencoder,
-    perceptual_problem,
-    smallest_picture,
-)
+from trainers.common.autoencoder.options import build_autoencoder, latent_grid, load_autoencoder
+from trainers.common.autoencoder.vae_config import VAEConfig
 from trainers.common.diffusion.sampling import to_unit_range
 from trainers.common.model_files import Grid
 
@@ -34,86 +17,6 @@ if TYPE_CHECKING:
 
     from trainers.base import DataSet
     from trainers.common.autoencoder.autoencoder import AutoencoderKL, LatentStatistics
-    from trainers.common.autoencoder.discriminator import PatchDiscriminator
-
-ADVERSARIAL = (
-    "adversarial_weight", "adversarial_start_step", "adaptive_weight", "discriminator_layers",
-    "discriminator_channels", "r1_weight", "lecam_weight",
-)  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class VAEConfig(TrainerConfig):
-    """Options of the section `vae`. The reconstruction loss is a mean over pixels, the KL a sum over latents."""
-
-    free_on_resume: ClassVar[tuple[str, ...]] = (  # resuming compares the network itself
-        *TrainerConfig.free_on_resume, "model_config",
-    )  # fmt: skip
-    training_only: ClassVar[tuple[str, ...]] = (
-        "perceptual_loss", "perceptual_weight", "adversarial_loss", *ADVERSARIAL,
-    )  # fmt: skip
-
-    initial_weights: ClassVar[tuple[str, ...]] = (
-        "pretrained_model_name_or_path", "subfolder", "revision", "decoder_only",
-    )  # fmt: skip
-
-    model_config: str | None = None  # folder, JSON file or name in configs/models; null: fits the resolution
-    pretrained_model_name_or_path: str | None = None  # initial weights: folder or hub name; null: random
-    subfolder: str | None = None  # of the pretrained model, such as vae; null: its top folder, or a local vae folder
-    revision: str | None = None  # of the pretrained model on the hub; null: the latest
-    decoder_only: bool = False  # train only the decoder, so that latents and scaling_factor stay the same
-    reconstruction_loss: Literal["l1", "l2", "huber"] = "l1"  # mean over pixels in [-1, 1]
-    huber_delta: PositiveFloat = 0.1  # error at which huber turns from quadratic to linear, in pixel values
-    kl_weight: NonNegativeFloat = 1e-6  # weight of the KL in nats; for a loss summed over pixels it would be larger
-    kl_warmup_steps: NonNegative = 0  # steps over which kl_weight rises from 0
-    perceptual_loss: str | None = None  # lpips, lpips:FILE, NAME:FILE (torchvision) or ms_ssim; null: none
-    perceptual_weight: PositiveFloat = 1.0  # weight of the perceptual distance
-    adversarial_loss: Literal["hinge", "vanilla"] | None = None  # with a patch discriminator; null: none
-    adversarial_weight: PositiveFloat = 0.5  # weight of the adversarial loss, multiplied by the adaptive weight
-    adversarial_start_step: NonNegative = 10_000  # optimizer step at which the discriminator starts
-    adaptive_weight: bool = True  # balance gradients at the decoder's last layer, per micro-batch
-    discriminator_layers: Positive = 3  # its convolutions that halve the resolution
-    discriminator_channels: Positive = 64  # output channels of its first layer
-    r1_weight: NonNegativeFloat = 0.0  # R1: half of it times the squared gradient of real logits; 0: none
-    lecam_weight: NonNegativeFloat = 0.0  # LeCam: keeps logits near moving averages; 0: none
-    estimate_shift: bool = False  # also write a shift_factor, which Stable Diffusion 1 and 2 ignore
-
-    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
-        yield from super().problems(base)
-        yield from self._without_effect()
-        if self.pretrained_model_name_or_path is None:
-            yield from (("model_config", text) for text in autoencoder_problems(self.model_config, Grid.of(base)))
-        elif self.model_config is not None:
-            yield "model_config", "has no effect with pretrained_model_name_or_path; leave one of them null"
-        if self.perceptual_loss is not None:
-            found = perceptual_problem(self.perceptual_loss, base.channels, base.resolution)
-            if found is not None:
-                yield "perceptual_loss", found
-        if self.adversarial_loss is not None:
-            yield from self._adversarial_problems(base)
-
-    def _without_effect(self) -> Iterator[tuple[str, str]]:
-        """Yields options that another option switches off."""
-        pretrained = self.pretrained_model_name_or_path is not None
-        for options, condition, holds in (
-            (ADVERSARIAL, "adversarial_loss", self.adversarial_loss is not None),
-            (("perceptual_weight",), "perceptual_loss", self.perceptual_loss is not None),
-            (("huber_delta",), "reconstruction_loss: huber", self.reconstruction_loss == "huber"),
-            (("kl_warmup_steps",), "kl_weight above 0", self.kl_weight > 0),
-            (self.initial_weights[1:], "pretrained_model_name_or_path", pretrained),
-        ):
-            yield from self.without_effect(options, condition, holds)
-        for option in ("kl_weight", "kl_warmup_steps", "estimate_shift"):
-            if self.decoder_only and getattr(self, option) != type(self).__dataclass_fields__[option].default:
-                yield option, "has no effect with decoder_only: the encoder stays as it is"
-
-    def _adversarial_problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
-        least = smallest_picture(self.discriminator_layers)
-        if base.resolution < least:
-            yield "discriminator_layers", f"needs a base.resolution of at least {least}; take fewer layers"
-        if base.compile and (self.adaptive_weight or self.r1_weight):
-            found = "with adaptive_weight or r1_weight needs gradients within a step, which base.compile does not give"
-            yield "adversarial_loss", f"{found}; switch one of them off"
 
 
 class VAETrainer(Trainer):
@@ -149,8 +52,7 @@ class VAETrainer(Trainer):
             self.statistics_samples = 0
             for network in filter(None, (vae.encoder, vae.quant_conv)):
                 network.requires_grad_(False)
-        latents = latent_grid(vae.config, self.base.resolution)
-        self.latent_shape = (latents.channels, latents.resolution, latents.resolution)
+        self.latent_shape = latent_grid(vae.config, self.base.resolution).shape
         self.loss = AutoencoderLoss(config, self.base.resolution, self.device)
         if config.adversarial_loss is None:
             return {"vae": vae}
@@ -170,19 +72,13 @@ class VAETrainer(Trainer):
         terms["kl"] = self.loss.kl(moments).mean()
         loss = reconstruction_loss + self.loss.kl_weight(step) * terms["kl"]
         if self.config.adversarial_loss is not None and step >= self.config.adversarial_start_step:
-            adversarial, values = self._adversarial(images, reconstruction, reconstruction_loss, step)
+            from trainers.common.autoencoder.adversarial import Reconstruction, adversarial_losses
+
+            last_layer, averages = self.raw("vae").decoder.conv_out.weight, self.raw("discriminator").averages
+            made = Reconstruction(images, reconstruction, reconstruction_loss, last_layer)
+            adversarial, values = adversarial_losses(self.config, self.modules["discriminator"], averages, made, step)
             loss, terms = loss + adversarial, terms | values
         return loss, {name: term.detach() for name, term in terms.items()}
-
-    def _adversarial(
-        self, images: Tensor, reconstruction: Tensor, reconstruction_loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        from trainers.common.autoencoder.adversarial import Reconstruction, adversarial_losses
-
-        vae: AutoencoderKL = self.raw("vae")
-        discriminator: PatchDiscriminator = self.raw("discriminator")
-        made = Reconstruction(images, reconstruction, reconstruction_loss, vae.decoder.conv_out.weight)
-        return adversarial_losses(self.config, self.modules["discriminator"], discriminator.averages, made, step)
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns the non-adversarial loss, its terms, PSNR (dB) and SSIM, all for the posterior's mode."""

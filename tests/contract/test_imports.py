@@ -29,6 +29,7 @@ ORDER = (
     "trainers.options",
     "trainers.engine.config.eval_networks",
     "trainers.engine.config.base_options",
+    "trainers.task_options",
     "trainers.base",
     "trainers.common.model_files",
     "trainers.common.unet2d",
@@ -57,7 +58,7 @@ ORDER = (
     "scripts.data",
     "scripts.benchmarks",
 )
-CONTRACT = ("trainers.options", "trainers.base")  # between loop and tasks
+CONTRACT = ("trainers.options", "trainers.task_options", "trainers.base")  # between loop and tasks
 ENGINE_ROOMS = [
     room.rpartition(".")[2] for room in ORDER if room.startswith("trainers.engine.") and room.count(".") == 2
 ]

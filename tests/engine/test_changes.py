@@ -230,8 +230,8 @@ def test_another_network_is_refused_although_its_file_has_the_same_name(tiny_con
 def test_a_task_of_ones_own(tiny_config, tmp_path, monkeypatch, capsys):
     """An option without a default, and a section that is renamed."""
     (tmp_path / "own.py").write_text(
-        "from dataclasses import dataclass\nfrom trainers.ddpm import DDPMConfig, DDPMTrainer\n"
-        "@dataclass(kw_only=True)\nclass Config(DDPMConfig):\n    extra: int  # anything\n"
+        "from dataclasses import dataclass\nfrom trainers.ddpm import DDPMTrainer\n"
+        "@dataclass(kw_only=True)\nclass Config(DDPMTrainer.Config):\n    extra: int  # anything\n"
         "class Own(DDPMTrainer):\n    Config = Config\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

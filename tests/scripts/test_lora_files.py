@@ -16,7 +16,7 @@ from tiny_models import model
 
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
-from trainers.common.lora.files import FILE_NAME, SETTINGS_KEY, adapter_settings, load_lora, read_about, save_lora
+from trainers.common.lora.files import FILE_NAME, SETTINGS_KEY, load_lora, read_about, save_lora
 
 # linear and convolution, inside blocks and at the top, and one that occurs in both kinds of networks' names
 UNET = ["to_q", "to_k", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "conv_in", "time_emb_proj", "linear_1"]
@@ -147,13 +147,9 @@ def test_the_header_holds_texts_and_settings(files):
     assert file.stat().st_mode == (file.parent / "other").stat().st_mode
 
 
-def test_settings_of_a_file(files):
-    file, _ = files("sd1", "dora", rank=3)
-    options = {"rank": 3, "alpha": 6, "use_dora": True, "use_rslora": False}
-    assert adapter_settings(file) == {
-        "unet": options | {"targets": sorted(UNET)},
-        "text_encoder": options | {"targets": sorted(TEXT)},
-    }
+def test_a_file_says_whether_it_is_a_dora(files):
+    assert lora_files.read_lora(files("sd1", "dora")[0]).is_dora
+    assert not lora_files.read_lora(files("sd1", "patterns")[0]).is_dora
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,10 +190,7 @@ def test_older_spellings_and_no_header(tmp_path):
     read = lora_files.read_lora(tmp_path / "old.safetensors")
     assert_equal(read.tensors["unet"], states["unet"])
     assert_equal(read.tensors["text_encoder"], {f"text_model.{k}": v for k, v in states["text_encoder"].items()})
-    found = adapter_settings(tmp_path / "old.safetensors")["unet"]
-    modules = sorted({key.partition(".lora_")[0] for key in states["unet"]})
-    options = {"rank": 3, "alpha": 3, "use_dora": True, "use_rslora": False}
-    assert found == options | {"targets": modules}
+    assert read.is_dora
     assert set(read.scalings("unet").values()) == {1.0}
 
 

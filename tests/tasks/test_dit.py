@@ -143,7 +143,7 @@ def test_pretrained_weights_that_do_not_fit(tmp_path):
     assert "has num_embeds_ada_norm = 10, and this run needs 9" in error(of_shape(), num_classes=9)
     assert "has out_channels = 2, half of them a variance" in error(of_shape(out_channels=2))
     unet = UNet2DModel.from_config(json.loads((ROOT / "configs/tests/models/unet2d.json").read_text()))
-    assert "must be a DiTTransformer2DModel, found a UNet2DModel" in error(unet)
+    assert "must be of class DiTTransformer2DModel, found UNet2DModel" in error(unet)
     with pytest.raises(FileNotFoundError, match="no DiTTransformer2DModel in safetensors format could be read; give a"):
         build_dit(None, str(tmp_path / "nothing"), GRID, 10)
     of_shape().save_pretrained(tmp_path / "transformer")

@@ -11,8 +11,8 @@ from run_folders import losses
 from trainers.common.class_pipeline import ClassConditionalPipeline
 from trainers.common.diffusion.guidance import Guidance
 from trainers.common.diffusion.objective import RectifiedFlow
+from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig
 from trainers.common.diffusion.sampling import build_sampler, denoise
-from trainers.ddpm import DDPMConfig
 from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.saved_run import load_trainer, open_run
@@ -159,5 +159,5 @@ def test_a_classifier_cannot_guide_a_flow(tiny_config):
     task = "conditional_ddpm"
     with pytest.raises(ConfigError, match="has seen another noise than a flow's; leave it null"):
         load_config(tiny_config(task, **options(task, classifier="outputs/none")))
-    assert DDPMConfig(objective="rectified_flow").chosen_sampler == "euler"
-    assert DDPMConfig().chosen_sampler == "ddpm"
+    assert PixelDiffusionConfig(objective="rectified_flow").chosen_sampler == "euler"
+    assert PixelDiffusionConfig().chosen_sampler == "ddpm"

@@ -16,7 +16,7 @@ from run_folders import losses
 from train import main
 from trainers.base import RunInfo
 from trainers.common.diffusion.consistency import ConsistencyObjective, Networks, guided
-from trainers.common.diffusion.objective import Part
+from trainers.common.diffusion.objective import Timesteps
 from trainers.common.lora.adapters import lora_scaled
 from trainers.common.text_to_image.prompts import EMBEDS
 from trainers.engine.config.base_options import BaseConfig
@@ -131,7 +131,8 @@ def test_the_draws():
     assert torch.equal(earlier, (seen[0] - 125).clamp(min=0))
     assert 2 <= guidance.min() < 2.05
     assert 3.95 < guidance.max() < 4
-    ours.loss(Networks(lambda noisy, t: noisy, teacher), clean, rng_of(400), part=Part(1, 4))
+    ours.starts = ours.starts.parts(4)[1]
+    ours.loss(Networks(lambda noisy, t: noisy, teacher), clean, rng_of(400))
     assert set(seen[1].tolist()) == {374, 499}
 
 
@@ -139,11 +140,12 @@ def test_nothing_is_left_to_learn_where_all_lines_lead_to_one_picture():
     """Teacher and student that know the only picture there is: DDIM stays on the line to it, whatever its length."""
     clean = noisy_of(1).expand(40, 4, 8, 8)
     ours = objective("sample")
+    ours.starts = ours.starts.parts(2)[1]
     told = Networks(lambda noisy, t: clean, lambda noisy, t: (clean, clean))
-    assert ours.loss(told, clean, rng_of(40), part=Part(1, 2)).max() < 1e-9
+    assert ours.loss(told, clean, rng_of(40)).max() < 1e-9
     wrong = Networks(lambda noisy, t: clean + t.reshape(-1, 1, 1, 1) / 1000, told.teacher)
     expected = torch.full((40,), 0.02**2)  # a step is 20 of 1000
-    torch.testing.assert_close(ours.loss(wrong, clean, rng_of(40), part=Part(1, 2)), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(ours.loss(wrong, clean, rng_of(40)), expected, rtol=1e-2, atol=0)
 
 
 # --- teacher and student
@@ -300,8 +302,9 @@ def test_validation_in_quarters_of_the_time():
         found = trainer.validation_metrics(batch, rng_of(4))
         rng = rng_of(4)
         clean, networks = trainer.latents.draw(batch, rng), trainer._asking(trainer.embed(batch["caption"]))
-        square = ConsistencyObjective(trainer.learned.sampler, 5.0, 15.0)
-        expected = square.loss(networks, clean, rng, part=Part(2, 4), prefix="quarter_2_")
+        third = Timesteps(0, 20).parts(4)[2]
+        square = ConsistencyObjective(trainer.learned.sampler, 5.0, 15.0, starts=third)
+        expected = square.loss(networks, clean, rng, prefix="quarter_2_")
     torch.testing.assert_close(found["loss_quarter_3"], expected, rtol=1e-5, atol=0)
     quarters = torch.stack([found[f"loss_quarter_{n}"] for n in (1, 2, 3, 4)])
     torch.testing.assert_close(found["loss"], quarters.mean(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from trainers.common.diffusion.objective import DDPMObjective, Part, RectifiedFlow, Timesteps
+from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow, Timesteps
 from trainers.engine.run.randomness import SlotRandom
 
 TYPES = ["epsilon", "sample", "v_prediction"]
@@ -116,9 +116,9 @@ def draws(count, shape, prefix=""):
     return rng, noise, timesteps, (1 - torch.linspace(1e-4, 0.02, 100)).cumprod(0)[timesteps][:, None, None, None]
 
 
-def loss_of(clean, predict, prefix="", mask=None, part=None, **options):
+def loss_of(clean, predict, prefix="", mask=None, **options):
     objective = DDPMObjective(options.pop("scheduler", scheduler()), **options)
-    return objective.loss(predict, clean, SlotRandom(0, torch.arange(len(clean))), mask, part, prefix)
+    return objective.loss(predict, clean, SlotRandom(0, torch.arange(len(clean))), mask, prefix)
 
 
 def test_noise_offset_is_part_of_the_target():
@@ -199,9 +199,9 @@ def test_a_prefix_names_other_draws():
     assert not torch.equal(own, other)
 
 
-def counts(timesteps, part=None, count=60_000):
+def counts(timesteps, count=60_000):
     rng = SlotRandom(0, torch.arange(count))
-    return timesteps.draw(rng, "timestep", part).bincount(minlength=100) / count
+    return timesteps.draw(rng, "timestep").bincount(minlength=100) / count
 
 
 def test_a_range_of_timesteps_is_uniform():
@@ -223,17 +223,17 @@ def test_biased_timesteps_are_drawn_in_proportion_to_their_weights():
 @pytest.mark.parametrize("timesteps", [Timesteps(0, 100), Timesteps(10, 50), Timesteps(0, 100, torch.arange(100.0))])
 def test_quarters_of_the_time(timesteps):
     width = (timesteps.high - timesteps.low) // 4
-    for number in range(4):
-        found = counts(timesteps, Part(number, 4), 20_000)
+    for number, part in enumerate(timesteps.parts(4)):
+        found = counts(part, 20_000)
         first = timesteps.low + number * width
         assert found[:first].sum() == found[first + width :].sum() == 0
         assert found[first : first + width].min() > 0.7 / width
 
 
 def test_quarters_of_a_flow():
-    flow = RectifiedFlow(FlowMatchEulerDiscreteScheduler(shift=3.0), logit=(0.0, 1.0))
     for number in range(4):
-        times = flow.times(SlotRandom(0, torch.arange(2000)), Part(number, 4))
+        flow = RectifiedFlow(FlowMatchEulerDiscreteScheduler(shift=3.0), part=(number, 4))
+        times = flow.times(SlotRandom(0, torch.arange(2000)))
         assert number / 4 <= times.min() < number / 4 + 0.01
         assert (number + 1) / 4 - 0.01 < times.max() <= (number + 1) / 4
 

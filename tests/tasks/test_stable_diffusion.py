@@ -114,8 +114,8 @@ def test_samplers_are_diffusers(name, kind):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_those_of_the_pipeline(family):
-    prompts = Prompts(BaseModel("option", str(tiny_models.model(family))))
-    encoder = prompts.encoder(CPU, torch.float32, None, (), "")
+    prompts = Prompts(BaseModel("option", str(tiny_models.model(family))), CPU, torch.float32)
+    encoder = prompts.encoder(None, (), "")
     with torch.no_grad():
         found = encoder.encode(encoder.build(), PROMPTS)
     pipeline = pipeline_of(tiny_models.model(family))
@@ -542,7 +542,7 @@ def test_clip_score_against_its_definition(run_in_process):
 
 
 def test_captions_that_are_too_long_are_counted():
-    prompts = Prompts(BaseModel("option", str(tiny_models.model("sd1"))))
+    prompts = Prompts(BaseModel("option", str(tiny_models.model("sd1"))), CPU, torch.float32)
     long = " ".join(["cat"] * 20)
     lost, end = prompts.truncated(["a cat", long, long, long + " dog"])
     assert lost == 2  # of different ones

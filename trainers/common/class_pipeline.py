@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from trainers.common.autoencoder.latents import decode
+from trainers.common.diffusion.classes import class_numbers
 from trainers.common.diffusion.guidance import Condition, Guidance, noise_levels
-from trainers.common.diffusion.sampling import build_sampler, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -50,19 +52,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         names = {int(number): name for number, name in (self.config.id2label or {}).items()}  # JSON's keys are strings
         return [names[number] for number in sorted(names)]
 
-    def class_indices(self, classes: list[str | int]) -> list[int]:
-        """The numbers of classes given by name or number; ValueError for an unknown one."""
-        names = self.label_names
-        known = {name: number for number, name in enumerate(names)}
-        found = []
-        for given in classes:
-            number = known.get(given, given) if isinstance(given, str) else given
-            if not (isinstance(number, int) and 0 <= number < self.num_classes):
-                allowed = ", ".join(names) or "their numbers"
-                raise ValueError(f"class {given!r}: must be one of 0 to {self.num_classes - 1}, or {allowed}")
-            found.append(number)
-        return found
-
     @torch.no_grad()
     def __call__(
         self,
@@ -78,25 +67,25 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         `guidance_scale` may be a Guidance, which adds a rescale and an interval of noise levels.
         """
-        numbers = self.class_indices(classes if isinstance(classes, list) else [classes])
-        if not numbers:
+        asked_for = classes if isinstance(classes, list) else [classes]
+        if not asked_for:
             raise ValueError("classes = []: name at least one class")
+        numbers = class_numbers("classes", asked_for, self.label_names, self.num_classes)
         labels = torch.tensor(numbers, device=self._execution_device)
         size, channels = self.network.config.sample_size, self.network.config.in_channels
         size = (size, size) if isinstance(size, int) else tuple(size)
-        sample = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
+        noise = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
         scheduler = build_sampler(sampler or self.config.sampler, self.scheduler)
-        scheduler.set_timesteps(num_inference_steps)
         guidance = guidance_scale if isinstance(guidance_scale, Guidance) else Guidance(guidance_scale)
         sigma_of = noise_levels(self.scheduler)
         asked, none = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.num_classes)}
-        for timestep in self.progress_bar(scheduler.timesteps):
-            prediction = guidance.predict(self._network, sample, timestep, asked, none, sigma_of(timestep))
-            sample = scheduler.step(prediction.float(), timestep, sample, generator=generator).prev_sample
-        pictures = to_unit_range(sample if self.vae is None else decode(self.vae, sample)).cpu()
-        images = pictures if output_type == "pt" else pictures.permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+
+        def predict(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return guidance.predict(self._network, noisy, timestep, asked, none, sigma_of(timestep))
+
+        sample = denoise(predict, scheduler, noise, num_inference_steps, generator, self.progress_bar)
+        pixels = sample if self.vae is None else decode(self.vae, sample)
+        images = VaeImageProcessor().postprocess(pixels.cpu(), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _network(self, noisy: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:

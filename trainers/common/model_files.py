@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainers.base import BaseConfig
@@ -30,6 +31,10 @@ class Grid(NamedTuple):
         """The grid of the run's pictures."""
         return cls(base.channels, base.resolution)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
 
 def files_digest(*folders: Path) -> str:
     """Hashes the files of networks and tokenizers (weights, configs, vocabularies): 16 hex digits."""
@@ -53,18 +58,20 @@ def find_model_config(model_config: str) -> Path:
     raise FileNotFoundError(f"no file at {searched}, and the names in configs/models are {names}")
 
 
+def read_file(model_config: str) -> Settings:
+    """Reads a network's config without diffusers' private keys."""
+    settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
 def read_settings(model_config: str | None, default: Callable[[Grid], Settings], grid: Grid) -> Settings:
-    """Reads a network's config without diffusers' private keys, or makes the default one.
+    """Reads a network's config, or makes the default one.
 
     Its sample size is the grid's, and so are its channels unless the file sets them.
     """
-    if model_config is None:
-        settings = default(grid)
-    else:
-        settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
-    public = {key: value for key, value in settings.items() if not key.startswith("_")}
+    settings = default(grid) if model_config is None else read_file(model_config)
     silent = {"in_channels": grid.channels, "out_channels": grid.channels}
-    return silent | public | {"sample_size": grid.resolution}
+    return silent | settings | {"sample_size": grid.resolution}
 
 
 def settings_problems(
@@ -101,33 +108,38 @@ def misfits(settings: Mapping[str, Any], grid: Grid, levels: int) -> Iterator[st
 
 def load_pretrained(
     kind: type[ModelMixin],
-    pretrained: str,
-    subfolder: str,
-    settings: Mapping[str, Any],
+    place: tuple[str, str],
+    folder: str,
     misfits: Callable[[Mapping[str, Any]], Iterator[str]],
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Any:
-    """Reads a network of this kind from a folder, its sub-folder or the hub, in float32.
+    """Reads a network of this kind in float32; `place` is the name and the value of the option that locates it.
 
-    Raises FileNotFoundError if nothing can be read, and ValueError for another kind of network, for `misfits` of its
-    config, and for a config that lacks the task's `settings`.
+    `folder` is its sub-folder in pipelines, `options` are further arguments of diffusers' from_pretrained. Raises
+    FileNotFoundError if nothing can be read, and ValueError for another kind of network, for missing weights, for
+    `misfits` of its config, and for a config that differs from the task's `settings`.
     """
     import torch
 
-    option = f"pretrained_model_name_or_path = {pretrained}"
-    place = {"subfolder": None if (Path(pretrained) / "config.json").is_file() else subfolder}
+    source, shown = place[1], " = ".join(place)
+    options = {"subfolder": None if (Path(source) / "config.json").is_file() else folder} | options
     try:
-        found = kind.load_config(pretrained, **place).get("_class_name", kind.__name__)
+        found = kind.load_config(source, **options).get("_class_name", kind.__name__)
         if found != kind.__name__:
-            raise ValueError(f"{option}: must be a {kind.__name__}, found a {found}")
-        network = kind.from_pretrained(pretrained, **place, use_safetensors=True, torch_dtype=torch.float32)
+            raise ValueError(f"{shown}: must be of class {kind.__name__}, found {found}")
+        options |= {"use_safetensors": True, "torch_dtype": torch.float32, "output_loading_info": True}
+        network, info = kind.from_pretrained(source, **options)
     except OSError as error:
         raise FileNotFoundError(
-            f"{option}: no {kind.__name__} in safetensors format could be read; give a local folder with config.json, "
-            f"or with {subfolder}/config.json, or a hub name that can be reached ({error})"
+            f"{shown}: no {kind.__name__} in safetensors format could be read; give a local folder with config.json, "
+            f"or with {folder}/config.json, or a hub name that can be reached ({error})"
         ) from None
+    if info["missing_keys"]:
+        raise ValueError(f"{shown}: its weights lack {info['missing_keys'][0]}")
     for misfit in misfits(network.config):
-        raise ValueError(f"{option}: {misfit}")
+        raise ValueError(f"{shown}: {misfit}")
     for name, value in settings.items():
         if network.config.get(name) != value:
-            raise ValueError(f"{option}: has {name} = {network.config.get(name)}, and this run needs {value}")
+            raise ValueError(f"{shown}: has {name} = {network.config.get(name)}, and this run needs {value}")
     return network

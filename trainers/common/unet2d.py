@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trainers.common.model_files import Grid, Settings, load_pretrained, misfits, read_settings, settings_problems
@@ -20,8 +22,6 @@ def default_unet2d(grid: Grid) -> Settings:
     attention_level = levels - 2 if levels > 2 else levels - 1
     kinds = ["Attn" if level == attention_level else "" for level in range(levels)]
     return {
-        "in_channels": grid.channels,
-        "out_channels": grid.channels,
         "block_out_channels": [width * factor for factor in (1, 2, 2, 4, 4, 4)[:levels]],
         "layers_per_block": 2,
         "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
@@ -34,32 +34,25 @@ def unet2d_problems(model_config: str | None, grid: Grid, decided: tuple[str, ..
 
     Settings that the task has `decided`, such as out_channels, are not checked in the file.
     """
-    yield from settings_problems(
-        "a UNet2DModel",
-        lambda: read_settings(model_config, default_unet2d, grid),
-        lambda settings: misfits(settings | dict.fromkeys(decided, grid.channels), grid, LEVELS),
-    )
+    read, fitting = partial(read_settings, model_config, default_unet2d, grid), dict.fromkeys(decided, grid.channels)
+    return settings_problems("a UNet2DModel", read, lambda settings: misfits(settings | fitting, grid, LEVELS))
 
 
 def build_unet2d(
-    model_config: str | None, pretrained: str | None, grid: Grid, settings: Mapping[str, Any] | None = None
+    model_config: str | None, pretrained: str | None, grid: Grid, decided: Mapping[str, Any] = MappingProxyType({})
 ) -> UNet2DModel:
     """Builds the network in float32, with random weights or those of a folder (or its sub-folder `unet`).
 
-    `settings` are decided by the task, such as `num_class_embeds`. Raises ValueError if pretrained weights do not fit
+    `decided` are settings of the task, such as `num_class_embeds`. Raises ValueError if pretrained weights do not fit
     them or the grid.
     """
     from diffusers import UNet2DModel
 
-    decided = dict(settings or {})
     if pretrained is None:
-        return UNet2DModel.from_config(read_settings(model_config, default_unet2d, grid) | decided)
+        return UNet2DModel.from_config({**read_settings(model_config, default_unet2d, grid), **decided})
     # channels decided by the task, such as those of a concatenated condition, need not equal the grid's
-    free = dict.fromkeys(decided.keys() & {"in_channels", "out_channels"}, grid.channels)
-
-    def fits(config: Mapping[str, Any]) -> Iterator[str]:
-        return misfits({**config, **free}, grid, LEVELS)
-
-    unet = load_pretrained(UNet2DModel, pretrained, "unet", decided, fits)
+    fitting = dict.fromkeys(decided.keys() & {"in_channels", "out_channels"}, grid.channels)
+    place = "pretrained_model_name_or_path", pretrained
+    unet = load_pretrained(UNet2DModel, place, "unet", lambda c: misfits({**c, **fitting}, grid, LEVELS), decided)
     unet.register_to_config(sample_size=grid.resolution)
     return unet

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainers.common.lora.files import adapter_settings, read_lora
+from trainers.common.lora.files import read_lora
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, size_conditions
 from trainers.inference.inversion import (
     Predict,
@@ -122,10 +122,11 @@ def check_morph(pipeline: Any, loras: Iterable[Path], attention: float) -> None:
         raise ValueError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
     if attention and not shared_layers(pipeline.unet):
         raise ValueError("the base's UNet has no self-attention in its up blocks; give --attention 0")
-    for lora in loras:
-        if any(settings["use_dora"] for settings in adapter_settings(lora).values()):
-            raise ValueError(f"{lora}: is a DoRA, whose weights are no sum that can be mixed; train without use_dora")
-        check_fit(lora, read_lora(lora), pipeline)
+    for path in loras:
+        lora = read_lora(path)
+        if lora.is_dora:
+            raise ValueError(f"{path}: is a DoRA, whose weights are no sum that can be mixed; train without use_dora")
+        check_fit(path, lora, pipeline)
 
 
 def shared_layers(unet: nn.Module) -> list[nn.Module]:

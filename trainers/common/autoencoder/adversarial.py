@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from trainers.common.autoencoder.discriminator import LogitAverages
+from trainers.common.autoencoder.vae_config import VAEConfig
 
 LARGEST_WEIGHT = 1e4  # upper limit of the adaptive weight
 SCALE = 2.0**10  # of losses whose gradients are compared, against underflow in fp16
@@ -26,17 +28,17 @@ class Reconstruction:
 
 
 def adversarial_losses(
-    config: Any, discriminator: nn.Module, averages: nn.Module, reconstruction: Reconstruction, step: int
+    config: VAEConfig, discriminator: nn.Module, averages: LogitAverages, reconstruction: Reconstruction, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the sum of the autoencoder's and the discriminator's adversarial losses, and its terms to log.
 
-    Neither loss gives the other network a gradient, so that one backward of the sum equals one of each. `config` has
-    the options of the section `vae`; `averages` is a LogitAverages.
+    Neither loss gives the other network a gradient, so that one backward of the sum equals one of each.
     """
-    kind, values = config.adversarial_loss, {}
+    kind = config.adversarial_loss
+    values: dict[str, Tensor] = {}
     with frozen(discriminator):
         adversarial = generator_loss(kind, discriminator(reconstruction.pictures))
-    weight = config.adversarial_weight
+    weight: float | Tensor = config.adversarial_weight
     if config.adaptive_weight:
         values["adaptive_weight"] = adaptive_weight(reconstruction.loss, adversarial, reconstruction.last_layer)
         weight = weight * values["adaptive_weight"]
@@ -56,14 +58,14 @@ def adversarial_losses(
     return weight * adversarial + discriminating, values
 
 
-def discriminator_loss(kind: str, real: Tensor, reconstructed: Tensor) -> Tensor:
+def discriminator_loss(kind: str | None, real: Tensor, reconstructed: Tensor) -> Tensor:
     """The loss on raw logits: hinge (arXiv 1705.02894) or vanilla (cross-entropy, arXiv 1406.2661), halved."""
     if kind == "hinge":
         return (functional.relu(1 - real).mean() + functional.relu(1 + reconstructed).mean()) / 2
     return (functional.softplus(-real).mean() + functional.softplus(reconstructed).mean()) / 2
 
 
-def generator_loss(kind: str, reconstructed: Tensor) -> Tensor:
+def generator_loss(kind: str | None, reconstructed: Tensor) -> Tensor:
     """The autoencoder's loss: minus the mean logit with hinge, the non-saturating loss with vanilla."""
     return -reconstructed.mean() if kind == "hinge" else functional.softplus(-reconstructed).mean()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,37 +46,33 @@ def cache_problems(caches: Mapping[str, CacheKind | None], base: BaseConfig) -> 
             yield option, reason
 
 
+@dataclass
 class LatentSpace:
     """Scaled latents z = (x - shift) * scale of an AutoencoderKL, with shift and scale of its config.
 
-    `option` names the option that locates the autoencoder, for messages. Raises ValueError if the data was encoded by
-    another network, whose digest is `encoded_by`.
+    Raises ValueError if the data was encoded by another network, whose digest is `encoded_by`.
     """
 
-    offloaded = False  # whether the autoencoder leaves the device when it is not in use
+    option: str  # which locates the autoencoder, for messages
+    source: str  # its value
+    base: BaseConfig
+    device: torch.device
+    dtype: torch.dtype
+    encoded_by: str | None = None
+    variant: str | None = None
+    offloaded: bool = False  # whether the autoencoder leaves the device when it is not in use
 
-    def __init__(
-        self,
-        option: str,
-        source: str,
-        base: BaseConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        encoded_by: str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        self.option, self.source, self.device, self.dtype = option, source, device, dtype
-        self.variant = variant
+    def __post_init__(self) -> None:
+        option, base = self.option, self.base
         self.pictures = Grid.of(base)
-        self.settings = vae_config(source) or self._settings_on_hub()
+        self.settings = vae_config(self.source) or self._settings_on_hub()
         self.grid = latent_grid(self.settings, base.resolution)
         if base.buckets and base.bucket_step % self.factor:
             factor = f"must be a multiple of {self.factor}, the pixels per latent of {option}"
             raise ValueError(f"base.bucket_step = {base.bucket_step}: {factor}")
-        if encoded_by is not None and encoded_by != self.digest:
-            raise ValueError(
-                f"{option} = {source}: the data set was encoded by another network; encode it with this one"
-            )
+        if self.encoded_by is not None and self.encoded_by != self.digest:
+            found = "the data set was encoded by another network; encode it with this one"
+            raise ValueError(f"{option} = {self.source}: {found}")
 
     def _settings_on_hub(self) -> dict[str, Any]:
         """The config as written in the file, without defaults."""
@@ -139,10 +136,6 @@ class LatentSpace:
     def factor(self) -> int:
         """Pixels per latent along a side."""
         return self.pictures.resolution // self.grid.resolution
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.grid.channels, self.grid.resolution, self.grid.resolution
 
     def scaled(self, latents: Tensor) -> Tensor:
         return (latents - (self.settings.get("shift_factor") or 0.0)) * self.settings.get("scaling_factor", 0.18215)

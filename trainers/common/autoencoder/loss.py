@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -12,27 +13,24 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from trainers.common.autoencoder.options import SSIM_WINDOW
 from trainers.common.autoencoder.perceptual import load_perceptual
+from trainers.common.autoencoder.vae_config import VAEConfig
 
 
 class AutoencoderLoss:
-    """Reconstruction loss, perceptual distance and KL per example, by the options of the section `vae`."""
+    """Reconstruction loss, perceptual distance and KL per example."""
 
-    def __init__(self, config: Any, resolution: int, device: torch.device) -> None:
+    def __init__(self, config: VAEConfig, resolution: int, device: torch.device) -> None:
         self.config = config
+        huber = partial(functional.huber_loss, delta=config.huber_delta)
+        losses: dict[str, Callable[..., Tensor]] = {"l1": functional.l1_loss, "l2": functional.mse_loss, "huber": huber}
+        self.errors = losses[config.reconstruction_loss]
         self.perceptual = None
         if config.perceptual_loss is not None:
             self.perceptual = load_perceptual(config.perceptual_loss, resolution).to(device)
 
     def distances(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Distances [B] of reconstructions [B, C, H, W] from their pictures: of pixels and, if set, perceptual."""
-        match self.config.reconstruction_loss:
-            case "huber":
-                delta = self.config.huber_delta
-                errors = functional.huber_loss(reconstruction, images, reduction="none", delta=delta)
-            case "l1":
-                errors = functional.l1_loss(reconstruction, images, reduction="none")
-            case _:  # l2
-                errors = functional.mse_loss(reconstruction, images, reduction="none")
+        errors = self.errors(reconstruction, images, reduction="none")
         distances = {"reconstruction": errors.mean((1, 2, 3))}
         if self.perceptual is not None:
             distances["perceptual"] = self.perceptual(reconstruction, images)

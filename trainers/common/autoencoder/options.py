@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainers.common.model_files import Grid, Settings, misfits, read_settings, settings_problems
+from trainers.common.model_files import Grid, Settings, load_pretrained, misfits, read_settings, settings_problems
 
 if TYPE_CHECKING:
     from trainers.common.autoencoder.autoencoder import AutoencoderKL
@@ -24,8 +25,6 @@ def default_autoencoder(grid: Grid) -> Settings:
     width = 128 if grid.resolution >= 128 else 32
     factors = (1, 2, 4, 4) if grid.resolution >= 64 else (1, 2, 4)
     return {
-        "in_channels": grid.channels,
-        "out_channels": grid.channels,
         "latent_channels": 4,
         "block_out_channels": [width * factor for factor in factors],
         "down_block_types": ["DownEncoderBlock2D"] * len(factors),
@@ -43,11 +42,8 @@ def latent_grid(settings: Mapping[str, Any], resolution: int) -> Grid:
 
 def autoencoder_problems(model_config: str | None, grid: Grid) -> Iterator[str]:
     """Yields why the network cannot work on the grid, without importing heavy libraries."""
-    yield from settings_problems(
-        "an AutoencoderKL",
-        lambda: read_settings(model_config, default_autoencoder, grid),
-        lambda settings: misfits(settings, grid, LEVELS),
-    )
+    read = partial(read_settings, model_config, default_autoencoder, grid)
+    return settings_problems("an AutoencoderKL", read, partial(misfits, grid=grid, levels=LEVELS))
 
 
 def perceptual_problem(spec: str, channels: int, resolution: int) -> str | None:
@@ -102,26 +98,10 @@ def load_autoencoder(
     Raises FileNotFoundError if nothing can be read, ValueError if it does not fit; messages name the `option`.
     """
     import diffusers
-    import torch
 
     from trainers.common.autoencoder.autoencoder import AutoencoderKL
 
-    network = AutoencoderKL if trainable else diffusers.AutoencoderKL
-    place = {"subfolder": find_subfolder(pretrained, subfolder), "revision": revision}
-    options = place | {"use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    options |= {"variant": variant} if variant else {}
-    try:
-        kind = network.load_config(pretrained, **place).get("_class_name")
-        if kind != "AutoencoderKL":
-            raise ValueError(f"{option} = {pretrained}: must be an AutoencoderKL, found a {kind}")
-        vae, found = network.from_pretrained(pretrained, **options, output_loading_info=True)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{option} = {pretrained}: no AutoencoderKL in safetensors format could be read; give a local folder with "
-            f"config.json, or with vae/config.json, or a hub name that can be reached ({error})"
-        ) from None
-    if found["missing_keys"]:
-        raise ValueError(f"{option} = {pretrained}: its weights lack {found['missing_keys'][0]}")
-    for misfit in misfits(vae.config, grid, LEVELS):
-        raise ValueError(f"{option} = {pretrained}: {misfit}")
-    return vae
+    kind = AutoencoderKL if trainable else diffusers.AutoencoderKL
+    options: dict[str, Any] = {"subfolder": find_subfolder(pretrained, subfolder), "revision": revision}
+    options |= {"low_cpu_mem_usage": False} | ({"variant": variant} if variant else {})
+    return load_pretrained(kind, (option, pretrained), "vae", partial(misfits, grid=grid, levels=LEVELS), **options)

@@ -70,9 +70,8 @@ class LPIPS(nn.Module):
                 f"where there is a network and give it as lpips:FILE; allowed: {ALLOWED}"
             ) from None
         if file is not None:
-            weights = read_weights("lpips", file)
-            slices = {key: self.network.net.get_parameter(key) for key, _ in self.network.net.named_parameters()}
-            put_weights("lpips", file, slices, {key: f"features.{key.partition('.')[2]}" for key in slices}, weights)
+            weights = dict(self.network.net.named_parameters())  # slice1.0.weight is features.0.weight in torchvision
+            put_weights("lpips", file, {f"features.{key.partition('.')[2]}": weights[key] for key in weights})
 
     def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
         return self.network(_in_color(pictures), _in_color(others)).flatten()
@@ -94,8 +93,7 @@ class FeatureDistance(nn.Module):
 
         network = get_model(name, weights=None).eval()
         self.network = create_feature_extractor(network, _last_of_each_size(network, resolution))
-        own = self.network.state_dict()  # without the classification head, which a file may lack
-        put_weights(name, file, own, {key: key for key in own}, read_weights(name, file))
+        put_weights(name, file, self.network.state_dict())  # without the classification head, which a file may lack
         preset = get_model_weights(name).DEFAULT.transforms()
         for key, values in (("mean", preset.mean), ("std", preset.std)):
             self.register_buffer(key, torch.tensor(values)[:, None, None])
@@ -147,18 +145,17 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_weights(
-    name: str, file: str, own: Mapping[str, Tensor], names_in_file: dict[str, str], weights: dict[str, Any]
-) -> None:
-    """Copies the weights of a file; ValueError if one is missing or has another shape."""
+def put_weights(name: str, file: str, own: Mapping[str, Tensor]) -> None:
+    """Copies weights to tensors, by their names in the file; ValueError if one is missing or has another shape."""
+    weights: dict[str, Any] = read_weights(name, file)
     for key, tensor in own.items():
-        found = weights.get(names_in_file[key])
+        found = weights.get(key)
         if key.endswith("num_batches_tracked"):  # missing in older files, and used only in training
             continue
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else "missing"
             raise ValueError(
                 f"perceptual_loss = {name}:{file}: not the weights of torchvision's {name.replace('lpips', 'vgg16')}: "
-                f"{names_in_file[key]} is {shape}, expected {list(tensor.shape)}"
+                f"{key} is {shape}, expected {list(tensor.shape)}"
             )
         tensor.copy_(found)

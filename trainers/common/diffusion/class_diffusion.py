@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainers.base import (
-    BaseConfig,
-    Bounds,
-    CacheKind,
-    Encoder,
-    Fraction,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    RandomSource,
-)
+from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.latents import LatentSpace, cache_problems, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
-from trainers.common.diffusion.classes import count_classes, labels_of
+from trainers.common.diffusion.classes import class_numbers, count_classes, labels_of
 from trainers.common.diffusion.guidance import ClassifierGuidance, Condition, Guidance, classifier_problems
+from trainers.common.diffusion.objective import Predict
 from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 from trainers.common.model_files import Grid
+from trainers.options import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainers.base import DataSet
-
-ClassNumber = Annotated[int, Bounds(0)]
 
 
 @dataclass(kw_only=True)
@@ -52,7 +42,7 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
     guidance_interval: list[float] | None = None  # [low, high]: noise levels sigma with guidance; null: all
     classifier: str | None = None  # a finished noisy_classifier run, for classifier guidance; null: none
     classifier_scale: PositiveFloat = 1.0  # strength of classifier guidance, besides guidance_scale
-    valid_classes: list[str | ClassNumber] | None = None  # drawn in a column each, by name or number; null: all
+    valid_classes: list[str | NonNegative] | None = None  # drawn in a column each, by name or number; null: all
 
     def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
         yield from super().problems(base)
@@ -62,16 +52,14 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
             if self.classifier is not None:
                 yield "classifier", "has seen noisy pixels, and cannot guide latents; leave it or vae null"
         yield from self.without_effect(("cache_latents",), "vae", self.vae is not None)
-        if self.classifier is not None and self.objective == "rectified_flow":
+        if self.classifier is not None and self.is_flow:
             yield "classifier", "has seen another noise than a flow's; leave it null"
         interval = self.guidance_interval
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             yield "guidance_interval", "must be [low, high] with 0 <= low < high"
-        for option in ("guidance_rescale", "guidance_interval"):
-            if getattr(self, option) and self.guidance_scale in (0.0, 1.0):
-                yield option, "has an effect with a guidance_scale other than 0 and 1 only"
-        if self.classifier is None and self.classifier_scale != 1.0:
-            yield "classifier_scale", "has an effect with classifier only"
+        guided, guides = ("guidance_rescale", "guidance_interval"), self.guidance_scale not in (0.0, 1.0)
+        yield from self.without_effect(guided, "a guidance_scale other than 0 and 1", guides)
+        yield from self.without_effect(("classifier_scale",), "classifier", self.classifier is not None)
         if self.classifier is not None:
             yield from (("classifier", problem) for problem in classifier_problems(self.classifier, base))
         if self.valid_classes == []:
@@ -98,49 +86,29 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
         'images[0].save("sample.png")'
     )
 
-    def find_latents(self) -> LatentSpace | None:
-        vae = self.config.vae
-        if vae is None:
-            return None
-        space = LatentSpace(f"{self.task}.vae", vae, self.base, self.device, self.weight_dtype, self.run.encoded_by)
-        space.offloaded = self.config.cache_latents is not None
-        return space
-
-    def encoders(self) -> dict[str, Encoder]:
-        return {} if self.latents is None else {"latents": self.latents.encoder(self.config.cache_latents)}
-
     def setup(self) -> None:
-        super().setup()
         config = self.config
+        if config.vae is not None:
+            place = f"{self.task}.vae", config.vae, self.base, self.device, self.weight_dtype, self.run.encoded_by
+            self.latents = LatentSpace(*place, offloaded=config.cache_latents is not None)
+        super().setup()
         self.num_classes = count_classes(self.task, self, config.num_classes)
-        self.columns = self._class_numbers(config.valid_classes or list(range(self.num_classes)))
+        drawn, names = config.valid_classes or range(self.num_classes), self.run.label_names or []
+        self.columns = class_numbers(f"{self.task}.valid_classes", drawn, names, self.num_classes)
         self.grid_columns = len(self.columns)
         if config.classifier is not None:
             self.classifier = ClassifierGuidance.load(
                 config.classifier, config.classifier_scale, self.scheduler, self.num_classes, self.device
             )
 
-    def _class_numbers(self, classes: Sequence[str | int]) -> list[int]:
-        """Resolves names and numbers; names come first: with the names "1" and "0" the class "1" is number 0."""
-        names = self.run.label_names or []
-        known = {str(number): number for number in range(self.num_classes)} | {n: i for i, n in enumerate(names)}
-        for item in classes:
-            if item not in (known if isinstance(item, str) else range(self.num_classes)):
-                allowed = f"0 to {self.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
-                raise ValueError(f"{self.task}.valid_classes: {item!r} is no class; allowed: {allowed}")
-        return [item if isinstance(item, int) else known[item] for item in classes]
+    def encoders(self) -> dict[str, Encoder]:
+        return {} if self.latents is None else {"latents": self.latents.encoder(self.config.cache_latents)}
 
-    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def predictor(self, batch: dict[str, Any], rng: RandomSource) -> Predict:
+        """Hides some of the labels in training."""
         labels = labels_of(self.task, batch)
-        if self.training:  # drawn per example
+        if self.training:
             labels = labels.masked_fill(rng.bernoulli("label_dropout", self.config.label_dropout), self.num_classes)
-        return self.objective.loss(self._asking(labels), self.clean(batch, rng), rng).mean(), {}
-
-    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
-        labels = labels_of(self.task, batch)
-        return {"loss": self.objective.loss(self._asking(labels), self.clean(batch, rng), rng)}
-
-    def _asking(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda noisy, timesteps: self._network(noisy, timesteps, {"class_labels": labels})
 
     def _network(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

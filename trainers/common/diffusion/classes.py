@@ -1,7 +1,8 @@
-"""The number of classes of a run, and the labels of a batch."""
+"""Classes: how many there are, their numbers by name, and the labels of a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainers.base import Trainer
@@ -24,6 +25,19 @@ def count_classes(task: str, trainer: Trainer, num_classes: int | None) -> int:
         wanted = f"the data set has the label {highest}; it must be at least {highest + 1}"
         raise ValueError(f"{task}.num_classes = {num_classes or named}: {wanted}")
     return num_classes or named
+
+
+def class_numbers(option: str, classes: Sequence[str | int], names: list[str], num_classes: int) -> list[int]:
+    """Resolves names and numbers; names come first: with the names "1" and "0" the class "1" is number 0.
+
+    Raises ValueError, naming the `option`, for any other class.
+    """
+    known = {str(number): number for number in range(num_classes)} | {n: i for i, n in enumerate(names)}
+    for item in classes:
+        if item not in (known if isinstance(item, str) else range(num_classes)):
+            allowed = f"0 to {num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
+            raise ValueError(f"{option}: {item!r} is no class; allowed: {allowed}")
+    return [item if isinstance(item, int) else known[item] for item in classes]
 
 
 def labels_of(task: str, batch: dict[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainers.base import RandomSource
-from trainers.common.diffusion.objective import Part, Predict, Timesteps, masked_mean
+from trainers.common.diffusion.objective import Predict, Timesteps, columns, masked_mean, signal_and_noise
 
 if TYPE_CHECKING:
     from diffusers import LCMScheduler, SchedulerMixin
@@ -35,10 +35,18 @@ class ConsistencyObjective:
     The scheduler's `original_inference_steps` N and `num_train_timesteps` T give the length k = T // N of a DDIM step
     (arXiv 2010.02502) and the starting timesteps k - 1, 2 k - 1, ..., N k - 1 (skipping, section 4.3). The teacher's
     guidance w is uniform in [w_min, w_max) per example. The target is the student itself, without gradient. `huber_c`
-    is c of the distance sqrt(e^2 + c^2) - c; None: e^2. Raises ValueError for a base model that does not fit.
+    is c of the distance sqrt(e^2 + c^2) - c; None: e^2. `starts` is the distribution of the starting timesteps'
+    numbers in [0, N); None: uniform. Raises ValueError for a base model that does not fit.
     """
 
-    def __init__(self, scheduler: LCMScheduler, w_min: float, w_max: float, huber_c: float | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: LCMScheduler,
+        w_min: float,
+        w_max: float,
+        huber_c: float | None = None,
+        starts: Timesteps | None = None,
+    ) -> None:
         settings = scheduler.config
         steps, total = settings.original_inference_steps, settings.num_train_timesteps
         if total % steps:  # sampling would start with less noise than there is
@@ -48,22 +56,16 @@ class ConsistencyObjective:
             found = f"must be one of {', '.join(PREDICTION_TYPES)}; another base model is needed"
             raise ValueError(f"prediction_type = {settings.prediction_type}: {found}")
         self.scheduler, self.skipped = scheduler, total // steps
-        self.starts = Timesteps(0, steps)
+        self.starts = starts or Timesteps(0, steps)
         self.w_min, self.w_max = w_min, w_max
         self.huber_c = huber_c
 
     def loss(
-        self,
-        networks: Predict,
-        clean: Tensor,
-        rng: RandomSource,
-        mask: Tensor | None = None,
-        part: Part | None = None,
-        prefix: str = "",
+        self, networks: Predict, clean: Tensor, rng: RandomSource, mask: Tensor | None = None, prefix: str = ""
     ) -> Tensor:
         """Returns the distance of equation 16 for one random step per example, [B]; see DDPMObjective.loss."""
         assert isinstance(networks, Networks), "the student needs a teacher"
-        timesteps = self.skipped * (self.starts.draw(rng, f"{prefix}timestep", part) + 1) - 1
+        timesteps = self.skipped * (self.starts.draw(rng, f"{prefix}timestep") + 1) - 1
         earlier = (timesteps - self.skipped).clamp(min=0)
         w = self.w_min + (self.w_max - self.w_min) * rng.uniform(f"{prefix}guidance")
         noisy = self.scheduler.add_noise(clean, rng.normal(f"{prefix}noise", clean.shape[1:]), timesteps)
@@ -78,17 +80,17 @@ class ConsistencyObjective:
         """f of equation 9: c_skip times the input plus c_out times the predicted picture; at t = 0 the input."""
         c_skip, c_out = self.scheduler.get_scalings_for_boundary_condition_discrete(timesteps)
         clean, _ = self.split(predict(noisy, timesteps).float(), noisy, timesteps)
-        return column(c_skip, noisy) * noisy + column(c_out, noisy) * clean
+        return columns(c_skip, noisy) * noisy + columns(c_out, noisy) * clean
 
     def ddim_step(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor, earlier: Tensor) -> Tensor:
         """Steps to an earlier time along the predicted noise: equation 12 of arXiv 2010.02502, sigma = 0."""
         clean, noise = self.split(prediction, noisy, timesteps)
-        a, s = self.signal_and_noise(earlier, noisy)
+        a, s = signal_and_noise(self.scheduler, earlier, noisy)
         return a * clean + s * noise
 
     def split(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Splits `noisy` into the picture and the noise that a prediction implies, each [B, ...]."""
-        a, s = self.signal_and_noise(timesteps, noisy)
+        a, s = signal_and_noise(self.scheduler, timesteps, noisy)
         match self.scheduler.config.prediction_type:
             case "epsilon":
                 return (noisy - s * prediction) / a, prediction
@@ -96,11 +98,6 @@ class ConsistencyObjective:
                 return prediction, (noisy - a * prediction) / s
             case _:  # v_prediction
                 return a * noisy - s * prediction, a * prediction + s * noisy
-
-    def signal_and_noise(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar) and sqrt(1 - alpha_bar), [B, 1, ...]."""
-        alpha_bar = column(self.scheduler.alphas_cumprod.to(like.device)[timesteps], like)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def penalty(self, error: Tensor) -> Tensor:
         """The squared error, or the pseudo-Huber distance, whose slope far from 0 is 1."""
@@ -120,9 +117,4 @@ def lcm_scheduler(scheduler: SchedulerMixin, original_inference_steps: int) -> L
 
 def guided(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
     """(1 + w) conditional - w unconditional, equation 12, with w [B]: a guidance scale of 1 + w."""
-    return conditional + column(w, conditional) * (conditional - unconditional)
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """Reshapes [B] to [B, 1, ...], to broadcast over `like`."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+    return conditional + columns(w, conditional) * (conditional - unconditional)

@@ -31,11 +31,8 @@ def default_dit(grid: Grid) -> Settings:
 
 def dit_problems(model_config: str | None, grid: Grid) -> Iterator[str]:
     """Yields why the network cannot work on the grid, without importing heavy libraries."""
-    yield from settings_problems(
-        "a DiTTransformer2DModel",
-        lambda: read_settings(model_config, default_dit, grid),
-        partial(dit_misfits, grid=grid),
-    )
+    read = partial(read_settings, model_config, default_dit, grid)
+    return settings_problems("a DiTTransformer2DModel", read, partial(dit_misfits, grid=grid))
 
 
 def dit_misfits(settings: Mapping[str, Any], grid: Grid) -> Iterator[str]:
@@ -74,8 +71,8 @@ def build_dit(model_config: str | None, pretrained: str | None, grid: Grid, num_
         transformer = DiTTransformer2DModel.from_config(read_settings(model_config, default_dit, grid) | settings)
         initialize(transformer)
     else:
-        misfits = partial(dit_misfits, grid=grid)
-        transformer = load_pretrained(DiTTransformer2DModel, pretrained, "transformer", settings, misfits)
+        place, misfits = ("pretrained_model_name_or_path", pretrained), partial(dit_misfits, grid=grid)
+        transformer = load_pretrained(DiTTransformer2DModel, place, "transformer", misfits, settings)
     for block in transformer.transformer_blocks:
         # the task drops labels; diffusers would as well, and needs a dropout above 0 to make the "no class" row
         block.norm1.emb.class_embedder.dropout_prob = 0.0

@@ -54,7 +54,6 @@ class Guidance:
         return rescale_noise_cfg(guided, conditional, guidance_rescale=self.rescale)
 
 
-@dataclass
 class ClassifierGuidance:
     """Moves predictions along the gradient of log p(class | noisy picture), equation 14 of arXiv 2105.05233.
 
@@ -62,12 +61,10 @@ class ClassifierGuidance:
     predicted picture by -d s / a and the velocity by d / a. In pure noise (a = 0) nothing moves.
     """
 
-    logits: Callable[[Tensor, Tensor], Tensor]  # (noisy [B, ...], timestep) -> [B, classes]
-    scale: float
-    scheduler: DDPMScheduler
-
-    def __post_init__(self) -> None:
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.tolist()  # avoids a device synchronisation at every step
+    def __init__(self, logits: Callable[[Tensor, Tensor], Tensor], scale: float, scheduler: DDPMScheduler) -> None:
+        """`logits` maps noisy [B, ...] and a timestep to [B, classes]."""
+        self.logits, self.scale, self.scheduler = logits, scale, scheduler
+        self.alphas_cumprod = scheduler.alphas_cumprod.tolist()  # avoids a device synchronisation at every step
 
     @classmethod
     def load(

@@ -11,7 +11,7 @@ import torch
 from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
-from trainers.common.diffusion.objective import DDPMObjective, Predict, RectifiedFlow
+from trainers.common.diffusion.objective import DDPMObjective, ObjectiveOptions, Predict, RectifiedFlow
 from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d, unet2d_problems
@@ -69,20 +69,13 @@ def build_schedule(config: NoisyPixelsConfig, **settings: Any) -> DDPMScheduler:
 
 
 @dataclass(kw_only=True)
-class PixelDiffusionConfig(NoisyPixelsConfig):
+class PixelDiffusionConfig(ObjectiveOptions, NoisyPixelsConfig):
     """Options of the objective and the sampler."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (
-        *NoisyPixelsConfig.free_on_resume,
-        "sampler",
-        "ddpm_num_inference_steps",
-    )
+        *NoisyPixelsConfig.free_on_resume, "sampler", "ddpm_num_inference_steps",
+    )  # fmt: skip
 
-    objective: Literal["ddpm", "rectified_flow"] = "ddpm"  # training objective; a flow predicts noise minus picture
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of a flow's training times
-    time_logit_mean: float = 0.0  # of logit_normal; below 0: closer to pictures than to noise
-    time_logit_std: PositiveFloat = 1.0  # of logit_normal
-    time_shift: PositiveFloat = 1.0  # shifts a flow's times towards noise, in sampling too; 3 is usual at 1024 pixels
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # what the network predicts
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "euler"] | None = None  # null: ddpm, or euler of a flow
@@ -92,67 +85,59 @@ class PixelDiffusionConfig(NoisyPixelsConfig):
         yield from super().problems(base)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             yield "rescale_betas_zero_snr", "needs prediction_type: v_prediction or sample; noise says nothing at SNR 0"
-        yield from self._objective_problems()
-        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
-            yield "ddpm_num_inference_steps", f"must be at most ddpm_num_steps = {self.ddpm_num_steps}"
-
-    def _objective_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields options and samplers that belong to the other objective."""
-        flow, logit_normal = self.objective == "rectified_flow", self.time_distribution == "logit_normal"
         of_diffusion = ("prediction_type", "snr_gamma", "ddpm_beta_schedule", "rescale_betas_zero_snr")
-        yield from self.without_effect(of_diffusion, "objective: ddpm", not flow)
-        yield from self.without_effect(("time_distribution", "time_shift"), "objective: rectified_flow", flow)
-        of_logit = ("time_logit_mean", "time_logit_std")
-        yield from self.without_effect(of_logit, "time_distribution: logit_normal", logit_normal)
-        allowed = ("euler", "dpmsolver++") if flow else ("ddpm", "ddim", "dpmsolver++")
+        yield from self.objective_problems(of_diffusion)
+        allowed = ("euler", "dpmsolver++") if self.is_flow else ("ddpm", "ddim", "dpmsolver++")
         if self.sampler not in (None, *allowed):
             yield "sampler", f"must be {', '.join(allowed)} or null with objective: {self.objective}"
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            yield "ddpm_num_inference_steps", f"must be at most ddpm_num_steps = {self.ddpm_num_steps}"
 
     @property
     def chosen_sampler(self) -> str:
         """The sampler's name; of null, the objective's default."""
-        return self.sampler or ("euler" if self.objective == "rectified_flow" else "ddpm")
+        return self.sampler or ("euler" if self.is_flow else "ddpm")
 
 
 class PixelDiffusionTrainer(Trainer):
-    """Trains a network (by default a UNet2DModel) on pixels or on an autoencoder's latents.
-
-    A task calls the network, and may build another one.
-    """
+    """Trains a network, by default an unconditional UNet2DModel, on pixels or on an autoencoder's latents."""
 
     config: PixelDiffusionConfig
     network_name: ClassVar[str] = "unet"  # its folder in diffusers' pipelines
-    latents: LatentSpace | None = None
+    latents: LatentSpace | None = None  # in place of pixels; set before setup()
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler
     objective: DDPMObjective | RectifiedFlow
 
     def setup(self) -> None:
-        self.latents = self.find_latents()
-        flow = self.config.objective == "rectified_flow"
-        self.scheduler, self.objective = self._flow() if flow else self._diffusion()
+        config = self.config
+        self.grid = Grid.of(self.base) if self.latents is None else self.latents.grid
+        if config.is_flow:
+            self.objective = config.build_flow(config.ddpm_num_steps)
+        else:
+            clip_sample = self.latents is None  # latents have no bounds
+            scheduler = build_schedule(config, prediction_type=config.prediction_type, clip_sample=clip_sample)
+            self.objective = DDPMObjective(scheduler, config.snr_gamma)
+        self.scheduler = self.objective.scheduler
         self.sigma_of = noise_levels(self.scheduler)
 
     def init_modules(self) -> dict[str, nn.Module]:
-        grid = Grid.of(self.base) if self.latents is None else self.latents.grid
-        return {self.network_name: self.build_network(grid)}
+        return {self.network_name: self.build_network(self.grid)}
 
-    def _diffusion(self) -> tuple[DDPMScheduler, DDPMObjective]:
-        clip_sample = self.latents is None  # latents have no bounds
-        options = {"prediction_type": self.config.prediction_type, "clip_sample": clip_sample}
-        scheduler = build_schedule(self.config, **options)
-        return scheduler, DDPMObjective(scheduler, self.config.snr_gamma)
+    def compute_loss(self, batch: dict[str, Any], rng: RandomSource, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._losses(batch, rng).mean(), {}
 
-    def _flow(self) -> tuple[FlowMatchEulerDiscreteScheduler, RectifiedFlow]:
-        from diffusers import FlowMatchEulerDiscreteScheduler
+    def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        return {"loss": self._losses(batch, rng)}
 
-        config = self.config
-        # by keyword: diffusers' from_config drops positional arguments, taking them for defaults
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.ddpm_num_steps, shift=config.time_shift)
-        logit = (config.time_logit_mean, config.time_logit_std) if config.time_distribution == "logit_normal" else None
-        return scheduler, RectifiedFlow(scheduler, logit)
+    def _losses(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
+        return self.objective.loss(self.predictor(batch, rng), self.clean(batch, rng), rng)
 
-    def find_latents(self) -> LatentSpace | None:
-        """Returns the latents that replace pixels, or None."""
-        return None
+    def predictor(self, batch: dict[str, Any], rng: RandomSource) -> Predict:
+        """Returns the network as the objective calls it on a batch."""
+        return self.predict
+
+    def predict(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return self.modules[self.network_name](noisy, timesteps).sample
 
     def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
         """Returns the clean pictures or latents [B, c, h, w], to which noise is added."""
@@ -165,8 +150,7 @@ class PixelDiffusionTrainer(Trainer):
 
     def build_network(self, grid: Grid) -> nn.Module:
         """Builds the network for a grid, in float32."""
-        config = self.config
-        settings = self.network_settings()
+        config, settings = self.config, self.network_settings()
         return build_unet2d(config.model_config, config.pretrained_model_name_or_path, grid, settings)
 
     def network_settings(self) -> dict[str, Any]:
@@ -175,9 +159,8 @@ class PixelDiffusionTrainer(Trainer):
 
     def draw(self, predict: Predict, rng: RandomSource) -> Tensor:
         """Draws pictures [B, C, H, W] in [0, 1] with the network's `predict(noisy, timestep)`."""
-        generators, size = rng.generators(), self.base.resolution
-        shape = (self.base.channels, size, size) if self.latents is None else self.latents.shape
-        noise = initial_noise(shape, generators, self.device)
+        generators = rng.generators()
+        noise = initial_noise(self.grid.shape, generators, self.device)
         scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)
         steps = self.config.ddpm_num_inference_steps
         after_step = keep_frames(self.frames, self._as_pictures)

@@ -25,7 +25,7 @@ def denoise(
     scheduler: SchedulerMixin,
     noise: Tensor,
     num_inference_steps: int,
-    generators: list[torch.Generator],
+    generators: list[torch.Generator] | torch.Generator | None,
     progress: Callable[[Iterable], Iterable] = iter,
     after_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -14,11 +14,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-ADAPTER = "default"  # peft's name for it
-INITIALISATIONS: dict[str, Literal["gaussian"] | bool] = {
-    "gaussian": "gaussian",
-    "kaiming": True,
-}  # of A; B starts at 0
+from trainers.common.lora.files import ADAPTER
 
 
 def add_lora(
@@ -34,10 +30,8 @@ def add_lora(
     left out. Raises ValueError, naming the `option`, if no module matches.
     """
     network.requires_grad_(False)
-    initial = INITIALISATIONS[settings.pop("init_lora_weights")]
     try:
-        places = {"target_modules": targets, "exclude_modules": without}
-        config = LoraConfig(**settings | places, init_lora_weights=initial)
+        config = LoraConfig(**settings, target_modules=targets, exclude_modules=without)
         network.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]

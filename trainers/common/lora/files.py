@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name for it
 SETTINGS_KEY = "lora_adapter_metadata"  # diffusers' entry of the header: JSON of "network.option"
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 TENSOR = re.compile(rf"({'|'.join(NETWORKS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
@@ -35,6 +34,10 @@ class LoraFile(NamedTuple):
     tensors: dict[str, dict[str, Tensor]]  # by network: {"conv_in.lora_A.weight": [rank, 4, 3, 3], ...}
     settings: dict[str, Settings]  # by network; empty if the header has none
     about: dict[str, str]  # the whole header
+
+    @property
+    def is_dora(self) -> bool:
+        return any(key.endswith("magnitude_vector") for state in self.tensors.values() for key in state)
 
     def ranks(self, network: str) -> dict[str, int]:
         """Returns the rank of each module that has a LoRA."""
@@ -194,25 +197,6 @@ def read_about(path: Path) -> dict[str, str]:
             return opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file}: cannot be read as safetensors ({error}); other formats are not read") from None
-
-
-def adapter_settings(path: Path) -> dict[str, Settings]:
-    """Returns rank, alpha, targets, use_dora and use_rslora by network, from the header or else the tensors' shapes.
-
-    Rank and alpha are those of most modules, ignoring exceptions; a file without a header has alpha = rank.
-    """
-    lora, found = read_lora(path), {}
-    for name in lora.tensors:
-        settings, ranks = lora.settings[name], lora.ranks(name)
-        rank = settings.get("r") or Counter(ranks.values()).most_common(1)[0][0]
-        found[name] = {
-            "rank": rank,
-            "alpha": settings.get("lora_alpha", rank),
-            "targets": settings.get("target_modules") or sorted(ranks),
-            "use_dora": any(key.endswith("magnitude_vector") for key in lora.tensors[name]),
-            "use_rslora": settings.get("use_rslora", False),
-        }
-    return found
 
 
 def _written_settings(config: LoraConfig) -> Settings:

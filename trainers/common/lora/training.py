@@ -91,9 +91,10 @@ class AdapterTrainer(StableDiffusionTrainer):
 
     def adapter(self) -> dict[str, Any]:
         """Returns peft's settings of the adapter."""
-        config, names = self.config, ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
-        alpha = config.lora_alpha if config.lora_alpha is not None else config.rank
-        return {"r": config.rank, "lora_alpha": alpha} | {name: getattr(config, name) for name in names}
+        config = self.config
+        settings = {name: getattr(config, name) for name in ("lora_dropout", "use_rslora", "use_dora")}
+        settings["init_lora_weights"] = True if config.init_lora_weights == "kaiming" else "gaussian"
+        return {"r": config.rank, "lora_alpha": config.lora_alpha or config.rank} | settings
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         """Draws pictures, and at validations strips "base model | LoRA" [N, 3, H, 2W] from the same noise."""

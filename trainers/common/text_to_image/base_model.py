@@ -55,14 +55,12 @@ class BaseModel:
     def _download(self, source: str, revision: str | None) -> Path:
         from diffusers import DiffusionPipeline
 
-        without = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        options = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))  # left out
+        options |= {"revision": revision, "variant": self.variant, "use_safetensors": True}
         try:
-            place = DiffusionPipeline.download(
-                source, revision=revision, variant=self.variant, use_safetensors=True, **without
-            )
+            return Path(DiffusionPipeline.download(source, **options))
         except (OSError, ValueError) as error:
             raise self._unreadable("pipeline", error) from None
-        return Path(place)
 
     def _unreadable(self, what: str, error: Exception) -> FileNotFoundError:
         advice = "give a pipeline's local folder, or a hub name that can be reached"

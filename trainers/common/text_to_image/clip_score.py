@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.multimodal import CLIPScore
+from torchmetrics.functional.multimodal import clip_score
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -20,57 +21,42 @@ class Features(nn.Module):
         self.model, self.config = model, model.config
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        return _as_tensor(self.model.get_image_features(pixel_values))
+        return self.model.get_image_features(pixel_values).pooler_output
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return _as_tensor(self.model.get_text_features(input_ids, attention_mask))
-
-
-def _as_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def check_clip(option: str, source: str) -> None:
-    """Raises FileNotFoundError if no CLIP can be read from `source`, the value of `option`; reads no weights."""
-    from transformers import CLIPConfig, CLIPProcessor
-
-    try:
-        CLIPConfig.from_pretrained(source)
-        CLIPProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise _unreadable(option, source, error) from None
-
-
-def _unreadable(option: str, source: str, error: Exception) -> FileNotFoundError:
-    advice, reason = "give a local folder, or a hub name that can be reached", str(error).splitlines()[0]
-    return FileNotFoundError(f"{option} = {source}: no CLIP could be read; {advice} ({reason})")
+        return self.model.get_text_features(input_ids, attention_mask).pooler_output
 
 
 class ClipScore:
     """100 times the mean cosine similarity of pictures and prompts, by the CLIP in `source`.
 
-    Raises FileNotFoundError, naming the `option`, if it cannot be read.
+    Its weights are read on first use. Raises FileNotFoundError, naming the `option`, if it cannot be read.
     """
 
     def __init__(self, option: str, source: str, device: torch.device) -> None:
-        from transformers import CLIPModel, CLIPProcessor
+        from transformers import CLIPConfig, CLIPProcessor
 
+        self.option, self.source, self.device = option, source, device
+        self._read(CLIPConfig)
+        self.processor = self._read(CLIPProcessor)
+
+    def _read(self, kind: Any, **options: Any) -> Any:
         try:
-            model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
-            processor = CLIPProcessor.from_pretrained(source)
+            return kind.from_pretrained(self.source, **options)
         except (OSError, ValueError) as error:
-            raise _unreadable(option, source, error) from None
-        # only one process computes scores, so torchmetrics must not synchronise
-        features = Features(model)
-        self.metric = CLIPScore(
-            lambda: (features, processor),  # type: ignore[arg-type,return-value]  # calls no other methods of a CLIPModel
-            sync_on_compute=False,
-        ).to(device)
-        self.device = device
+            advice, reason = "give a local folder, or a hub name that can be reached", str(error).splitlines()[0]
+            found = f"no CLIP could be read; {advice} ({reason})"
+            raise FileNotFoundError(f"{self.option} = {self.source}: {found}") from None
 
+    @cached_property
+    def features(self) -> Features:
+        from transformers import CLIPModel
+
+        return Features(self._read(CLIPModel, use_safetensors=True)).to(self.device)
+
+    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> float:
         """Scores images [N, 3, H, W] in [0, 1]."""
         pixels = (images.to(self.device) * 255).round().to(torch.uint8)
-        self.metric.reset()
-        self.metric.update(list(pixels), list(prompts))
-        return self.metric.compute().item()
+        model: Any = self.features, self.processor  # of a CLIPModel torchmetrics calls no other methods
+        return clip_score(list(pixels), list(prompts), lambda: model).item()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from trainers.common.diffusion.objective import DDPMObjective, RectifiedFlow, Timesteps
+from trainers.common.diffusion.objective import DDPMObjective, ObjectiveOptions, RectifiedFlow, Timesteps
 from trainers.common.diffusion.sampling import build_sampler
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.options import StableDiffusionConfig
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
 
     from trainers.common.diffusion.consistency import ConsistencyObjective
 
+    Objective = DDPMObjective | RectifiedFlow | ConsistencyObjective
+
+QUARTERS = 4  # equal parts of the time
 TRAINING_ONLY = ("snr_gamma", "noise_offset", "input_perturbation", "dream_detail_preservation")
 
 
 class Learned(NamedTuple):
     """An objective and its schedulers."""
 
-    objective: DDPMObjective | RectifiedFlow | ConsistencyObjective
-    plain: DDPMObjective | RectifiedFlow | ConsistencyObjective  # for validation: without weights and extra noise
+    objective: Objective
+    quarters: Sequence[Objective]  # for validation: each on a quarter of the time, without weights and extra noise
     scheduler: SchedulerMixin  # the noise of training
     sampler: SchedulerMixin  # of the finished pipeline
 
@@ -51,7 +55,8 @@ def build_diffusion(task: str, config: StableDiffusionConfig, base_model: BaseMo
     if config.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in own.config:
         own = build_sampler("ddim", scheduler)  # own is one like PNDM, which lacks it
     own = type(own).from_config(own.config, **changes)
-    return Learned(objective, DDPMObjective(scheduler, timesteps=timesteps), scheduler, own)
+    quarters = [DDPMObjective(scheduler, timesteps=part) for part in timesteps.parts(QUARTERS)]
+    return Learned(objective, quarters, scheduler, own)
 
 
 def _check_prediction(task: str, config: StableDiffusionConfig, scheduler: DDPMScheduler) -> None:
@@ -76,11 +81,10 @@ def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Tim
     return Timesteps(low, high, None if weights is None else torch.tensor(weights))
 
 
-def build_flow(config: Any) -> Learned:
-    """Builds a rectified flow with the `time_` options of a config; pipelines sample it with DPM-Solver++."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.time_shift)
-    logit = (config.time_logit_mean, config.time_logit_std) if config.time_distribution == "logit_normal" else None
+def build_flow(options: ObjectiveOptions) -> Learned:
+    """Builds a rectified flow; pipelines sample it with DPM-Solver++."""
+    objective = options.build_flow(num_train_timesteps=1000)
+    scheduler = objective.scheduler
+    quarters = [RectifiedFlow(scheduler, part=(number, QUARTERS)) for number in range(QUARTERS)]
     own = build_sampler("dpmsolver++", scheduler)  # StableDiffusionPipeline cannot use the Euler method of flows
-    return Learned(RectifiedFlow(scheduler, logit), RectifiedFlow(scheduler), scheduler, own)
+    return Learned(objective, quarters, scheduler, own)

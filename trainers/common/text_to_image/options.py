@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from trainers.base import (
-    BaseConfig,
-    CacheKind,
-    Fraction,
-    NonNegative,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    TrainerConfig,
-)
+from trainers.base import BaseConfig, CacheKind, TrainerConfig
 from trainers.common.autoencoder.latents import cache_problems, latents_problems
 from trainers.common.text_to_image.base_model import base_model_problems
+from trainers.options import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end")
+
+OF_DENOISING = (
+    "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr",
+    "dream_detail_preservation", "timestep_range", "timestep_bias_strategy",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -34,7 +31,6 @@ class StableDiffusionConfig(TrainerConfig):
     )  # fmt: skip
     takes_buckets: ClassVar[bool] = True
     reads_captions: ClassVar[bool] = True
-    needed_parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer")  # folders of the base model
     training_only: ClassVar[tuple[str, ...]] = ("cache_latents", "cache_text", "clip_score_model")
 
     pretrained_model_name_or_path: str | None = None  # folder or hub name of a pipeline: Stable Diffusion 1, 2 or XL
@@ -82,10 +78,8 @@ class StableDiffusionConfig(TrainerConfig):
         yield from self._timestep_problems()
         yield from self._cache_problems(base)
         if base.channels != 3:
-            yield (
-                "pretrained_model_name_or_path",
-                f"sees pictures with 3 channels, and base.channels is {base.channels}",
-            )
+            found = f"sees pictures with 3 channels, and base.channels is {base.channels}"
+            yield "pretrained_model_name_or_path", found
         guided = ("guidance_rescale", "negative_prompt")
         yield from self.without_effect(guided, "a guidance_scale above 1", self.guidance_scale > 1)
         drawn = self.validation_prompts != []
@@ -95,7 +89,7 @@ class StableDiffusionConfig(TrainerConfig):
 
     def parts_needed(self) -> tuple[str, ...]:
         """Returns the folders that the base model must have."""
-        return tuple(part for part in self.needed_parts if part != "vae" or self.vae is None)
+        return ("unet", *(("vae",) if self.vae is None else ()), "text_encoder", "tokenizer")
 
     def _objective_problems(self) -> Iterator[tuple[str, str]]:
         yield from self.without_effect(("huber_c",), "loss_type: huber", self.loss_type == "huber")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainers.base import Trainer
+
 
 def prompt_requests(kept: list[dict], count: int) -> list[dict]:
     """Returns `count` numbered requests that cycle through `kept`; none if it is empty."""
@@ -12,9 +14,8 @@ def prompt_requests(kept: list[dict], count: int) -> list[dict]:
 
 def held_out_captions(validation_set: Any, count: int) -> list[str]:
     """Returns captions of at most `count` held-out examples, evenly spread."""
-    total = 0 if validation_set is None else len(validation_set)
-    chosen = min(count, total)
-    return [validation_set.get(number * total // chosen, None)["caption"] for number in range(chosen)]
+    chosen = Trainer.held_out_requests(validation_set, count)
+    return [validation_set.get(request["example"], None)["caption"] for request in chosen]
 
 
 def captions_and_labels(validation_set: Any, count: int) -> list[dict]:

@@ -20,48 +20,41 @@ class Prompts:
     Embeddings are {"prompt_embeds": [B, L, D]} and, for Stable Diffusion XL, {"pooled_prompt_embeds": [B, P]}.
     """
 
-    def __init__(self, base_model: BaseModel) -> None:
-        self.base_model = base_model
+    def __init__(self, base_model: BaseModel, device: torch.device, dtype: torch.dtype) -> None:
+        self.base_model, self.device, self.dtype = base_model, device, dtype
         self.tokenizers = base_model.tokenizers()
         self.names = base_model.text_encoder_names
         self.columns = (EMBEDS, POOLED) if base_model.is_xl else (EMBEDS,)
 
-    def embed(self, networks: Mapping[str, nn.Module], captions: list[str], device: torch.device) -> dict[str, Tensor]:
+    def embed(self, networks: Mapping[str, nn.Module], captions: list[str]) -> dict[str, Tensor]:
         """Runs the text encoders `networks`, by name."""
         tokens = []
         for tokenizer in self.tokenizers:
             options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             rows = tokenizer(captions, return_tensors="pt", **options).input_ids
-            rows = rows.pin_memory() if device.type == "cuda" else rows  # else the copy would wait for the device
-            tokens.append(rows.to(device, non_blocking=True))
+            rows = rows.pin_memory() if self.device.type == "cuda" else rows  # else the copy would wait for the device
+            tokens.append(rows.to(self.device, non_blocking=True))
         if not self.base_model.is_xl:
             return {EMBEDS: networks["text_encoder"](tokens[0])[0]}
         found = [networks[n](t, output_hidden_states=True) for n, t in zip(self.names, tokens, strict=True)]
         return {EMBEDS: torch.cat([each.hidden_states[-2] for each in found], dim=-1), POOLED: found[1][0]}
 
-    def encoder(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        cache: CacheKind | None,
-        constants: tuple[str, ...],
-        default: str,
-    ) -> Encoder:
+    def encoder(self, cache: CacheKind | None, constants: tuple[str, ...], default: str) -> Encoder:
         """Makes the encoder from captions to embeddings; `constants` are texts besides the captions.
 
         `default` is the caption of examples that have none.
         """
 
         def build() -> nn.ModuleDict:
-            return nn.ModuleDict({name: self.base_model.text_encoder(name, dtype) for name in self.names})
+            return nn.ModuleDict({name: self.base_model.text_encoder(name, self.dtype) for name in self.names})
 
         def encode(networks: nn.Module, captions: list[str]) -> dict[str, Tensor]:
-            return self.embed(dict(networks.named_children()), list(captions), device)
+            return self.embed(dict(networks.named_children()), list(captions))
 
         def source() -> dict[str, Any]:
             folders = (*self.names, *("tokenizer", "tokenizer_2")[: len(self.names)])
             digest = self.base_model.digest(*folders)
-            return {"text encoders": digest, "variant": self.base_model.variant, "dtype": str(dtype)}
+            return {"text encoders": digest, "variant": self.base_model.variant, "dtype": str(self.dtype)}
 
         return Encoder("caption", self.columns, build, encode, source, cache, constants, default=default)
 

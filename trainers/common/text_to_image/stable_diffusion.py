@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from trainers.base import Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.diffusion.guidance import Condition, Guidance
-from trainers.common.diffusion.objective import Part, Predict
+from trainers.common.diffusion.objective import Predict, columns
 from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.objective import Learned, build_diffusion
@@ -25,14 +24,13 @@ if TYPE_CHECKING:
     from trainers.base import DataSet, ImageData
     from trainers.common.text_to_image.clip_score import ClipScore
 
-QUARTERS = 4  # equal parts of the time; the validation loss is given for each
-
 
 class StableDiffusionTrainer(Trainer):
     """Trains the UNet of a pipeline, whole or with adapters, on pictures with captions; tasks choose the weights."""
 
     config: StableDiffusionConfig
-    sample_batch_size = 4  # pictures at once
+    sample_batch_size = 4
+    clip_score: ClipScore | None = None
     task: str  # the section's name, for messages
 
     def setup(self) -> None:
@@ -41,24 +39,23 @@ class StableDiffusionTrainer(Trainer):
         assert source is not None  # the config was checked
         self.base_model = BaseModel(option, source, config.revision, config.variant)
         vae = (option, str(self.base_model.folder)) if config.vae is None else (f"{self.task}.vae", config.vae)
-        variant = config.variant if config.vae is None else None
-        self.latents = LatentSpace(*vae, self.base, self.device, self.weight_dtype, self.run.encoded_by, variant)
-        self.latents.offloaded = config.cache_latents is not None
-        self.prompts = Prompts(self.base_model)
+        variant, cached = config.variant if config.vae is None else None, config.cache_latents is not None
+        place = *vae, self.base, self.device, self.weight_dtype, self.run.encoded_by, variant
+        self.latents = LatentSpace(*place, offloaded=cached)
+        self.prompts = Prompts(self.base_model, self.device, self.weight_dtype)
         self.learned = self.build_objective()
         if config.clip_score_model is not None:
-            from trainers.common.text_to_image.clip_score import check_clip
+            from trainers.common.text_to_image.clip_score import ClipScore
 
-            check_clip(f"{self.task}.clip_score_model", config.clip_score_model)
+            self.clip_score = ClipScore(f"{self.task}.clip_score_model", config.clip_score_model, self.device)
 
     def init_modules(self) -> dict[str, nn.Module]:
         networks = self.build_networks()
         unet: UNet2DConditionModel = networks["unet"]
         channels, wanted = unet.config.in_channels, self.latents.grid.channels
         if channels != wanted:  # such as the 9 of an inpainting model
-            option, source = f"{self.task}.pretrained_model_name_or_path", self.config.pretrained_model_name_or_path
-            found = f"its UNet sees {channels} channels, and latents have {wanted}"
-            raise ValueError(f"{option} = {source}: {found}; give a text-to-image model")
+            found = f"its UNet sees {channels} channels, and latents have {wanted}; give a text-to-image model"
+            raise ValueError(f"{self.base_model.option} = {self.base_model.source}: {found}")
         return networks
 
     def build_networks(self) -> dict[str, nn.Module]:
@@ -76,16 +73,14 @@ class StableDiffusionTrainer(Trainer):
         if self.base.class_data_dir is not None:
             found["class_latents"] = self.latents.encoder(cache, "class_")
         if not self.trains_text():
-            cached = self.config.cache_text, self._constant_texts()
-            found["text"] = self.prompts.encoder(self.device, self.weight_dtype, *cached, self._fixed_caption())
+            found["text"] = self.prompts.encoder(self.config.cache_text, self._constant_texts(), self._fixed_caption())
         return found
 
     def _constant_texts(self) -> tuple[str, ...]:
         """Returns the texts to encode besides the captions of the data."""
         texts = ["", self._fixed_caption(), self.base.class_caption, self.config.negative_prompt]
-        return tuple(
-            dict.fromkeys(text for text in [*texts, *(self.config.validation_prompts or [])] if text is not None)
-        )
+        texts += self.config.validation_prompts or []
+        return tuple(dict.fromkeys(text for text in texts if text is not None))
 
     def trains_text(self) -> bool:
         """Whether text encoders are trained, so that captions must be encoded at every step."""
@@ -125,8 +120,8 @@ class StableDiffusionTrainer(Trainer):
         clean = self.latents.draw(batch, rng)
         ask, mask = self._asking(self._asked(batch, clean, rng)), self._mask(batch, clean)
         quarters = {
-            f"loss_quarter_{n + 1}": self.learned.plain.loss(ask, clean, rng, mask, Part(n, QUARTERS), f"quarter_{n}_")
-            for n in range(QUARTERS)
+            f"loss_quarter_{n + 1}": objective.loss(ask, clean, rng, mask, f"quarter_{n}_")
+            for n, objective in enumerate(self.learned.quarters)
         }
         return {"loss": torch.stack(list(quarters.values())).mean(0)} | quarters
 
@@ -139,7 +134,7 @@ class StableDiffusionTrainer(Trainer):
         if self.training and self.config.caption_dropout:
             hidden, empty = rng.bernoulli("caption_dropout", self.config.caption_dropout), self.empty()
             embeds = {
-                name: torch.where(hidden.reshape(-1, *[1] * (rows.ndim - 1)), empty[name].to(rows.dtype), rows)
+                name: torch.where(columns(hidden, rows), empty[name].to(rows.dtype), rows)
                 for name, rows in embeds.items()
             }
         return self._condition(embeds, clean.shape, batch)
@@ -155,16 +150,15 @@ class StableDiffusionTrainer(Trainer):
         return {n: torch.zeros_like(rows) for n, rows in embeds.items()} if self.base_model.zeros_for_empty else embeds
 
     def _condition(
-        self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any] | None, prefix: str = ""
+        self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any], prefix: str = ""
     ) -> Condition:
         """Adds Stable Diffusion XL's sizes to embeddings: the examples' or, without any, those of a whole picture."""
         if not self.base_model.is_xl:
             return embeds
         target = shape[2] * self.latents.factor, shape[3] * self.latents.factor
         whole = constant_rows(target, shape[0], self.device)
-        known = {} if batch is None else batch
-        sizes = known.get(f"{prefix}original_size", whole)
-        corners = known.get(f"{prefix}crop_top_left", torch.zeros_like(whole))
+        sizes = batch.get(f"{prefix}original_size", whole)
+        corners = batch.get(f"{prefix}crop_top_left", torch.zeros_like(whole))
         return embeds | {"time_ids": size_conditions(sizes, corners, target)}
 
     @staticmethod
@@ -215,12 +209,11 @@ class StableDiffusionTrainer(Trainer):
     def draw(self, requests: list[dict], generators: list[torch.Generator]) -> Tensor:
         """Draws pictures [N, 3, H, W] in [0, 1]; the pipeline draws the same from the same generators."""
         config = self.config
-        noise = initial_noise(self.latents.shape, generators, self.device)
-        asked = self._condition(self.embed([request["prompt"] for request in requests]), noise.shape, None)
-        negative = [request.get("negative_prompt", config.negative_prompt) for request in requests]
-        texts = [self.empty() if text is None else self.embed([text]) for text in negative]
-        embeds = {name: torch.cat([each[name] for each in texts]) for name in self.prompts.columns}
-        none = self._condition(embeds, noise.shape, None)
+        noise = initial_noise(self.latents.grid.shape, generators, self.device)
+        asked = self._condition(self.embed([request["prompt"] for request in requests]), noise.shape, {})
+        negative = self.empty() if config.negative_prompt is None else self.embed([config.negative_prompt])
+        embeds = {name: torch.cat([rows] * len(requests)) for name, rows in negative.items()}
+        none = self._condition(embeds, noise.shape, {})
         # in diffusers' pipelines a scale of at most 1 means no guidance
         guidance = Guidance(max(config.guidance_scale, 1.0), config.guidance_rescale)
 
@@ -252,12 +245,3 @@ class StableDiffusionTrainer(Trainer):
         if self.clip_score is None:
             return {}
         return {"clip_score": self.clip_score(images["samples"], [request["prompt"] for request in requests])}
-
-    @cached_property
-    def clip_score(self) -> ClipScore | None:
-        source = self.config.clip_score_model
-        if source is None:
-            return None
-        from trainers.common.text_to_image.clip_score import ClipScore
-
-        return ClipScore(f"{self.task}.clip_score_model", source, self.device)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
-from trainers.common.model_files import Grid, Settings, find_model_config, settings_problems
+from trainers.common.model_files import Grid, Settings, read_file, settings_problems
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 def unet_problems(model_config: str) -> Iterator[str]:
     """Yields problems of a UNet's config, without importing heavy libraries."""
-    yield from settings_problems("a UNet2DConditionModel", lambda: _read(model_config), lambda settings: iter(()))
-
-
-def _read(model_config: str) -> Settings:
-    settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
-    return {key: value for key, value in settings.items() if not key.startswith("_")}
+    return settings_problems("a UNet2DConditionModel", partial(read_file, model_config), lambda settings: iter(()))
 
 
 def build_unet(
@@ -37,7 +32,7 @@ def build_unet(
         "out_channels": latents.channels,
         "cross_attention_dim": text_width,
     }
-    settings = _read(model_config)
+    settings = read_file(model_config)
     decided["addition_embed_type"] = None if pooled_width is None else "text_time"
     if pooled_width is not None:
         settings["addition_time_embed_dim"] = settings.get("addition_time_embed_dim") or 256
