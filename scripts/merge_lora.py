@@ -15,16 +15,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainers.common.lora.files import make_readable, read_lora
+from trainers.common.lora.files import make_readable
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import check_new, command
-from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_lora
+from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_loras
 
 
 def merge(base: str, loras: list[tuple[Path, float]]) -> Any:
-    """The pipeline with all LoRAs in its weights, float32."""
-    for path, _ in loras:  # before a base is loaded, or downloaded
-        read_lora(path)
+    """Returns the pipeline with all LoRAs in its weights, float32."""
     pipeline = load_pipeline(base)
     pipeline.fuse_lora(adapter_names=list(add_loras(pipeline, loras)))
     pipeline.unload_lora_weights()
@@ -44,7 +42,7 @@ def main() -> None:
     staging = options.output.with_name(f".tmp-{options.output.name}-{secrets.token_hex(4)}")
     check_new(options.output)
     try:
-        pipeline = merge(options.base, [parse_lora(text) for text in options.lora])
+        pipeline = merge(options.base, parse_loras(options.lora))
         pipeline.to(DTYPES[options.dtype]).save_pretrained(staging)
         for file in staging.rglob("*.safetensors"):
             make_readable(file)

@@ -338,7 +338,7 @@ def test_a_pipeline_for_inpainting(call, tmp_path):
     expected = drawn_by(made, [CAT], image=[image], mask_image=[mask], height=32, width=40)[0]
     assert close(found[:, 20:], expected[:, 20:])
     assert (found[:, :20] == pixels[:, :20]).all()
-    with pytest.raises(SystemExit, match="the pipeline is one for inpainting; give --image and --mask"):
+    with pytest.raises(SystemExit, match="the pipeline is for inpainting; give --image and --mask"):
         call(tmp_path / "nine", "--prompt", CAT, to="none")
 
 
@@ -534,7 +534,7 @@ WRONG = [
     (["BASE"], "is a pipeline; say what to draw with --prompt or --prompts"),
     (["nobody/nothing", "--prompt", "x"], "nobody/nothing: no pipeline could be read; give a pipeline's local folder, or a"),
     (["BASE", "--prompts", "none.txt"], "--prompts none.txt: there is no such file"),
-    (["BASE", "--prompts", "EMPTY"], "holds no prompt; write one a line"),
+    (["BASE", "--prompts", "EMPTY"], "holds no prompt; write one per line"),
     (["BASE", "--prompt", "x", "lora.rank=3"], "lora.rank=3: is an option of a run, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--classes", "3"], "--classes 3: is an option of runs, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--weights", "ema"], "--weights ema: is an option of runs"),
@@ -551,7 +551,7 @@ WRONG = [
     (["BASE", "--prompt", "x", "--lora", "LORA:1e30"], "the pictures are not finite; the LoRAs' weights are too large"),
     (["BASE", "--prompt", "x", "--lora", "RENAMED"], "renamed.lora: the name of a LoRA must end in .safetensors"),
     (["BASE", "--prompt", "x", "--guidance", "1", "--guidance-rescale", "0.5"], "--guidance-rescale 0.5: has no effect with"),
-    (["BASE", "--prompts", "LATIN"], "latin.txt: is no text in UTF-8"),
+    (["BASE", "--prompts", "LATIN"], "latin.txt: is not text in UTF-8"),
     (["BASE", "--prompt", "x", "--image", "IMAGE", "--mask", "BLACK"], "--mask: nothing in it is white, so nothing would"),
     (["RUN", "--clip-skip", "2"], "--clip-skip 2: the text encoder has 2 layers; give at most 1"),
     (["RUN", "--negative-prompt", "x", "--guidance", "1"], "--negative-prompt: has no effect with guidance 1; give"),
@@ -563,7 +563,7 @@ WRONG = [
     (["RUN", "--image", "IMAGE", "--mask", "OTHER"], "--mask: has 3 x 5 pixels, and --image 40 x 32; give one of the same"),
     (["RUN", "--image", "IMAGE", "--mask", "MASK", "--strength", "1.5"], "--strength 1.5: must be above 0 and at most 1"),
     (["RUN", "--image", "IMAGE", "--mask", "MASK", "--strength", "0.4"], "--strength 0.4: leaves none of 2 steps; raise"),
-    (["RUN", "--image", "IMAGE", "--mask", "MASK", "--guidance-rescale", "0.5"], "inpainting has it for Stable Diffusion XL"),
+    (["RUN", "--image", "IMAGE", "--mask", "MASK", "--guidance-rescale", "0.5"], "inpainting has it for SDXL only; set 0"),
     (["DDPM", "--prompt", "x"], "--prompt: task ddpm draws no prompts"),
     (["DDPM", "--lora", "x"], "--lora: task ddpm draws no prompts"),
 ]  # fmt: skip

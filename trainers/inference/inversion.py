@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from trainers.common.autoencoder.latents import decode, encode
 from trainers.common.diffusion.sampling import to_unit_range
@@ -64,15 +65,13 @@ def latent_pictures(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def invert(
-    predict: Predict, inverse: DDIMInverseScheduler, latents: Tensor, progress: Callable[[Iterable], Iterable] = iter
-) -> Tensor:
+def invert(predict: Predict, inverse: DDIMInverseScheduler, latents: Tensor) -> Tensor:
     """Inverts latents to noise of the same shape, with the prediction at the start of each inverted step.
 
     DDIM uses the prediction at the step's other end, which is not known yet; the error shrinks with more steps.
     `predict` must be without guidance, which makes the error grow.
     """
-    for timestep in progress(inverse.timesteps):
+    for timestep in tqdm(inverse.timesteps, "inverting"):
         latents = inverse.step(predict(latents, timestep).float(), timestep, latents).prev_sample
     return latents
 

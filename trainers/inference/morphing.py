@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from trainers.common.lora.files import adapter_settings, read_lora
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, size_conditions
@@ -24,8 +25,6 @@ from trainers.inference.inversion import (
 )
 from trainers.inference.lora_pipeline import add_loras, check_fit
 
-Progress = Callable[[Iterable, str], Iterable]  # (steps, their description) -> steps with a progress bar
-
 
 class Morph:
     """Morphs two pictures in a Stable Diffusion pipeline, each with its LoRA and prompt, without guidance.
@@ -35,13 +34,7 @@ class Morph:
     """
 
     def __init__(
-        self,
-        pipeline: Any,
-        loras: tuple[Path, Path],
-        prompts: tuple[str, str],
-        steps: int,
-        attention: float,
-        adain: bool,
+        self, pipeline: Any, loras: list[Path], prompts: list[str], steps: int, attention: float, adain: bool
     ) -> None:
         self.pipeline, self.unet, self.adain = pipeline, pipeline.unet, adain
         self.sampler, self.inverse = ddim_schedulers(pipeline.scheduler, steps)
@@ -49,7 +42,7 @@ class Morph:
         self.names = list(add_loras(pipeline, [(lora, 1.0) for lora in loras]))
         self.shared = SharedAttention(self.unet) if attention else None
         self.shared_steps = round(attention * steps)
-        self.asked = [self._embedded(number, prompt) for number, prompt in enumerate(prompts)]
+        self.asked = [self._embed(number, prompt) for number, prompt in enumerate(prompts)]
 
     def mix(self, weight: float) -> None:
         """Sets the LoRAs' weights to 1 - weight and weight; a LoRA of weight 0 is inactive."""
@@ -57,14 +50,13 @@ class Morph:
         self.pipeline.set_adapters(list(mixed), list(mixed.values()))
 
     @torch.no_grad()
-    def invert(self, pictures: Tensor, progress: Progress) -> None:
+    def invert(self, pictures: Tensor) -> None:
         """Finds the noises [1, c, h, w] of two pictures [2, 3, H, W] in [-1, 1], each with only its own LoRA."""
-        self.noises = [self._noise_of(number, picture[None], progress) for number, picture in enumerate(pictures)]
-
-    def _noise_of(self, number: int, picture: Tensor, progress: Progress) -> Tensor:
-        self.mix(number)
-        latents, text = picture_latents(self.pipeline.vae, picture), f"inverting picture {number + 1}"
-        return invert(self.predict(number), self.inverse, latents, lambda steps: progress(steps, text))
+        self.noises = []
+        for number, picture in enumerate(pictures):
+            self.mix(number)
+            latents = picture_latents(self.pipeline.vae, picture[None])
+            self.noises.append(invert(self.predict(number), self.inverse, latents))
 
     def noise(self, weight: float) -> Tensor:
         """Interpolates the noises of the pictures, [1, c, h, w]."""
@@ -73,15 +65,15 @@ class Morph:
         return (with_statistics_between(noise, first, last, weight) if self.adain else noise).float()
 
     @torch.no_grad()
-    def frames(self, weights: list[float], progress: Progress) -> Tensor:
+    def frames(self, weights: list[float]) -> Tensor:
         """Draws pictures [N, 3, H, W] in [0, 1], on the CPU, for weights from 0 (the first picture) to 1 (the other).
 
-        All frames take a step, the two ends first, before any takes the next one, so that attention has to keep keys
-        and values of a single step.
+        All frames take a step, the two ends first, before any takes the next one, so that only the keys and values of
+        one step are kept.
         """
         samples = [self.noise(weight) for weight in weights]
         ends_first = sorted(range(len(weights)), key=lambda number: weights[number] not in (0.0, 1.0))
-        for step, timestep in enumerate(progress(self.sampler.timesteps, f"{len(weights)} frames")):
+        for step, timestep in enumerate(tqdm(self.sampler.timesteps, f"{len(weights)} frames")):
             for number in ends_first:
                 weight = weights[number]
                 self.mix(weight)
@@ -107,7 +99,7 @@ class Morph:
         return predict
 
     @torch.no_grad()
-    def _embedded(self, number: int, prompt: str) -> dict[str, Tensor]:
+    def _embed(self, number: int, prompt: str) -> dict[str, Tensor]:
         """Embeds a picture's prompt with its own LoRA, which may also adapt the text encoders."""
         self.mix(number)
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
@@ -115,8 +107,8 @@ class Morph:
         return {EMBEDS: found[0]} | ({POOLED: found[2]} if hasattr(self.pipeline, "text_encoder_2") else {})
 
 
-def check_morph(pipeline: Any, loras: Iterable[Path], attention: float) -> None:
-    """Raises ValueError for an unsuitable base, and for a LoRA that does not fit or is a DoRA."""
+def check_morph(pipeline: Any, loras: list[Path], attention: float) -> None:
+    """Raises ValueError for an unsuitable base, or a LoRA that does not fit or is a DoRA."""
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels:
         raise ValueError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
@@ -143,11 +135,9 @@ class SharedAttention:
 
     @contextmanager
     def at(self, weight: float) -> Iterator[None]:
-        """Around one call of the UNet: keeps keys and values at an end (0 or 1), replaces them in between."""
-        keep = weight in (0.0, 1.0)
-        kept: list[Tensor] = []
-        if keep:
-            self.ends[weight] = kept
+        """For one call of the UNet: at an end (0 or 1) keeps its keys and values, in between replaces them."""
+        if weight in (0.0, 1.0):
+            kept = self.ends[weight] = []
             hooks = [layer.register_forward_hook(lambda _, __, rows: kept.append(rows)) for layer in self.layers]
         else:
             mixed = [torch.lerp(a, b, weight) for a, b in zip(self.ends[0.0], self.ends[1.0], strict=True)]

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from trainers.base import RandomSource
+from trainers.base import Fraction, NonNegativeFloat, Positive, RandomSource, Section
+from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.consistency import lcm_scheduler
 from trainers.common.diffusion.sampling import build_sampler, trained_with
 from trainers.common.lora.files import read_about
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 Sampler = Literal["ddpm", "ddim", "dpmsolver++", "euler", "lcm"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 DDIM_TIMESTEPS = 50  # of the teacher of the published LCM-LoRAs
-WHITE = 128  # of 255: a mask's pixels from here on are drawn anew
+WHITE = 128  # of 255: pixels of a mask that are at least this are redrawn
 
 
 @dataclass(frozen=True)
 class Inpainting:
-    """A picture (RGB) to be drawn anew wherever a mask (L) of its size is white."""
+    """A picture (RGB) to redraw wherever a mask (L) of its size is white."""
 
     image: Image.Image
     mask: Image.Image
@@ -53,13 +54,14 @@ class Inpainting:
 
 
 @dataclass(kw_only=True)
-class PromptSettings:
+class PromptSettings(Section):
     """Sampling settings; a guidance_scale of at most 1 means no guidance, as in diffusers."""
 
     size: tuple[int, int] | None = None  # height and width in pixels; None: the UNet's sample size
-    num_inference_steps: int = 30
-    guidance_scale: float = 7.5
-    guidance_rescale: float = 0.0
+    sampler: Sampler | None = None  # None: the pipeline's own
+    num_inference_steps: Positive = 30
+    guidance_scale: NonNegativeFloat = 7.5
+    guidance_rescale: Fraction = 0.0
     negative_prompt: str | None = None
     clip_skip: int | None = None  # last layers of the text encoders to leave out
     lora_scales: list[float] | None = None  # draw each picture with the LoRAs' weights times each of these
@@ -106,13 +108,11 @@ class PromptedPipeline:
             encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
             self._make_skippable([encoder for encoder in encoders if encoder is not None], settings.clip_skip)
         if self.inpainting is None and pipeline.unet.config.in_channels == 9:
-            raise ValueError("the pipeline is one for inpainting; give --image and --mask")
+            raise ValueError("the pipeline is for inpainting; give --image and --mask")
         if self.inpainting is not None:
             check_strength(self.inpainting.strength, settings.num_inference_steps)
             if settings.guidance_rescale and "XL" not in type(pipeline).__name__:
-                raise ValueError(
-                    "--guidance-rescale: diffusers' inpainting has it for Stable Diffusion XL alone; set 0"
-                )
+                raise ValueError("--guidance-rescale: diffusers' inpainting has it for SDXL only; set 0")
 
     @staticmethod
     def _make_skippable(encoders: list[PreTrainedModel], skipped: int) -> None:
@@ -169,8 +169,7 @@ class PromptedPipeline:
     def _keep_frame(
         self, frames: list[Tensor], pipeline: Any, step: int, timestep: Tensor, known: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        scaling, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor or 0.0
-        images = pipeline.vae.decode(known["latents"] / scaling + shift, return_dict=False)[0]
+        images = decode(pipeline.vae, known["latents"])
         frames.append(self._finished(pipeline.image_processor.postprocess(images, "pt")))
         return known
 
@@ -178,7 +177,7 @@ class PromptedPipeline:
 def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
     """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm with its training noise.
 
-    lcm uses the number of DDIM timesteps in the header of one of the LoRA files, or else 50.
+    lcm takes its number of DDIM timesteps from the header of one of the LoRA files, or else 50.
     """
     noise = trained_with(pipeline.scheduler)
     if name == "lcm" and noise.config.get("beta_schedule"):

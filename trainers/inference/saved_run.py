@@ -34,6 +34,11 @@ class SavedRun(NamedTuple):
         return next(section for section in self.document if section != "base")
 
     @property
+    def source(self) -> str:
+        """Names the checkpoint or the run on a command line."""
+        return str(self.checkpoint or self.folder)
+
+    @property
     def trainer_class(self) -> type[Trainer]:
         return find_trainer(self.task, self.document["base"].get("trainer_class"))
 
