@@ -37,8 +37,7 @@ from trainers.inference.fitting import Fitted, fit, size_between, unfit
 from trainers.inference.inversion import ddim_schedulers
 from trainers.inference.lora_pipeline import load_pipeline
 from trainers.inference.morphing import Morph, check_morph, evenly_distant
-from trainers.inference.output_folder import output_folder
-from trainers.inference.picture_files import as_pil, save_picture, settings_of
+from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
 from trainers.inference.saved_run import find_device
 from trainers.inference.single_picture import single_picture_lora
 
@@ -79,10 +78,8 @@ def dtypes_of(arguments: argparse.Namespace) -> dict[str, torch.dtype]:
     return {"default": DTYPES[arguments.dtype], "vae": torch.float32}
 
 
-def perceptual(spec: str | None, side: int) -> nn.Module | None:
+def perceptual(spec: str, side: int) -> nn.Module:
     """Loads the distance by which frames are spaced; ValueError if it cannot be loaded."""
-    if not spec:
-        return None
     try:
         if problem := perceptual_problem(spec, 3, side):
             raise ValueError(problem)
@@ -144,8 +141,8 @@ def settings_for(
     pinned = {"lora_a": lora_a, "lora_b": lora_b, "weights": weights, "seed": None, "config": None, "overrides": []}
     options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain", "reschedule", "dtype")}
     settings = settings_of(["morph", *arguments.words], [*paths, *map(find_lora, loras)], device)
-    settings |= {"pinned": pinned, "pictures": [*map(str, paths)], "prompts": prompts_of(arguments), "options": options}
-    return settings | {"weights": weights}
+    settings |= {"pinned": pinned, "weights": weights, "options": options}
+    return settings | {"pictures": [*map(str, paths)], "prompts": prompts_of(arguments)}
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -155,12 +152,11 @@ def run(arguments: argparse.Namespace) -> str:
         base, device = check(arguments), find_device(arguments.device)
         side = side_of(base)
         pictures = [fit(read_picture(path), side) for path in paths]
-        distance = None if arguments.weights else perceptual(arguments.reschedule, side)
-        training = zip(given, pictures, paths, prompts_of(arguments), strict=True)
-        loras = [
-            Path(lora or single_picture_lora(picture, path.stem, prompt, base, arguments))
-            for lora, picture, path, prompt in training
-        ]
+        spaced = arguments.reschedule and not arguments.weights
+        distance = perceptual(arguments.reschedule, side) if spaced else None
+        loras = []
+        for lora, picture, path, prompt in zip(given, pictures, paths, prompts_of(arguments), strict=True):
+            loras.append(Path(lora or single_picture_lora(picture, path.stem, prompt, base, arguments)))
         pipeline = load_pipeline(str(base.folder), dtypes_of(arguments)).to(device)
         weights, squares = draw(pipeline, pictures, loras, distance, arguments)
         psnr = write(folder, squares, pictures, settings_for(arguments, loras, weights, device))

@@ -22,28 +22,20 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
-from trainers.base import Trainer
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.engine.validation.grids import grid_of, labelled_grid
 from trainers.engine.validation.metrics import spread
 from trainers.engine.validation.sampling import draw, evaluation_mode
 from trainers.inference.again import again
+from trainers.inference.animation import write_gif
 from trainers.inference.arguments import add_sampling_arguments, trainer_of
 from trainers.inference.command import command, positive
-from trainers.inference.output_folder import output_folder
-from trainers.inference.picture_files import as_pil, save_picture, settings_of, write_settings
+from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of, write_settings
 from trainers.inference.prompts import Drawing, add_prompt_arguments, is_pipeline, of_prompts, refuse_prompts, row_names
 from trainers.inference.saved_run import SavedRun, open_run
 
 BATCH_SIZE = 64  # pictures per batch, unless the task says
 GIF_FRAMES = 40  # at most, of the sampling steps
-GIF_MILLISECONDS, LAST_MILLISECONDS = 60, 2000  # for a frame, and for the last one
-
-
-def batches_of(count: int, batch_size: int, only: int | None) -> list[list[int]]:
-    """Numbers the pictures, batch by batch; `only` keeps the batch of one picture."""
-    batches = [batch.tolist() for batch in torch.arange(count).split(batch_size)]
-    return [batch for batch in batches if only is None or only in batch]
 
 
 def sample(drawing: Drawing, batches: list[list[int]], seed: int, gif: bool) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -68,28 +60,17 @@ def of_task(arguments: argparse.Namespace, saved: SavedRun) -> Drawing:
     refuse_prompts(arguments, saved.task)
     trainer = trainer_of(arguments, saved)
     trainer.config.valid_batch_size = arguments.number or trainer.config.valid_batch_size
-    held_out = held_out_set(trainer) if trainer.draws_held_out else None
+    held_out = None
+    if trainer.draws_held_out:
+        try:
+            held_out = datasets_lib.build(trainer.base, "validation")
+        except (ValueError, OSError) as error:  # such as data that is gone
+            print(f"without held-out pictures: {error}", file=sys.stderr)
     requests = trainer.sample_requests(held_out)[: arguments.number]
     if not requests:
         raise ValueError(f"task {saved.task} draws no pictures")
     options = dataclasses.asdict(trainer.config)
     return Drawing(trainer, requests, options, class_names=saved.label_names, held_out=held_out)
-
-
-def held_out_set(trainer: Trainer) -> Any | None:
-    """Returns the run's validation set, or None if its data is gone."""
-    try:
-        return datasets_lib.build(trainer.base, "validation")
-    except (ValueError, OSError) as error:
-        print(f"without held-out pictures: {error}", file=sys.stderr)
-        return None
-
-
-def write_gif(frames: Tensor, columns: int | None, path: Path) -> None:
-    """Writes frames [frames, N, C, H, W] as an animation of grids, which holds the last one."""
-    grids = [as_pil(grid_of([pictures], columns)) for pictures in frames]
-    durations = [GIF_MILLISECONDS] * (len(grids) - 1) + [LAST_MILLISECONDS]
-    grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
 
 
 def write(folder: Path, pictures: dict[str, Tensor], numbers: list[int], drawing: Drawing, settings: dict) -> None:
@@ -138,7 +119,7 @@ def run(arguments: argparse.Namespace) -> str:
         drawing = of_prompts(arguments, saved)
     else:
         drawing = of_task(arguments, saved)
-    source = arguments.path if saved is None else saved.source
+    source = arguments.path if saved is None else str(saved.checkpoint or saved.folder)
     parent = Path("outputs", "samples", Path(source).name) if saved is None else saved.folder / "samples"
     folder = arguments.output_dir or parent / f"seed-{arguments.seed}"
     settings = settings_of(["sample", *arguments.words], drawing.files, drawing.drawer.device)
@@ -152,15 +133,16 @@ def run(arguments: argparse.Namespace) -> str:
 def draw_into(folder: Path, arguments: argparse.Namespace, drawing: Drawing, settings: dict[str, Any]) -> None:
     """Draws the pictures, or the batch of the only one wanted, and writes them with their grids."""
     batch_size = arguments.batch_size or drawing.drawer.sample_batch_size or BATCH_SIZE
-    batches = batches_of(len(drawing.requests), batch_size, arguments.only)
+    batches = [batch.tolist() for batch in torch.arange(len(drawing.requests)).split(batch_size)]
+    batches = [batch for batch in batches if arguments.only in (None, *batch)]
     pictures, frames = sample(drawing, batches, arguments.seed, arguments.gif)
     write(folder, pictures, [number for batch in batches for number in batch], drawing, settings)
     if arguments.lora_scales is not None and arguments.only is None:
         grid = labelled_grid(pictures, row_names(drawing.requests, arguments.seed))
         save(as_pil(grid), folder, "lora_scales.png", settings, None)
     if frames is not None:
-        write_gif(frames, drawing.drawer.grid_columns, folder / "denoising.gif")
-        write_settings(folder / "denoising.json", settings)
+        grids = [as_pil(grid_of([drawn], drawing.drawer.grid_columns)) for drawn in frames]
+        write_gif(grids, folder / "denoising.gif", write_settings(folder / "denoising.json", settings))
 
 
 @command

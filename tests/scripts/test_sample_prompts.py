@@ -167,13 +167,13 @@ def test_prompts_of_a_file(trained, call, tmp_path):
 
 @pytest.mark.parametrize("inpainted", [False, True])
 def test_the_denoising_is_animated(trained, call, tmp_path, monkeypatch, inpainted):
-    kept, write = [], sample.write_gif
-    monkeypatch.setattr(sample, "write_gif", lambda frames, *others: kept.append(frames) or write(frames, *others))
+    kept, draw = [], sample.sample
+    monkeypatch.setattr(sample, "sample", lambda *given: kept.append(draw(*given)) or kept[0])
     options = painted(tmp_path)[1] if inpainted else []
     found = call(trained, *BOTH, *options, "--gif", "--sampler", "ddim", "--steps", 4, "--batch-size", 1)
     with Image.open(tmp_path / "out" / "denoising.gif") as animation:
         assert animation.n_frames == 4
-    frames = (kept[0] * 255).round().permute(0, 1, 3, 4, 2).int().numpy()
+    frames = (kept[0][1] * 255).round().permute(0, 1, 3, 4, 2).int().numpy()
     assert frames.shape[:2] == (4, 2)
     assert close(frames[-1], [found["samples/00000.png"], found["samples/00001.png"]])
     assert not close(frames[0], frames[-1])
@@ -542,6 +542,7 @@ WRONG = [
     (["BASE", "--prompt", "x", "--sampler", "heun"], "--sampler heun: must be one of ddpm, ddim, dpmsolver++, euler"),
     (["BASE", "--prompt", "x", "--lora", "none.safetensors"], "no file none.safetensors; give a LoRA as .safetensors"),
     (["BASE", "--prompt", "x", "--lora-scales", "0,1"], "--lora-scales: there is no LoRA; give one with --lora"),
+    (["RUN"], "has no validation_prompts; say what to draw with --prompt or --prompts"),
     (["RUN", "--lora-scales", "0,a"], "--lora-scales 0,a: must be different numbers, such as 0,0.5,1"),
     (["RUN", "--lora-scales", "1,1"], "--lora-scales 1,1: must be different numbers"),
     (["RUN", "--lora-scales", "0,nan"], "--lora-scales 0,nan: must be different numbers"),

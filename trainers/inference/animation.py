@@ -45,10 +45,7 @@ def write_gif(frames: list[Image.Image], path: Path, text: str) -> None:
 
 
 def write_mp4(frames: list[Image.Image], path: Path, text: str) -> bool:
-    """Writes H.264 of RGB pictures of one size, padded to even sides, with the text as its comment.
-
-    Returns False, and writes nothing, if imageio with ffmpeg is not installed.
-    """
+    """Writes the same as H.264, padded to even sides; returns False if imageio with ffmpeg is not installed."""
     if not (find_spec("imageio") and find_spec("imageio_ffmpeg")):
         return False
     import imageio

@@ -55,10 +55,7 @@ def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
 
 
 def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
-    """Converts the command line for a pipeline that is not a run, checked by the types of the schema.
-
-    Raises ValueError for an option that pipelines lack.
-    """
+    """Converts the command line for a pipeline that is not a run; ValueError for what does not fit the schema."""
     if arguments.overrides:
         raise ValueError(f"{arguments.overrides[0]}: is an option of a run, and {arguments.path} is a pipeline")
     known, found = options_of(schema), {}

@@ -56,10 +56,7 @@ def load_pipeline(base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch
 
 
 def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float]:
-    """Loads LoRA files as adapters lora_0, lora_1, ... and activates them; returns their weights by name.
-
-    Raises FileNotFoundError for a missing file, ValueError for one that does not fit the pipeline.
-    """
+    """Loads LoRA files as adapters lora_0, lora_1, ..., and returns their weights by name; ValueError for a misfit."""
     weights = {f"lora_{number}": weight for number, (_, weight) in enumerate(loras)}
     for name, (path, _) in zip(weights, loras, strict=True):
         file, lora = find_lora(path), read_lora(path)
@@ -67,8 +64,7 @@ def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
         for network in lora.tensors:
             getattr(pipeline, network).eval()  # no dropout in sampling
-    if weights:
-        pipeline.set_adapters(list(weights), list(weights.values()))  # only the last one is active after loading
+    weigh_loras(pipeline, weights)
     return weights
 
 

@@ -12,17 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from trainers.common.autoencoder.latents import decode
+from trainers.common.diffusion.objective import Predict
+from trainers.common.diffusion.sampling import to_unit_range
 from trainers.common.lora.files import adapter_settings, read_lora
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, size_conditions
-from trainers.inference.inversion import (
-    Predict,
-    ddim_schedulers,
-    invert,
-    latent_pictures,
-    picture_latents,
-    slerp,
-    with_statistics_between,
-)
+from trainers.inference.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
 from trainers.inference.lora_pipeline import add_loras, check_fit
 
 
@@ -80,7 +75,7 @@ class Morph:
                 with self.shared.at(weight) if self.shared and step < self.shared_steps else nullcontext():
                     predicted = self.predict(weight)(samples[number], timestep).float()
                 samples[number] = self.sampler.step(predicted, timestep, samples[number]).prev_sample
-        return torch.cat([latent_pictures(self.pipeline.vae, sample).cpu() for sample in samples])
+        return torch.cat([to_unit_range(decode(self.pipeline.vae, sample)).cpu() for sample in samples])
 
     def predict(self, weight: float) -> Predict:
         """Returns the UNet's prediction with the active LoRAs and interpolated prompts."""
@@ -131,7 +126,7 @@ class SharedAttention:
 
     def __init__(self, unet: nn.Module) -> None:
         self.layers = shared_layers(unet)
-        self.ends: dict[float, list[Tensor]] = {}
+        self.ends: dict[float, list[Tensor]] = {}  # keys and values in the order in which layers run
 
     @contextmanager
     def at(self, weight: float) -> Iterator[None]:
@@ -140,11 +135,8 @@ class SharedAttention:
             kept = self.ends[weight] = []
             hooks = [layer.register_forward_hook(lambda _, __, rows: kept.append(rows)) for layer in self.layers]
         else:
-            mixed = [torch.lerp(a, b, weight) for a, b in zip(self.ends[0.0], self.ends[1.0], strict=True)]
-            hooks = [
-                layer.register_forward_hook(lambda _, __, ___, rows=rows: rows)
-                for layer, rows in zip(self.layers, mixed, strict=True)
-            ]
+            mixed = (torch.lerp(a, b, weight) for a, b in zip(self.ends[0.0], self.ends[1.0], strict=True))
+            hooks = [layer.register_forward_hook(lambda *_: next(mixed)) for layer in self.layers]
         try:
             yield
         finally:

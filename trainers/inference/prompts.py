@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,10 +46,7 @@ def refuse_prompts(arguments: argparse.Namespace, task: str) -> None:
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str] | None:
-    """Reads the prompts of the command line and the file; None without any.
-
-    Raises FileNotFoundError for a missing file, ValueError for one without prompts or not in UTF-8.
-    """
+    """Reads the prompts of the command line and the file, None without any; ValueError for an unsuitable file."""
     if arguments.prompts is None:
         return arguments.prompt
     path = Path(arguments.prompts)
@@ -110,6 +106,8 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     weights |= add_loras(pipeline, loras)
     settings = PromptSettings(**known | asked)
     drawer = PromptedPipeline(pipeline.to(find_device(arguments.device)), weights, settings, inpainting)
+    if not prompts:
+        raise ValueError(f"{arguments.path}: has no validation_prompts; say what to draw with --prompt or --prompts")
     requests = prompt_requests([{"prompt": prompt} for prompt in prompts], arguments.number or len(prompts))
     files = [path for path, _ in loras]
     files += [Path(path) for path in (arguments.image, arguments.mask, arguments.prompts) if path is not None]
@@ -132,8 +130,6 @@ def _of_run(arguments: argparse.Namespace, saved: SavedRun) -> Loaded:
     config, pipeline = trainer.config, trainer.pipeline()
     config.valid_batch_size = arguments.number or config.valid_batch_size
     prompts = prompts_of(arguments) or [request["prompt"] for request in trainer.sample_requests(None)]
-    if not prompts:
-        raise ValueError(f"{saved.source}: has no validation_prompts; say what to draw with --prompt or --prompts")
     pipeline.scheduler = for_pipelines(trainer.chosen_sampler())
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(PromptSettings) if hasattr(config, f.name)}
     settings["size"] = (trainer.base.resolution,) * 2
@@ -160,5 +156,4 @@ def row_names(requests: list[dict], seed: int) -> list[str]:
     names = [f"seed {seed}, number {number}" for number in range(len(prompts))]
     if len(set(prompts)) == 1:
         return names
-    count = Counter(prompts)
-    return [p if count[p] == 1 else f"{p} ({name})" for p, name in zip(prompts, names, strict=True)]
+    return [p if prompts.count(p) == 1 else f"{p} ({name})" for p, name in zip(prompts, names, strict=True)]
