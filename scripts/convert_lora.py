@@ -1,11 +1,11 @@
 """Converts a LoRA file to another format: scripts/convert_lora.py INPUT OUTPUT --to kohya|diffusers
 
 diffusers: what load_lora_weights of diffusers reads, with alpha in the header. kohya: what ComfyUI and AUTOMATIC1111
-read, with an alpha beside each module, which holds what rsLoRA changes, too; with diffusers' names of the UNet's
-blocks, which both read for SDXL as well. From kohya, the names of the original SDXL network are read, too.
+read, with an alpha for each module, which includes rsLoRA's scaling; the UNet's blocks have diffusers' names, which
+both read for SDXL, too. From kohya, the block names of the original SDXL network are also read.
 
-With DoRA, ComfyUI divides by the norm of the base's weight instead of the changed one's, and so draws a little
-differently; diffusers reads DoRA in its own format only.
+With DoRA, ComfyUI divides by the norm of the base's weight instead of the changed one's, so its pictures differ a
+little; diffusers reads DoRA in its own format only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.common.lora.files import (
     SETTINGS_KEY,
+    WRITTEN,
     LoraFile,
     Settings,
     find_lora,
@@ -38,14 +39,11 @@ from trainers.common.lora.files import (
 from trainers.inference.command import command
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
-STARTS: dict[str, str | tuple[str, ...]] = {
-    "kohya": "lora_",
-    "diffusers": ("unet.", "text_encoder.", "text_encoder_2."),
-}
+STARTS = {"kohya": ("lora_",), "diffusers": ("unet.", "text_encoder.", "text_encoder_2.")}
 NETWORKS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
-# kohya's names have _ where modules have a dot; these parts of names keep theirs
+# kohya's names replace the dots of modules by _; the _ in these parts stays
 PARTS = (
     "down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj "
     "conv_shortcut conv_in conv_out time_embedding add_embedding linear_1 linear_2 text_model self_attn q_proj k_proj "
@@ -61,7 +59,7 @@ BASES = {  # by the width of the captions' embeddings
 
 
 def convert(source: Path, output: Path, wanted: str) -> None:
-    """Writes `source`, a file or folder, in the `wanted` format; ValueError where it is no LoRA of the other one."""
+    """Writes `source`, a file or folder, in the `wanted` format; ValueError if it is no LoRA in the other one."""
     if output.suffix != ".safetensors" or output.exists():
         raise ValueError(f"{output}: must be a new file with the ending .safetensors")
     file = find_lora(source)
@@ -82,34 +80,37 @@ def convert(source: Path, output: Path, wanted: str) -> None:
 
 
 def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header in kohya's format; what the header held, but for peft's settings, it keeps."""
+    """Returns tensors and header in kohya's format; the header keeps its texts, except for peft's settings."""
     unet = lora.tensors.get("unet", {})
     widths = {value.shape[1] for key, value in unet.items() if key.endswith("attn2.to_k.lora_A.weight")}
     base = BASES.get(widths.pop(), {}) if len(widths) == 1 else {}
     sdxl = "text_encoder_2" in lora.tensors or base == BASES[2048]
     tags = {"unet": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = [], []
+    ranks: Counter[int] = Counter()
+    alphas: Counter[float] = Counter()
     for network, state in lora.tensors.items():
-        scalings, sizes = lora.scalings(network), lora.ranks(network)
-        for module, rank in sizes.items():
-            if not _is_known(module.replace(".", "_")):
+        scalings = lora.scalings(network)
+        for module, rank in lora.ranks(network).items():
+            words, alpha = module.replace(".", "_"), scalings[module] * rank
+            if not _is_known(words):
                 raise ValueError(f"{module} is no module of Stable Diffusion's networks that is known here")
-            name = f"lora_{tags[network]}_{module.replace('.', '_')}"
+            name = f"lora_{tags[network]}_{words}"
             tensors |= {f"{name}.{new}": state[f"{module}.{old}"] for old, new in SUFFIXES.items()}
-            tensors[f"{name}.alpha"] = torch.tensor(scalings[module] * rank, dtype=torch.float32)
+            tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
             if f"{module}.lora_magnitude_vector" in state:
                 ones = [1] * (state[f"{module}.lora_A.weight"].dim() - 1)
                 tensors[f"{name}.dora_scale"] = state[f"{module}.lora_magnitude_vector"].reshape(-1, *ones)
-            ranks.append(rank)
-            alphas.append(scalings[module] * rank)
-    usual = {"ss_network_dim": str(most_common(ranks)), "ss_network_alpha": f"{most_common(alphas):g}"}
+            ranks[rank] += 1
+            alphas[alpha] += 1
+    [(rank, _)], [(alpha, _)] = ranks.most_common(1), alphas.most_common(1)
+    usual = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
     kept = {key: value for key, value in lora.about.items() if key != SETTINGS_KEY}  # with it diffusers reads no alpha
-    return tensors, {"ss_network_module": "networks.lora"} | usual | base | kept
+    return tensors, usual | base | kept
 
 
 def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> LoraFile:
-    """A file in kohya's format as one of diffusers; ValueError for keys that are none of a LoRA of Stable Diffusion."""
+    """Converts kohya's format to diffusers'; ValueError for keys that belong to no LoRA of Stable Diffusion."""
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if KOHYA.fullmatch(key) is None:
@@ -118,10 +119,9 @@ def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) ->
         modules.setdefault(name, {})[suffix] = value
     if not modules:
         raise ValueError(f"{file}: holds no tensor")
-    names = module_names(modules)
     lora = LoraFile({}, {}, about)
     alphas: dict[str, dict[str, float]] = {}
-    for name, (network, module) in names.items():
+    for name, (network, module) in module_names(modules).items():
         parts = modules[name]
         if not {"lora_down.weight", "lora_up.weight"} <= parts.keys():
             raise ValueError(f"{file}: {name} needs lora_down.weight and lora_up.weight")
@@ -131,44 +131,34 @@ def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) ->
             own[f"{module}.lora_magnitude_vector"] = _magnitude(f"{file}: {name}", parts)
         rank = len(parts["lora_down.weight"])
         alphas.setdefault(network, {})[module] = float(parts.get("alpha", rank))
-    for network in lora.tensors:
-        doras = sum(key.endswith("magnitude_vector") for key in lora.tensors[network])
+    for network, own in lora.tensors.items():
+        doras = sum(key.endswith("magnitude_vector") for key in own)
         if doras not in (0, len(alphas[network])):
             raise ValueError(f"{file}: {doras} of {len(alphas[network])} modules of {network} have a dora_scale")
-        lora.settings[network] = settings_of(lora.ranks(network), alphas[network], doras > 0)
+        lora.settings[network] = _settings_of(lora.ranks(network), alphas[network], own)
     return lora
 
 
 def _magnitude(name: str, parts: dict[str, Tensor]) -> Tensor:
-    """peft's magnitude vector, [out] or [1, out, 1, 1], from a scale [out, 1, ...] or [out]."""
+    """Returns peft's magnitude vector, [out] or [1, out, 1, 1], of a scale [out, 1, ...] or [out]."""
     scale, up = parts["dora_scale"], parts["lora_up.weight"]
     if scale.shape[0] != scale.numel() or len(scale) != len(up):
         raise ValueError(f"{name}.dora_scale is {list(scale.shape)}; one number per output is wanted, {len(up)} in all")
     return scale.flatten() if up.dim() == 2 else scale.reshape(1, -1, 1, 1)
 
 
-def settings_of(ranks: dict[str, int], alphas: dict[str, float], dora: bool) -> Settings:
-    """Options of a LoraConfig from each module's rank and alpha; those of most modules, and what differs."""
-    ranks = {key.removeprefix("text_model."): value for key, value in ranks.items()}
-    alphas = {key.removeprefix("text_model."): value for key, value in alphas.items()}
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {key: value for key, value in ranks.items() if value != rank},
-        "alpha_pattern": {key: value for key, value in alphas.items() if value != alpha},
-        "target_modules": sorted(ranks),
-        "use_dora": dora,
-        "use_rslora": False,
-    }
+def _settings_of(ranks: dict[str, int], alphas: dict[str, float], state: dict[str, Tensor]) -> Settings:
+    """Returns options of a LoraConfig: the rank and alpha of most modules, and the exceptions."""
+    from diffusers.utils import get_peft_kwargs
 
-
-def most_common(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]
+    ranks = {key.removeprefix("text_model."): rank for key, rank in ranks.items()}
+    alphas = {key.removeprefix("text_model."): alpha for key, alpha in alphas.items()}
+    settings = get_peft_kwargs(ranks, alphas, state) | {"target_modules": sorted(ranks), "use_rslora": False}
+    return {key: value for key, value in settings.items() if key in WRITTEN}
 
 
 def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Network and module by kohya's name; ValueError for a name that is no module's, or two that are the same."""
+    """Returns network and module by kohya's name; ValueError for one that is no module's, or two of the same module."""
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
     originals = {name: name for name in names}
@@ -178,9 +168,7 @@ def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         raise ValueError("names of the original SDXL network and of diffusers' are mixed: no such file is converted")
     found = {}
     for name, original in mapped.items():
-        match = re.fullmatch(r"lora_(unet|te|te1|te2)_(\w+)", name)
-        assert match is not None  # KOHYA fits all, and the mapping keeps beginnings
-        tag, rest = match.groups()
+        _, tag, rest = name.split("_", 2)
         if tag == "unet" and not _is_known(rest):
             rest = _from_original(name)
         if not _is_known(rest):
@@ -192,7 +180,7 @@ def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _from_original(name: str) -> str:
-    """A name with the original network's words as kohya writes diffusers'."""
+    """Converts a name with the original network's words to kohya's name with diffusers' words."""
     from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
@@ -201,7 +189,7 @@ def _from_original(name: str) -> str:
 
 
 def _is_known(name: str) -> bool:
-    """Whether kohya's name is made of words of Stable Diffusion's networks."""
+    """Whether kohya's name is made of the words of Stable Diffusion's networks."""
     return "_".join(PART.findall(name)) == name
 
 

@@ -1,7 +1,7 @@
 """Shows what a run's data looks like: scripts/inspect_data.py CONFIG [section.key=value ...], as for train.py
 
-Reads every picture, lists what cannot be used, and writes a contact sheet: each picture as a network sees it, with its
-number and caption below. Exit code 1 if the configuration cannot be read or pictures cannot be used.
+Reads every picture, lists those that cannot be used, and writes a contact sheet: pictures as a network sees them, each
+with its number and caption below. Exit code 1 if the configuration cannot be read or pictures cannot be used.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from trainers.inference.command import command
 from trainers.inference.picture_files import as_pil
 
 PICTURES, COLUMNS = 48, 8  # of the contact sheet
-STREAMED = 1000  # of a stream's examples, its first
+STREAMED = 1000  # first examples of a stream
 
 
 def parts(base: BaseConfig) -> Iterator[tuple[str, Any]]:
-    """Yields the data sets of a configuration by name; the pictures of a class are one of their own."""
+    """Yields the data sets of a configuration by name, with class pictures as a separate one."""
     train = datasets_lib.build(base, "train")
-    if isinstance(train, StreamData):
-        train = train.held(STREAMED)
-    yield "train", train.instances if isinstance(train, PriorDataset) else train
     if isinstance(train, PriorDataset):
-        yield "class pictures", train.prior
+        yield from (("train", train.instances), ("class pictures", train.prior))
+    else:
+        yield "train", train.held(STREAMED) if isinstance(train, StreamData) else train
     if (held_out := datasets_lib.build(base, "validation")) is not None:
         yield "validation", held_out
 
@@ -72,7 +71,7 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def sheet_of(dataset: Any, indices: list[int]) -> Image.Image:
-    """The examples' pictures in rows; without randomness, as in validation."""
+    """Arranges the examples' pictures in rows; without randomness, as in validation."""
     examples = [dataset.get(index, None) for index in indices]
     texts = [f"{index} {example.get('caption', '')}" for index, example in zip(indices, examples, strict=True)]
     return contact_sheet(centred([as_pil(example["image"] / 2 + 0.5) for example in examples]), COLUMNS, texts)
@@ -81,9 +80,9 @@ def sheet_of(dataset: Any, indices: list[int]) -> Image.Image:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="of any run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="count the captions' tokens too")
+    parser.add_argument("config", type=Path, help="config of any run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces an option of the config")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="also count the captions' tokens")
     parser.add_argument("--output", type=Path, default=Path("inspect.png"), help="contact sheet (inspect.png)")
     options = parser.parse_intermixed_args()
     if options.output.suffix.lower() != ".png" or not options.output.parent.is_dir():

@@ -11,24 +11,13 @@ import secrets
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainers.common.lora.files import make_readable, read_lora
+from trainers.common.lora.files import make_readable
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import check_new, command
-from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_lora
-
-
-def merge(base: str, loras: list[tuple[Path, float]]) -> Any:
-    """The pipeline with all LoRAs in its weights, float32."""
-    for path, _ in loras:  # before a base is loaded, or downloaded
-        read_lora(path)
-    pipeline = load_pipeline(base)
-    pipeline.fuse_lora(adapter_names=list(add_loras(pipeline, loras)))
-    pipeline.unload_lora_weights()
-    return pipeline
+from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_loras
 
 
 @command
@@ -36,15 +25,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a folder or hub name")
     parser.add_argument("output", type=Path, help="a new folder")
-    parser.add_argument(
-        "--lora", action="append", required=True, metavar="FILE[:WEIGHT]", help="weight: 1 if not given"
-    )
+    parser.add_argument("--lora", action="append", required=True, metavar="FILE[:WEIGHT]", help="default weight: 1")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
     options = parser.parse_args()
-    staging = options.output.with_name(f".tmp-{options.output.name}-{secrets.token_hex(4)}")
     check_new(options.output)
+    loras = [(path, weight) for path, weight in parse_loras(options.lora) if weight != 0]  # a DoRA would act at 0
+    pipeline = load_pipeline(options.base)
+    pipeline.fuse_lora(adapter_names=list(add_loras(pipeline, loras)))
+    pipeline.unload_lora_weights()
+    staging = options.output.with_name(f".tmp-{options.output.name}-{secrets.token_hex(4)}")
     try:
-        pipeline = merge(options.base, [parse_lora(text) for text in options.lora])
         pipeline.to(DTYPES[options.dtype]).save_pretrained(staging)
         for file in staging.rglob("*.safetensors"):
             make_readable(file)

@@ -1,15 +1,15 @@
 """Turns one picture into another: scripts/morph.py BASE FIRST LAST [--prompt TEXT] [section.key=value ...]
 
-BASE is a folder or hub name of Stable Diffusion or SDXL. Each picture has a LoRA that knows it alone: given, or trained
-here by --config (overrides change it) into a folder beside --output-dir, which the next call finds. Each picture is
-inverted by DDIM with its own LoRA alone; frames are drawn from what lies between the two noises, with both LoRAs. What
-is mixed are weights of their differences, W + (1 - w) D_1 + w D_2, not of the factors B and A of D = alpha / r B A.
-There is no guidance. Self-attention and the noise's statistics are interpolated as in DiffMorpher (arXiv 2312.07409).
+BASE is a folder or hub name of Stable Diffusion or SDXL. Each picture has a LoRA that knows it alone: either given, or
+trained here by --config (overrides change it) into a folder next to --output-dir, where the next call finds it. DDIM
+inverts each picture with its own LoRA; frames are drawn from interpolations of the two noises, with both LoRAs. Mixed
+are the LoRAs' differences, W + (1 - w) D_1 + w D_2, not the factors B and A of D = alpha / r B A. There is no guidance.
+Self-attention and the noise's statistics are interpolated as in DiffMorpher (arXiv 2312.07409).
 
-The first and the last frame are the pictures as DDIM gives them back; the contact sheet has the pictures beside them,
-psnr_of_ends among the settings says how near they are. Pictures are fitted into the model's square, not squashed;
-frames have their aspect again, or one in between. --output-dir gets morph.gif, morph.mp4, morph.png (the contact
-sheet) and frames; each PNG holds what it was made with, and `scripts/sample.py --again FILE.png` draws it once more.
+The first and the last frame are the pictures as DDIM reconstructs them: the contact sheet shows the originals next to
+them, and psnr_of_ends in the settings says how close they are. Pictures are fitted into the model's square without
+distortion; frames get their aspect ratio back, or one in between. --output-dir gets morph.gif, morph.mp4, morph.png
+(the contact sheet) and frames; each PNG holds its settings, and `scripts/sample.py --again FILE.png` redraws it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets_lib.images.decode import read_picture
-from trainers.common.autoencoder.latents import vae_config
-from trainers.common.autoencoder.options import latent_grid, perceptual_problem
+from trainers.common.autoencoder.options import perceptual_problem
 from trainers.common.autoencoder.perceptual import load_perceptual
 from trainers.common.lora.files import find_lora, read_lora
 from trainers.common.text_to_image.base_model import BaseModel, base_model_problems
@@ -39,8 +37,7 @@ from trainers.inference.fitting import Fitted, fit, size_between, unfit
 from trainers.inference.inversion import ddim_schedulers
 from trainers.inference.lora_pipeline import load_pipeline
 from trainers.inference.morphing import Morph, check_morph, evenly_distant
-from trainers.inference.output_folder import output_folder
-from trainers.inference.picture_files import as_pil, save_picture, settings_of
+from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
 from trainers.inference.saved_run import find_device
 from trainers.inference.single_picture import single_picture_lora
 
@@ -48,50 +45,43 @@ SHEET_COLUMNS = 6
 
 
 def side_of(base: BaseModel) -> int:
-    """The pixels of a side of the squares that a base works on."""
-    unet = json.loads((base.folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    settings = vae_config(str(base.folder / "vae"))
-    assert settings is not None  # the base was checked
-    latents = latent_grid(settings, 1 << 10)
-    return unet["sample_size"] * (1 << 10) // latents.resolution
+    """Returns the side of the squares that a base works on, in pixels."""
+    files = [base.folder / part / "config.json" for part in ("unet", "vae")]
+    unet, vae = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def check(arguments: argparse.Namespace) -> BaseModel:
-    """The base; raises ValueError or FileNotFoundError for what cannot be met or has no effect, before any training."""
+    """Returns the base; raises ValueError or FileNotFoundError, before any training, for arguments that do not fit."""
     if not 0 <= arguments.attention <= 1:
-        raise ValueError(f"--attention {arguments.attention}: must be a part of the steps, from 0 to 1")
+        raise ValueError(f"--attention {arguments.attention}: must be a fraction of the steps, from 0 to 1")
     if arguments.attention and not round(arguments.attention * arguments.steps):
         raise ValueError(f"--attention {arguments.attention}: is none of {arguments.steps} steps; raise it, or give 0")
     if arguments.frames < 3:
-        raise ValueError(f"--frames {arguments.frames}: the two ends alone; give at least 3")
+        raise ValueError(f"--frames {arguments.frames}: leaves none between the two ends; give at least 3")
     given = [Path(lora) for lora in (arguments.lora_a, arguments.lora_b) if lora]
     if len(given) == 2 and not (arguments.seed is arguments.config is None and not arguments.overrides):
-        raise ValueError(
-            "--seed, --config and overrides are of the LoRAs' training, and both are given; leave them out"
-        )
+        raise ValueError("--seed, --config and overrides are for training, and both LoRAs are given; leave them out")
     for problem in base_model_problems(arguments.base, ("unet", "vae", "text_encoder", "tokenizer")):
         raise ValueError(f"BASE = {arguments.base}: {problem}")
     base = BaseModel("BASE", arguments.base)
     ddim_schedulers(base.sampler, arguments.steps)
     for lora in given:
         read_lora(lora)
-    if len(given) < 2:  # else nothing is trained before the morph looks itself
+    if len(given) < 2:  # otherwise nothing is trained before Morph checks the same
         check_morph(load_pipeline(str(base.folder), dtypes_of(arguments)), given, arguments.attention)
     return base
 
 
 def dtypes_of(arguments: argparse.Namespace) -> dict[str, torch.dtype]:
-    """Some autoencoders overflow in half precision."""
+    """Keeps the autoencoder in float32, because some overflow in half precision."""
     return {"default": DTYPES[arguments.dtype], "vae": torch.float32}
 
 
-def perceptual(spec: str | None, side: int) -> nn.Module | None:
-    """The distance by which frames are spaced; ValueError where it cannot be had."""
-    if not spec:
-        return None
-    problem = perceptual_problem(spec, 3, side)
+def perceptual(spec: str, side: int) -> nn.Module:
+    """Loads the distance by which frames are spaced; ValueError if it cannot be loaded."""
     try:
-        if problem:
+        if problem := perceptual_problem(spec, 3, side):
             raise ValueError(problem)
         return load_perceptual(spec, side)
     except ValueError as error:
@@ -101,43 +91,35 @@ def perceptual(spec: str | None, side: int) -> nn.Module | None:
 def draw(
     pipeline: Any, pictures: list[Fitted], loras: list[Path], distance: nn.Module | None, arguments: argparse.Namespace
 ) -> tuple[list[float], Tensor]:
-    """The frames' weights from 0 to 1, and the frames as squares [N, 3, S, S] in [0, 1] on the CPU."""
+    """Returns the frames' weights from 0 to 1, and the frames as squares [N, 3, S, S] in [0, 1] on the CPU."""
     options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain")}
-    (first, last), (start, end) = loras, prompts_of(arguments)
-    morph = Morph(pipeline, (first, last), (start, end), **options)
-    morph.invert(torch.stack([picture.pixels for picture in pictures]).to(pipeline.device), tqdm)
+    morph = Morph(pipeline, loras, prompts_of(arguments), **options)
+    morph.invert(torch.stack([picture.pixels for picture in pictures]).to(pipeline.device))
     weights = arguments.weights or torch.linspace(0, 1, arguments.frames, dtype=torch.float64).tolist()
-    frames = morph.frames(weights, tqdm)
-    if distance is None:
-        return weights, frames
-    distances = [distance(*(2 * frames[n : n + 2, None] - 1)).item() for n in range(len(frames) - 1)]
-    weights = evenly_distant(weights, distances)
-    return weights, morph.frames(weights, tqdm)
+    frames = morph.frames(weights)
+    if distance is not None:
+        distances = [distance(*(2 * frames[n : n + 2, None] - 1)).item() for n in range(len(frames) - 1)]
+        weights = evenly_distant(weights, distances)
+        frames = morph.frames(weights)
+    return weights, frames
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
     return [arguments.prompt, arguments.prompt if arguments.prompt_b is None else arguments.prompt_b]
 
 
-def write(
-    folder: Path,
-    squares: Tensor,
-    weights: list[float],
-    pictures: list[Fitted],
-    loras: list[Path],
-    arguments: argparse.Namespace,
-    device: torch.device,
-) -> list[float]:
-    """Frames in their own sizes; in animations, and on the sheet beside the given pictures, on white of one size.
+def write(folder: Path, squares: Tensor, pictures: list[Fitted], settings: dict[str, Any]) -> list[float]:
+    """Writes frames in their own sizes; animations and the sheet, which has the pictures too, on white of one size.
 
-    Returns the PSNR of the first and of the last frame to the given pictures.
+    Returns the PSNR of the first and of the last frame to the pictures.
     """
+    weights, names = settings["weights"], [Path(path).name for path in settings["pictures"]]
     sizes = [size_between(pictures[0].size, pictures[1].size, weight) for weight in weights]
     frames = [unfit(square, size) for square, size in zip(squares, sizes, strict=True)]
     given = [unfit(picture.pixels / 2 + 0.5, picture.size) for picture in pictures]
     errors = [(a - b).square().mean() for a, b in zip((frames[0], frames[-1]), given, strict=True)]
     psnr = [-10 * error.log10().item() for error in errors]
-    settings = settings_for(arguments, loras, weights, device) | {"psnr_of_ends": psnr}
+    settings = settings | {"psnr_of_ends": psnr}
     for number, (frame, weight) in enumerate(zip(frames, weights, strict=True)):
         file = f"frames/{number:05d}.png"
         save_picture(as_pil(frame), folder / file, settings | {"file": file, "frame": number, "weight": weight})
@@ -145,7 +127,7 @@ def write(
     write_gif(sheet[1:-1], folder / "morph.gif", json.dumps(settings))
     if not write_mp4(sheet[1:-1], folder / "morph.mp4", json.dumps(settings)):
         print("no morph.mp4: imageio with imageio-ffmpeg is not installed")
-    texts = [arguments.first.name, *(f"{weight:.3g}" for weight in weights), arguments.last.name]
+    texts = [names[0], *(f"{weight:.3g}" for weight in weights), names[1]]
     save_picture(contact_sheet(sheet, SHEET_COLUMNS, texts), folder / "morph.png", settings | {"file": "morph.png"})
     return psnr
 
@@ -153,32 +135,31 @@ def write(
 def settings_for(
     arguments: argparse.Namespace, loras: list[Path], weights: list[float], device: torch.device
 ) -> dict[str, Any]:
-    """How the pictures are made: with which LoRAs and weights, so that none has to be found once more."""
+    """Collects how the pictures are made; "pinned" are the LoRAs and weights, so that neither is computed again."""
     paths = [arguments.first, arguments.last]
     lora_a, lora_b = map(str, loras)
     pinned = {"lora_a": lora_a, "lora_b": lora_b, "weights": weights, "seed": None, "config": None, "overrides": []}
     options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain", "reschedule", "dtype")}
     settings = settings_of(["morph", *arguments.words], [*paths, *map(find_lora, loras)], device)
-    settings |= {"pinned": pinned, "pictures": [*map(str, paths)], "prompts": prompts_of(arguments), "options": options}
-    return settings | {"weights": weights}
+    settings |= {"pinned": pinned, "weights": weights, "options": options}
+    return settings | {"pictures": [*map(str, paths)], "prompts": prompts_of(arguments)}
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Trains what has to be trained, draws and writes; says what."""
+    """Trains LoRAs that are not given, draws and writes the frames; returns a line that says so."""
     given, paths = [arguments.lora_a, arguments.lora_b], [arguments.first, arguments.last]
     with output_folder(arguments.output_dir, [path for path in [*paths, *given] if path]) as folder:
         base, device = check(arguments), find_device(arguments.device)
         side = side_of(base)
         pictures = [fit(read_picture(path), side) for path in paths]
-        distance = None if arguments.weights else perceptual(arguments.reschedule, side)
-        training = zip(given, pictures, paths, prompts_of(arguments), strict=True)
-        loras = [
-            Path(lora or single_picture_lora(picture, path.stem, prompt, base, arguments))
-            for lora, picture, path, prompt in training
-        ]
+        spaced = arguments.reschedule and not arguments.weights
+        distance = perceptual(arguments.reschedule, side) if spaced else None
+        loras = []
+        for lora, picture, path, prompt in zip(given, pictures, paths, prompts_of(arguments), strict=True):
+            loras.append(Path(lora or single_picture_lora(picture, path.stem, prompt, base, arguments)))
         pipeline = load_pipeline(str(base.folder), dtypes_of(arguments)).to(device)
         weights, squares = draw(pipeline, pictures, loras, distance, arguments)
-        psnr = write(folder, squares, weights, pictures, loras, arguments, device)
+        psnr = write(folder, squares, pictures, settings_for(arguments, loras, weights, device))
     ends = f"first and last: {psnr[0]:.1f} and {psnr[1]:.1f} dB PSNR to the pictures"
     return f"{len(weights)} frames ({ends}): {arguments.output_dir}"
 
@@ -188,25 +169,25 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("base", help="a folder or hub name")
     parser.add_argument("first", type=Path, help="a picture")
     parser.add_argument("last", type=Path, help="another picture")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the LoRAs' training")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the LoRAs' training")
     parser.add_argument("--prompt", default="", help="what the pictures show")
-    parser.add_argument("--prompt-b", help="what the last one shows, if something else: embeddings are interpolated")
-    parser.add_argument("--lora-a", metavar="FILE", help="the first picture's; default: trained here")
-    parser.add_argument("--lora-b", metavar="FILE", help="the last picture's; default: trained here")
-    parser.add_argument("--config", type=Path, help="of the training; default: configs/lora_single_image.yaml")
-    parser.add_argument("--frames", type=positive, default=16, help="with both ends; default: %(default)s")
-    parser.add_argument("--steps", type=positive, default=50, help="of DDIM, forth and back; default: %(default)s")
-    attention = "part of the steps, from the noise on, whose self-attention is interpolated; default: %(default)s"
-    parser.add_argument("--attention", type=float, default=0.6, metavar="PART", help=attention)
+    parser.add_argument("--prompt-b", help="what the last one shows, if different; the embeddings are interpolated")
+    parser.add_argument("--lora-a", metavar="FILE", help="LoRA of the first picture; default: trained here")
+    parser.add_argument("--lora-b", metavar="FILE", help="LoRA of the last picture; default: trained here")
+    parser.add_argument("--config", type=Path, help="config of the training; default: configs/lora_single_image.yaml")
+    parser.add_argument("--frames", type=positive, default=16, help="including both ends; default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=50, help="of DDIM in each direction; default: %(default)s")
+    attention = "fraction of the steps, from the first on, that interpolate self-attention; default: %(default)s"
+    parser.add_argument("--attention", type=float, default=0.6, metavar="FRACTION", help=attention)
     adain = "interpolate the means and deviations of the noise's channels"
     parser.add_argument("--adain", action=argparse.BooleanOptionalAction, default=True, help=adain)
-    distances = "ms_ssim, lpips, lpips:FILE or NETWORK:FILE: space frames evenly by it, which takes twice as long"
+    distances = "ms_ssim, lpips, lpips:FILE or NETWORK:FILE: space frames evenly by this distance; takes twice as long"
     parser.add_argument("--reschedule", metavar="DISTANCE", help=distances)
-    parser.add_argument("--seed", type=int, help="of the LoRAs' training: all else is without chance; default: 0")
-    parser.add_argument("--device", help="of the frames; default: cuda where there is one. Training is accelerate's")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks, in training, too")
+    parser.add_argument("--seed", type=int, help="of the LoRAs' training, the only random part; default: 0")
+    parser.add_argument("--device", help="for drawing; default: cuda if available. Training uses accelerate's")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks, also in training")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/morph"), help="default: %(default)s")
-    parser.set_defaults(words=words, weights=None)  # weights: of the frames, where a picture is drawn once more
+    parser.set_defaults(words=words, weights=None)  # weights of the frames, when a picture is redrawn
     return parser.parse_intermixed_args(words)
 
 

@@ -1,8 +1,8 @@
-"""Replays one step of a run, such as one that was skipped: scripts/replay.py RUN STEP.
+"""Replays one step of a run, such as one that was skipped: scripts/replay.py RUN STEP
 
-STEP counts as metrics.jsonl does. Same examples, augmentation, noise and dropout as in the run; weights of the newest
-checkpoint before the step, or the initial ones. Prints every micro-batch with its loss and the norm of its gradient,
-names the examples of those that are not finite, and saves the pictures as RUN/replay-step-N.png. Changes nothing else.
+STEP counts as metrics.jsonl does. Uses the run's examples, augmentation, noise and dropout, with the weights of the
+newest checkpoint before the step, or the initial ones. Prints each micro-batch with its loss and gradient norm, names
+the examples of those that are not finite, and saves the pictures as RUN/replay-step-N.png. Changes nothing else.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
+from trainers.common.diffusion.sampling import to_unit_range
 from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.data.batches import order_of
-from trainers.engine.data.workers import SlotExamples, collate
+from trainers.engine.data.prefetch import to_device
+from trainers.engine.data.workers import SlotExamples
 from trainers.engine.distributed import launch
 from trainers.engine.encoders.stages import build_encoders
 from trainers.engine.optim.networks import build_trainer, init_networks, prepare_networks
@@ -35,15 +37,13 @@ from trainers.inference.command import command
 
 
 def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, int]:
-    """A step's slots and the size of its micro-batches: from skipped_steps.jsonl, else from a checkpoint's state."""
+    """Returns a step's slots and micro-batch size, from skipped_steps.jsonl or else from a checkpoint's state."""
     for line in read_lines(folder / SKIPPED_STEPS):
         if line["step"] == step:
             return range(*line["slots"]), line["micro_batch_size"]
     states = [json.loads((path / "state.json").read_text(encoding="utf-8")) for _, path in list_checkpoints(folder)]
     if not states:
-        raise ValueError(
-            f"{folder}: step {step} was not skipped, and there is no checkpoint from which to count its slots"
-        )
+        raise ValueError(f"{folder}: step {step} was not skipped, and there is no checkpoint to count its slots from")
     nearest = min(states, key=lambda state: (state["step"] >= step, abs(state["step"] - step)))
     if not 1 <= step <= nearest["total_steps"]:
         raise ValueError(f"{folder}: step {step} is not one of its steps, 1 to {nearest['total_steps']}")
@@ -53,7 +53,7 @@ def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, i
 
 
 def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
-    """Prints the step's micro-batches; returns their losses, and the pictures [B, C, H, W] that it was given."""
+    """Prints the step's micro-batches; returns their losses, and its pictures [B, C, H, W] or None for latents."""
     base = run.base
     slots, size = find_slots(folder, step, base.train_batch_size)
     base.train_batch_size, base.global_batch_size, base.gradient_accumulation_steps = size, None, 1
@@ -74,34 +74,28 @@ def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     print(f"step {step}: slots {slots.start} to {slots.stop - 1}, weights of {before.name if before else 'the start'}")
 
     losses, pictures = [], []
-    for number, first in enumerate(range(slots.start, slots.stop, size)):
-        keys = [(slot, order.index(slot)) for slot in range(first, first + size)]
-        batch = collate([examples[key] for key in keys])
-        if isinstance(batch, Exception):
-            raise batch
-        pictures += [batch["image"]] if "image" in batch else []
-        batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    keys = [[(slot, order.index(slot)) for slot in slots[n : n + size]] for n in range(0, len(slots), size)]
+    batches = to_device((examples.batch(each) for each in keys), examples.finish, accelerator.device)
+    for number, batch in enumerate(batches):
+        pictures += [batch["image"].cpu()] if "image" in batch else []
         seed_network(base.seed, step - 1, number, accelerator.device)
         loss, _ = trainer.compute_loss(encoders.encode(batch), SlotRandom(base.seed, batch["slot"]), step - 1)
         loss.backward()
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for network in networks.values() for p in network.parameters() if p.grad is not None]
-        )
+        gradients = [p.grad for network in networks.values() for p in network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         optimizer.zero_grad()
         losses.append(loss.item())
         print(f"  micro-batch {number}: loss {loss.item():.6g}, gradient norm {norm.item():.6g}")
         if not (loss.isfinite() and norm.isfinite()):
-            describe(train_set, keys, batch)
+            describe(train_set, keys[number], batch)
     return {"losses": losses, "pictures": torch.cat(pictures) if pictures else None}
 
 
 def describe(train_set: Any, keys: list[tuple[int, int]], batch: dict[str, Any]) -> None:
-    for row, (slot, index) in enumerate(keys):
-        kind = "pixels" if "image" in batch else "latents"
-        image = batch["image"][row] if "image" in batch else batch["mean"][row]
-        name = train_set.name(index)
-        finite = "" if image.isfinite().all() else ", NOT FINITE"
-        print(f"    slot {slot}: {name}, {kind} {image.min():.3g} to {image.max():.3g}{finite}")
+    kind, column = ("pixels", "image") if "image" in batch else ("latents", "mean")
+    for (slot, index), values in zip(keys, batch[column], strict=True):
+        finite = "" if values.isfinite().all() else ", NOT FINITE"
+        print(f"    slot {slot}: {train_set.name(index)}, {kind} {values.min():.3g} to {values.max():.3g}{finite}")
 
 
 @command
@@ -112,13 +106,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("step", type=int, help="as metrics.jsonl counts, from 1")
     options = parser.parse_args()
-    run = load_config(options.run / "config.yaml")
-    found = replay(run, options.run, options.step)
-    if found["pictures"] is None:
-        return  # latents
-    path = options.run / f"replay-step-{options.step}.png"
-    save_image((found["pictures"] / 2 + 0.5).clamp(0, 1), path)
-    print(f"pictures: {path}")
+    found = replay(load_config(options.run / "config.yaml"), options.run, options.step)
+    if found["pictures"] is not None:
+        path = options.run / f"replay-step-{options.step}.png"
+        save_image(to_unit_range(found["pictures"]), path)
+        print(f"pictures: {path}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Turns a data set into shards to stream: scripts/shard.py FOLDER_OR_CONFIG --output-dir DIR [base.key=value ...]
 
-FOLDER_OR_CONFIG is what base.train_data_dir can be, or a run's configuration, whose section `base` says what the data
-is. Pictures, masks, labels and captions are copied as they are, in a random order of base.seed; a validation split goes
+FOLDER_OR_CONFIG is a value of base.train_data_dir, or a run's configuration, whose section `base` says what the data
+is. Pictures, masks, labels and captions are copied as they are, in a random order by base.seed; a validation split goes
 to a sub-folder. With --latents VAE (a finished vae run, or another AutoencoderKL) the posteriors of the pictures'
 centres are written instead. To train on them: base.train_data_dir=DIR base.streaming=true base.max_train_steps=N.
 
-`accelerate launch scripts/shard.py ...` or torchrun shares the shards out over processes. What was interrupted goes on
-with the same options: shards that are whole are kept. One call at a time writes to a folder.
+`accelerate launch scripts/shard.py ...` or torchrun divides the shards among processes. An interrupted call continues
+with the same options: complete shards are kept. Only one call at a time can write to a folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ from trainers.engine.distributed.collectives import run_on_all, run_on_main
 from trainers.engine.run.files import flush
 from trainers.engine.run.run_folder import LOCK, lock_folder
 from trainers.inference.arguments import DTYPES
-from trainers.inference.command import command, positive
+from trainers.inference.command import command, keep_settings, positive
 
 
 def read_base(source: Path, overrides: list[str]) -> BaseConfig:
-    """The section `base` of a configuration, or of none where the source is data; ValueError for what cannot be."""
+    """Reads section `base` of a configuration, or makes one for data; ValueError for options that do not fit."""
     if source.is_dir() or source.suffix == ".jsonl":
         if overrides:
             raise ValueError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
@@ -53,53 +53,36 @@ def read_base(source: Path, overrides: list[str]) -> BaseConfig:
 
 
 def settings_of(dataset: ImageDataset, base: BaseConfig, space: LatentSpace | None, options: Any) -> dict[str, Any]:
-    """The settings that decide the shards of a split; a folder holds those of one split."""
+    """Returns the settings that decide the shards of a split; a folder holds those of one split."""
     found = {"format": FORMAT, "kind": options.format, "shard_size": options.shard_size, "seed": base.seed}
     found["data"] = dataset.fingerprint
     if space is not None:
         found |= {"encoded_by": space.digest, "dtype": options.dtype}
-        found |= {"resolution": base.resolution, "channels": base.channels, "interpolation": base.interpolation}
-        found |= {"background_color": base.background_color}
+        names = ("resolution", "channels", "interpolation", "background_color")
+        found |= {name: getattr(base, name) for name in names}
     return found
 
 
-@contextmanager
-def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock inside; ValueError on every process where another call has it."""
-    held = []
-
-    def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        held.append(lock_folder(folder, "--output-dir"))
-
-    run_on_main(accelerator, take)
-    try:
-        yield
-    finally:
-        for file in filter(None, held):
-            file.close()
+def lock(folder: Path, held: ExitStack) -> None:
+    """Makes the folder, and locks it until `held` is closed; ValueError if another call has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = lock_folder(folder, "--output-dir")
+    if file is not None:
+        held.enter_context(file)
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or sees to it that what it holds was begun with the same settings."""
+    """Makes the folder; ValueError if it holds shards with other settings, or other files."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / SETTINGS
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [f"{key}: {before.get(key)} -> {settings.get(key)}" for key in {**before, **settings}
-                   if before.get(key) != settings.get(key)]  # fmt: skip
-        if changed:
-            raise ValueError(f"{folder}: holds shards with other settings ({'; '.join(changed)}); choose a new folder")
-    elif any(path.name != LOCK for path in folder.iterdir()):
+    if not (folder / SETTINGS).is_file() and any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
-    else:
-        file.write_text(json.dumps(settings), encoding="utf-8")
+    keep_settings(folder / SETTINGS, settings)
 
 
 def write_shards(
     accelerator: Accelerator, dataset: ImageDataset, space: LatentSpace | None, folder: Path, options: Any, seed: int
 ) -> None:
-    """Writes this process's shards; a whole one is kept, and known by its record, which comes last."""
+    """Writes this process's shards, each followed by its record; shards with a record are kept."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     starts = range(0, len(order), options.shard_size)
     for number in range(accelerator.process_index, len(starts), accelerator.num_processes):
@@ -121,11 +104,9 @@ def write_shards(
 
 def is_whole(path: Path, record: Path) -> bool:
     """Whether a shard was finished: its file has the size that its record says."""
-    if not (path.is_file() and record.is_file()):
-        return False
     try:
         return json.loads(record.read_text(encoding="utf-8"))["bytes"] == path.stat().st_size
-    except (ValueError, KeyError):  # cut off with the machine
+    except (FileNotFoundError, ValueError, KeyError):  # such as a record cut off by a power loss
         return False
 
 
@@ -179,11 +160,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FOLDER_OR_CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="base.key=value")
-    parser.add_argument("--output-dir", type=Path, required=True, help="a new folder, or one to go on with")
+    parser.add_argument("--output-dir", type=Path, required=True, help="a new folder, or one to continue")
     parser.add_argument("--format", choices=SUFFIXES, default="parquet", help="of the shards (parquet)")
     parser.add_argument("--shard-size", type=positive, default=10_000, help="examples per shard (10000)")
     parser.add_argument("--latents", metavar="VAE", help="a finished vae run, or another folder or hub name")
-    parser.add_argument("--batch-size", type=positive, default=16, help="pictures to encode at once (16)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="pictures to encode per batch (16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the latents (float32)")
     options = parser.parse_intermixed_args()
     accelerator = Accelerator()
@@ -193,9 +174,10 @@ def main() -> None:
         for problem in latents_problems(options.latents):
             raise ValueError(f"--latents = {options.latents}: {problem}")
         if base.buckets or base.random_flip:
-            raise ValueError("base.buckets and base.random_flip: latents are of pictures of one size as they are")
+            raise ValueError("base.buckets and base.random_flip: latents are of unflipped pictures of one size")
         space = LatentSpace("--latents", options.latents, base, accelerator.device, torch.float32)
-    with locked(accelerator, options.output_dir):
+    with ExitStack() as held:
+        run_on_main(accelerator, lambda: lock(options.output_dir, held))
         for split in ("train", "validation"):
             shard_split(accelerator, base, split, space, options)
     accelerator.end_training()

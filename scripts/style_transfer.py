@@ -1,8 +1,8 @@
 """Redraws pictures in the style of a LoRA: scripts/style_transfer.py BASE PICTURE ... --controlnet FOLDER --prompt TEXT
 
-BASE is a folder or hub name of Stable Diffusion or SDXL, PICTURE a file or a folder of pictures. Image-to-image from
-each picture, in which a ControlNet for Canny edges keeps the outlines. The aspect stays, up to the pixels per latent.
-Each PNG holds what it was made with; `scripts/sample.py --again FILE.png` draws it once more.
+BASE is a folder or hub name of Stable Diffusion or SDXL, PICTURE a file or a folder of pictures. Image-to-image starts
+from each picture, and a ControlNet for Canny edges keeps the outlines. The aspect ratio stays, up to the pixels per
+latent. Each PNG holds its settings, and `scripts/sample.py --again FILE.png` redraws it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets_lib.images.decode import read_picture
 from datasets_lib.sources.folder import EXTENSIONS
-from trainers.common.lora.files import find_lora, read_lora
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.command import command, positive
@@ -31,15 +30,13 @@ from trainers.inference.lora_pipeline import (
     check_negative_prompt,
     check_strength,
     load_pipeline,
-    parse_lora,
-    weigh_loras,
+    parse_loras,
 )
-from trainers.inference.output_folder import output_folder
-from trainers.inference.picture_files import as_pil, save_picture, settings_of
+from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
 from trainers.inference.prompted_drawing import SAMPLERS, use_sampler
 from trainers.inference.saved_run import find_device
 
-# what says how pictures look, beside the base, the ControlNet and the LoRAs
+# arguments that determine the pictures, apart from the base and the ControlNet
 OPTIONS = (
     "prompt", "negative_prompt", "lora", "strength", "guidance", "control_scale", "sampler", "steps", "max_side",
     "seed",
@@ -47,7 +44,7 @@ OPTIONS = (
 
 
 def pictures_of(paths: list[str]) -> list[Path]:
-    """The files, and those in folders by name; FileNotFoundError for what is not there."""
+    """Lists files, and those in folders by name; FileNotFoundError for a path without pictures."""
     found = []
     for path in map(Path, paths):
         inside = sorted(file for file in path.glob("*") if file.suffix.lower() in EXTENSIONS)
@@ -58,27 +55,22 @@ def pictures_of(paths: list[str]) -> list[Path]:
 
 
 def fitted(image: Image.Image, multiple: int, max_side: int) -> Image.Image:
-    """The picture at most so large, with sides that are multiples: what is over at the rim is cut, nothing squashed."""
+    """Shrinks a picture to at most `max_side`, with sides that are multiples: crops the rest, distorts nothing."""
     scale = min(1.0, max_side / max(image.size))
     if min(image.size) * scale < multiple / 2:
-        width, height = image.size
-        raise ValueError(
-            f"--max-side {max_side}: leaves too little of a picture of {width} x {height} pixels; raise it"
-        )
-    width, height = (
-        max(1, min(round(side * scale / multiple), max_side // multiple)) * multiple for side in image.size
-    )
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"--max-side {max_side}: leaves too little of a picture of {size}; raise it")
+    sides = [max(1, min(round(side * scale / multiple), max_side // multiple)) * multiple for side in image.size]
+    return ImageOps.fit(image, (sides[0], sides[1]), Image.Resampling.LANCZOS)
 
 
 def edges_of(image: Image.Image) -> Image.Image:
-    """White on black, RGB: what ControlNets for Canny edges are asked with."""
-    found = canny(np.asarray(image.convert("L")))
-    return Image.fromarray(found.astype(np.uint8) * 255).convert("RGB")
+    """Draws edges white on black, RGB, as ControlNets for Canny edges expect them."""
+    return Image.fromarray(canny(np.asarray(image.convert("L")))).convert("RGB")
 
 
 def read_controlnet(name: str) -> Any:
-    """Raises ValueError for a folder or hub name that is none, or cannot be had."""
+    """Loads a ControlNet; ValueError for a folder or hub name that holds none, or cannot be read."""
     from diffusers import ControlNetModel
 
     try:
@@ -92,7 +84,7 @@ def read_controlnet(name: str) -> Any:
 
 
 def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any:
-    """The pipeline with ControlNet and LoRAs, on its device; ValueError where they do not fit each other."""
+    """Builds the pipeline with ControlNet and LoRAs on its device; ValueError if they do not fit each other."""
     from diffusers import AutoPipelineForImage2Image
 
     device = find_device(arguments.device)
@@ -100,20 +92,22 @@ def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any
     if base.unet.config.in_channels != base.vae.config.latent_channels:
         raise ValueError(f"{arguments.base}: is a base for inpainting; give an ordinary one")
     for name in ("cross_attention_dim", "block_out_channels"):
-        wanted, own = base.unet.config[name], controlnet.config[name]
+        own, wanted = controlnet.config[name], base.unet.config[name]
         if own != wanted:
             found = f"has {name} = {own}, BASE {wanted}; give one for the same family"
             raise ValueError(f"--controlnet {arguments.controlnet}: {found}")
     pipeline = AutoPipelineForImage2Image.from_pipe(base, controlnet=controlnet)
-    weigh_loras(pipeline, add_loras(pipeline, loras))
+    add_loras(pipeline, loras)
     if arguments.sampler is not None:
         use_sampler(pipeline, arguments.sampler, [path for path, _ in loras])
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     return pipeline.to(device)
 
 
-def restyle(pipeline: Any, image: Image.Image, edges: Image.Image, number: int, arguments: argparse.Namespace) -> Any:
-    """The picture drawn anew, with the noise of its number."""
+def restyle(
+    pipeline: Any, image: Image.Image, edges: Image.Image, number: int, arguments: argparse.Namespace
+) -> Image.Image:
+    """Redraws a picture with the noise of its number."""
     drawn = pipeline(
         arguments.prompt,
         image=image,
@@ -138,42 +132,35 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("pictures", nargs="+", help="files and folders")
     parser.add_argument("--controlnet", required=True, help="folder or hub name, for Canny edges")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--negative-prompt", help="what pictures are pushed away from")
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="weight 1 if not given")
+    parser.add_argument("--negative-prompt", help="text that guidance moves away from")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="default weight: 1")
     parser.add_argument("--strength", type=float, default=0.8, help="in (0, 1]: how much of the picture is redrawn")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1: none")
-    parser.add_argument("--control-scale", type=float, default=0.8, help="how strongly edges act; 0: not at all")
-    parser.add_argument("--steps", type=positive, default=30, help="of the sampler, of which strength takes a part")
+    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale; 1: no guidance")
+    parser.add_argument("--control-scale", type=float, default=0.8, help="strength of the edges; 0: no effect")
+    parser.add_argument("--steps", type=positive, default=30, help="sampling steps, of which --strength takes a part")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the base's own")
-    parser.add_argument("--max-side", type=positive, default=768, help="pixels; larger pictures are made smaller")
+    parser.add_argument("--max-side", type=positive, default=768, help="pixels; larger pictures are shrunk")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-edges", action="store_true", help="into the folder edges")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/style_transfer"))
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", help="default: cuda if available")
     parser.set_defaults(words=words, only=None, names=None)
     return parser.parse_intermixed_args(words)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """ValueError for settings that are out of range or cannot take effect."""
+def run(arguments: argparse.Namespace) -> str:
+    """Redraws and writes the pictures; returns a line that says so. ValueError for settings that do not fit."""
     check_strength(arguments.strength, arguments.steps)
     check_negative_prompt(arguments.negative_prompt, arguments.guidance)
     for name in ("guidance", "control_scale"):
-        value = getattr(arguments, name)
-        if not 0 <= value < float("inf"):
+        if not 0 <= (value := getattr(arguments, name)) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
-
-
-def run(arguments: argparse.Namespace) -> str:
-    """Draws and writes what is asked for; says what."""
-    check(arguments)
-    loras, files = [parse_lora(text) for text in arguments.lora], pictures_of(arguments.pictures)
+    loras, files = parse_loras(arguments.lora), pictures_of(arguments.pictures)
     names = [Path(name).name for name in arguments.names or names_of(files)]
     numbers = range(len(files)) if arguments.only is None else [arguments.only]
-    with output_folder(arguments.output_dir, [*files, *(path for path, _ in loras)]) as folder:
-        for path, _ in loras:  # before a base is loaded, or downloaded
-            read_lora(path)
-        for file in files:
+    read = [path for path, _ in loras]
+    with output_folder(arguments.output_dir, [*files, *read]) as folder:
+        for file in files:  # before a base is loaded
             read_picture(file)
         pipeline = build(arguments, loras)
         if arguments.max_side < pipeline.vae_scale_factor:
@@ -182,8 +169,7 @@ def run(arguments: argparse.Namespace) -> str:
         for number, file, name in zip(numbers, progress, names, strict=True):
             image = fitted(read_picture(file), pipeline.vae_scale_factor, arguments.max_side)
             edges = edges_of(image)
-            read = [file, *(find_lora(path) for path, _ in loras)]
-            settings = settings_of(["style_transfer", *arguments.words], read, pipeline.device)
+            settings = settings_of(["style_transfer", *arguments.words], [file, *read], pipeline.device)
             settings |= {"pinned": {"only": number, "pictures": [str(file)], "names": [name]}}
             settings |= {"size": list(image.size), "options": {name: getattr(arguments, name) for name in OPTIONS}}
             made = {f"{name}.png": restyle(pipeline, image, edges, number, arguments)}
@@ -194,7 +180,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def names_of(files: list[Path]) -> list[str]:
-    """The files' own names, with their numbers where some are alike."""
+    """Names the files by their stems, with their numbers if some are the same."""
     names = [file.stem for file in files]
     return names if len(set(names)) == len(names) else [f"{n:05d}-{name}" for n, name in enumerate(names)]
 

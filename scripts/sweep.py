@@ -1,23 +1,24 @@
 """Metrics against one setting: scripts/sweep.py RUN --vary guidance=0,1,1.5,2,3 --output docs/digits-guidance
 
-Varies guidance, classifier_scale or steps (of the sampler), or checkpoint (those of the run, without a list), with
-averaged and with raw weights. Writes OUTPUT.json, a table OUTPUT.md, a plot OUTPUT.png, and OUTPUT-pictures.png with
-the first pictures of each row. Classes are seen by the support vector machine of scripts/evaluate.py.
+Varies guidance, classifier_scale, steps (of sampling), or checkpoint (all of the run's; takes no list), with averaged
+and with raw weights. Writes OUTPUT.json, a table OUTPUT.md, a plot OUTPUT.png, and OUTPUT-pictures.png with the first
+pictures of each row. Classes are recognised by the support vector machine of scripts/evaluate.py.
 
---base BASE_RUN draws an adapter's base model beside it, from the same noise, and adds how far each row's pictures are
-from the base's of the last value. Overrides of a task's section are for the run of that task. Needs matplotlib
+--base BASE_RUN also draws an adapter's base model, from the same noise, and measures how far each row's pictures are
+from the base's at the last value. Overrides of a task's section apply to the run of that task. Needs matplotlib
 (pip install diffloop[dev]).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -43,21 +44,13 @@ COLUMNS = {
     "class_diversity": "diversity within a class, over real",
     "nearest_distance": "distance to the nearest training picture, median",
     "copies": "nearer than 95 % of held-out ones",
-    "distance": "root mean square distance to the last of the base",
+    "distance": "root mean square distance to the base at the last value",
 }
 SHOWN = 10  # pictures of a row
 
 
-class Point(NamedTuple):
-    """A row to measure: the varied value, whose pictures they are, and the arguments that draw them."""
-
-    value: str
-    weights: str
-    arguments: argparse.Namespace
-
-
-def points(arguments: argparse.Namespace) -> list[Point]:
-    """Everything to be measured; ValueError for what cannot be varied."""
+def points(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+    """Returns the arguments of each row, with its `value` and its `kind`: "ema", "raw" or "base"."""
     name, _, values = arguments.vary.partition("=")
     changes: list[tuple[str, dict[str, Any]]] = []
     if name == "checkpoint":
@@ -67,20 +60,17 @@ def points(arguments: argparse.Namespace) -> list[Point]:
     if not changes:
         wanted = "guidance=, classifier_scale= or steps=A,B,..., or checkpoint for a run with checkpoints"
         raise ValueError(f"--vary {arguments.vary}: must be {wanted}")
-    kept = sides(arguments)
-    found = [
-        Point(value, weights, argparse.Namespace(**vars(arguments) | changed | side))
-        for value, changed in changes
-        for weights, side in kept
-    ]
-    for point in found:  # a mistake shows before the first picture is drawn
-        saved = open_run(point.arguments.path)
-        saved.config(overrides_of(point.arguments, saved))
+    found = []
+    for (value, changed), (kind, side) in itertools.product(changes, sides(arguments)):
+        point = argparse.Namespace(**vars(arguments) | changed | side, value=value, kind=kind)
+        saved = open_run(point.path)
+        saved.config(overrides_of(point, saved))  # raises before the first picture is drawn
+        found.append(point)
     return found
 
 
 def sides(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
-    """The kinds of weights to draw with, and the base model, each with what it changes in the arguments."""
+    """Lists the kinds of weights, and the base model, each with the arguments that it changes."""
     saved = open_run(arguments.path)
     kinds = [arguments.weights] if arguments.weights else [AVERAGED, RAW] if saved.config().config.use_ema else [RAW]
     if arguments.base is None:
@@ -92,7 +82,7 @@ def sides(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 
 def sweep(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """A row of metrics for each value and kind of weights, and its pictures."""
+    """Yields a row of metrics, and its pictures, for each value and kind of weights."""
     chosen, run, cpu = points(arguments), open_run(arguments.path).config(), torch.device("cpu")
     sets: Any = datasets_lib.build(run.base, "train"), datasets_lib.build(run.base, "validation")
     real, others = [s and describe(pictures_of(s, list(range(len(s))), 500), cpu) for s in sets]
@@ -100,22 +90,22 @@ def sweep(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Tenso
 
     @cache
     def drawn(number: int) -> Described:
-        _, trainer = trainer_of(chosen[number].arguments)
+        trainer = trainer_of(chosen[number], open_run(chosen[number].path))
         requests = evaluation_requests(trainer, arguments.number, sets[1])
         if not requests:
             raise ValueError(f"{arguments.path}: its task draws no pictures")
         if real.labels is None or "label" not in requests[0]:
-            raise ValueError(f"{arguments.path}: has no classes; only what is drawn by class can be recognised")
+            raise ValueError(f"{arguments.path}: has no classes; only pictures drawn by class can be recognised")
         return describe(drawn_pictures(trainer, requests, None, arguments.seed, arguments.batch_size), trainer.device)
 
-    last = max((number for number, point in enumerate(chosen) if point.weights == "base"), default=None)
+    last = max((number for number, point in enumerate(chosen) if point.kind == "base"), default=None)
     for number, point in enumerate(tqdm(chosen, desc=arguments.vary.partition("=")[0])):
         pictures = drawn(number)
         recognise = recognise or train_classifier(real)
         found = measure(pictures, real, own, recognise)
         if last is not None:
             found["distance"] = (pictures.vectors - drawn(last).vectors).square().mean().sqrt().item()
-        yield {"value": point.value, "weights": point.weights} | found, pictures.thumbnails
+        yield {"value": point.value, "weights": point.kind} | found, pictures.thumbnails
 
 
 def as_table(name: str, rows: list[dict]) -> str:
@@ -127,13 +117,12 @@ def as_table(name: str, rows: list[dict]) -> str:
 
 
 def plot(name: str, rows: list[dict], path: Path) -> None:
-    """Recognised pictures and diversity against the value, a line for each kind of weights."""
+    """Plots recognised pictures and diversity against the value, with a line for each kind of weights."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for kind in dict.fromkeys(row["weights"] for row in rows):
-        own = [row for row in rows if row["weights"] == kind]
-        for axis, key in zip(axes, ("class_accuracy", "class_diversity"), strict=True):
-            axis.plot([float(row["value"]) for row in own], [row[key] for row in own], marker="o", label=kind)
     for axis, key in zip(axes, ("class_accuracy", "class_diversity"), strict=True):
+        for kind in dict.fromkeys(row["weights"] for row in rows):
+            own = [row for row in rows if row["weights"] == kind]
+            axis.plot([float(row["value"]) for row in own], [row[key] for row in own], marker="o", label=kind)
         axis.set(xlabel=name, ylabel=COLUMNS[key])
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -145,10 +134,10 @@ def plot(name: str, rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of a run with classes")
-    parser.add_argument("--base", type=Path, help="a finished run: the base model of the adapter in `path`")
+    parser.add_argument("--base", type=Path, help="a finished run: the base model of the adapter in PATH")
     parser.add_argument("--vary", required=True, help="guidance=A,B,..., classifier_scale=, steps=, or checkpoint")
-    parser.add_argument("--number", type=positive, default=1000, help="pictures for each row")
-    parser.add_argument("--output", type=Path, required=True, help="path of the files without suffix")
+    parser.add_argument("--number", type=positive, default=1000, help="pictures per row")
+    parser.add_argument("--output", type=Path, required=True, help="path of the files, without their suffixes")
     add_sampling_arguments(parser)
     arguments = parser.parse_intermixed_args()
     name, rows, pictures = arguments.vary.partition("=")[0], [], []

@@ -229,7 +229,7 @@ def test_replay_says_what_it_cannot_do(tmp_path, run_in_process):
         find_slots(folder, 7, 4)
     (folder / "checkpoint-6").rename(folder / "elsewhere")
     (folder / "skipped_steps.jsonl").write_text('{"step": 2, "slo')  # torn by a kill
-    with pytest.raises(ValueError, match="step 2 was not skipped, and there is no checkpoint from which to count"):
+    with pytest.raises(ValueError, match="step 2 was not skipped, and there is no checkpoint to count"):
         find_slots(folder, 2, 4)
 
 

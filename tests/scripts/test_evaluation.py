@@ -385,7 +385,7 @@ def test_mistakes_of_a_sweep(trained, run_in_process, tmp_path, monkeypatch):
         (trained, "guidance=", "--vary guidance=: must be"),
         (trained / "checkpoint-3", "checkpoint", "or checkpoint for a run with checkpoints"),
         (trained, "steps=2,30", "ddpm_num_inference_steps = 30: must be at most"),
-        (plain, "steps=2", "has no classes; only what is drawn by class can be recognised"),
+        (plain, "steps=2", "has no classes; only pictures drawn by class can be recognised"),
     ):
         with pytest.raises(SystemExit, match="error: ") as caught:
             call(monkeypatch, sweep, path, "--vary", vary, "--output", tmp_path / "table")

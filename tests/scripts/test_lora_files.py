@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -17,6 +18,7 @@ from tiny_models import model
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
 from trainers.common.lora.files import FILE_NAME, SETTINGS_KEY, load_lora, read_about, save_lora
+from trainers.inference.lora_pipeline import parse_lora
 
 # linear and convolution, inside blocks and at the top, and one that occurs in both kinds of networks' names
 UNET = ["to_q", "to_k", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "conv_in", "time_emb_proj", "linear_1"]
@@ -501,16 +503,16 @@ def test_merging_dora_and_the_dtype_of_the_files(files, tmp_path, monkeypatch):
 
 
 def test_file_and_weight(tmp_path, monkeypatch):
-    assert merge_lora.parse_lora("a.safetensors") == (merge_lora.Path("a.safetensors"), 1.0)
-    assert merge_lora.parse_lora("a:b.safetensors:-0.5") == (merge_lora.Path("a:b.safetensors"), -0.5)
-    assert merge_lora.parse_lora("C:\\loras\\a.safetensors") == (merge_lora.Path("C:\\loras\\a.safetensors"), 1.0)
-    assert merge_lora.parse_lora("C:\\loras\\a.safetensors:1e-1") == (merge_lora.Path("C:\\loras\\a.safetensors"), 0.1)
+    assert parse_lora("a.safetensors") == (Path("a.safetensors"), 1.0)
+    assert parse_lora("a:b.safetensors:-0.5") == (Path("a:b.safetensors"), -0.5)
+    assert parse_lora("C:\\loras\\a.safetensors") == (Path("C:\\loras\\a.safetensors"), 1.0)
+    assert parse_lora("C:\\loras\\a.safetensors:1e-1") == (Path("C:\\loras\\a.safetensors"), 0.1)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").touch()
     with pytest.raises(ValueError, match="--lora a:half: half is no weight; give a number, such as a:0.8"):
-        merge_lora.parse_lora("a:half")
+        parse_lora("a:half")
     with pytest.raises(ValueError, match="--lora a:nan: the weight must be finite"):
-        merge_lora.parse_lora("a:nan")
+        parse_lora("a:nan")
 
 
 def test_what_is_not_merged(files, tmp_path, monkeypatch):

@@ -35,10 +35,6 @@ NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 UNET, TEXT = ["to_q", "to_k", "to_v", "conv1"], ["q_proj", "fc1"]
 
 
-def silent(steps, text=""):
-    return steps
-
-
 def make_lora(folder, seed, family="sd1", text=False, **options):
     """A random LoRA, as if it had been trained."""
     torch.manual_seed(seed)
@@ -72,7 +68,7 @@ def morph_of(loras, family="sd1", steps=4, attention=0.6, adain=True):
     torch.manual_seed(0)
     found = Morph(load_pipeline(model(family)), loras, PROMPTS, steps, attention, adain)
     found.pictures = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4), (32, 32), mode="bicubic") * 2 - 1
-    found.invert(found.pictures, silent)
+    found.invert(found.pictures)
     return found
 
 
@@ -191,7 +187,7 @@ def test_each_picture_is_inverted_with_its_own_adapter_alone(loras):
 
     hook = pipeline.unet.register_forward_pre_hook(look)
     pictures = torch.rand(2, 3, 32, 32) * 2 - 1
-    morph.invert(pictures, silent)
+    morph.invert(pictures)
     hook.remove()
     assert seen == [{("lora_0", False)}] * 3 + [{("lora_1", False)}] * 3
     for number, lora in enumerate(loras()):
@@ -323,7 +319,7 @@ def test_a_dora_is_not_mixed(loras, tmp_path):
 def test_the_ends_are_the_reconstructions(loras, family, attention, adain):
     """What diffusers' pipeline draws from the noise, with one LoRA and without guidance."""
     morph = morph_of(loras(family), family, attention=attention, adain=adain)
-    frames = morph.frames([0.0, 0.5, 1.0], silent)
+    frames = morph.frames([0.0, 0.5, 1.0])
     assert frames.shape == (3, 3, 32, 32)
     for number, lora in enumerate(loras(family)):
         pipeline = alone(lora, family)
@@ -378,7 +374,7 @@ def test_keys_and_values_of_self_attention_in_up_blocks_are_mixed(loras):
 def test_attention_is_shared_in_the_first_steps(loras, monkeypatch, attention, steps):
     used, at = [], SharedAttention.at
     monkeypatch.setattr(SharedAttention, "at", lambda self, weight: (used.append(weight), at(self, weight))[1])
-    morph_of(loras(), steps=5, attention=attention).frames([0.0, 0.5, 1.0], silent)
+    morph_of(loras(), steps=5, attention=attention).frames([0.0, 0.5, 1.0])
     assert used == [0.0, 1.0, 0.5] * steps
 
 
@@ -618,11 +614,11 @@ def test_mistakes_are_messages(tmp_path, pictures, loras, monkeypatch):
     (tmp_path / "there" / "file").touch()
     (tmp_path / "text.png").write_text("no picture")
     lines = [
-        ((), ["--frames", "2"], "--frames 2: the two ends alone; give at least 3"),
-        ((), ["--attention", "1.5"], "--attention 1.5: must be a part of the steps, from 0 to 1"),
-        ((), ["--seed", "0"], "--seed, --config and overrides are of the LoRAs' training, and both are given"),
-        ((), ["lora.rank=2"], "--seed, --config and overrides are of the LoRAs' training"),
-        ((), ["--config", "a.yaml"], "--seed, --config and overrides are of the LoRAs' training"),
+        ((), ["--frames", "2"], "--frames 2: leaves none between the two ends; give at least 3"),
+        ((), ["--attention", "1.5"], "--attention 1.5: must be a fraction of the steps, from 0 to 1"),
+        ((), ["--seed", "0"], "--seed, --config and overrides are for training, and both LoRAs are given"),
+        ((), ["lora.rank=2"], "--seed, --config and overrides are for training"),
+        ((), ["--config", "a.yaml"], "--seed, --config and overrides are for training"),
         ((), ["--steps", "1000"], "steps = 1000: give 1 to 999"),
         ((), ["--reschedule", "psnr"], "--reschedule psnr: must be one of: lpips"),
         ((), ["--reschedule", "lpips:none.pth"], "--reschedule lpips:none.pth: no file none.pth"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainers.inference.output_folder import MARK, output_folder
+from trainers.inference.picture_files import MARK, output_folder
 
 
 def draw(folder, *names, reads=()):

@@ -167,13 +167,13 @@ def test_prompts_of_a_file(trained, call, tmp_path):
 
 @pytest.mark.parametrize("inpainted", [False, True])
 def test_the_denoising_is_animated(trained, call, tmp_path, monkeypatch, inpainted):
-    kept, write = [], sample.write_gif
-    monkeypatch.setattr(sample, "write_gif", lambda frames, *others: kept.append(frames) or write(frames, *others))
+    kept, draw = [], sample.sample
+    monkeypatch.setattr(sample, "sample", lambda *given: kept.append(draw(*given)) or kept[0])
     options = painted(tmp_path)[1] if inpainted else []
     found = call(trained, *BOTH, *options, "--gif", "--sampler", "ddim", "--steps", 4, "--batch-size", 1)
     with Image.open(tmp_path / "out" / "denoising.gif") as animation:
         assert animation.n_frames == 4
-    frames = (kept[0] * 255).round().permute(0, 1, 3, 4, 2).int().numpy()
+    frames = (kept[0][1] * 255).round().permute(0, 1, 3, 4, 2).int().numpy()
     assert frames.shape[:2] == (4, 2)
     assert close(frames[-1], [found["samples/00000.png"], found["samples/00001.png"]])
     assert not close(frames[0], frames[-1])
@@ -338,7 +338,7 @@ def test_a_pipeline_for_inpainting(call, tmp_path):
     expected = drawn_by(made, [CAT], image=[image], mask_image=[mask], height=32, width=40)[0]
     assert close(found[:, 20:], expected[:, 20:])
     assert (found[:, :20] == pixels[:, :20]).all()
-    with pytest.raises(SystemExit, match="the pipeline is one for inpainting; give --image and --mask"):
+    with pytest.raises(SystemExit, match="the pipeline is for inpainting; give --image and --mask"):
         call(tmp_path / "nine", "--prompt", CAT, to="none")
 
 
@@ -534,7 +534,7 @@ WRONG = [
     (["BASE"], "is a pipeline; say what to draw with --prompt or --prompts"),
     (["nobody/nothing", "--prompt", "x"], "nobody/nothing: no pipeline could be read; give a pipeline's local folder, or a"),
     (["BASE", "--prompts", "none.txt"], "--prompts none.txt: there is no such file"),
-    (["BASE", "--prompts", "EMPTY"], "holds no prompt; write one a line"),
+    (["BASE", "--prompts", "EMPTY"], "holds no prompt; write one per line"),
     (["BASE", "--prompt", "x", "lora.rank=3"], "lora.rank=3: is an option of a run, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--classes", "3"], "--classes 3: is an option of runs, and BASE is a pipeline"),
     (["BASE", "--prompt", "x", "--weights", "ema"], "--weights ema: is an option of runs"),
@@ -542,6 +542,7 @@ WRONG = [
     (["BASE", "--prompt", "x", "--sampler", "heun"], "--sampler heun: must be one of ddpm, ddim, dpmsolver++, euler"),
     (["BASE", "--prompt", "x", "--lora", "none.safetensors"], "no file none.safetensors; give a LoRA as .safetensors"),
     (["BASE", "--prompt", "x", "--lora-scales", "0,1"], "--lora-scales: there is no LoRA; give one with --lora"),
+    (["RUN"], "has no validation_prompts; say what to draw with --prompt or --prompts"),
     (["RUN", "--lora-scales", "0,a"], "--lora-scales 0,a: must be different numbers, such as 0,0.5,1"),
     (["RUN", "--lora-scales", "1,1"], "--lora-scales 1,1: must be different numbers"),
     (["RUN", "--lora-scales", "0,nan"], "--lora-scales 0,nan: must be different numbers"),
@@ -551,7 +552,7 @@ WRONG = [
     (["BASE", "--prompt", "x", "--lora", "LORA:1e30"], "the pictures are not finite; the LoRAs' weights are too large"),
     (["BASE", "--prompt", "x", "--lora", "RENAMED"], "renamed.lora: the name of a LoRA must end in .safetensors"),
     (["BASE", "--prompt", "x", "--guidance", "1", "--guidance-rescale", "0.5"], "--guidance-rescale 0.5: has no effect with"),
-    (["BASE", "--prompts", "LATIN"], "latin.txt: is no text in UTF-8"),
+    (["BASE", "--prompts", "LATIN"], "latin.txt: is not text in UTF-8"),
     (["BASE", "--prompt", "x", "--image", "IMAGE", "--mask", "BLACK"], "--mask: nothing in it is white, so nothing would"),
     (["RUN", "--clip-skip", "2"], "--clip-skip 2: the text encoder has 2 layers; give at most 1"),
     (["RUN", "--negative-prompt", "x", "--guidance", "1"], "--negative-prompt: has no effect with guidance 1; give"),
@@ -563,7 +564,7 @@ WRONG = [
     (["RUN", "--image", "IMAGE", "--mask", "OTHER"], "--mask: has 3 x 5 pixels, and --image 40 x 32; give one of the same"),
     (["RUN", "--image", "IMAGE", "--mask", "MASK", "--strength", "1.5"], "--strength 1.5: must be above 0 and at most 1"),
     (["RUN", "--image", "IMAGE", "--mask", "MASK", "--strength", "0.4"], "--strength 0.4: leaves none of 2 steps; raise"),
-    (["RUN", "--image", "IMAGE", "--mask", "MASK", "--guidance-rescale", "0.5"], "inpainting has it for Stable Diffusion XL"),
+    (["RUN", "--image", "IMAGE", "--mask", "MASK", "--guidance-rescale", "0.5"], "inpainting has it for SDXL only; set 0"),
     (["DDPM", "--prompt", "x"], "--prompt: task ddpm draws no prompts"),
     (["DDPM", "--lora", "x"], "--lora: task ddpm draws no prompts"),
 ]  # fmt: skip

@@ -191,7 +191,7 @@ def test_refusals(folder, tmp_path, capsys):
         return str(exit.value)
 
     text = refusal(folder, "--output-dir", output, "--shard-size", 5)
-    assert f"error: {output}: holds shards with other settings (shard_size: 4 -> 5); choose a new folder" in text
+    assert f"error: {output}: was made with other settings (shard_size: 4 -> 5); choose a new folder" in text
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     text = refusal(folder, "--output-dir", tmp_path / "other")

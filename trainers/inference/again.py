@@ -1,4 +1,4 @@
-"""Repeats a picture from the settings in its file: scripts/sample.py --again."""
+"""Redraws a picture from the settings in its file: scripts/sample.py --again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from trainers.inference.picture_files import check_files, read_settings, save_picture
 
 # each has parse(words) and run(arguments), which draws into arguments.output_dir; a picture's settings hold the words,
-# and as "pinned" the arguments that these leave open, such as the checkpoint, or the number of the only picture to draw
+# and as "pinned" the arguments that they leave open, such as the checkpoint, or the number of the one picture to draw
 SCRIPTS = {
     "sample": {"path", "only"},
     "style_transfer": {"pictures", "names", "only"},
@@ -27,10 +27,7 @@ IMPORTS = ("base.trainer_class=", "base.dataset=")  # these name code, which a p
 
 
 def again(picture: Path) -> Path:
-    """Draws a picture again, into a file beside it; returns the new file.
-
-    Raises FileNotFoundError or ValueError if its sources are missing or have changed, or if the pixels differ.
-    """
+    """Redraws a picture into a file next to it, and returns that; ValueError if sources or pixels differ."""
     settings = read_settings(picture)
     script, words, file = _checked(picture, settings)
     check_files(picture, settings)
@@ -42,8 +39,13 @@ def again(picture: Path) -> Path:
         module.run(arguments)
         made, path = Image.open(Path(folder) / file), picture.with_stem(f"{picture.stem}-again")
         save_picture(made, path, read_settings(Path(folder) / file))
-    with Image.open(picture) as before:
-        _compare(picture, path, np.asarray(before), np.asarray(made), settings)
+    with Image.open(picture) as image:
+        before, now = np.asarray(image), np.asarray(made)
+    origin = f"it was made on {settings['device']} with torch {settings['versions'].get('torch')}"
+    if before.shape != now.shape:
+        raise ValueError(f"{path}: has another size than {picture}; {origin}")
+    if difference := np.abs(before.astype(int) - now.astype(int)).max():
+        raise ValueError(f"{path}: differs from {picture} by up to {difference} of 255; {origin}")
     return path
 
 
@@ -66,13 +68,3 @@ def _fits(settings: dict[str, Any]) -> bool:
     script, file, pinned = str(settings["command"][0]), Path(settings["file"]), settings["pinned"]
     known = script in SCRIPTS and pinned.keys() == SCRIPTS[script] and isinstance(pinned.get("overrides", []), list)
     return known and settings["threads"] > 0 and not file.is_absolute() and ".." not in file.parts
-
-
-def _compare(picture: Path, path: Path, before: np.ndarray, now: np.ndarray, settings: dict[str, Any]) -> None:
-    if before.shape == now.shape and (before == now).all():
-        return
-    made = f"it was made on {settings['device']} with torch {settings['versions']['torch']}"
-    if before.shape != now.shape:
-        raise ValueError(f"{path}: has another size than {picture}; {made}")
-    difference = np.abs(before.astype(int) - now.astype(int)).max()
-    raise ValueError(f"{path}: differs from {picture} by up to {difference} of 255; {made}")

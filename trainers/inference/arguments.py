@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from trainers.base import Section, Trainer
 from trainers.engine.config.schema import coerce
 from trainers.engine.config.schema import options as options_of
 from trainers.inference.command import positive
-from trainers.inference.saved_run import SavedRun, load_trainer, open_run
+from trainers.inference.saved_run import SavedRun, load_trainer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -30,36 +31,35 @@ OPTIONS = {
 }
 
 
+def given(arguments: argparse.Namespace, options: Mapping[str, str] = OPTIONS) -> Iterator[tuple[str, str, str]]:
+    """Yields, for each argument of the command line that is not left out, option, value and the words to show."""
+    for argument, option in options.items():
+        value = getattr(arguments, argument)
+        if value is not None:
+            yield option, value, f"--{argument.replace('_', '-')} {value}"
+
+
 def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
     """Converts the command line to overrides; ValueError for an option that the task lacks."""
-    found = []
-    for argument, option in OPTIONS.items():
-        value = getattr(arguments, argument, None)
-        if value is None:
-            continue
-        known = options_of(saved.trainer_class.Config)
+    known, found = options_of(saved.trainer_class.Config), list(arguments.overrides)
+    for option, value, shown in given(arguments):
         names = [name for name in known if name == option or name.endswith(f"_{option}")]
         if not names:
-            raise ValueError(f"--{argument.replace('_', '-')} {value}: task {saved.task} has no option {option}")
-        if argument == "classes":
+            raise ValueError(f"{shown}: task {saved.task} has no option {option}")
+        if option == "valid_classes":
             value = json.dumps(value.split(","))  # quoted, so that names stay strings
-        found.append(f"{saved.task}.{names[0]}=" + (f"[{value}]" if argument == "guidance_interval" else str(value)))
-    return [*arguments.overrides, *found]
+        elif option == "guidance_interval":
+            value = f"[{value}]"
+        found.append(f"{saved.task}.{names[0]}={value}")
+    return found
 
 
 def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
-    """Converts the command line for a pipeline that is not a run, checked by the types of the schema.
-
-    Raises ValueError for an option that pipelines lack.
-    """
+    """Converts the command line for a pipeline that is not a run; ValueError for what does not fit the schema."""
     if arguments.overrides:
         raise ValueError(f"{arguments.overrides[0]}: is an option of a run, and {arguments.path} is a pipeline")
     known, found = options_of(schema), {}
-    for argument, option in (OPTIONS | {"weights": "weights"}).items():
-        value = getattr(arguments, argument)
-        if value is None:
-            continue
-        shown = f"--{argument.replace('_', '-')} {value}"
+    for option, value, shown in given(arguments, OPTIONS | {"weights": "weights"}):
         if option not in known:
             raise ValueError(f"{shown}: is an option of runs, and {arguments.path} is a pipeline")
         try:
@@ -72,22 +72,19 @@ def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> di
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other option of the run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", help="of the sampler")
-    parser.add_argument(
-        "--sampler", help="ddpm, ddim or dpmsolver++; euler or dpmsolver++ of a flow; lcm of a pipeline"
-    )
-    parser.add_argument("--guidance", help="guidance scale; 1: none, 0: no class")
+    parser.add_argument("--steps", help="number of sampling steps")
+    parser.add_argument("--sampler", help="ddpm, ddim or dpmsolver++; flow: euler or dpmsolver++; pipeline: also lcm")
+    parser.add_argument("--guidance", help="guidance scale; 1: no guidance, 0: no class")
     parser.add_argument("--guidance-rescale", help="in [0, 1]")
-    parser.add_argument("--guidance-interval", metavar="LOW,HIGH", help="of the noise level sigma")
+    parser.add_argument("--guidance-interval", metavar="LOW,HIGH", help="noise levels (sigma) at which to guide")
     parser.add_argument("--classes", metavar="A,B,...", help="names or numbers; default: all")
     parser.add_argument("--classifier", metavar="RUN", help="a noisy_classifier run, for classifier guidance")
-    parser.add_argument("--classifier-scale", help="how strongly it guides")
+    parser.add_argument("--classifier-scale", help="strength of classifier guidance")
     parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones if there are any")
-    parser.add_argument("--batch-size", type=positive, default=64, help="pictures at once; changes none of them")
+    parser.add_argument("--batch-size", type=positive, default=64, help="pictures per batch; does not change them")
     parser.add_argument("--device", help="default: cuda if available")
 
 
-def trainer_of(arguments: argparse.Namespace) -> tuple[SavedRun, Trainer]:
-    """Loads the run at `arguments.path` and its trainer with the options of the command line."""
-    saved = open_run(arguments.path)
-    return saved, load_trainer(saved, overrides_of(arguments, saved), arguments.weights, arguments.device)
+def trainer_of(arguments: argparse.Namespace, saved: SavedRun) -> Trainer:
+    """Loads the trainer of a run with the options of the command line."""
+    return load_trainer(saved, overrides_of(arguments, saved), arguments.weights, arguments.device)

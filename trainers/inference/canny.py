@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 SIGMA = 1.0  # of the Gaussian, in pixels
-LOW, HIGH = 64.0, 128.0  # of the gradient, which is 2.56 times a step's height: 25 and 50, as usual for ControlNets
+LOW, HIGH = 64.0, 128.0  # of the gradient, 2.56 times a step's height: steps of 25 and 50, as usual for ControlNets
 
 
 def canny(gray: np.ndarray, sigma: float = SIGMA, low: float = LOW, high: float = HIGH) -> np.ndarray:
@@ -25,14 +25,9 @@ def canny(gray: np.ndarray, sigma: float = SIGMA, low: float = LOW, high: float 
 def _is_maximum(length: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     """Whether the gradient exceeds both neighbours along it, in the nearest of four directions; bool [H, W]."""
     octant = np.round(np.arctan2(dy, dx) / (np.pi / 4)).astype(int) % 4  # 0: along x, 2: along y
-    padded = np.pad(length.round(6), 1)  # rounded, so that differences in the last bits do not count
-    found = np.zeros(length.shape, bool)
-    for number, (down, right) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
-        before, here, after = (_shifted(padded, n * down, n * right) for n in (-1, 0, 1))
+    here = length.round(6)  # so that differences in the last bits do not count
+    padded, found = np.pad(here, 1), np.zeros(length.shape, bool)
+    for number, step in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
+        before, after = (np.roll(padded, np.multiply(sign, step), (0, 1))[1:-1, 1:-1] for sign in (1, -1))
         found |= (octant == number) & (here > before) & (here >= after)  # only one of two equal neighbours
     return found
-
-
-def _shifted(padded: np.ndarray, down: int, right: int) -> np.ndarray:
-    height, width = padded.shape
-    return padded[1 + down : height - 1 + down, 1 + right : width - 1 + right]

@@ -1,4 +1,4 @@
-"""Fits pictures of any aspect ratio into a model's square, and back."""
+"""Fits pictures of any aspect ratio into a model's square, and cuts them out again."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ class Fitted(NamedTuple):
 def fit(picture: Image.Image, side: int) -> Fitted:
     """Resizes a picture so that its longer side is `side`, keeping its aspect ratio, and pads the other side."""
     scale = side / max(picture.size)
-    sides = [max(1, round(length * scale)) for length in picture.size]
-    resized = picture.resize(sides, Image.Resampling.LANCZOS)
-    width, height = resized.size
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
     top, left = _corner(side, (height, width))
     margins = ((top, side - height - top), (left, side - width - left), (0, 0))
     return Fitted(Image.fromarray(np.pad(np.array(resized), margins, mode="edge")), (height, width))

@@ -1,21 +1,20 @@
-"""DDIM inversion, from a picture to the noise from which DDIM draws it again; interpolation of such noises."""
+"""DDIM inversion, from a picture to the noise from which DDIM redraws it; interpolation of such noises."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from trainers.common.autoencoder.latents import decode, encode
-from trainers.common.diffusion.sampling import to_unit_range
+from trainers.common.autoencoder.latents import encode
+from trainers.common.diffusion.objective import Predict
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, SchedulerMixin
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, c, h, w], timestep) -> prediction
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PARALLEL = 1e-6  # sine of the angle below which vectors count as parallel
 
@@ -58,21 +57,13 @@ def picture_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_pictures(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Decodes scaled latents to pictures [B, C, H, W] in [0, 1], one at a time to save memory."""
-    return torch.cat([to_unit_range(decode(vae, row[None])) for row in latents])
-
-
-@torch.no_grad()
-def invert(
-    predict: Predict, inverse: DDIMInverseScheduler, latents: Tensor, progress: Callable[[Iterable], Iterable] = iter
-) -> Tensor:
+def invert(predict: Predict, inverse: DDIMInverseScheduler, latents: Tensor) -> Tensor:
     """Inverts latents to noise of the same shape, with the prediction at the start of each inverted step.
 
-    DDIM uses the prediction at the step's other end, which is not known yet; the error shrinks with more steps.
-    `predict` must be without guidance, which makes the error grow.
+    DDIM would need the prediction at the step's other end, which is not known yet; the error shrinks with more steps.
+    `predict` must be without guidance, which increases the error.
     """
-    for timestep in progress(inverse.timesteps):
+    for timestep in tqdm(inverse.timesteps, "inverting"):
         latents = inverse.step(predict(latents, timestep).float(), timestep, latents).prev_sample
     return latents
 

@@ -12,30 +12,33 @@ from torch import Tensor
 from trainers.common.lora.files import LoraFile, find_lora, read_lora
 
 
+def parse_loras(texts: list[str] | None) -> list[tuple[Path, float]]:
+    """Finds the files of FILE[:WEIGHT] texts, and reads them so that errors come before a base is loaded."""
+    loras = [parse_lora(text) for text in texts or []]
+    for path, _ in loras:
+        read_lora(path)
+    return [(find_lora(path), weight) for path, weight in loras]
+
+
 def parse_lora(text: str) -> tuple[Path, float]:
     """Parses FILE[:WEIGHT]; what follows the last colon belongs to the path unless it is a number."""
-    if Path(text).exists():
-        return Path(text), 1.0
     path, colon, number = text.rpartition(":")
+    if Path(text).exists() or not colon:
+        return Path(text), 1.0
     try:
-        weight = float(number) if colon else None
+        weight = float(number)
     except ValueError:
         if Path(path).exists():
             raise ValueError(f"--lora {text}: {number} is no weight; give a number, such as {path}:0.8") from None
-        weight = None
-    if weight is None:
         return Path(text), 1.0
     if not math.isfinite(weight):
         raise ValueError(f"--lora {text}: the weight must be finite")
     return Path(path), weight
 
 
-def load_pipeline(
-    base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, kind: Any = None, **components: Any
-) -> Any:
+def load_pipeline(base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32) -> Any:
     """Loads a pipeline from a folder or the hub, without a safety checker, safetensors only.
 
-    `kind` is a pipeline class of diffusers, by default the one that the base names; `components` replace the base's.
     `dtype` may differ by component: {"default": torch.bfloat16, "vae": torch.float32}.
     Raises ValueError for a pipeline that takes no LoRA, FileNotFoundError if none can be read.
     """
@@ -43,7 +46,7 @@ def load_pipeline(
 
     options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
     try:
-        pipeline = (kind or DiffusionPipeline).from_pretrained(base, torch_dtype=dtype, **options, **components)
+        pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, **options)
     except OSError as error:
         advice = "give a pipeline's local folder, or a hub name that can be reached"
         raise FileNotFoundError(f"{base}: no pipeline could be read; {advice} ({str(error).splitlines()[0]})") from None
@@ -53,19 +56,15 @@ def load_pipeline(
 
 
 def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float]:
-    """Loads LoRA files as adapters lora_0, lora_1, ... and activates them; returns their weights by name.
-
-    Raises FileNotFoundError for a missing file, ValueError for one that does not fit the pipeline.
-    """
-    files = [(find_lora(path), read_lora(path)) for path, _ in loras]
+    """Loads LoRA files as adapters lora_0, lora_1, ..., and returns their weights by name; ValueError for a misfit."""
     weights = {f"lora_{number}": weight for number, (_, weight) in enumerate(loras)}
-    for name, (file, lora) in zip(weights, files, strict=True):
+    for name, (path, _) in zip(weights, loras, strict=True):
+        file, lora = find_lora(path), read_lora(path)
         check_fit(file, lora, pipeline)
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
         for network in lora.tensors:
             getattr(pipeline, network).eval()  # no dropout in sampling
-    if weights:
-        pipeline.set_adapters(list(weights), list(weights.values()))  # only the last one is active after loading
+    weigh_loras(pipeline, weights)
     return weights
 
 
@@ -94,19 +93,20 @@ def check_finite(images: Tensor) -> None:
 
 
 def check_strength(strength: float, steps: int) -> None:
-    """Raises ValueError for a fraction of the sampler's steps that is invalid or leaves no step."""
+    """Raises ValueError for a fraction of the sampling steps that is out of range or leaves no step."""
     if not 0.0 < strength <= 1.0:
-        raise ValueError(f"--strength {strength:g}: must be above 0 and at most 1, the part of the steps that is drawn")
+        raise ValueError(f"--strength {strength:g}: must be above 0 and at most 1, a fraction of the steps")
     if int(steps * strength) < 1:
         raise ValueError(f"--strength {strength:g}: leaves none of {steps} steps; raise it or --steps")
 
 
 def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
     """Raises ValueError if the pipeline lacks modules that the LoRA changes; diffusers would only warn."""
+    advice = "take the base that it was trained on"
     for network, state in lora.tensors.items():
         owner = getattr(pipeline, network, None)
         if owner is None:
-            raise ValueError(f"{file}: changes {network}, and the base has none; take the base that it was trained on")
+            raise ValueError(f"{file}: changes {network}, and the base has none; {advice}")
         layers = dict(owner.named_modules())
         for module in lora.ranks(network):
             layer = layers.get(module, layers.get(module.removeprefix("text_model.")))
@@ -115,5 +115,4 @@ def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
             weight = getattr(layer, "weight", None)
             found = "missing" if weight is None else list(weight.shape)
             if found != shape:
-                advice = "take the base that it was trained on"
                 raise ValueError(f"{file}: changes {network}.{module} {shape}, which in the base is {found}; {advice}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from trainers.common.autoencoder.latents import decode
+from trainers.common.diffusion.objective import Predict
+from trainers.common.diffusion.sampling import to_unit_range
 from trainers.common.lora.files import read_lora
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, size_conditions
-from trainers.inference.inversion import (
-    Predict,
-    ddim_schedulers,
-    invert,
-    latent_pictures,
-    picture_latents,
-    slerp,
-    with_statistics_between,
-)
+from trainers.inference.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
 from trainers.inference.lora_pipeline import add_loras, check_fit
-
-Progress = Callable[[Iterable, str], Iterable]  # (steps, their description) -> steps with a progress bar
 
 
 class Morph:
@@ -35,13 +29,7 @@ class Morph:
     """
 
     def __init__(
-        self,
-        pipeline: Any,
-        loras: tuple[Path, Path],
-        prompts: tuple[str, str],
-        steps: int,
-        attention: float,
-        adain: bool,
+        self, pipeline: Any, loras: list[Path], prompts: list[str], steps: int, attention: float, adain: bool
     ) -> None:
         self.pipeline, self.unet, self.adain = pipeline, pipeline.unet, adain
         self.sampler, self.inverse = ddim_schedulers(pipeline.scheduler, steps)
@@ -49,7 +37,7 @@ class Morph:
         self.names = list(add_loras(pipeline, [(lora, 1.0) for lora in loras]))
         self.shared = SharedAttention(self.unet) if attention else None
         self.shared_steps = round(attention * steps)
-        self.asked = [self._embedded(number, prompt) for number, prompt in enumerate(prompts)]
+        self.asked = [self._embed(number, prompt) for number, prompt in enumerate(prompts)]
 
     def mix(self, weight: float) -> None:
         """Sets the LoRAs' weights to 1 - weight and weight; a LoRA of weight 0 is inactive."""
@@ -57,14 +45,13 @@ class Morph:
         self.pipeline.set_adapters(list(mixed), list(mixed.values()))
 
     @torch.no_grad()
-    def invert(self, pictures: Tensor, progress: Progress) -> None:
+    def invert(self, pictures: Tensor) -> None:
         """Finds the noises [1, c, h, w] of two pictures [2, 3, H, W] in [-1, 1], each with only its own LoRA."""
-        self.noises = [self._noise_of(number, picture[None], progress) for number, picture in enumerate(pictures)]
-
-    def _noise_of(self, number: int, picture: Tensor, progress: Progress) -> Tensor:
-        self.mix(number)
-        latents, text = picture_latents(self.pipeline.vae, picture), f"inverting picture {number + 1}"
-        return invert(self.predict(number), self.inverse, latents, lambda steps: progress(steps, text))
+        self.noises = []
+        for number, picture in enumerate(pictures):
+            self.mix(number)
+            latents = picture_latents(self.pipeline.vae, picture[None])
+            self.noises.append(invert(self.predict(number), self.inverse, latents))
 
     def noise(self, weight: float) -> Tensor:
         """Interpolates the noises of the pictures, [1, c, h, w]."""
@@ -73,22 +60,22 @@ class Morph:
         return (with_statistics_between(noise, first, last, weight) if self.adain else noise).float()
 
     @torch.no_grad()
-    def frames(self, weights: list[float], progress: Progress) -> Tensor:
+    def frames(self, weights: list[float]) -> Tensor:
         """Draws pictures [N, 3, H, W] in [0, 1], on the CPU, for weights from 0 (the first picture) to 1 (the other).
 
-        All frames take a step, the two ends first, before any takes the next one, so that attention has to keep keys
-        and values of a single step.
+        All frames take a step, the two ends first, before any takes the next one, so that only the keys and values of
+        one step are kept.
         """
         samples = [self.noise(weight) for weight in weights]
         ends_first = sorted(range(len(weights)), key=lambda number: weights[number] not in (0.0, 1.0))
-        for step, timestep in enumerate(progress(self.sampler.timesteps, f"{len(weights)} frames")):
+        for step, timestep in enumerate(tqdm(self.sampler.timesteps, f"{len(weights)} frames")):
             for number in ends_first:
                 weight = weights[number]
                 self.mix(weight)
                 with self.shared.at(weight) if self.shared and step < self.shared_steps else nullcontext():
                     predicted = self.predict(weight)(samples[number], timestep).float()
                 samples[number] = self.sampler.step(predicted, timestep, samples[number]).prev_sample
-        return torch.cat([latent_pictures(self.pipeline.vae, sample).cpu() for sample in samples])
+        return torch.cat([to_unit_range(decode(self.pipeline.vae, sample)).cpu() for sample in samples])
 
     def predict(self, weight: float) -> Predict:
         """Returns the UNet's prediction with the active LoRAs and interpolated prompts."""
@@ -107,7 +94,7 @@ class Morph:
         return predict
 
     @torch.no_grad()
-    def _embedded(self, number: int, prompt: str) -> dict[str, Tensor]:
+    def _embed(self, number: int, prompt: str) -> dict[str, Tensor]:
         """Embeds a picture's prompt with its own LoRA, which may also adapt the text encoders."""
         self.mix(number)
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
@@ -115,8 +102,8 @@ class Morph:
         return {EMBEDS: found[0]} | ({POOLED: found[2]} if hasattr(self.pipeline, "text_encoder_2") else {})
 
 
-def check_morph(pipeline: Any, loras: Iterable[Path], attention: float) -> None:
-    """Raises ValueError for an unsuitable base, and for a LoRA that does not fit or is a DoRA."""
+def check_morph(pipeline: Any, loras: list[Path], attention: float) -> None:
+    """Raises ValueError for an unsuitable base, or a LoRA that does not fit or is a DoRA."""
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels:
         raise ValueError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
@@ -140,22 +127,17 @@ class SharedAttention:
 
     def __init__(self, unet: nn.Module) -> None:
         self.layers = shared_layers(unet)
-        self.ends: dict[float, list[Tensor]] = {}
+        self.ends: dict[float, list[Tensor]] = {}  # keys and values in the order in which layers run
 
     @contextmanager
     def at(self, weight: float) -> Iterator[None]:
-        """Around one call of the UNet: keeps keys and values at an end (0 or 1), replaces them in between."""
-        keep = weight in (0.0, 1.0)
-        kept: list[Tensor] = []
-        if keep:
-            self.ends[weight] = kept
+        """For one call of the UNet: at an end (0 or 1) keeps its keys and values, in between replaces them."""
+        if weight in (0.0, 1.0):
+            kept = self.ends[weight] = []
             hooks = [layer.register_forward_hook(lambda _, __, rows: kept.append(rows)) for layer in self.layers]
         else:
-            mixed = [torch.lerp(a, b, weight) for a, b in zip(self.ends[0.0], self.ends[1.0], strict=True)]
-            hooks = [
-                layer.register_forward_hook(lambda _, __, ___, rows=rows: rows)
-                for layer, rows in zip(self.layers, mixed, strict=True)
-            ]
+            mixed = (torch.lerp(a, b, weight) for a, b in zip(self.ends[0.0], self.ends[1.0], strict=True))
+            hooks = [layer.register_forward_hook(lambda *_: next(mixed)) for layer in self.layers]
         try:
             yield
         finally:

@@ -1,9 +1,11 @@
-"""PNG files that carry the settings they were made with, in the file itself and as JSON beside it."""
+"""What scripts write: pictures that carry the settings they were made with, in folders that a later call can reuse."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from torchvision.transforms.functional import to_pil_image
 from trainers.engine.run.files import sha256
 
 KEY = "diffloop"  # of the PNG's text chunk
+MARK = ".diffloop.json"  # lists the files that were drawn into a folder
 LIBRARIES = ("diffloop", "torch", "diffusers", "transformers", "peft")
 
 
 def settings_of(command: list[str], files: Iterable[Path], device: torch.device) -> dict[str, Any]:
-    """Collects how pictures are made: command line, SHA-256 of the small files read, versions, device and threads."""
+    """Collects how pictures are made; `files` are those that they depend on, except large ones."""
     hashes = {str(path): sha256(path) for path in files}
     machine = {"device": device.type, "threads": torch.get_num_threads()}
     return {"command": command, "files": hashes, "versions": {name: version(name) for name in LIBRARIES}} | machine
@@ -41,7 +44,7 @@ def as_pil(image: Tensor) -> Image.Image:
 
 
 def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Writes `path` (a PNG) and its settings beside it, with the ending .json."""
+    """Writes a PNG with its settings in it, and next to it as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(KEY, write_settings(path.with_suffix(".json"), settings))
@@ -56,7 +59,7 @@ def write_settings(path: Path, settings: dict[str, Any]) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads a picture's settings; FileNotFoundError if it is missing, ValueError if it has none."""
+    """Reads a picture's settings; FileNotFoundError if it does not exist, ValueError if it has none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such picture")
     try:
@@ -67,3 +70,47 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: does not say how it was made; give a PNG that diffloop's scripts wrote, unchanged")
     return settings
+
+
+@contextmanager
+def output_folder(folder: Path, reads: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """Opens an empty folder; its files, even after an error, then replace those of an earlier call in `folder`.
+
+    Raises ValueError at the start if `folder` holds only other files, or any of the files in `reads`.
+    """
+    for path in reads:
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--output-dir {folder}: {path} is read and lies there; choose another folder")
+    if folder.exists() and not (folder.is_dir() and (_drawn(folder) is not None or not any(folder.iterdir()))):
+        raise ValueError(f"--output-dir {folder}: holds other files; choose a new folder")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as made:
+        try:
+            yield Path(made)
+        finally:
+            _replace(folder, Path(made))
+
+
+def _replace(folder: Path, made: Path) -> None:
+    files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+    if not files:  # an error occurred before the first file
+        return
+    old = _drawn(folder) or []
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).replace(folder / name)
+    for parent in sorted({parent for name in old for parent in name.parents[:-1]}, reverse=True):
+        if (folder / parent).is_dir() and not any((folder / parent).iterdir()):
+            (folder / parent).rmdir()
+    (folder / MARK).write_text(json.dumps({"drawn": [name.as_posix() for name in files]}), encoding="utf-8")
+
+
+def _drawn(folder: Path) -> list[Path] | None:
+    """Lists the files of an earlier call; None if no such call made the folder."""
+    try:
+        names = [Path(name) for name in json.loads((folder / MARK).read_text(encoding="utf-8"))["drawn"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [name for name in names if not name.is_absolute() and ".." not in name.parts]

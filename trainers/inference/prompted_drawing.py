@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from trainers.base import RandomSource
+from trainers.base import Fraction, NonNegativeFloat, Positive, RandomSource, Section
+from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.consistency import lcm_scheduler
 from trainers.common.diffusion.sampling import build_sampler, trained_with
 from trainers.common.lora.files import read_about
@@ -21,17 +21,16 @@ from trainers.inference.lora_pipeline import check_finite, check_negative_prompt
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-    from transformers import PreTrainedModel
 
 Sampler = Literal["ddpm", "ddim", "dpmsolver++", "euler", "lcm"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 DDIM_TIMESTEPS = 50  # of the teacher of the published LCM-LoRAs
-WHITE = 128  # of 255: a mask's pixels from here on are drawn anew
+WHITE = 128  # of 255: pixels of a mask that are at least this are redrawn
 
 
 @dataclass(frozen=True)
 class Inpainting:
-    """A picture (RGB) to be drawn anew wherever a mask (L) of its size is white."""
+    """A picture (RGB) to redraw wherever a mask (L) of its size is white."""
 
     image: Image.Image
     mask: Image.Image
@@ -53,30 +52,34 @@ class Inpainting:
 
 
 @dataclass(kw_only=True)
-class PromptSettings:
+class PromptSettings(Section):
     """Sampling settings; a guidance_scale of at most 1 means no guidance, as in diffusers."""
 
     size: tuple[int, int] | None = None  # height and width in pixels; None: the UNet's sample size
-    num_inference_steps: int = 30
-    guidance_scale: float = 7.5
-    guidance_rescale: float = 0.0
+    sampler: Sampler | None = None  # None: the pipeline's own
+    num_inference_steps: Positive = 30
+    guidance_scale: NonNegativeFloat = 7.5
+    guidance_rescale: Fraction = 0.0
     negative_prompt: str | None = None
     clip_skip: int | None = None  # last layers of the text encoders to leave out
     lora_scales: list[float] | None = None  # draw each picture with the LoRAs' weights times each of these
 
 
 class PromptedPipeline:
-    """Draws with `sample(requests, rng)` as a Trainer does; a picture depends only on its request and generator."""
+    """Draws with `sample(requests, rng)` like a Trainer; a picture depends only on its request and generator.
+
+    `loras` are the weights of the pipeline's adapters by name.
+    """
 
     draws_held_out, grid_columns, sample_batch_size = False, None, 4  # as in a Trainer
     frames: list[Tensor] | None = None  # if a list, gets the pictures [N, 3, H, W] after every step
     progress: Callable[[Iterable], Iterable] = staticmethod(iter)  # the pipeline shows its own
     training = False
+    modules: dict[str, Any]  # networks by name
 
     def __init__(
         self, pipeline: Any, loras: dict[str, float], settings: PromptSettings, inpainting: Inpainting | None = None
     ) -> None:
-        """`loras` are the weights of the pipeline's adapters by name."""
         from diffusers import AutoPipelineForInpainting
 
         self.loras, self.settings, self.inpainting = loras, settings, inpainting
@@ -103,19 +106,17 @@ class PromptedPipeline:
             found = f"has no effect with guidance {settings.guidance_scale:g}"
             raise ValueError(f"--guidance-rescale {settings.guidance_rescale:g}: {found}; give --guidance above 1")
         if settings.clip_skip is not None:
-            encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
-            self._make_skippable([encoder for encoder in encoders if encoder is not None], settings.clip_skip)
+            self._skip_layers(settings.clip_skip)
         if self.inpainting is None and pipeline.unet.config.in_channels == 9:
-            raise ValueError("the pipeline is one for inpainting; give --image and --mask")
+            raise ValueError("the pipeline is for inpainting; give --image and --mask")
         if self.inpainting is not None:
             check_strength(self.inpainting.strength, settings.num_inference_steps)
             if settings.guidance_rescale and "XL" not in type(pipeline).__name__:
-                raise ValueError(
-                    "--guidance-rescale: diffusers' inpainting has it for Stable Diffusion XL alone; set 0"
-                )
+                raise ValueError("--guidance-rescale: diffusers' inpainting has it for SDXL only; set 0")
 
-    @staticmethod
-    def _make_skippable(encoders: list[PreTrainedModel], skipped: int) -> None:
+    def _skip_layers(self, skipped: int) -> None:
+        """Prepares the text encoders for clip_skip; ValueError if they have too few layers."""
+        encoders = [part for name, part in self.modules.items() if name.startswith("text_encoder")]
         layers = min(encoder.config.num_hidden_layers for encoder in encoders)
         if skipped >= layers:
             raise ValueError(f"--clip-skip {skipped}: the text encoder has {layers} layers; give at most {layers - 1}")
@@ -129,15 +130,13 @@ class PromptedPipeline:
         return f"weight {weights[0] * scale + 0.0:g}" if len(weights) == 1 else f"scale {scale:g}"  # + 0.0: never -0
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        """Draws {"samples": pictures [N, 3, H, W] in [0, 1]}, or with scales the pictures of each by its column."""
+        """Draws pictures [N, 3, H, W] in [0, 1] by column: "samples", or one for each LoRA scale."""
         scales, generators = self.settings.lora_scales, rng.generators()
-        states = [generator.get_state() for generator in generators]
         found = {}
         for scale in scales or [1.0]:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)  # the same noise for every scale
             weigh_loras(self.pipeline, {name: weight * scale for name, weight in self.loras.items()})
-            found["samples" if scales is None else self.column(scale)] = self._draw(requests, generators)
+            same_noise = [generator.clone_state() for generator in generators]
+            found["samples" if scales is None else self.column(scale)] = self._draw(requests, same_noise)
         return found
 
     def _draw(self, requests: list[dict], generators: list[torch.Generator]) -> Tensor:
@@ -150,9 +149,8 @@ class PromptedPipeline:
         if self.inpainting is not None:  # one copy each, or the first generator would encode for all
             asked |= {"image": [self.inpainting.image] * count, "mask_image": [self.inpainting.mask] * count}
             asked["strength"] = self.inpainting.strength
-        if self.frames is not None:
-            asked["callback_on_step_end"] = partial(self._keep_frame, self.frames)
-        return self._finished(self.pipeline(**asked, generator=generators, output_type="pt").images)
+        asked |= {"generator": generators, "callback_on_step_end": self._keep_frame}
+        return self._finished(self.pipeline(**asked, output_type="pt").images)
 
     def _size(self) -> tuple[int, int]:
         """Height and width in pixels, multiples of the pixels per latent."""
@@ -166,19 +164,17 @@ class PromptedPipeline:
         check_finite(images)
         return images if self.inpainting is None else self.inpainting.composed(images)
 
-    def _keep_frame(
-        self, frames: list[Tensor], pipeline: Any, step: int, timestep: Tensor, known: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        scaling, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor or 0.0
-        images = pipeline.vae.decode(known["latents"] / scaling + shift, return_dict=False)[0]
-        frames.append(self._finished(pipeline.image_processor.postprocess(images, "pt")))
+    def _keep_frame(self, pipeline: Any, step: int, timestep: Tensor, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.frames is not None:
+            images = decode(pipeline.vae, known["latents"])
+            self.frames.append(self._finished(pipeline.image_processor.postprocess(images, "pt")))
         return known
 
 
 def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
-    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm with its training noise.
+    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm, with the noise it was trained with.
 
-    lcm uses the number of DDIM timesteps in the header of one of the LoRA files, or else 50.
+    lcm takes its number of DDIM timesteps from the header of one of the LoRA files, or else 50.
     """
     noise = trained_with(pipeline.scheduler)
     if name == "lcm" and noise.config.get("beta_schedule"):

@@ -77,14 +77,14 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # which is frozen
     finished = (run / "config.json").is_file()  # a single network
     networks = [run] if finished and (networks or folder == run) else networks
-    training |= {*schema.training_only, *schema.replaced}
     whole = "model_config" in document[task] and len(networks) == 1
-    training |= set(schema.initial_weights) if whole else set()
+    training |= {*schema.training_only, *schema.replaced, *(schema.initial_weights if whole else ())}
     kept = {name: {k: v for k, v in values.items() if k not in training} for name, values in document.items()}
-    kept[task] |= {"model_config": str(networks[0])} if whole else {}
-    if finished and not whole:  # the finished network has what the checkpoint leaves out
-        replaced = {name: None for name in ("subfolder", "revision") if name in kept[task]}
-        kept[task] |= replaced | {"pretrained_model_name_or_path": str(run)}
+    if whole:
+        kept[task]["model_config"] = str(networks[0])
+    elif finished:  # the finished network has what the checkpoint leaves out
+        kept[task] |= {name: None for name in ("subfolder", "revision") if name in kept[task]}
+        kept[task]["pretrained_model_name_or_path"] = str(run)
     if schema.export_is_base_model and (folder / "model_index.json").is_file():
         kept[task] |= {"pretrained_model_name_or_path": str(run), "model_config": None}
     if kept[task].get("vae") and (run / "vae" / "config.json").is_file():
@@ -113,7 +113,10 @@ def load_trainer(
     elif weights not in (None, held):
         raise ValueError(f"{saved.folder}: has no checkpoints, and its pipeline holds the {held} weights only")
     else:
-        _put_pipeline(run.trainer_class.load_pipeline(saved.folder), networks)
+        pipeline = run.trainer_class.load_pipeline(saved.folder)
+        for name, network in networks.items():
+            found = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, name)
+            network.load_state_dict(found.state_dict())
     trainer.unwrapped = trainer.modules = {k: network.to(trainer.device).eval() for k, network in networks.items()}
     build_encoders(trainer)
     return trainer
@@ -127,9 +130,3 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device = {name}: cannot be used ({str(error).splitlines()[0]}); give cpu or cuda") from None
     return device
-
-
-def _put_pipeline(pipeline: Any, networks: dict[str, nn.Module]) -> None:
-    for name, network in networks.items():
-        found = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, name)
-        network.load_state_dict(found.state_dict())

@@ -29,8 +29,8 @@ def single_picture_lora(
 ) -> Path:
     """Trains a LoRA on one picture, resumes an interrupted one, or returns a finished one.
 
-    Its folder is named by a hash of picture, prompt, settings and base, so that an existing one fits. Raises ValueError
-    for overrides that the script sets itself, or that do not fit.
+    Its folder is named by a hash of picture, prompt, settings and base, so an existing one can be used as it is. Raises
+    ValueError for overrides that the script sets itself, or that do not fit.
     """
     for override in arguments.overrides:
         if override.split("=")[0] in OWN:
