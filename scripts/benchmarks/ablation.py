@@ -1,7 +1,7 @@
-"""The worth of each knob: one change at a time from plain float32, then all of them; each run in its own process.
+"""What each knob is worth: one change at a time from plain float32, then together; each run in its own process.
 
 Task text_to_image with an eighth of the widths of Stable Diffusion 1.5's UNet, random weights, latents of 16 x 16. Peak
-memory is that of the steps: of the process, or of the device where there is a GPU.
+memory is that of the steps: of the GPU, or else of the process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.optim import AdamW
 
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.runs import configured, examples_per_second, in_new_process, in_turns, logged, median_ratio
@@ -37,14 +38,12 @@ TOGETHER = {
 }
 
 
-class NotFused(torch.optim.AdamW):
+def not_fused(groups: Any, **options: Any) -> AdamW:
     """AdamW without the fused kernels that a run asks for."""
-
-    def __init__(self, groups: Any, **options: Any) -> None:
-        super().__init__(groups, **options | {"fused": False})
+    return AdamW(groups, **options | {"fused": False})
 
 
-def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians of runs in turns: examples/s, their ratio to plain float32, peak memory in GiB."""
     changes: dict[str, list[str]] = {PLAIN: []} | KNOBS | TOGETHER
     sides = {
@@ -53,7 +52,7 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     }
     found = in_turns(sides, asked.pairs)
     rates = {name: [rate for rate, _ in runs] for name, runs in found.items()}
-    rows = [
+    return [
         {
             "change": name,
             "examples_per_second": statistics.median(rates[name]),
@@ -63,7 +62,6 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         }
         for name, runs in found.items()
     ]
-    return {"ablation": rows}
 
 
 def measure(fused: bool, options: list[str], steps: int) -> tuple[float, float]:
@@ -73,6 +71,6 @@ def measure(fused: bool, options: list[str], steps: int) -> tuple[float, float]:
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run = configured("configs/tests/text_to_image.json", folder, steps, [*fixed, *options])
-        with nullcontext() if fused else patch.object(torch.optim, "AdamW", NotFused):
+        with nullcontext() if fused else patch.object(torch.optim, "AdamW", not_fused):
             [rate] = examples_per_second(run)
         return rate, max(logged(run, "peak_memory_gib"))

@@ -37,7 +37,7 @@ def stable_diffusion(size: str) -> Path:
 
 
 def write_encoders(folder: Path) -> None:
-    """Stable Diffusion 1.5's autoencoder and text encoder; its tokenizer's place takes one of letters."""
+    """Stable Diffusion 1.5's autoencoder and text encoder, and a tokenizer of letters instead of its own."""
     levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **levels)
     vae.save_pretrained(folder / "vae")

@@ -1,6 +1,6 @@
-"""Speed in tables, as JSON and in the pages of docs/ that have their places: scripts/benchmarks/bench.py TABLE
+"""Measures speed and memory; writes a table as JSON and into its page of docs/: scripts/benchmarks/bench.py TABLE
 
-Sides are measured in turns. Nothing else should run on the machine; the load stands beside the numbers.
+Sides are measured in turns. Nothing else should run on the machine; its load is written next to the numbers.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "outputs" / "benchmarks"
-PAGES = {  # the tables that each shows; a table's name is that of the module that measures it
+PAGES = {  # the tables on each; a table is named after the module that measures it
     "performance": ("loop", "ablation", "peers", "data", "stream", "checkpoint", "scale"),
-    "distributed": ("engines", "predictions"),
+    "distributed": ("engines",),
     "stable_diffusion": ("lora",),
     "conditional": ("peer_quality",),
 }
 TABLES = {table: ROOT / "docs" / f"{page}.md" for page, tables in PAGES.items() for table in tables}
 
 
-def write(table: str, rows: list[dict[str, Any]], command: str, document: Path, assumed: str | None = None) -> Path:
-    """Writes the rows as outputs/benchmarks/TABLE.json, and puts them in the place of the document's older ones.
+def write(table: str, rows: list[dict[str, Any]], command: str, document: Path) -> Path:
+    """Writes the rows as outputs/benchmarks/TABLE.json, and in place of those in the document.
 
-    What was calculated says what was `assumed` in the place of the machine.
-    Raises ValueError where the document has no place for the table.
+    Raises ValueError if the document has no place for the table.
     """
     about = {"command": command} | machine()
     path = RESULTS / f"{table}.json"
@@ -47,22 +46,21 @@ def write(table: str, rows: list[dict[str, Any]], command: str, document: Path, 
         raise ValueError(f"{document}: has no place for the table; write {begin} and {end} where it shall be")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = " ".join(map(str, about["load"]))
-    machine_then = f"{about['machine']}, {about['threads']} threads, load {load} at the end"
-    setting = f"`{command}`: {assumed or machine_then}, {versions}."
+    setting = f"`{command}`: {about['machine']}, {about['threads']} threads, load {load} at the end, {versions}."
     new = f"{begin}\n{setting}\n\n{markdown(rows)}\n{end}"
     document.write_text(re.sub(f"{begin}.*?{end}", lambda _: new, text, flags=re.DOTALL), encoding="utf-8")
     return path
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A column for each name that is not a list's: single runs are in the JSON file alone."""
+    """A column for each name except lists: single runs are in the JSON file only."""
     names = [name for name, value in rows[0].items() if not isinstance(value, list)]
     lines = [names, ["---"] * len(names), *([_shown(row[name]) for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("_", " ")
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, tuple):  # the same by two ways
+    if isinstance(value, tuple):  # two sides
         return " / ".join(map(_shown, value))
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
@@ -72,7 +70,7 @@ def _shown(value: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The name and load of the machine, threads and versions: what a measurement depends on beside the command."""
+    """Name and load of the machine, threads and versions: what a measurement depends on besides the command."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "machine": f"{name}, {os.cpu_count()} cores",
@@ -91,18 +89,15 @@ def _processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--pairs", type=int, default=5, help="repetitions of every side")
-    parser.add_argument("--steps", type=int, default=40, help="of training that are timed, after a warm-up")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a repetition of the table `data`")
+    parser.add_argument("--pairs", type=int, default=5, help="repetitions of each side")
+    parser.add_argument("--steps", type=int, default=40, help="training steps that are timed, after a warm-up")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a repetition of the table `data`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--assume", nargs="+", default=[], metavar="NAME=VALUE", help="hardware of `predictions`")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    module = importlib.import_module(f"scripts.benchmarks.{asked.table}")
-    assumed = module.described(module.assumptions(asked.assume)) if asked.table == "predictions" else None
+    rows = importlib.import_module(f"scripts.benchmarks.{asked.table}").rows(asked)
     command = f"scripts/benchmarks/bench.py {' '.join(sys.argv[1:])}"
-    for table, rows in module.tables(asked).items():
-        print(write(table, rows, command, TABLES[asked.table], assumed))
+    print(write(asked.table, rows, command, TABLES[asked.table]))
 
 
 if __name__ == "__main__":

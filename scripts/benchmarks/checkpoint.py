@@ -1,4 +1,4 @@
-"""The cost of a save to the loop, and the time from `latest` to the first step, by the size of the network."""
+"""What a save costs the loop, and the time from `latest` to the first step, by the size of the network."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ LARGE = {
 }  # fmt: skip
 
 
-def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each of two sizes of network.
 
-    A stall is the time between the step before a save and the step after it, without a normal step: the median of
-    those that come when the files are long written. The cost of a save in all is added over the steps up to those.
+    A stall is the time of a step with the save after it, less that of a normal step: the median of the second half of
+    the period, when the files are long written. The cost of a save in all is added up over the first half.
     """
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder, "large.json")
         large.write_text(json.dumps(LARGE))
         options = [f"ddpm.model_config={large}", "base.train_batch_size=1", "base.resolution=32"]
-        rows = [
+        return [
             {"network": name} | checkpoint_times(f"{folder}/{period}", overrides, asked.pairs, period)
             for name, overrides, period in (("the config's network", [], 20), ("large", options, 16))
         ]
-    return {"checkpoint": rows}
 
 
 def checkpoint_times(folder: str, overrides: list[str], repetitions: int, period: int) -> dict[str, Any]:
-    """One save every `period` steps; the first save pays for its memory and does not count."""
+    """Saves every `period` steps; the first save, which also pays for its memory, does not count."""
     last = period * (repetitions + 2)
     options = [f"base.checkpointing_steps={period}", "base.checkpoints_total_limit=1", *overrides]
     options += ["ddpm.valid_batch_size=1", "ddpm.ddpm_num_inference_steps=1"]
@@ -68,7 +67,7 @@ def checkpoint_times(folder: str, overrides: list[str], repetitions: int, period
 
 
 def times(folder: str, last: int, options: list[str]) -> list[float]:
-    """When the first step of a run began, and when each was done."""
+    """The moment when a run's first step began, and those when each was done."""
     found: list[float] = []
 
     def look(validation: Any, steps_done: int) -> None:

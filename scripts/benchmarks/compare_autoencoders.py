@@ -1,12 +1,12 @@
 """Trains one autoencoder four ways and measures it: scripts/benchmarks/compare_autoencoders.py CONFIG OUTPUT
 
-`bare`: a loop of its own with L1 and KL. `plain`: diffloop with the same loss. `full`: diffloop with a perceptual
-distance (VGG16's features) and the config's adversarial term. `research`: the bare loop with the loss of diffusers'
-research script and that distance. Same network, initial weights, pictures, optimizer, learning rates, number of steps.
+`bare`: a minimal loop with L1 and KL. `plain`: diffloop with the same loss. `full`: diffloop with a perceptual distance
+(VGG16's features) and the config's adversarial term. `research`: the bare loop with the loss of diffusers' research
+script and that distance. Same network, initial weights, pictures, optimizer, learning rates, number of steps.
 
 Prints PSNR, SSIM and ST-LPIPS (arXiv 2207.13686) of held-out reconstructions, and writes a grid: originals, then a row
-for each side. Needs the package stlpips_pytorch, whose wheel holds trained weights: VGG16's layers serve in training,
-so judge by its other network, AlexNet.
+for each side. Needs the package stlpips_pytorch, whose wheel holds trained weights. Training uses its VGG16, so judge
+by its other network, AlexNet.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import vgg16
 from torchvision.utils import save_image
 from tqdm.auto import trange
@@ -30,11 +31,12 @@ from tqdm.auto import trange
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import datasets_lib
-from scripts.benchmarks.research_loss import research_loss
 from train import train
+from trainers.common.autoencoder.adversarial import adaptive_weight
 from trainers.common.autoencoder.discriminator import PatchDiscriminator
-from trainers.common.autoencoder.loss import AutoencoderLoss, quality
+from trainers.common.autoencoder.loss import quality
 from trainers.common.autoencoder.options import build_autoencoder, latent_grid
+from trainers.common.autoencoder.perceptual import load_perceptual
 from trainers.common.model_files import Grid
 from trainers.engine.config.config import RunConfig, load_config
 from trainers.engine.optim.optimizer import learning_rate_schedule
@@ -44,6 +46,7 @@ from trainers.engine.validation.metrics import spread
 from trainers.inference.saved_run import load_trainer, open_run
 from trainers.vae import VAEConfig
 
+KL_SCALE, DISCRIMINATOR_SCALE = 1e-6, 1.0  # the defaults of diffusers' script
 SIDES = ("bare", "plain", "full", "research")
 SHOWN = 8  # pictures in the grid
 Objective = Callable[[nn.Module, Tensor, Tensor, int], Tensor | None]  # of network, images, noise, step
@@ -63,7 +66,7 @@ def trained(side: str, arguments: argparse.Namespace, vgg: Path) -> tuple[RunCon
 
 
 def bare_training(run: RunConfig, objective: Objective) -> nn.Module:
-    """A loop without anything but a loss, AdamW, clipping and the config's learning rate; returns the network."""
+    """Trains with nothing but a loss, AdamW, clipping and the config's learning rate; returns the network."""
     base, config, steps = run.base, cast(VAEConfig, run.config), cast(int, run.base.max_train_steps)
     torch.manual_seed(base.seed)
     vae = build_autoencoder(config.model_config, Grid.of(base))
@@ -105,10 +108,33 @@ def l1_and_kl(run: RunConfig) -> Objective:
     return objective
 
 
+def research_loss(
+    vae: Any, discriminator: nn.Module, distance: Any, images: Tensor, noise: Tensor, step: int, start_step: int
+) -> Tensor | None:
+    """The loss of diffusers' train_autoencoderkl.py, reimplemented from what it did in November 2026.
+
+    It sums over pixels, adds a perceptual distance without gradient to every pixel, and never updates the
+    discriminator. From `start_step` on the autoencoder is updated in every other step; in the others this is None.
+    """
+    if step % 2 and step >= start_step:
+        return None
+    reconstruction, moments = vae(images, noise)
+    with torch.no_grad():  # so it is a constant to the autoencoder
+        perceptual = distance(reconstruction, images).reshape(-1, 1, 1, 1)
+    errors = functional.l1_loss(reconstruction, images, reduction="none") + perceptual
+    summed = errors.sum() / len(images)
+    loss = summed + KL_SCALE * DiagonalGaussianDistribution(moments).kl().mean()
+    if step >= start_step:
+        adversarial = -discriminator(reconstruction).mean()
+        weight = adaptive_weight(summed, adversarial, vae.decoder.conv_out.weight)
+        loss = loss + DISCRIMINATOR_SCALE * weight * adversarial
+    return loss
+
+
 def research(run: RunConfig) -> Objective:
     """With the config's perceptual network; its weights per pixel are those of the script, times all pixels here."""
     config, base = cast(VAEConfig, run.config), run.base
-    distance: Any = AutoencoderLoss(config, base.resolution, torch.device("cpu")).perceptual
+    distance = load_perceptual(cast(str, config.perceptual_loss), base.resolution)
     discriminator = PatchDiscriminator(base.channels, config.discriminator_layers, config.discriminator_channels)
     return lambda vae, images, noise, step: research_loss(
         vae, discriminator, distance, images, noise, step, config.adversarial_start_step
@@ -116,7 +142,7 @@ def research(run: RunConfig) -> Objective:
 
 
 def without_terms(config: VAEConfig) -> list[str]:
-    """Overrides that take the perceptual and the adversarial term away."""
+    """Overrides that remove the perceptual and adversarial terms."""
     fields = VAEConfig.__dataclass_fields__
     removed = [f"vae.{name}={json.dumps(fields[name].default)}" for name in VAEConfig.training_only]
     return [f"vae.learning_rate={vae_rate(config)}", *removed]

@@ -51,7 +51,7 @@ LATENTS = Encoder(
 )
 
 
-def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians of repetitions in turns for each source and number of workers, and the decoded cache over each."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_pictures(Path(folder))
@@ -61,7 +61,7 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
                 batches = stack.enter_context(closing(batches_of(source, workers, Path(folder))))
                 sides[source, workers] = partial(speed, batches, asked.seconds, 1 + READ_AHEAD * workers)
         found = in_turns(sides, asked.pairs)
-    rows = [
+    return [
         {
             "source": source,
             "workers": workers,
@@ -71,7 +71,6 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         }
         for (source, workers), rates in found.items()
     ]
-    return {"data": rows}
 
 
 def write_pictures(folder: Path) -> None:
@@ -92,7 +91,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def batches_of(source: str, workers: int, folder: Path) -> Generator[dict[str, Any]]:
-    """Flipped training batches of a source without an end, on the device, with latents where these are cached."""
+    """Endless flipped training batches of a source, on the device; with latents if these are cached."""
     place: dict[str, Any] = {SOURCES[source][0]: f"{folder}/{SOURCES[source][1]}"}
     budget = 512 if source == "decoded cache" else 0  # MiB
     base = BaseConfig(
@@ -111,7 +110,7 @@ def batches_of(source: str, workers: int, folder: Path) -> Generator[dict[str, A
 
 
 def wait_for_workers() -> None:
-    """Until they have read ahead what they may: the next side is not to share the processor with them."""
+    """Waits until they have read ahead all they may, so that they take no time from the next side."""
     workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
     before = None
     while before != (before := [worker.cpu_times()[:2] for worker in workers]):

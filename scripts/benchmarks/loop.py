@@ -1,7 +1,7 @@
 """train() against a bare PyTorch loop over the same networks, in turns, and where the rest of a step's time goes.
 
-Both sides do the same for the weights: loss, backward, clipping, fused AdamW and, where the config has it, averaging.
-The bare one has a single batch that is on the device, torch's random numbers, and neither data nor log.
+Both sides do the same for the weights: loss, backward, clipping, fused AdamW and, if the config has it, averaging. The
+bare loop has one batch, on the device, and torch's random numbers; it loads no data and logs nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainers.engine.tracking import meters, tracker
 from trainers.engine.validation.validation import Validation
 
 TASKS = ("ddpm", "conditional_ddpm", "vae", "lora", "text_to_image")
-# the smallest have no dropout on their weights, no second network and cached frozen stages: as the bare side
+# as on the bare side: frozen encoders are cached, adapters have no dropout, and one network is trained
 CACHED = ["base.center_crop=true", "{task}.cache_latents=memory", "{task}.cache_text=memory"]
 LORA = ["lora.train_text_encoder=false", "lora.learning_rate=1e-3", "lora.lora_dropout=0", "lora.snr_gamma=null"]
 OPTIONS = {
@@ -52,14 +52,14 @@ REALISTIC = {
 }
 
 
-def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each task and size: the ratio of the sides by pairs, its median, and the parts of a step."""
-    rows = []
+    found = []
     for task in TASKS:
         for size in ("smallest", "realistic"):
             with tempfile.TemporaryDirectory() as folder:
-                rows.append({"task": task, "network": size} | compared(task, size, folder, asked.pairs, asked.steps))
-    return {"loop": rows}
+                found.append({"task": task, "network": size} | compared(task, size, folder, asked.pairs, asked.steps))
+    return found
 
 
 def run_of(task: str, size: str, folder: str, steps: int, windows: int = 1, options: Sequence[str] = ()) -> RunConfig:
@@ -100,13 +100,9 @@ def bare_step(run: RunConfig, trainer: Trainer) -> Callable[[], None]:
 
 
 def denoising_loss(trainer: Any, network: Any) -> Callable[[], Tensor]:
-    """The squared error of the prediction on pictures, or on latents that are drawn anew in each step."""
-    base, size, text_width = (
-        trainer.base,
-        trainer.base.train_batch_size,
-        getattr(network.config, "cross_attention_dim", None),
-    )
-    side = base.resolution // (4 if text_width else 1)  # the autoencoder's factor
+    """The squared error of the prediction on pictures, or on latents that are drawn in each step."""
+    size, text_width = trainer.base.train_batch_size, getattr(network.config, "cross_attention_dim", None)
+    side = trainer.base.resolution // (4 if text_width else 1)  # the autoencoder's factor
     mean, deviation = torch.rand(2, size, network.config.in_channels, side, side, device=DEVICE) * 2 - 1
     scheduler = trainer.learned.scheduler if text_width else trainer.scheduler
     velocity = trainer.config.prediction_type == "v_prediction"
@@ -141,7 +137,7 @@ def vae_loss(trainer: Any, network: Any) -> Callable[[], Tensor]:
 
 
 def parts_of_a_step(run: RunConfig) -> dict[str, float]:
-    """Milliseconds of each part in a run of its own, means without the warm-up; `other` is what no part covers."""
+    """Milliseconds of each part in a separate run, means after the warm-up; `other` is what no part covers."""
     seconds: dict[str, list[float]] = {}
     found: dict[str, float] = {}
 
@@ -178,7 +174,7 @@ def parts_of_a_step(run: RunConfig) -> dict[str, float]:
 
 def timed(function: Callable, name: str, seconds: dict[str, list[float]]) -> Callable:
     def call(*arguments: Any, **options: Any) -> Any:
-        synchronize()  # parts of a step are then one after the other on a GPU too
+        synchronize()  # so that parts of a step follow each other on a GPU too
         began = time.perf_counter()
         try:
             return function(*arguments, **options)

@@ -1,13 +1,12 @@
 """A LoRA step on a network of Stable Diffusion 1.5's shape: without caches, with caches, and the UNet alone.
 
-Adapters of rank 16, pictures of 512 x 512, batch 1, each way in a process of its own; on a GPU in bf16. The first call
-makes a base model with random weights, 3.7 GB in outputs/tests/sd1-whole.
+Adapters of rank 16, pictures of 512 x 512, batch 1, each in its own process; on a GPU in bf16. The first call makes a
+base model with random weights, 3.7 GB in outputs/tests/sd1-whole.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import tempfile
 from functools import partial
@@ -19,7 +18,16 @@ from diffusers import UNet2DConditionModel
 
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.loop import LORA
-from scripts.benchmarks.runs import DEVICE, configured, examples_per_second, in_new_process, in_turns, seconds_of
+from scripts.benchmarks.runs import (
+    DEVICE,
+    configured,
+    examples_per_second,
+    in_new_process,
+    in_turns,
+    logged,
+    seconds_of,
+)
+from trainers.engine.tracking.meters import PeakMemory
 
 WAYS: dict[str, list[str]] = {
     "without caches": [],
@@ -28,13 +36,13 @@ WAYS: dict[str, list[str]] = {
 PRECISION, DTYPE = ("bf16", torch.bfloat16) if DEVICE.type == "cuda" else ("no", torch.float32)
 
 
-def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Medians of seconds per step and of peak memory, and the sizes of what is written."""
+def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Medians of seconds per step and of peak memory, and the sizes of the files that are written."""
     sides = {"UNet forward and backward alone": partial(in_new_process, unet_alone, asked.steps)} | {
         f"LoRA step, {way}": partial(in_new_process, lora_steps, way, asked.steps) for way in WAYS
     }
     stable_diffusion("whole")
-    rows = [
+    return [
         {
             "side": side,
             "seconds_per_step": statistics.median(seconds for seconds, _, _ in runs),
@@ -43,11 +51,10 @@ def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         }
         for side, runs in in_turns(sides, asked.pairs).items()
     ]
-    return {"lora": rows}
 
 
 def lora_steps(way: str, steps: int) -> tuple[float, float, dict[str, float]]:
-    """Median seconds of a step, peak memory in GiB, and sizes in MB: the caches are those of 4 pictures and 2 texts."""
+    """Median seconds of a step, its peak memory in GiB, and sizes in MB: caches are of 4 pictures and 2 texts."""
     options = [
         *LORA, "lora.caption_dropout=0", "lora.use_ema=false", "lora.rank=16", "base.resolution=512",
         "base.center_crop=true", "base.train_batch_size=1", "base.max_train_samples=4", "lora.validation_prompts=[]",
@@ -56,17 +63,14 @@ def lora_steps(way: str, steps: int) -> tuple[float, float, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         run = configured("configs/tests/lora.json", folder, 1, [*options, *WAYS[way]], windows=steps)
         rates, written = examples_per_second(run), Path(run.base.output_dir)
-        places = {
-            "adapter": written / "pytorch_lora_weights.safetensors",
-            "checkpoint": written / f"checkpoint-{steps + 1}",
-        }
-        places |= {path.name.partition("-")[0]: path for path in sorted(Path(folder).glob("encoder-cache/*"))}
-        sizes = {name: size_of(place) for name, place in places.items()}
-    return statistics.median(1 / rate for rate in rates), peak_gib(), sizes
+        files = [written / "pytorch_lora_weights.safetensors", written / f"checkpoint-{steps + 1}"]
+        files += sorted(Path(folder).glob("encoder-cache/*"))
+        sizes = {path.name.partition("-")[0]: size_of(path) for path in files}
+    return statistics.median(1 / rate for rate in rates), max(logged(run, "peak_memory_gib")), sizes
 
 
 def unet_alone(steps: int) -> tuple[float, float, dict[str, float]]:
-    """The same of the frozen UNet's forward and backward to its input."""
+    """The same for the frozen UNet's forward pass and its backward pass to the input."""
     unet = UNet2DConditionModel.from_pretrained(stable_diffusion("whole") / "unet", torch_dtype=DTYPE)
     unet.requires_grad_(False).to(DEVICE).train()
     noisy = torch.randn(1, 4, 64, 64, device=DEVICE, dtype=DTYPE, requires_grad=True)
@@ -76,14 +80,9 @@ def unet_alone(steps: int) -> tuple[float, float, dict[str, float]]:
         unet(noisy, 500, text).sample.float().square().mean().backward()
 
     step()
-    return statistics.median(seconds_of(step, 1) for _ in range(steps)), peak_gib(), {}
-
-
-def peak_gib() -> float:
-    """Of the GPU where there is one, else of this process."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = PeakMemory(DEVICE)
+    memory.take()  # the start, too, has a peak
+    return statistics.median(seconds_of(step, 1) for _ in range(steps)), memory.take(), {}
 
 
 def size_of(path: Path) -> float:

@@ -1,10 +1,10 @@
 """Measures what a text-to-image model and its LoRA draw: scripts/benchmarks/measure_style.py BASE_RUN LORA_RUN
 
-Both runs were trained on captions of labelled pictures, the LoRA's in a style of its own. Support vector machines on
-these pictures judge as many drawings of each model, by diffusers' pipeline: whether they show what the caption asked
-for, whether they are in the LoRA's style, and, by the shapes alone without colours, whether these are. What each judge
-gets right on held-out real pictures stands beside it. Prints JSON and writes it with a grid (in each pair of rows the
-base above, the LoRA below) to LORA_RUN/evaluation.
+Both runs were trained on captions of labelled pictures, the LoRA's in another style. Support vector machines trained on
+these pictures judge drawings of both models, made with diffusers' pipeline: whether they show what the caption asked
+for, whether they are in the LoRA's style, and whether their shapes, without colours, are. The report also says what
+part of held-out real pictures each judge gets right. Prints JSON and writes it to LORA_RUN/evaluation, with a grid (in
+each pair of rows the base above, the LoRA below).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROWS = 2  # pairs of rows in the grid
 
 
 class Real(NamedTuple):
-    """Pictures that a run was trained on, all of them, and those held out."""
+    """All pictures that a run was trained on, and those held out."""
 
     train: Described
     held_out: Described
@@ -45,7 +45,7 @@ class Real(NamedTuple):
 
     @classmethod
     def of(cls, run: RunConfig) -> Real:
-        """Raises ValueError where the pictures have no labels, or none are held out."""
+        """Raises ValueError if the pictures have no labels, or none are held out."""
         train, held_out = (datasets_lib.build(run.base, split) for split in ("train", "validation"))
         if train is None or held_out is None:
             raise ValueError(f"{run.base.output_dir}: base.validation_split = null: judges need held-out pictures")
@@ -55,27 +55,6 @@ class Real(NamedTuple):
         captions = {example["label"]: example["caption"] for example in examples}
         seen = [describe(pictures_of(each, list(range(len(each))), 100), CPU) for each in (train, held_out)]
         return cls(seen[0], seen[1], dict(sorted(captions.items())))
-
-
-class Judge:
-    """A support vector machine on real pictures, and the part of the held-out ones that it gets right."""
-
-    def __init__(self, train: Described, held_out: Described) -> None:
-        assert held_out.labels is not None
-        self.recognise = train_classifier(train)
-        self.held_out = class_accuracy(self(held_out.thumbnails), held_out.labels)["class_accuracy"]
-
-    @classmethod
-    def of_kinds(cls, base: Real, style: Real, look: Callable[[Tensor], Tensor]) -> Judge:
-        """Tells the style's pictures, 1, from the base's, 0, by what `look` shows of them."""
-        kinds = [
-            describe([(look(rows), torch.full((len(rows),), label)) for label, rows in enumerate(pair)], CPU)
-            for pair in ((a.thumbnails, b.thumbnails) for a, b in zip(base[:2], style[:2], strict=True))
-        ]
-        return cls(*kinds)
-
-    def __call__(self, pictures: Tensor) -> Tensor:
-        return self.recognise(pictures.flatten(1))
 
 
 def shapes(pictures: Tensor) -> Tensor:
@@ -97,18 +76,30 @@ def draw(pipeline: Any, prompts: list[str], seed: int, batch_size: int, **option
 
 
 def measure(base: Real, style: Real, drawn: Tensor, styled: Tensor, labels: Tensor) -> dict[str, float]:
-    """The base's pictures `drawn` and the LoRA's `styled` before all judges."""
+    """The judges' numbers for the base's pictures `drawn` and the LoRA's `styled`."""
     found: dict[str, float] = {}
-    for name, judge, pictures in (("base", Judge(*base[:2]), drawn), ("lora", Judge(*style[:2]), styled)):
-        accuracy = class_accuracy(judge(pictures), labels)
+    for name, real, pictures in (("base", base, drawn), ("lora", style, styled)):
+        recognise = train_classifier(real.train)
+        accuracy = class_accuracy(recognise(pictures.flatten(1)), labels)
         found |= {f"{name}_accuracy": accuracy["class_accuracy"], f"{name}_worst": accuracy["worst_class_accuracy"]}
-        found[f"{name}_judge_held_out"] = judge.held_out
+        found[f"{name}_judge_held_out"] = right_of(recognise, real.held_out)
     for name, look in (("styled", lambda pictures: pictures), ("styled_shape", shapes)):
-        judge = Judge.of_kinds(base, style, look)
+        recognise = train_classifier(kinds(base.train, style.train, look))
         for key, pictures in ((name, styled), (f"base_{name}", drawn)):
-            found[key] = judge(look(pictures)).double().mean().item()
-        found[f"{name}_judge_held_out"] = judge.held_out
+            found[key] = recognise(look(pictures).flatten(1)).double().mean().item()
+        found[f"{name}_judge_held_out"] = right_of(recognise, kinds(base.held_out, style.held_out, look))
     return found
+
+
+def kinds(base: Described, style: Described, look: Callable[[Tensor], Tensor]) -> Described:
+    """What `look` shows of the base's pictures, labelled 0, and of the style's, labelled 1."""
+    looks = [look(real.thumbnails) for real in (base, style)]
+    return describe([(rows, torch.full((len(rows),), label)) for label, rows in enumerate(looks)], CPU)
+
+
+def right_of(recognise: Callable[[Tensor], Tensor], real: Described) -> float:
+    assert real.labels is not None
+    return class_accuracy(recognise(real.vectors), real.labels)["class_accuracy"]
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:

@@ -1,26 +1,22 @@
-"""Prints the number of threads with which a small network trains fastest on this machine, as it is right now."""
+"""Prints the number of threads with which a small network trains fastest on this machine right now."""
 
 from __future__ import annotations
 
 import os
-import time
+import timeit
 
 import torch
 from torch import nn
 
 
 def seconds_per_step(threads: int, steps: int = 6) -> float:
-    """The best of several steps, so that a moment's disturbance does not decide."""
+    """The best of several steps, so that a brief disturbance does not decide."""
     torch.set_num_threads(threads)
     network = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), *[nn.Conv2d(32, 32, 3, padding=1) for _ in range(6)]
     )
-    times = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        network(torch.randn(32, 1, 16, 16)).square().mean().backward()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    step = "network(torch.randn(32, 1, 16, 16)).square().mean().backward()"
+    return min(timeit.repeat(step, globals={"network": network, "torch": torch}, number=1, repeat=steps))
 
 
 if __name__ == "__main__":

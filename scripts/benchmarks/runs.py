@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
-import json
 import multiprocessing
-import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,12 +42,15 @@ def configured(config: str, folder: str, steps: int, overrides: Sequence[str] = 
 
 
 def examples_per_second(run: RunConfig, look: Look = lambda validation, steps_done: None) -> list[float]:
-    """Trains; returns the logged rates without the first: with data, averaging and logging, without saves.
+    """Trains without console output; returns the logged rates without the first: with data and logging, without saves.
 
-    `look` is called in place of validations, which the rates leave out: before the first step and after each.
+    `look` replaces validations, which the rates leave out: it is called before the first step and after each one.
     """
-    with quiet(), patch.multiple(Validation, make_up=look, after_step=look):
+    looking = patch.multiple(Validation, make_up=look, after_step=look)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), looking:
         train(run)
+    AcceleratorState._reset_state(reset_partial_state=True)  # which is global: the next run starts with a new one
+    GradientState._reset_state()
     return logged(run, "examples_per_second")[1:]
 
 
@@ -62,7 +62,7 @@ def logged(run: RunConfig, name: str) -> list[float]:
 def beside(run: RunConfig, others: Mapping[str, Callable[[Trainer], Callable[[], Any]]]) -> dict[str, list[float]]:
     """Examples per second of "diffloop" and of the others by windows of steps, in turns in one process.
 
-    The others make their step from the trainer before its first one. Whenever train() has logged, each does as many.
+    The others make their step from the trainer before its first one; each does as many steps as train() has logged.
     """
     window, made = run.base.logging_steps, {}
     rates: dict[str, list[float]] = {name: [] for name in others}
@@ -94,7 +94,7 @@ def synchronize() -> None:
 
 
 def in_turns(sides: Mapping[Any, Callable[[], Any]], repetitions: int) -> dict[Any, list[Any]]:
-    """Calls each side as often, to and fro, so that all meet the same machine."""
+    """Calls all sides in turns, forwards and backwards, so that all meet the same machine."""
     found: dict[Any, list[Any]] = {side: [] for side in sides}
     for repetition in range(repetitions):
         for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
@@ -108,39 +108,13 @@ def median_ratio(rates: Sequence[float], others: Sequence[float]) -> float:
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process with as many threads, whose memory holds nothing else."""
+    """Calls a function in a new process with the same number of threads, whose memory holds nothing else."""
     threads = torch.get_num_threads()
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as process:
         return process.apply(function, arguments)
-
-
-def in_processes(
-    module: str, arguments: Sequence[str], folder: str | Path, processes: int, threads: int, prefix: Sequence[str] = ()
-) -> Any:
-    """Runs a module in processes behind the command `prefix`; returns what they leave in the folder's found.json.
-
-    Raises RuntimeError where it fails.
-    """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-    command = [*prefix, sys.executable, *(torchrun if processes > 1 else []), "-m", module, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    return json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
 
 
 def from_tests(module: str) -> ModuleType:
     """A module of tests/helpers: tiny models, and engines as they run on CPUs."""
     sys.path.append(str(ROOT / "tests" / "helpers"))
     return importlib.import_module(module)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the lines and bars of a run; accelerate's state is global, and the next run starts with a new one."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()

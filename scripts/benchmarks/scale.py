@@ -10,50 +10,41 @@ from typing import Any
 
 import torch
 
-from scripts.benchmarks.loop import run_of
-from scripts.benchmarks.runs import in_processes, in_turns
+from scripts.benchmarks.engines import MIB, launched
+from scripts.benchmarks.measured import ENGINES
+from scripts.benchmarks.runs import in_turns
 
 TASKS = ("ddpm", "text_to_image")
-ENGINES = {1: "one process", 2: "DDP"}
+ALONE, TOGETHER = "one process", "DDP"
 
 
-def tables(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each task and number of processes; the efficiency is the median over pairs of runs in turns."""
-    threads = max(torch.get_num_threads() // max(ENGINES), 1)
-    rows = []
+    threads = max(torch.get_num_threads() // ENGINES[TOGETHER][0], 1)
+    found = []
     for task in TASKS:
-        sides = {number: partial(launched, task, number, asked.steps, threads) for number in ENGINES}
-        found = in_turns(sides, asked.pairs)
-        rows += [row(task, number, threads, runs, found[1]) for number, runs in found.items()]
-    return {"scale": rows}
+        sides = {engine: partial(run, engine, task, asked.steps, threads) for engine in (ALONE, TOGETHER)}
+        by_engine = in_turns(sides, asked.pairs)
+        for engine, runs in by_engine.items():
+            named = {"task": task, "processes": ENGINES[engine][0], "threads_each": threads}
+            found.append(named | row(runs, by_engine[ALONE]))
+    return found
 
 
-def row(task: str, processes: int, threads: int, runs: list[dict], alone: list[dict]) -> dict[str, Any]:
-    rates = [run["examples_per_second"] / processes for run in runs]
-    ratios = [rate / one["examples_per_second"] for rate, one in zip(rates, alone, strict=True)]
-    return {
-        "task": task,
-        "processes": processes,
-        "threads_each": threads,
-        "examples_per_second_each": statistics.median(rates),
-        "efficiency": statistics.median(ratios),
-        "trained_mib": runs[0]["trained_bytes"] / 2**20,
-        "reduced_gradients_mib_per_step": runs[0]["gradient_bytes"] / 2**20,
-        "other_bytes_per_step": runs[0]["other_bytes"],
-        "ratios": ratios,
-    }
-
-
-def launched(task: str, processes: int, steps: int, threads: int) -> dict[str, float]:
-    """The rate of a run of so many processes, and the bytes that the first one gives to reductions in a step."""
+def run(engine: str, task: str, steps: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        batch = run_of(task, "realistic", folder, steps).base.train_batch_size
-        given = ["measure", folder, ENGINES[processes], task, str(steps)]
-        found = in_processes("scripts.benchmarks.measured", given, folder, processes, threads)
-    gradients = found["held"]["gradients in flight"] or 0
+        return launched("measure", folder, engine, task, steps, threads=threads)
+
+
+def row(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[str, Any]:
+    first = runs[0]
+    gradients = first["held"]["ddp_buckets"]  # which are reduced once
+    ratios = [one["step_seconds"] / run["step_seconds"] for run, one in zip(runs, alone, strict=True)]
     return {
-        "examples_per_second": processes * batch / found["step_seconds"],
-        "trained_bytes": found["held"]["weights"],
-        "gradient_bytes": gradients,
-        "other_bytes": sum(num_bytes for _, num_bytes in found["messages"].values()) - gradients,
+        "examples_per_second_each": statistics.median(run["batch"] / run["step_seconds"] for run in runs),
+        "efficiency": statistics.median(ratios),
+        "trained_mib": first["held"]["weights"] / MIB,
+        "reduced_gradients_mib_per_step": gradients / MIB,
+        "other_bytes_per_step": sum(first["messages"].values()) - gradients,
+        "ratios": ratios,
     }

@@ -2,57 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.benchmarks.counting import bytes_of, saving
 from trainers.engine.distributed.sharding import local
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast")
 
 
-def watch(module: nn.Module, found: dict[str, Any]) -> ExitStack:
-    """Counts what autograd keeps of a forward pass until it is closed.
+@contextmanager
+def activations(module: nn.Module, found: dict[str, Any]) -> Iterator[None]:
+    """Adds to found["activations"] the bytes that autograd keeps of the module's forward passes inside the block.
 
-    Weights that were gathered for the pass are gone again at its end.
+    Weights do not count: those that are gathered for the pass are gone again at its end.
     """
-    hooks, watching, kept = ExitStack(), ExitStack(), []
+    kept: dict[int, torch.UntypedStorage] = {}  # by identity
+
+    def keep(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):  # whose numbers ZeRO-3 takes away again
+            return tensor
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor.detach()  # the tensor itself would keep the node that it comes from
+
+    saving = saved_tensors_hooks(keep, lambda tensor: tensor)
 
     def before(*_: Any) -> None:
-        kept.append(watching.enter_context(saving(module, {})))
+        saving.__enter__()
 
     def after(*_: Any) -> None:
-        watching.close()
-        found["activations"] = found.get("activations", 0) + bytes_of(kept.pop())
+        saving.__exit__()
+        for parameter in module.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        found["activations"] = found.get("activations", 0) + sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
 
-    for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after)):
-        hooks.callback(handle.remove)
-    return hooks
+    with module.register_forward_pre_hook(before), module.register_forward_hook(after):
+        yield
 
 
-def states(modules: Iterable[nn.Module], optimizer: Any, ema: Any) -> dict[str, int | None]:
-    """Bytes by what they are, after a step; DeepSpeed's optimizer moves weights of its own.
-
-    Of gradients in flight only DDP's lasting buckets can be seen.
-    """
+def states(modules: Iterable[nn.Module], optimizer: Any, ema: Any) -> dict[str, int]:
+    """Bytes by what they are, after a step. DeepSpeed's optimizer updates copies of the weights."""
     inner, modules = optimizer.optimizer, list(modules)
-    masters = getattr(inner, "single_partition_of_fp32_groups", getattr(inner, "fp32_partitioned_groups_flat", []))
+    copies = getattr(inner, "single_partition_of_fp32_groups", getattr(inner, "fp32_partitioned_groups_flat", []))
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
     buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in wrappers]
     weights = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]
     return {
-        "weights": held([*weights, *masters]),
+        "weights": held([*weights, *copies]),
         "moments": held([moment for moment in moments if moment.dim()]),
         "averages": held(list(ema.averages.values()) if ema is not None else []),
-        "gradients in flight": sum(int(size) for sizes in buckets for size in sizes.split(",")) if wrappers else None,
+        "ddp_buckets": sum(int(size) for sizes in buckets for size in sizes.split(",")),
     }
 
 
@@ -71,19 +81,17 @@ def held(tensors: list[Tensor | None]) -> int:
 
 
 class Messages(TorchDispatchMode):
-    """Counts the messages that processes exchange inside the block, and the bytes of the whole tensors, by kind."""
+    """Counts the bytes of the whole tensors that processes exchange inside the block, by kind of message."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, list[int]] = {}
+        self.num_bytes: dict[str, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         name = function.__name__.replace("_", "")  # such as _allgather_base_ and allreduce_coalesced_
         kind = next((kind for kind in KINDS if name.startswith(kind.replace("_", ""))), None)
         if function.namespace == "c10d" and kind is not None:
-            sums = self.found.setdefault(kind, [0, 0])
-            sums[0] += 1
-            sums[1] += max(_bytes_in(argument) for argument in arguments)
+            self.num_bytes[kind] = self.num_bytes.get(kind, 0) + max(map(_bytes_in, arguments))
         return function(*arguments, **(options or {}))
 
 

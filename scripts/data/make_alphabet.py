@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from trainers.inference.command import check_new, command
 
 SUFFIXES = {".ttf", ".otf", ".ttc", ".otc"}
-MARGIN = 2  # pixels around a letter at the least
+MARGIN = 2  # pixels around a letter at least
 Face = tuple[Path, int]  # a font file and the number of the face in it
 
 
@@ -46,7 +46,7 @@ def find_fonts(folder: Path | None) -> list[Path]:
 
 
 def faces_with_letters(path: Path, letters: str) -> tuple[list[Face], int]:
-    """The faces of a file that have all letters, and how many have not; a broken file is one of these."""
+    """The faces of a file that have all letters, and how many lack some; a broken file counts as one of these."""
     try:
         with TTCollection(path) if path.suffix.lower() in (".ttc", ".otc") else TTFont(path, lazy=True) as opened:
             fonts = getattr(opened, "fonts", [opened])
@@ -57,7 +57,7 @@ def faces_with_letters(path: Path, letters: str) -> tuple[list[Face], int]:
 
 
 def render(face: Face, letter: str, size: int) -> Image.Image | None:
-    """The letter in black on white, as large as fits, in the middle; None where the font draws nothing."""
+    """The letter in black on white, as large as fits, in the middle; None if the font draws nothing."""
     path, number = face
     font = ImageFont.truetype(str(path), 4 * size, index=number)
     left, top, right, bottom = map(int, font.getbbox(letter))  # whole pixels, which Pillow's stub calls float
@@ -77,7 +77,7 @@ def render(face: Face, letter: str, size: int) -> Image.Image | None:
 def make_alphabet(output: Path, fonts: list[Path], size: int, held_out: float) -> dict[str, int]:
     """Writes the data set; returns how many faces were used and skipped, and how many pictures there are.
 
-    The same letters in all faces drawn alike (a face under two names) count once.
+    Faces whose letters are all drawn alike (a face under two names) count once.
     """
     letters, skipped, sets = string.ascii_uppercase, 0, []
     seen: set[bytes] = set()

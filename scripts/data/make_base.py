@@ -1,9 +1,9 @@
-"""Puts together what a text-to-image model from scratch starts from: scripts/data/make_base.py VAE CONFIG OUTPUT
+"""Assembles what a text-to-image model from scratch starts from: scripts/data/make_base.py VAE CONFIG OUTPUT
 
 VAE is a finished vae run, CONFIG a run's configuration whose data set has captions. OUTPUT gets the folders that
 `pretrained_model_name_or_path` of task text_to_image needs: vae, scheduler (Stable Diffusion's noise, DDIM), a
-tokenizer of these captions' words, and a CLIP text encoder with random weights. Such an encoder tells captions apart,
-and knows nothing of their meaning: for small vocabularies where no trained one can be had.
+tokenizer of these captions' words, and a CLIP text encoder with random weights. Such an encoder tells captions apart
+but knows nothing of their meaning: it is for small vocabularies for which there is no trained one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
 
 
 def make_base(options: argparse.Namespace) -> str:
-    """Writes the folder and says what is in it; ValueError for what it cannot be made from."""
+    """Writes the folder and returns a line about its content; raises ValueError for unsuitable input."""
     check_new(options.output)
     for problem in latents_problems(options.vae):
         raise ValueError(f"VAE = {options.vae}: {problem}")

@@ -2,9 +2,9 @@
 
 scripts/data/make_digits.py OUTPUT
 
-OUTPUT/plain is light ink on dark, OUTPUT/paper dark ink on light paper and tilted, OUTPUT/colors has four inks on
-papers, these two among them, at any tilt, for an autoencoder that is to know them all. Each has the folders train and
-validation with metadata.jsonl; what is held out in one style is held out in all of them.
+OUTPUT/plain is white ink on black; OUTPUT/paper is blue ink on cream, tilted to the left; OUTPUT/colors has four inks
+and papers, these two among them, tilted to either side, for an autoencoder of all styles. Each has the folders train
+and validation with metadata.jsonl; a digit held out in one style is held out in all of them.
 """
 
 from __future__ import annotations
@@ -33,25 +33,12 @@ INKS = (  # and the paper below each
     ((250, 225, 120), (30, 90, 70)),
     ((170, 40, 40), (205, 215, 220)),
 )
-
-
-def plain(mask: Image.Image, random: np.random.Generator) -> Image.Image:
-    return paint(mask, 0.0, *INKS[0])
-
-
-def paper(mask: Image.Image, random: np.random.Generator) -> Image.Image:
-    """Blue ink on cream, 25 degrees to the left, give or take 2."""
-    return paint(mask, random.normal(25.0, 2.0), *INKS[1])
-
-
-def colors(mask: Image.Image, random: np.random.Generator) -> Image.Image:
-    """One of the inks on its paper, up to 35 degrees to either side."""
-    return paint(mask, random.uniform(-35.0, 35.0), *INKS[random.integers(len(INKS))])
-
-
-STYLES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
-    "plain": plain, "paper": paper, "colors": colors,
-}  # fmt: skip
+# each draws a tilt in degrees to the left, and the number of an ink
+STYLES: dict[str, Callable[[np.random.Generator], tuple[float, int]]] = {
+    "plain": lambda random: (0.0, 0),
+    "paper": lambda random: (random.normal(25.0, 2.0), 1),
+    "colors": lambda random: (random.uniform(-35.0, 35.0), int(random.integers(len(INKS)))),
+}
 
 
 def paint(mask: Image.Image, tilt: float, ink: tuple[int, ...], ground: tuple[int, ...]) -> Image.Image:
@@ -80,7 +67,7 @@ def make_digits(output: Path) -> dict[str, int]:
     order = np.random.default_rng(0).permutation(len(masks))
     held_out = round(HELD_OUT * len(masks))
     splits = {"train": np.sort(order[held_out:]), "validation": np.sort(order[:held_out])}
-    for style, draw in STYLES.items():
+    for style, drawn in STYLES.items():
         random = np.random.default_rng(1)
         for split, numbers in splits.items():
             folder = output / style / split
@@ -88,7 +75,8 @@ def make_digits(output: Path) -> dict[str, int]:
             rows = []
             for number in numbers:
                 label, name = int(digits.target[number]), f"{number:04d}.png"
-                draw(masks[number], random).save(folder / name)
+                tilt, ink = drawn(random)
+                paint(masks[number], tilt, *INKS[ink]).save(folder / name)
                 rows.append({"file_name": name, "text": caption(label), "label": label})
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")

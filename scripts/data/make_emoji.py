@@ -1,7 +1,7 @@
 """Renders a colour font's pictures into a data set: scripts/data/make_emoji.py OUTPUT [--font FILE]
 
-Small drawings in full colour, each on a background of its own colour: real pictures for autoencoders that need no
-download but a font, such as Noto Color Emoji. Train on it with configs/vae_emoji.yaml.
+Small drawings in full colour, on backgrounds of different colours: pictures for autoencoders that need no download
+except a font such as Noto Color Emoji. Train on them with configs/vae_emoji.yaml.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trainers.inference.command import check_new, command
 
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)  # two of them make a flag
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-MARGIN = 2  # pixels around a picture at the least
+MARGIN = 2  # pixels around a picture at least
 
 
 def find_font() -> Path:
-    """The system's Noto Color Emoji through fontconfig; FileNotFoundError where it is not installed."""
+    """The system's Noto Color Emoji through fontconfig; raises FileNotFoundError if it is not installed."""
     found = ""
     if shutil.which("fc-list") is not None:
         command = ["fc-list", "--format", "%{file}\n", "Noto Color Emoji"]
@@ -61,7 +61,7 @@ def open_font(path: Path) -> tuple[ImageFont.FreeTypeFont, list[str]]:
 
 
 def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
-    """The picture alone, transparent around it; None where the font draws none, or two beside each other."""
+    """The picture alone, transparent around it; None if the font draws none, or two side by side."""
     left, top, right, bottom = map(int, font.getbbox(text))  # whole pixels, which Pillow's stub calls float
     if right <= left or bottom <= top or right - left > 1.5 * (bottom - top):
         return None
