@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import (
     BaseConfig,
+    MeasuresData,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     RandomSource,
-    Trainer,
     TrainerConfig,
 )
 from trainers.common.autoencoder.latents import images_of
@@ -116,7 +116,7 @@ class VAEConfig(TrainerConfig):
             yield "adversarial_loss", f"{found}; switch one of them off"
 
 
-class VAETrainer(Trainer):
+class VAETrainer(MeasuresData):
     """Trains an AutoencoderKL, together with a discriminator if the loss is adversarial."""
 
     Config = VAEConfig

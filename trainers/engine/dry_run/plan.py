@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from datasets_lib.example import ImageData
+from trainers.base import MeasuresData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data.batches import by_bucket
@@ -118,11 +119,11 @@ def _only(dataset: ImageData, candidates: Sequence[int], count: int) -> ImageDat
 def _scale(data: DataSets, few: DataSets, run: RunConfig) -> dict[str, float]:
     """Returns how many times longer the whole run takes for the parts that depend on the number of examples."""
     pairs = {"validation": (data.validation, few.validation)}
-    found, measured = {}, getattr(run.trainer_class, "statistics_samples", 0)
+    found, task = {}, run.trainer_class
     if not run.base.streaming:  # a stream's length is unknown, and no cache holds its examples
         pairs["train"] = data.train, few.train
-        if measured:
-            found["measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
+        if issubclass(task, MeasuresData) and (most := task.statistics_samples):
+            found["measuring"] = min(len(data.train), most) / min(len(few.train), most)
     sets = {split: (whole, part) for split, (whole, part) in pairs.items() if whole is not None and part is not None}
     for split, (whole, part) in sets.items():
         found[f"prepare_{split}"] = len(whole) / len(part)
