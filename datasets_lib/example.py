@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 
@@ -28,8 +29,7 @@ class DataSet(Protocol):
         ...
 
 
-@runtime_checkable
-class ImageData(DataSet, Protocol):
+class ImageData(DataSet):
     """Further members that the loop may use; the defaults suit a data set that has no answer."""
 
     random: bool = True  # whether get() uses its generator
@@ -127,34 +127,36 @@ class ExampleReader(Protocol):
     def position(self) -> dict[str, Any]: ...  # from which open_reader continues
 
 
-@runtime_checkable
-class StreamData(ImageData, Protocol):
+class StreamData(ImageData, ABC):
     """A training set without length or order, whose examples this process's readers read in turn."""
 
     origin: str
-    readers: tuple[dict[str, Any] | None, ...]  # each reader's position after the last example trained on; None: start
-    turn: int  # the reader whose batch is next
-    skipped_before: tuple[int, int]  # shards and pictures skipped by readers that no longer exist
+    readers: tuple[dict[str, Any] | None, ...] = (None,)  # position after the last example trained on; None: start
+    turn = 0  # the reader whose batch is next
+    skipped_before: tuple[int, int] = (0, 0)  # shards and pictures skipped by readers that no longer exist
 
+    @abstractmethod
     def shard_for_rank(self, process_index: int, num_processes: int, workers: int) -> StreamData:
-        """Returns the stream with the readers of one process."""
-        ...
+        """Returns the stream with the readers of one process: as many as `workers`, but at least one."""
 
+    @abstractmethod
     def open_reader(self, number: int, position: dict[str, Any] | None) -> ExampleReader:
         """Returns a reader of this process at a position; None: the start."""
-        ...
 
+    @abstractmethod
     def go_on(self, saved: list[dict[str, Any]], process_index: int) -> list[str]:
-        """Continues at the saved positions of all processes; returns lines that say what is skipped or read again."""
-        ...
+        """Continues at the saved positions of all processes; returns lines that say what is skipped or read again.
 
+        With another number of processes or workers the readers get other shards: then all start the next epoch.
+        """
+
+    @abstractmethod
     def left_out(self, saved: list[dict[str, Any]]) -> str:
-        """Says what is not read if all readers begin the next epoch."""
-        ...
+        """Says what is not read if all readers start the next epoch."""
 
+    @abstractmethod
     def held(self, count: float) -> ImageData:
         """Returns at most this many of the first examples, in memory."""
-        ...
 
 
 def _lacks(dataset: object, method: str) -> NotImplementedError:

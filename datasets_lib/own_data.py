@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ class OwnData(ImageData):
     def get(self, index: int, generator: torch.Generator | None) -> Example:
         return self.inner.get(self.rows[index], generator)
 
-    @cached_property  # it reads an example, and a check against a Protocol asks for it
+    @property
     def caption_note(self) -> str | None:
         fixed = ", ".join(part for part in (self.args.trigger_word, self.args.caption) if part)
         note = f"the data set has no captions: every example has base.caption = {fixed!r}"

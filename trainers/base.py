@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
@@ -242,9 +242,8 @@ class Trainer(ABC):
         return self.unwrapped[name]
 
 
-@runtime_checkable
-class MeasuresData(Protocol):
-    """A Trainer whose pipeline holds numbers measured over training examples, such as a scaling factor.
+class MeasuresData(Trainer):
+    """A task whose pipeline holds numbers measured over training examples, such as a scaling factor.
 
     Before save_pipeline the loop sets `statistics` to the means of data_statistics over at most `statistics_samples`
     examples (0: none), computed with the weights that the pipeline will hold.
@@ -253,4 +252,6 @@ class MeasuresData(Protocol):
     statistics_samples: int
     statistics: dict[str, float]
 
-    def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]: ...  # {name: [B]}
+    @abstractmethod
+    def data_statistics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
+        """Returns a batch's values by name, [B] each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainers.base import RandomSource, Trainer
+from trainers.base import MeasuresData, RandomSource
 from trainers.common.autoencoder.latents import images_of
 from trainers.common.autoencoder.options import build_autoencoder, latent_grid, load_autoencoder
 from trainers.common.autoencoder.vae_config import VAEConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainers.common.autoencoder.autoencoder import AutoencoderKL, LatentStatistics
 
 
-class VAETrainer(Trainer):
+class VAETrainer(MeasuresData):
     """Trains an AutoencoderKL, together with a discriminator if the loss is adversarial."""
 
     Config = VAEConfig

@@ -58,16 +58,6 @@ class ImageReader:
         except Exception as error:
             raise ImageError(self._reason(error)) from error
 
-    def resized_bytes(self, source: Path | bytes | np.ndarray) -> int:
-        """Return how many bytes `read` gives, from the header alone; 0 for an image that cannot be opened."""
-        try:
-            with self._open(source) as image:
-                size = header_size(image)
-                height, width = resized_size(size, self.target(size))
-        except Exception:  # `read` will say what is wrong
-            return 0
-        return width * height * self.channels
-
     def _open(self, source: Path | bytes | np.ndarray) -> Image.Image:
         if isinstance(source, np.ndarray):
             return Image.fromarray(source)

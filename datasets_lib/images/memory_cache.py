@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,6 @@ class DecodedImages:
         self.block = torch.empty(self.offsets[-1], dtype=torch.uint8)
         self.shapes: list[tuple[int, ...] | None] = [None] * len(byte_counts)
         self.sizes: list[Size | None] = [None] * len(byte_counts)
-        self.same_shape = False
 
     def put(self, position: int, picture: Picture | None) -> None:
         """Store an image, or None for one that cannot be decoded."""
@@ -38,27 +38,22 @@ class DecodedImages:
             self.shapes[position] = tuple(pixels.shape)
             self.block[self.offsets[position] : self.offsets[position + 1]] = pixels.flatten()
 
-    def finish(self) -> DecodedImages:
-        """Make the block [N, C, H, W], which is faster to index, if all shapes are equal."""
-        shape = self.shapes[0] if len(set(self.shapes)) == 1 else None
-        if shape is not None:
-            self.same_shape = True
-            self.block = self.block.view(len(self.shapes), *shape)
-        return self
+    @cached_property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of all images, if they have the same one."""
+        return self.shapes[0] if len(set(self.shapes)) == 1 else None
 
     def __getitem__(self, position: int) -> Picture:
         shape, size = self.shapes[position], self.sizes[position]
-        assert shape is not None  # nobody asks for one that cannot be decoded
+        assert shape is not None  # it could be decoded
         assert size is not None
-        if self.same_shape:
-            return self.block[position], size
         return self.block[self.offsets[position] : self.offsets[position + 1]].view(shape), size
 
     def crops(self, positions: Sequence[int], views: Sequence[View]) -> torch.Tensor:
         """Return the parts of these images that the views show, not mirrored: uint8 [B, C, H, W]."""
-        if self.same_shape and self.block.shape[2:] == views[0].size:
-            return self.block.index_select(0, torch.tensor(positions))
-        # here, not on the device, to which pixels would have to be moved that nobody sees
+        if self.shape is not None and self.shape[1:] == views[0].size:
+            return self.block.view(-1, *self.shape).index_select(0, torch.tensor(positions))
+        # here, not on the device, to which pixels would be moved that no example shows
         return torch.stack([view.crop(self[place][0]) for place, view in zip(positions, views, strict=True)])
 
 
@@ -69,30 +64,23 @@ def decode_all(
     budget: int,
     show_progress: bool,
 ) -> DecodedImages | None:
-    """Decode positions 0 .. count - 1 in threads, or return None when they need more than `budget` bytes."""
-    sizes = _within(budget, in_threads(resized_bytes, count))
-    if sizes is None:
-        return None
-    decoded = DecodedImages(sizes)
+    """Decode positions 0 .. count - 1 in threads, or return None if they need more than `budget` bytes."""
+    byte_counts = []
+    for size in in_threads(resized_bytes, count):
+        byte_counts.append(size)
+        budget -= size
+        if budget < 0:
+            return None
+    decoded = DecodedImages(byte_counts)
     # The bar appears after three seconds, so that small data sets print nothing.
     images = in_threads(decode, count)
     progress = tqdm(images, "decoding images", count, delay=3, unit="image", disable=not show_progress)
     for position, picture in enumerate(progress):
         decoded.put(position, picture)
-    return decoded.finish()
+    return decoded
 
 
 def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
     """Yield function(0) ... function(count - 1), computed in threads."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         yield from pool.map(function, range(count))
-
-
-def _within(budget: int, sizes: Iterable[int]) -> list[int] | None:
-    kept = []
-    for size in sizes:
-        kept.append(size)
-        budget -= size
-        if budget < 0:
-            return None
-    return kept

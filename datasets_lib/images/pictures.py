@@ -7,10 +7,10 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from datasets_lib.images.buckets import Size, sizes_of
 from datasets_lib.images.decode import ImageError, ImageReader
 from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all, in_threads
 from datasets_lib.images.source import Source
+from datasets_lib.images.transforms import resized_size
 
 DECODING = 1  # raise it when the pixels that come from a file change
+T = TypeVar("T")
 
 
 class Pictures:
-    """Resized pictures by position, uint8 [C, H, W]; a mask, where there is one, is the last channel, so C + 1."""
+    """Resized pictures by position, uint8 [C, H, W]; with masks, these are a further channel, the last."""
 
     def __init__(self, source: Source, rows: list[int], args: Any) -> None:
         self.source, self.rows = source, rows
@@ -35,9 +37,9 @@ class Pictures:
         self.mask_reader = dataclasses.replace(self.reader, channels=1, background_color="black")
         self.channels = args.channels + (source.masks is not None)
         # Flags in shared memory: workers report what they find, and none is counted twice.
-        skipping = args.bad_images == "skip"
-        self.bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_() if skipping else None
-        self.good = torch.zeros(len(rows), dtype=torch.bool).share_memory_() if skipping else None
+        self.skips = args.bad_images == "skip"
+        flags = torch.zeros(2, len(rows), dtype=torch.bool)
+        self.bad, self.good = flags.share_memory_() if self.skips else flags
         self.cache_bytes = args.image_cache_mb * 2**20
         self.decoded: DecodedImages | None = None
         self.sizes: dict[int, Size] = {}
@@ -49,7 +51,7 @@ class Pictures:
     @property
     def bad_count(self) -> int:
         """How many pictures were found broken so far and replaced, in all worker processes."""
-        return 0 if self.bad is None else int(self.bad.sum())
+        return int(self.bad.sum())
 
     @cached_property
     def buckets(self) -> list[int]:
@@ -57,7 +59,7 @@ class Pictures:
         if len(self.reader.sizes) == 1:
             return [0] * len(self)
         numbers = {size: number for number, size in enumerate(self.reader.sizes)}
-        sizes = in_threads(self._size_or_skip, len(self))
+        sizes = in_threads(partial(self._or_skip, self.size), len(self))
         found = [None if size is None else numbers[self.reader.target(size)] for size in sizes]
         counts = Counter(number for number in found if number is not None)
         most = max(counts, key=lambda number: counts[number], default=0)
@@ -76,27 +78,35 @@ class Pictures:
         """Decode everything into memory if `args.image_cache_mb` holds it."""
         least = self.channels * sum(math.prod(self.reader.sizes[number]) for number in self.buckets)
         if self.decoded is None and least <= self.cache_bytes:
-            self.decoded = decode_all(
-                len(self), self._resized_bytes, self._decode_or_skip, self.cache_bytes, show_progress
-            )
+            decode = partial(self._or_skip, self.decode)
+            self.decoded = decode_all(len(self), self._resized_bytes, decode, self.cache_bytes, show_progress)
 
     def find(self, index: int) -> int:
-        """Return the first usable position of the bucket from `index` on; where broken ones are replaced, decode."""
-        if self.good is None or self.good[index]:
-            return index
-        return self._first_usable(index)[0]
+        """Return the position that `read` returns; decode only if broken pictures are skipped and this one is new."""
+        return index if not self.skips or self.good[index] else self.read(index)[0]
 
-    def read(self, index: int) -> tuple[int, torch.Tensor, Size]:
-        """Return the first usable position of the bucket from `index` on, its pixels and its size before resizing."""
-        if self.bad is None:
-            return index, *(self.decode(index) if self.decoded is None else self.decoded[index])
-        position, picture = self._first_usable(index)
-        return position, *picture
+    def read(self, index: int) -> tuple[int, Picture]:
+        """Return the first usable position of the bucket from `index` on, and its picture."""
+        if not self.skips:
+            return index, self._picture(index)
+        for step in range(len(self)):
+            position = (index + step) % len(self)
+            same = position == index or self.buckets[position] == self.buckets[index]
+            if same and not self.bad[position]:
+                picture = self._or_skip(self._picture, position)
+                if picture is not None:
+                    self.good[position] = True
+                    return position, picture
+        number = self.buckets.count(self.buckets[index])
+        which = self.source.origin
+        if len(self.reader.sizes) > 1:
+            height, width = self.reader.sizes[self.buckets[index]]
+            which += f" in the bucket of {width} x {height} (width x height) pixels"
+        raise ValueError(f"none of the {number} images of {which} can be read; check the data set")
 
     def size(self, position: int) -> Size:
         """Return (height, width) of the upright picture before resizing; nothing is decoded."""
-        decoded = None if self.decoded is None else self.decoded.sizes[position]
-        if decoded is not None:
+        if self.decoded is not None and (decoded := self.decoded.sizes[position]) is not None:
             return decoded
         if position not in self.sizes:
             with self._naming(position):
@@ -118,25 +128,13 @@ class Pictures:
 
     def key(self, position: int, flipped: bool) -> str:
         """Return hex digits that identify the pixels of the centre of a picture."""
-        # of the other sizes, and of the limit, no pixel depends
+        # no pixel depends on the other sizes or on the limit
         reader = dataclasses.replace(self.reader, sizes=(self.target(position),), max_image_pixels=1)
         parts = (DECODING, self.content(position), dataclasses.astuple(reader), "centre", flipped)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def _first_usable(self, index: int) -> tuple[int, Picture]:
-        for step in range(len(self)):
-            position = (index + step) % len(self)
-            same = position == index or self.buckets[position] == self.buckets[index]
-            if same and not (self.bad is not None and self.bad[position]):
-                picture = self._decode_or_skip(position) if self.decoded is None else self.decoded[position]
-                if picture is not None:
-                    return position, picture
-        number = self.buckets.count(self.buckets[index])
-        which = self.source.origin
-        if len(self.reader.sizes) > 1:
-            height, width = self.reader.sizes[self.buckets[index]]
-            which += f" in the bucket of {width} x {height} (width x height) pixels"
-        raise ValueError(f"none of the {number} images of {which} can be read; check the data set")
+    def _picture(self, position: int) -> Picture:
+        return self.decode(position) if self.decoded is None else self.decoded[position]
 
     def decode(self, position: int) -> Picture:
         """Return the pixels and the size of a picture; raise ImageError that names it, whatever is wrong."""
@@ -171,36 +169,28 @@ class Pictures:
                 "or set base.bad_images=skip to replace such images"
             ) from error
 
-    def _decode_or_skip(self, position: int) -> Picture | None:
+    def _or_skip(self, read: Callable[[int], T], position: int) -> T | None:
+        """Return what is read of a picture; None for a broken one that is to be replaced."""
         try:
-            picture = self.decode(position)
+            return read(position)
         except ImageError as error:
-            self._skip(position, error)
+            if not self.skips:
+                raise
+            self.bad[position] = True
+            if self.bad_count > max(1, len(self) // 10):
+                raise ValueError(
+                    f"{self.bad_count} of {len(self)} images cannot be read, and base.bad_images=skip replaces 10 % "
+                    f"at most; the last: {error}"
+                ) from error
             return None
-        if self.good is not None:
-            self.good[position] = True
-        return picture
-
-    def _size_or_skip(self, position: int) -> Size | None:
-        try:
-            return self.size(position)
-        except ImageError as error:
-            self._skip(position, error)
-            return None
-
-    def _skip(self, position: int, error: ImageError) -> None:
-        if self.bad is None:
-            raise error
-        self.bad[position] = True
-        if self.bad_count > max(1, len(self) // 10):
-            raise ValueError(
-                f"{self.bad_count} of {len(self)} images cannot be read, and base.bad_images=skip replaces 10 % "
-                f"at most; the last: {error}"
-            ) from error
 
     def _resized_bytes(self, position: int) -> int:
-        image_bytes = self.reader.resized_bytes(self._image(position))
-        return image_bytes // self.reader.channels * self.channels
+        """Return how many bytes a decoded picture takes; 0 for one that cannot be opened, as decoding says why."""
+        try:
+            size = self.size(position)
+        except ImageError:
+            return 0
+        return self.channels * math.prod(resized_size(size, self.reader.target(size)))
 
 
 def content(image: Path | bytes | np.ndarray) -> str:

@@ -67,6 +67,12 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise a ValueError for a path that leads out of a folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} leads out of {folder}, as a link or through one; copy it into the folder instead")
+
+
 def check_caption(caption: Any, place: str) -> str | list[str]:
     """Return the caption, a text or a list of texts; raise a ValueError naming `place` if any is missing."""
     texts = caption if isinstance(caption, list) else [caption]

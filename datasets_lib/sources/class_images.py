@@ -41,20 +41,18 @@ class PriorDataset(ImageData):
 
     @property
     def bad_count(self) -> int:
-        """How many images were found broken so far and replaced, those of the class included."""
         return self.instances.bad_count + self.prior.bad_count
 
     def name(self, index: int) -> str:
-        """Return the file, or the row, from which an example comes."""
         return self.instances.name(index)
 
     def prepare(self, show_progress: bool = True) -> None:
-        """Decode ahead what fits `args.image_cache_mb`, the pictures of the class on their own."""
+        """Decode both ahead, each if it fits `args.image_cache_mb`."""
         for dataset in (self.instances, self.prior):
             dataset.prepare(show_progress)
 
     def only(self, indices: Sequence[int]) -> PriorDataset:
-        """Return the data set with these examples alone, and as many pictures of the class."""
+        """Return these examples alone, and as many pictures of the class."""
         prior = self.prior.only(range(min(len(indices), len(self.prior))))
         return PriorDataset(self.instances.only(indices), prior)
 
@@ -65,23 +63,20 @@ class PriorDataset(ImageData):
 
     @property
     def in_memory(self) -> bool:
-        """Whether `get_batch` can be used: where both data sets have it."""
         return self.instances.in_memory and self.prior.in_memory
 
     def get_batch(self, indices: Sequence[int], generators: Sequence[torch.Generator | None]) -> dict[str, Any]:
-        """Return what `get` does for each index and its generator, collated, for `finish`."""
         batch = self.instances.get_batch(indices, generators)
         chosen = [self._choose(index, own) for index, own in zip(indices, generators, strict=True)]
         return {**batch, **_prefixed(self.prior.get_batch(chosen, generators))}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the examples of `get_batch`; computed on their device."""
         instances = {key: value for key, value in batch.items() if not key.startswith(PREFIX)}
         prior = {key.removeprefix(PREFIX): value for key, value in batch.items() if key.startswith(PREFIX)}
         return {**self.instances.finish(instances), **_prefixed(self.prior.finish(prior))}
 
     def without_image(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
-        """Return what `get` does without both pictures; "class_index" says which one of the class it is."""
+        """Return the example without both pictures; "class_index" is the number of the one of the class."""
         example = self.instances.without_image(index, generator)
         chosen = self._choose(index, generator)
         return {**example, "class_index": chosen, **_prefixed(self.prior.without_image(chosen, generator))}
@@ -91,15 +86,12 @@ class PriorDataset(ImageData):
         return self._of(column).image(index, flipped)
 
     def image_keys(self, index: int, column: str = "image") -> tuple[str, ...]:
-        """Return what identifies the content of `image`, plain and mirrored."""
         return self._of(column).image_keys(index)
 
     def image_count(self, column: str = "image") -> int:
-        """Return how many pictures a column draws from."""
         return len(self._of(column))
 
     def captions(self, column: str = "caption") -> Iterable[str] | None:
-        """Return every text of "caption" or of "class_caption"; None if the data set does not know them."""
         return self._of(column).captions()
 
     def _of(self, column: str) -> ImageData:

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets_lib.checks import one_of
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import Source, check_caption, digest, open_text
+from datasets_lib.images.source import Source, check_caption, check_inside, digest, open_text
 from datasets_lib.sources.classes import class_folders, class_names, number_classes
 from datasets_lib.sources.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
 
@@ -137,8 +137,8 @@ def walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != excluded)
         files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
         for path in (Path(parent), *(Path(parent, name) for name in folders), *files):
-            if path.is_symlink() and not path.resolve().is_relative_to(top):
-                raise ValueError(f"{path} is a link that leads out of {top}; copy its files into the folder instead")
+            if path.is_symlink():
+                check_inside(path, top)
         yield from files
 
 

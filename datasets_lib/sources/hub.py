@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets_lib.checks import one_of
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption, digest
+from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption, check_inside, digest
 
 
 def build(args: Any, split: str) -> ImageDataset:
@@ -183,8 +183,8 @@ class EncodedImages:
         if image is None or image["bytes"] is not None:
             return b"" if image is None else image["bytes"]
         path = Path(image["path"])
-        if path.is_relative_to(self.folder) and not path.resolve().is_relative_to(self.folder):
-            raise ValueError(f"{path} is a link that leads out of {self.folder}; copy the file into the folder instead")
+        if path.is_relative_to(self.folder):
+            check_inside(path, self.folder)
         return path
 
     def some_bytes(self) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from datasets_lib.checks import one_of
-from datasets_lib.images.source import CAPTION_COLUMNS, check_caption, open_text
+from datasets_lib.images.source import CAPTION_COLUMNS, check_caption, check_inside, open_text
 
 LABEL_COLUMN, MASK_COLUMN = "label", "mask"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -135,5 +135,4 @@ def _path(file: Path, place: str, row: dict, names: tuple[str, ...]) -> Path:
 def _check_file(path: Path, folder: Path, place: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{place} names {path}, which is not there; add the file or remove the row")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} is a link that leads out of {folder}; copy its files into the folder instead")
+    check_inside(path, folder)

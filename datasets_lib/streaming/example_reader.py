@@ -1,26 +1,75 @@
-"""The examples that one reader of a stream gives, and the position to go on from after each."""
+"""The examples of one reader of a stream, drawn from a shuffle buffer if there is one, and its position after each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets_lib.images.decode import ImageError
+from datasets_lib.images.source import digest
+from datasets_lib.streaming.order import Place
 from datasets_lib.streaming.reader import StreamReader
 from datasets_lib.streaming.rows import RawRow
-from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
 
 if TYPE_CHECKING:
     import torch
 
-FEW_BAD = 10  # pictures that may be passed over before their part counts
+FEW_BAD = 10  # pictures that may be skipped before their share counts
+
+
+class Waiting(NamedTuple):
+    """A row in the buffer; its number is how many the buffer had taken before it."""
+
+    number: int
+    place: Place
+    row: RawRow
+
+
+class ShuffleBuffer:
+    """Yields a reader's rows in another order: each is drawn from `size` of them, and the next one takes its place.
+
+    The draws are a function of the seed, the reader's number and their own number.
+    """
+
+    def __init__(self, reader: StreamReader, size: int, seed: int, drawn: int) -> None:
+        self.reader, self.size, self.seed, self.drawn = reader, size, seed, drawn
+        self.waiting: list[Waiting] = []
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[RawRow]:
+        while True:
+            while len(self.waiting) < self.size:
+                self.waiting.append(Waiting(self.taken, *next(self.reader)))
+                self.taken += 1
+            number = int(digest(self.seed, "shuffle buffer", self.reader.number, self.drawn), 16) % len(self.waiting)
+            self.drawn += 1
+            self.waiting[number], self.waiting[-1] = self.waiting[-1], self.waiting[number]
+            yield self.waiting.pop().row
+
+    def state(self) -> dict[str, Any]:
+        """Return where to start reading what is in the buffer, and which of the rows from there it is, in its order."""
+        oldest = min(self.waiting, key=lambda waiting: waiting.number, default=None)
+        if oldest is None:
+            return {"drawn": self.drawn, "since": self.reader.place, "rows": 0, "kept": []}
+        kept = [waiting.number - oldest.number for waiting in self.waiting]
+        return {"drawn": self.drawn, "since": oldest.place, "rows": self.taken - oldest.number, "kept": kept}
+
+    def refill(self, state: dict[str, Any]) -> None:
+        """Read again what was in the buffer; leave it empty, with a warning, if other rows are there now."""
+        rows = self.reader.read_again(Place(*state["since"]), state["rows"], state["kept"])
+        if rows is None:
+            print(
+                f"WARNING: the rows in the shuffle buffer of reader {self.reader.number} have changed: it begins "
+                f"empty, and {len(state['kept']):,} examples that were not trained on are left out of this epoch",
+                flush=True,
+            )
+            return
+        self.waiting = [Waiting(number, *row) for number, row in zip(state["kept"], rows, strict=True)]
+        self.taken = state["rows"]
 
 
 class ExampleReader:
-    """Makes examples of a reader's rows, in the order of its shuffle buffer where it has one.
-
-    With `skips_images` a broken picture is passed over and counted; `bad_images` is how many were before.
-    """
+    """Makes examples of a reader's rows; with `skips_images` broken pictures are skipped and counted."""
 
     def __init__(
         self,
@@ -43,21 +92,21 @@ class ExampleReader:
             except ImageError as error:
                 if not self.skips_images:
                     raise
-                self._pass_over(error)
+                self._skip(error)
 
-    def _pass_over(self, error: ImageError) -> None:
+    def _skip(self, error: ImageError) -> None:
         self.bad_images += 1
-        print(f"WARNING: {error}: passed over", flush=True)
+        print(f"WARNING: {error}: skipped", flush=True)
         read = self.reader.rows_read
         if self.bad_images > max(FEW_BAD, read // 10):
             raise ValueError(
-                f"{self.bad_images} of {read} images cannot be read, and base.bad_images=skip passes over 10 % at "
-                f"most; the last: {error}"
+                f"{self.bad_images} of {read} images cannot be read, and base.bad_images=skip allows 10 % at most; "
+                f"the last: {error}"
             ) from error
 
     def position(self) -> dict[str, Any]:
-        """Return what a reader needs to go on after the last example."""
+        """Return what a reader needs to continue after the last example."""
         reader = self.reader
         found = {"place": reader.place, "lost_shards": reader.lost_shards, "bad_images": self.bad_images}
         found |= {"rows_read": reader.rows_read, "seconds": round(reader.seconds, 3)}
-        return found if self.buffer is None else found | {"buffer": self.buffer.state(reader.place)}
+        return found if self.buffer is None else found | {"buffer": self.buffer.state()}

@@ -18,10 +18,10 @@ TIMEOUT_SECONDS = 60.0
 
 
 class HttpFile(io.RawIOBase):
-    """The bytes of a URL; every read is one request for a range. Raises OSError where the server has no such file.
+    """The bytes of a URL; every read is one request for a range. Raises OSError if the server has no such file.
 
-    A server that does not know ranges is an error too: each part would transfer the whole file. A user and password in
-    the URL are sent as basic authorization, to that server alone.
+    A server without ranges is an error too: each part would transfer the whole file. A user and password in the URL
+    are sent as basic authorization, to that server alone.
     """
 
     def __init__(self, url: str) -> None:
@@ -54,9 +54,6 @@ class HttpFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
         self.place = max(start + offset, 0)
-        return self.place
-
-    def tell(self) -> int:
         return self.place
 
     def readinto(self, buffer: WriteableBuffer) -> int:

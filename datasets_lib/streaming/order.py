@@ -1,6 +1,8 @@
-"""The order of a stream's shards, another one in each epoch, and which of them a reader gets."""
+"""The order of a stream's shards, a new one in each epoch, which of them a reader gets, and places in it."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -8,8 +10,16 @@ from datasets_lib.images.source import digest
 from datasets_lib.streaming.shards import Shard
 
 
+class Place(NamedTuple):
+    """Where a row begins. Places are ordered as a reader comes to them."""
+
+    epoch: int = 0
+    shard: int = 0  # among the reader's shards of the epoch
+    offset: int = 0  # in the shard: a row of parquet, a byte of tar
+
+
 class ShardOrder:
-    """Orders shards anew for each epoch, as a function of the seed, and deals them to readers one by one."""
+    """Shuffles the shards for each epoch, as a function of the seed, and deals them to readers one by one."""
 
     def __init__(self, shards: list[Shard], seed: int) -> None:
         self.shards, self.seed = shards, seed

@@ -1,4 +1,4 @@
-"""One reader of a stream: its share of the shards in every epoch, the place where it is, and what it could not read."""
+"""The rows of one reader of a stream: its share of the shards in every epoch, its place, and what it could not read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from datasets_lib.streaming.order import ShardOrder
-from datasets_lib.streaming.place import Place
+from datasets_lib.streaming.order import Place, ShardOrder
 from datasets_lib.streaming.rows import RawRow, read_rows
 from datasets_lib.streaming.shards import Shard
 
@@ -17,10 +16,10 @@ PlacedRow = tuple[Place, RawRow]
 
 
 class StreamReader:
-    """Reads what the order gives reader `number` of `count`, one epoch after the other without an end.
+    """Reads the shards that the order gives reader `number` of `count`, epoch after epoch without end.
 
     Iterating yields each row with its place; `place` is then that of the row after it. A shard that cannot be read is
-    tried again, then left, with a warning; ValueError where that was all of an epoch.
+    tried again, then skipped, with a warning; ValueError if an epoch gave no row at all.
     """
 
     last_error = ""
@@ -49,31 +48,25 @@ class StreamReader:
         return next(self.rows)
 
     def read_again(self, since: Place, count: int, kept: Sequence[int]) -> list[PlacedRow] | None:
-        """Return those numbered `kept` of the last `count` rows before `place`, which begin at `since`.
+        """Return those numbered `kept` of the last `count` rows before `place`, which start at `since`.
 
-        None where other rows are there now: a shard may be readable now and not have been then, or the other way
-        round. Place and counts stay as they are.
+        None if the rows have changed: a shard may be readable now and not have been then, or the other way round.
+        Place and counts stay as they are.
         """
         end, rows_read, lost = self.place, self.rows_read, self.lost_shards
         first = rows_read - count
         self.place, self.rows_read = since, first
-        found = self._until(end, first, set(kept))
+        found, wanted = {}, set(kept)
+        while self.place < end:
+            row = next(self.rows)
+            if (number := self.rows_read - first - 1) in wanted:
+                found[number] = row
         same = (self.place, self.rows_read) == (end, rows_read)
         self.place, self.rows_read, self.lost_shards = end, rows_read, lost  # what is lost again was counted
         if same:
             return [found[number] for number in kept]
         self.rows = self._from_place_on()
         return None
-
-    def _until(self, end: Place, first: int, kept: set[int]) -> dict[int, PlacedRow]:
-        """Reads up to a place; the rows of it that are kept, numbered from 0."""
-        found = {}
-        while self.place < end:
-            row = next(self.rows)
-            number = self.rows_read - first - 1
-            if number in kept:
-                found[number] = row
-        return found
 
     def _from_place_on(self) -> Iterator[PlacedRow]:
         while True:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datasets_lib.streaming.order import ShardOrder
-from datasets_lib.streaming.place import Place
-from datasets_lib.streaming.reader import StreamReader
+from datasets_lib.streaming.order import Place, ShardOrder
 from datasets_lib.streaming.shards import Shard
-from datasets_lib.streaming.shuffle_buffer import ShuffleBuffer
 
 Readers = list[dict[str, Any]]  # what a checkpoint has of the readers of all processes, in order
 
 
 def saved_readers(saved: list[dict[str, Any]]) -> Readers:
-    """Return the readers of all processes; one that had not begun has nothing."""
+    """Return the readers of all processes; one that had not started is empty."""
     return [reader or {} for part in saved for reader in part["readers"]]
 
 
@@ -24,12 +21,12 @@ def place_of(reader: dict[str, Any]) -> Place:
 
 
 def next_epoch(readers: Readers) -> int:
-    """Return the first epoch that none of them has begun."""
+    """Return the first epoch that no reader has started."""
     return 1 + max(place_of(reader).epoch for reader in readers if reader) if any(readers) else 0
 
 
 def left_out(order: ShardOrder, counted: dict[str, dict[str, Any]], readers: Readers) -> str:
-    """Say what nobody reads where all readers begin the next epoch: shards, and examples where they are counted.
+    """Say what is not read if all readers start the next epoch: shards, and examples if they are counted.
 
     `counted` has the records of scripts/shard.py by the names of shards.
     """
@@ -46,7 +43,7 @@ def left_out(order: ShardOrder, counted: dict[str, dict[str, Any]], readers: Rea
 
 
 def _rest(order: ShardOrder, number: int, readers: Readers) -> Iterator[tuple[Shard, int]]:
-    """The shards that a reader has not ended in the epochs that any of them has begun, and where it is in each."""
+    """The shards that a reader has not finished in the epochs that any reader has started, and its offset in each."""
     place = place_of(readers[number])
     for epoch in range(place.epoch, next_epoch(readers)):
         begun = epoch == place.epoch
@@ -56,13 +53,13 @@ def _rest(order: ShardOrder, number: int, readers: Readers) -> Iterator[tuple[Sh
 
 
 def _examples(shard: Shard, offset: int, record: dict[str, Any]) -> float:
-    """How many examples are after a place: of tar the share of its bytes."""
+    """How many examples follow an offset; of a tar file a share of its bytes."""
     size = record["examples"] if shard.kind == ".parquet" else record["bytes"]
     return record["examples"] * max(1 - offset / max(size, 1), 0)
 
 
 def buffer_notes(replayed: bool, readers: Readers) -> Iterator[str]:
-    """Say what becomes of the shuffle buffers, where there were any: whether they are replayed or begin empty."""
+    """Say what becomes of shuffle buffers, if there were any: they are read again or start empty."""
     buffered = [reader for reader in readers if reader.get("buffer")]
     if not buffered:
         return
@@ -78,19 +75,6 @@ def buffer_notes(replayed: bool, readers: Readers) -> Iterator[str]:
         )
 
 
-def replay(reader: StreamReader, buffer: ShuffleBuffer, state: dict[str, Any]) -> None:
-    """Put back into an empty buffer what was in it; leave it empty, with a warning, where other rows are there now."""
-    rows = reader.read_again(Place(*state["since"]), state["rows"], state["kept"])
-    if rows is not None:
-        buffer.put_back(rows, state)
-        return
-    print(
-        f"WARNING: what was in the shuffle buffer of reader {reader.number} reads otherwise now: it begins empty, and "
-        f"{len(state['kept']):,} examples that were not trained on are left out of this epoch",
-        flush=True,
-    )
-
-
 def skipped(readers: Readers) -> tuple[int, int]:
-    """Return how often a shard was skipped, and how many pictures were."""
+    """Return how often a shard was skipped, and how many pictures."""
     return sum(each.get("lost_shards", 0) for each in readers), sum(each.get("bad_images", 0) for each in readers)

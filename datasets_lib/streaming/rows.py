@@ -58,7 +58,7 @@ def features_of(shard: Shard) -> dict[str, Any]:
 def _parquet_rows(file: IO[bytes], shard: Shard, place: int, columns: list[str] | None) -> Iterator[RawRow]:
     import pyarrow.parquet
 
-    table, first = pyarrow.parquet.ParquetFile(file, pre_buffer="://" in shard.location), 0
+    table, first = pyarrow.parquet.ParquetFile(file, pre_buffer=bool(shard.scheme)), 0
     for group in range(table.num_row_groups):
         row, first = first, first + table.metadata.row_group(group).num_rows
         if first <= place:  # its bytes are not read

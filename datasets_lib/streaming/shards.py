@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
-from datasets_lib.images.source import open_text
+from datasets_lib.images.source import check_inside, open_text
 from datasets_lib.sources.folder import walk
 from datasets_lib.streaming.http_file import open_url
 
@@ -23,7 +22,7 @@ QUERY = r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"  # of a URL in a text
 
 
 class Shard(NamedTuple):
-    """One file; its name is what messages show, and holds neither user, password nor query of a URL."""
+    """One file; messages show its name, which holds neither user, password nor query of a URL."""
 
     location: str  # a path or URL
     name: str
@@ -32,16 +31,25 @@ class Shard(NamedTuple):
     def kind(self) -> str:
         return PurePosixPath(self.name).suffix.lower()
 
+    @property
+    def scheme(self) -> str:
+        """That of a URL; empty for a local file."""
+        return urlsplit(self.location).scheme if "://" in self.location else ""
+
+    @property
+    def size(self) -> int:
+        """The bytes of a local file; 0 for a URL, as asking for thousands of them takes long."""
+        return 0 if self.scheme else Path(self.location).stat().st_size
+
     def open(self) -> IO[bytes]:
         """Open the file for reading and seeking."""
-        scheme = urlsplit(self.location).scheme if "://" in self.location else ""
-        if scheme in ("http", "https"):
+        if self.scheme in ("http", "https"):
             return open_url(self.location)
-        if not scheme:
+        if not self.scheme:
             return open(self.location, "rb")
         import fsspec
 
-        return fsspec.filesystem(scheme).open(self.location, "rb")
+        return fsspec.filesystem(self.scheme).open(self.location, "rb")
 
     def without_secrets(self, error: Exception) -> str:
         """Return what an error says, with the shard's name where it has the URL or a part that may be secret.
@@ -49,14 +57,15 @@ class Shard(NamedTuple):
         Queries go from all URLs: a server may send its client on to a signed one.
         """
         text = re.sub(QUERY, r"\1", " ".join(str(error).split())) or type(error).__name__
-        parts = urlsplit(self.location) if "://" in self.location else None
-        for secret in (self.location, parts.query, parts.netloc.rpartition("@")[0]) if parts else ():
-            text = text.replace(secret, self.name) if secret else text
+        if self.scheme:
+            parts = urlsplit(self.location)
+            for secret in filter(None, (self.location, parts.query, parts.netloc.rpartition("@")[0])):
+                text = text.replace(secret, self.name)
         return text
 
 
 class ShardList(NamedTuple):
-    """The shards of a split, in order; `about` is what scripts/shard.py wrote of them, {} for others'."""
+    """The shards of a split, in order; `about` is the index that scripts/shard.py wrote, {} without one."""
 
     shards: list[Shard]
     origin: str
@@ -117,7 +126,7 @@ def _of_list(file: Path, args: Any) -> ShardList:
 
 
 def _listed(line: str, file: Path) -> Shard:
-    """The shard of a line. Raises ValueError for what is no shard, or leads out of the list's folder."""
+    """The shard of a line; raises ValueError if it is none, or leads out of the list's folder."""
     parts = urlsplit(line)
     if "://" in line:
         one_of(f"the scheme of a URL in {file}", parts.scheme, SCHEMES)
@@ -126,7 +135,7 @@ def _listed(line: str, file: Path) -> Shard:
         if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
             raise ValueError(f"{file} lists {line!r}, which leads out of its folder; give a path below {file.parent}")
         path = file.parent / line
-        _check_inside(path, file.parent)
+        check_inside(path, file.parent)
         shard = Shard(str(path), path.relative_to(file.parent).as_posix())
     one_of(f"the end of the name {shard.name} in {file}", shard.kind, KINDS)
     if "://" not in line and not path.is_file():
@@ -149,16 +158,9 @@ def _of_hub(args: Any, split: str) -> ShardList:
         )
     top = Path(args.dataset_name).expanduser().resolve()
     for path in map(Path, locations) if top.is_dir() else ():
-        _check_inside(path, top)
+        check_inside(path, top)
     shards = [Shard(location, "/".join(PurePosixPath(location).parts[-2:])) for location in locations]
     return ShardList(shards, args.dataset_name, {})
-
-
-def _check_inside(path: Path, folder: Path) -> None:
-    if not path.resolve().is_relative_to(folder):
-        raise ValueError(
-            f"{path} leads out of {folder}, as a link or through one; copy the file into the folder instead"
-        )
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -168,9 +170,3 @@ def _about(folder: Path) -> dict[str, Any]:
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder / INDEX}: written by another version of diffloop; make the shards again")
     return about
-
-
-def sizes(shards: list[Shard]) -> Iterator[int]:
-    """Yield the bytes of each that is a local file, 0 for the others: asking for thousands of URLs takes long."""
-    for shard in shards:
-        yield 0 if "://" in shard.location else Path(shard.location).stat().st_size

@@ -104,10 +104,10 @@ def test_of_equal_losses_the_larger_bucket_wins():
 
 def test_an_example_is_the_centre_of_the_picture_in_its_bucket():
     dataset = image_dataset(pictures(), "validation", **BUCKETS)
-    assert dataset.bucket_sizes == [(12, 20), (16, 16), (20, 12)]
+    assert dataset.pictures.reader.sizes == ((12, 20), (16, 16), (20, 12))
     assert [dataset.bucket_of(index) for index in range(10)] == OF_SIZES * 2
     for index, (height, width) in enumerate(SIZES):
-        target = dataset.bucket_sizes[OF_SIZES[index]]
+        target = dataset.pictures.reader.sizes[OF_SIZES[index]]
         scale = max(target[0] / height, target[1] / width)
         whole = Image.fromarray(pictures()[index]).resize((round(width * scale), round(height * scale)), 2)
         left, top = (whole.width - target[1]) // 2, (whole.height - target[0]) // 2
@@ -130,7 +130,11 @@ def test_decoded_ahead_and_on_demand_are_the_same_with_masks(changed):
     for index, seed in itertools.product(range(10), range(4)):
         example = ahead.get(index, seeded(seed))
         assert_same(example, on_demand.get(index, seeded(seed)))
-        assert example["mask"].shape[1:] == example["image"].shape[1:] == ahead.bucket_sizes[ahead.bucket_of(index)]
+        assert (
+            example["mask"].shape[1:]
+            == example["image"].shape[1:]
+            == ahead.pictures.reader.sizes[ahead.bucket_of(index)]
+        )
         datasets_lib.check_example(example, settings(**BUCKETS))
         without = on_demand.without_image(index, seeded(seed))
         if changed.get("center_crop"):
@@ -177,7 +181,7 @@ def test_a_turned_picture_is_in_the_bucket_that_is_seen():
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     dataset = image_dataset([encoded(pictures()[0], "JPEG", exif=exif)], **BUCKETS)
-    assert dataset.bucket_sizes[dataset.bucket_of(0)] == (20, 12)
+    assert dataset.pictures.reader.sizes[dataset.bucket_of(0)] == (20, 12)
     assert dataset.get(0, None)["image"].shape == (3, 20, 12)
 
 

@@ -65,7 +65,7 @@ def test_a_copied_file_of_pairs_is_the_same_data(tmp_path):
             r"row 1 of .*pairs.jsonl names .*gone.png, which is not there; add the file",
         ),
         ({"image": "../a.png"}, ValueError, r"row 1 of .*pairs.jsonl names '../a.png', which leads out of the folder"),
-        ({"image": "out.png"}, ValueError, r"out.png is a link that leads out of .*data; copy its files"),
+        ({"image": "out.png"}, ValueError, r"out.png leads out of .*data, as a link or through one; copy it"),
         (
             {"text": "x"},
             ValueError,
@@ -264,7 +264,7 @@ def test_masks_are_part_of_the_fingerprint_and_of_no_key(tmp_path):
     [
         ("gone.png", FileNotFoundError, r"row 1 of .*metadata.jsonl names .*gone.png, which is not there; add"),
         ("../1.png", ValueError, r"row 1 of .*metadata.jsonl names '../1.png', which leads out of the folder"),
-        ("out.png", ValueError, r"out.png is a link that leads out of"),
+        ("out.png", ValueError, r"out.png leads out of"),
         (None, ValueError, r"row 1 of .*metadata.jsonl has no mask; name the file relative to"),
     ],
 )

@@ -234,7 +234,9 @@ def test_links_cannot_lead_out_of_the_folder(tmp_path, name):
     save(tmp_path / "data" / "a.png")
     target = tmp_path / "secret" if name == "link" else tmp_path / "secret" / "s.png"
     (tmp_path / "data" / name).symlink_to(target)
-    with pytest.raises(ValueError, match=rf"{name} is a link that leads out of .*data; copy its files into the folder"):
+    with pytest.raises(
+        ValueError, match=rf"{name} leads out of .*data, as a link or through one; copy it into the folder"
+    ):
         build(tmp_path / "data")
 
 
@@ -242,7 +244,7 @@ def test_a_validation_folder_that_is_a_link_out_is_refused(tmp_path):
     save(tmp_path / "secret" / "s.png")
     save(tmp_path / "data" / "a.png")
     (tmp_path / "data" / "val").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match=r"val is a link that leads out of"):
+    with pytest.raises(ValueError, match=r"val leads out of"):
         build(tmp_path / "data", "validation", validation_split="val")
 
 

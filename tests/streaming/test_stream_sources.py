@@ -146,7 +146,7 @@ LINES = {
     "file:///etc/a.tar": "the scheme of a URL in .* is 'file'; it must be one of",
     "a.zip": "the end of the name a.zip in .* is '.zip'; it must be one of: .parquet, .tar",
     "https://user:word@host/a.bin?x=1": "the end of the name https://host/a.bin in .* is '.bin'",
-    "link.tar": "link.tar leads out of .*, as a link or through one; copy the file into the folder",
+    "link.tar": "link.tar leads out of .*, as a link or through one; copy it into the folder",
     "gone.tar": "lists 'gone.tar', and there is no such file; correct or remove the line",
     "linked/outside.tar": "linked/outside.tar leads out of",
     "a.tar\n./a.tar": "lists a.tar 2 times; an epoch has each shard once: keep one line",

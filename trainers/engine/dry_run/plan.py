@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from datasets_lib.example import ImageData
+from trainers.base import MeasuresData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data.batches import by_bucket
@@ -136,9 +137,9 @@ def _scale(data: DataSets, few: DataSets, run: RunConfig) -> dict[str, float]:
     known = {split: (whole, part) for split, (whole, part) in pairs.items() if whole is not None and part is not None}
     found = {f"prepare_{split}": len(whole) / len(part) for split, (whole, part) in known.items()}
     found["valid: examples"] = found.get("prepare_validation", 1.0)
-    measured = getattr(run.trainer_class, "statistics_samples", 0)
-    if measured and not run.base.streaming:
-        found["export: measuring"] = min(len(data.train), measured) / min(len(few.train), measured)
+    task = run.trainer_class
+    if not run.base.streaming and issubclass(task, MeasuresData) and (most := task.statistics_samples):
+        found["export: measuring"] = min(len(data.train), most) / min(len(few.train), most)
     for column in (*data.train.picture_columns, "caption"):
         whole_values, few_values = (_values([pair[n] for pair in known.values()], column) for n in (0, 1))
         found[f"cache_{column}"] = whole_values / max(few_values, 1)
