@@ -10,7 +10,7 @@ from trainers.base import BaseConfig
 from trainers.common.lora.training import AdapterConfig, AdapterTrainer, target_problems
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -37,6 +37,10 @@ class LoRATrainer(AdapterTrainer):
     config: LoRAConfig
     task = "lora"
 
+    def setup(self) -> None:
+        super().setup()
+        self.trains_text = self.config.train_text_encoder
+
     def add_adapters(self) -> dict[str, nn.Module]:
         from trainers.common.lora.adapters import add_lora
 
@@ -54,11 +58,3 @@ class LoRATrainer(AdapterTrainer):
         """
         last = encoder.config.num_hidden_layers - 1
         return rf".*layers\.{last}\..*" if self.base_model.is_xl and name == "text_encoder" else None
-
-    def trains_text(self) -> bool:
-        return self.config.train_text_encoder
-
-    def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        if not self.trains_text():
-            return super().embed(captions)
-        return self.prompts.embed(self.modules, list(captions))
