@@ -87,7 +87,7 @@ class Trainer(ABC):
 
     A task's module is imported to check a config, so it imports diffusers, transformers and peft inside functions.
     Classes derived from theirs, such as pipelines and networks, belong in `trainers/common`; for a task outside the
-    repository, in a module beside its own.
+    repository, in a module next to its own.
     """
 
     Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section

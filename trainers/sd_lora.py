@@ -27,7 +27,7 @@ class LoRAConfig(AdapterConfig):
         found = target_problems(self.text_encoder_target_modules)
         yield from (("text_encoder_target_modules", problem) for problem in found)
         if self.train_text_encoder and self.cache_text is not None:
-            yield "cache_text", "keeps what a text encoder says that train_text_encoder changes; set one of them off"
+            yield "cache_text", "keeps text embeddings, which train_text_encoder changes; switch one of them off"
 
 
 class LoRATrainer(AdapterTrainer):

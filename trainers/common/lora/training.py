@@ -1,4 +1,4 @@
-"""Base class of tasks that train low-rank adapters: options, pictures beside the base model's, LoRA files."""
+"""Base class of tasks that train low-rank adapters: options, pictures next to the base model's, LoRA files."""
 
 from __future__ import annotations
 
