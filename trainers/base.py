@@ -87,7 +87,7 @@ class Trainer(ABC):
 
     A task's module is imported to check a config, so it imports diffusers, transformers and peft inside functions.
     Classes derived from theirs, such as pipelines and networks, belong in `trainers/common`; for a task outside the
-    repository, in a module beside its own.
+    repository, in a module next to its own.
     """
 
     Config: ClassVar[type[TrainerConfig]]  # schema of the task's config section
@@ -124,10 +124,7 @@ class Trainer(ABC):
         return self.run.weight_dtype
 
     def setup(self) -> None:
-        """Prepares what encoders and networks share, such as the base model, and checks the data; draws nothing random.
-
-        Called once, before encoders() and init_modules().
-        """
+        """Prepares what encoders() and init_modules() share, and checks the data; called once, draws nothing random."""
         return None
 
     @abstractmethod
@@ -182,10 +179,7 @@ class Trainer(ABC):
         return torch.stack([torch.as_tensor(request[column]) for request in requests]).to(self.device)
 
     def sample_metrics(self, requests: list[dict], images: dict[str, Tensor]) -> dict[str, float]:
-        """Returns means over the pictures [N, C, H, W] that sample() drew for these requests; main process only.
-
-        scripts/evaluate.py asks batch by batch, with the pictures of evaluation_requests.
-        """
+        """Returns means over pictures [N, C, H, W] that sample() drew for these requests; main process, by batches."""
         return {}
 
     def notes(self, train_set: ImageData) -> list[str]:

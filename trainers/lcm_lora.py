@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.base import BaseConfig, NonNegativeFloat, Positive, PositiveFloat
+from trainers.common.diffusion.objective import Timesteps
 from trainers.common.lora.training import ATTENTION, AdapterConfig, AdapterTrainer
 from trainers.common.text_to_image.objective import QUARTERS, Learned
 from trainers.common.text_to_image.options import OF_DENOISING
@@ -75,7 +76,7 @@ class LCMLoRATrainer(AdapterTrainer):
             raise ValueError(f"{self.task}.{error} ({config.pretrained_model_name_or_path})") from None
         quarters = [
             ConsistencyObjective(scheduler, config.w_min, config.w_max, starts=part)
-            for part in objective.starts.parts(QUARTERS)
+            for part in Timesteps(0, config.num_ddim_timesteps).parts(QUARTERS)
         ]
         return Learned(objective, quarters, base_model.training_scheduler(), scheduler)
 

@@ -10,7 +10,7 @@ from trainers.base import BaseConfig
 from trainers.common.lora.training import AdapterConfig, AdapterTrainer, target_problems
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -27,7 +27,7 @@ class LoRAConfig(AdapterConfig):
         found = target_problems(self.text_encoder_target_modules)
         yield from (("text_encoder_target_modules", problem) for problem in found)
         if self.train_text_encoder and self.cache_text is not None:
-            yield "cache_text", "keeps what a text encoder says that train_text_encoder changes; set one of them off"
+            yield "cache_text", "keeps text embeddings, which train_text_encoder changes; switch one of them off"
 
 
 class LoRATrainer(AdapterTrainer):
@@ -36,6 +36,10 @@ class LoRATrainer(AdapterTrainer):
     Config = LoRAConfig
     config: LoRAConfig
     task = "lora"
+
+    def setup(self) -> None:
+        super().setup()
+        self.trains_text = self.config.train_text_encoder
 
     def add_adapters(self) -> dict[str, nn.Module]:
         from trainers.common.lora.adapters import add_lora
@@ -54,11 +58,3 @@ class LoRATrainer(AdapterTrainer):
         """
         last = encoder.config.num_hidden_layers - 1
         return rf".*layers\.{last}\..*" if self.base_model.is_xl and name == "text_encoder" else None
-
-    def trains_text(self) -> bool:
-        return self.config.train_text_encoder
-
-    def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        if not self.trains_text():
-            return super().embed(captions)
-        return self.prompts.embed(self.modules, list(captions))

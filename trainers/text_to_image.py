@@ -24,7 +24,7 @@ class UNetConfig(StableDiffusionConfig):
     """Options of a whole UNet."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "model_config")
-    initial_weights: ClassVar[tuple[str, ...]] = ()  # the base model's other parts are needed as well
+    initial_weights: ClassVar[tuple[str, ...]] = ()  # the base model's other parts are needed, too
     export_is_base_model: ClassVar[bool] = True
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-5  # peak of the schedule

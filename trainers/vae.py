@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.base import MeasuresData, RandomSource
 from trainers.common.autoencoder.latents import images_of
-from trainers.common.autoencoder.options import build_autoencoder, latent_grid, load_autoencoder
-from trainers.common.autoencoder.vae_config import VAEConfig
+from trainers.common.autoencoder.options import VAEConfig, build_autoencoder, latent_grid, load_autoencoder
 from trainers.common.diffusion.sampling import to_unit_range
 from trainers.common.model_files import Grid
 
@@ -46,8 +45,8 @@ class VAETrainer(MeasuresData):
             if self.run.total_steps is not None:
                 vae.register_to_config(scaling_factor=None, shift_factor=None)  # unknown until measured
         else:
-            place = config.pretrained_model_name_or_path, grid, config.subfolder, config.revision
-            vae = load_autoencoder("vae.pretrained_model_name_or_path", *place, trainable=True)
+            option, source = "vae.pretrained_model_name_or_path", config.pretrained_model_name_or_path
+            vae = load_autoencoder(option, source, grid, config.subfolder, trainable=True, revision=config.revision)
         if config.decoder_only:
             self.statistics_samples = 0
             for network in filter(None, (vae.encoder, vae.quant_conv)):

@@ -602,7 +602,7 @@ MISTAKES = [
     ),
     ("lora", {"lora.prior_loss_weight": 0.5}, "has an effect with base.class_data_dir only"),
     ("lora", {"lora.cache_latents": "disk"}, "keeps one crop of each picture: set base.center_crop: true"),
-    ("lora", {"lora.cache_text": "disk"}, "keeps what a text encoder says that train_text_encoder changes"),
+    ("lora", {"lora.cache_text": "disk"}, "keeps text embeddings, which train_text_encoder changes"),
     (
         "text_to_image",
         {"text_to_image.cache_text": "disk", "base.shuffle_tags": True},

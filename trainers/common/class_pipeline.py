@@ -38,7 +38,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def network(self) -> UNet2DModel | DiTTransformer2DModel:
-        """The UNet or transformer."""
         return self.transformer if self.unet is None else self.unet
 
     @property

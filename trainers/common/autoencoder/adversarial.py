@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainers.common.autoencoder.discriminator import LogitAverages
-from trainers.common.autoencoder.vae_config import VAEConfig
+from trainers.common.autoencoder.options import VAEConfig
 
 LARGEST_WEIGHT = 1e4  # upper limit of the adaptive weight
 SCALE = 2.0**10  # of losses whose gradients are compared, against underflow in fp16

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from trainers.common.autoencoder.options import SSIM_WINDOW
+from trainers.common.autoencoder.options import SSIM_WINDOW, VAEConfig
 from trainers.common.autoencoder.perceptual import load_perceptual
-from trainers.common.autoencoder.vae_config import VAEConfig
 
 
 class AutoencoderLoss:

@@ -67,7 +67,7 @@ class LPIPS(nn.Module):
         except OSError as error:  # urllib's errors are OSErrors
             raise ValueError(
                 f"perceptual_loss = lpips: VGG16's weights cannot be downloaded ({error}); fetch vgg16-397923af.pth "
-                f"where there is a network and give it as lpips:FILE; allowed: {ALLOWED}"
+                f"on a machine that is online and give it as lpips:FILE; allowed: {ALLOWED}"
             ) from None
         if file is not None:
             weights = dict(self.network.net.named_parameters())  # slice1.0.weight is features.0.weight in torchvision

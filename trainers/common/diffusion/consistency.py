@@ -29,6 +29,7 @@ class Networks:
         return self.student(noisy, timesteps)
 
 
+@dataclass
 class ConsistencyObjective:
     """Trains a student to give the same output before and after a step of the guided teacher towards the picture.
 
@@ -39,15 +40,14 @@ class ConsistencyObjective:
     numbers in [0, N); None: uniform. Raises ValueError for a base model that does not fit.
     """
 
-    def __init__(
-        self,
-        scheduler: LCMScheduler,
-        w_min: float,
-        w_max: float,
-        huber_c: float | None = None,
-        starts: Timesteps | None = None,
-    ) -> None:
-        settings = scheduler.config
+    scheduler: LCMScheduler
+    w_min: float
+    w_max: float
+    huber_c: float | None = None
+    starts: Timesteps | None = None
+
+    def __post_init__(self) -> None:
+        settings = self.scheduler.config
         steps, total = settings.original_inference_steps, settings.num_train_timesteps
         if total % steps:  # sampling would start with less noise than there is
             nearest = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
@@ -55,17 +55,15 @@ class ConsistencyObjective:
         if settings.prediction_type not in PREDICTION_TYPES:
             found = f"must be one of {', '.join(PREDICTION_TYPES)}; another base model is needed"
             raise ValueError(f"prediction_type = {settings.prediction_type}: {found}")
-        self.scheduler, self.skipped = scheduler, total // steps
-        self.starts = starts or Timesteps(0, steps)
-        self.w_min, self.w_max = w_min, w_max
-        self.huber_c = huber_c
+        self.steps, self.skipped = steps, total // steps
 
     def loss(
         self, networks: Predict, clean: Tensor, rng: RandomSource, mask: Tensor | None = None, prefix: str = ""
     ) -> Tensor:
         """Returns the distance of equation 16 for one random step per example, [B]; see DDPMObjective.loss."""
         assert isinstance(networks, Networks), "the student needs a teacher"
-        timesteps = self.skipped * (self.starts.draw(rng, f"{prefix}timestep") + 1) - 1
+        starts = self.starts or Timesteps(0, self.steps)
+        timesteps = self.skipped * (starts.draw(rng, f"{prefix}timestep") + 1) - 1
         earlier = (timesteps - self.skipped).clamp(min=0)
         w = self.w_min + (self.w_max - self.w_min) * rng.uniform(f"{prefix}guidance")
         noisy = self.scheduler.add_noise(clean, rng.normal(f"{prefix}noise", clean.shape[1:]), timesteps)

@@ -74,7 +74,7 @@ def build_dit(model_config: str | None, pretrained: str | None, grid: Grid, num_
         place, misfits = ("pretrained_model_name_or_path", pretrained), partial(dit_misfits, grid=grid)
         transformer = load_pretrained(DiTTransformer2DModel, place, "transformer", misfits, settings)
     for block in transformer.transformer_blocks:
-        # the task drops labels; diffusers would as well, and needs a dropout above 0 to make the "no class" row
+        # the task drops labels; diffusers would, too, and needs a dropout above 0 to make the "no class" row
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return transformer
 

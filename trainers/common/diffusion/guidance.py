@@ -89,16 +89,13 @@ class ClassifierGuidance:
         a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if a == 0:
             return prediction
-        noise_shift = -self.scale * s * self._gradient(noisy, timestep, labels)
-        factor = {"epsilon": 1.0, "sample": -s / a, "v_prediction": 1 / a}
-        return prediction + factor[self.scheduler.config.prediction_type] * noise_shift
-
-    def _gradient(self, noisy: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """The gradient of log p(label | noisy) with respect to `noisy`, per example."""
         with torch.enable_grad():
             noisy = noisy.detach().requires_grad_(True)
             log_p = self.logits(noisy, timestep).float().log_softmax(1)
-            return torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), noisy)[0]
+            [gradient] = torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), noisy)
+        noise_shift = -self.scale * s * gradient
+        factor = {"epsilon": 1.0, "sample": -s / a, "v_prediction": 1 / a}
+        return prediction + factor[self.scheduler.config.prediction_type] * noise_shift
 
 
 def classifier_problems(run: str, base: BaseConfig) -> Iterator[str]:

@@ -175,7 +175,6 @@ class RectifiedFlow:
         return masked_mean(error.square(), mask)
 
     def times(self, rng: RandomSource, prefix: str = "") -> Tensor:
-        """Draws times, [B]."""
         if self.part is not None:
             number, count = self.part
             return (number + rng.uniform(f"{prefix}time")) / count

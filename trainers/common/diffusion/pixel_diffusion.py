@@ -12,7 +12,7 @@ from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Tra
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
 from trainers.common.diffusion.objective import DDPMObjective, ObjectiveOptions, Predict, RectifiedFlow
-from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d, unet2d_problems
 
@@ -159,11 +159,10 @@ class PixelDiffusionTrainer(Trainer):
 
     def draw(self, predict: Predict, rng: RandomSource) -> Tensor:
         """Draws pictures [B, C, H, W] in [0, 1] with the network's `predict(noisy, timestep)`."""
-        generators = rng.generators()
+        frames, generators, steps = self.frames, rng.generators(), self.config.ddpm_num_inference_steps
         noise = initial_noise(self.grid.shape, generators, self.device)
         scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)
-        steps = self.config.ddpm_num_inference_steps
-        after_step = keep_frames(self.frames, self._as_pictures)
+        after_step = None if frames is None else lambda sample: frames.append(self._as_pictures(sample).cpu())
         return self._as_pictures(denoise(predict, scheduler, noise, steps, generators, self.progress, after_step))
 
     def _as_pictures(self, sample: Tensor) -> Tensor:

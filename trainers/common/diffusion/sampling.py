@@ -43,11 +43,6 @@ def denoise(
     return sample
 
 
-def keep_frames(frames: list[Tensor] | None, show: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None] | None:
-    """Returns a callback for denoise() that appends `show(sample)` to the list of frames; None without a list."""
-    return None if frames is None else lambda sample: frames.append(show(sample).cpu())
-
-
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """Builds the sampler ddpm, ddim, dpmsolver++ or euler (of a flow one of the last two) for a training schedule.
 

@@ -58,10 +58,7 @@ class LoraFile(NamedTuple):
 
 
 def save_lora(folder: Path, networks: Mapping[str, PeftAdapterMixin], about: dict[str, str]) -> Path:
-    """Writes the adapters "default" of networks by name to a folder, in their dtype; returns the file.
-
-    `about` is written into the file's header.
-    """
+    """Writes a file with the adapters of networks by name, in their dtype, and the texts `about`; returns its path."""
     from peft import get_peft_model_state_dict
 
     tensors, settings = {}, {}

@@ -1,4 +1,4 @@
-"""Base class of tasks that train low-rank adapters: options, pictures beside the base model's, LoRA files."""
+"""Base class of tasks that train low-rank adapters: options, pictures next to the base model's, LoRA files."""
 
 from __future__ import annotations
 
@@ -112,10 +112,8 @@ class AdapterTrainer(StableDiffusionTrainer):
         if key not in self.base_pictures:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            frames, self.frames = self.frames, None  # no frames of the base model
             with lora_scaled(self.modules.values(), 0.0):
                 self.base_pictures[key] = self.draw(requests, generators).cpu()
-            self.frames = frames
         base = self.base_pictures[key].to(drawn.device)
         return {"samples": drawn, "base_and_lora": torch.cat([base, drawn], dim=3)}
 

@@ -105,9 +105,8 @@ class BaseModel:
         return self._read(UNet2DConditionModel, "unet", torch_dtype=dtype)
 
     def _read(self, kind: type[ModelMixin | PreTrainedModel], name: str, **options: Any) -> Any:
-        variant: dict[str, Any] = {"variant": self.variant} if self.variant else {}
         try:
-            return kind.from_pretrained(self.folder / name, use_safetensors=True, **options, **variant)
+            return kind.from_pretrained(self.folder / name, use_safetensors=True, variant=self.variant, **options)
         except (OSError, ValueError) as error:
             raise self._unreadable(f"{name} ({kind.__name__})", error) from None
 

@@ -11,7 +11,7 @@ from trainers.base import Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.diffusion.guidance import Condition, Guidance
 from trainers.common.diffusion.objective import Predict, columns
-from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, keep_frames, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.objective import Learned, build_diffusion
 from trainers.common.text_to_image.options import StableDiffusionConfig
@@ -31,6 +31,7 @@ class StableDiffusionTrainer(Trainer):
     config: StableDiffusionConfig
     sample_batch_size = 4
     clip_score: ClipScore | None = None
+    trains_text: bool = False  # whether text encoders are trained, so that captions must be encoded at every step
     task: str  # the section's name, for messages
 
     def setup(self) -> None:
@@ -72,7 +73,7 @@ class StableDiffusionTrainer(Trainer):
         found = {"latents": self.latents.encoder(cache)}
         if self.base.class_data_dir is not None:
             found["class_latents"] = self.latents.encoder(cache, "class_")
-        if not self.trains_text():
+        if not self.trains_text:
             found["text"] = self.prompts.encoder(self.config.cache_text, self._constant_texts(), self._fixed_caption())
         return found
 
@@ -81,10 +82,6 @@ class StableDiffusionTrainer(Trainer):
         texts = ["", self._fixed_caption(), self.base.class_caption, self.config.negative_prompt]
         texts += self.config.validation_prompts or []
         return tuple(dict.fromkeys(text for text in texts if text is not None))
-
-    def trains_text(self) -> bool:
-        """Whether text encoders are trained, so that captions must be encoded at every step."""
-        return False
 
     def notes(self, train_set: ImageData) -> list[str]:
         """Notes data without captions, and captions that are too long for the text encoder."""
@@ -105,15 +102,11 @@ class StableDiffusionTrainer(Trainer):
         loss = self.learned.objective.loss(self._asking(asked), clean, rng, self._mask(batch, clean)).mean()
         if "class_caption" not in batch or not self.training:
             return loss, {}
-        prior = self._prior_loss(batch, rng).mean()
+        clean = self.latents.draw(batch, rng, "class_")  # class images preserve the model's prior of the class
+        condition = self._condition(self.embed(batch["class_caption"]), clean.shape, batch, "class_")
+        prior = self.learned.objective.loss(self._asking(condition), clean, rng, prefix="class_").mean()
         values = {"instance_loss": loss.detach(), "prior_loss": prior.detach()}
         return loss + self.config.prior_loss_weight * prior, values
-
-    def _prior_loss(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
-        """Returns the loss [B] of class images, which preserves the model's prior of the class."""
-        clean = self.latents.draw(batch, rng, "class_")
-        condition = self._condition(self.embed(batch["class_caption"]), clean.shape, batch, "class_")
-        return self.learned.objective.loss(self._asking(condition), clean, rng, prefix="class_")
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns the unweighted loss at a timestep in each quarter of the time, and the mean of the four."""
@@ -141,6 +134,8 @@ class StableDiffusionTrainer(Trainer):
 
     def embed(self, captions: list[str]) -> dict[str, Tensor]:
         """Embeds texts that are not a column of the batch."""
+        if self.trains_text:
+            return self.prompts.embed(self.modules, list(captions))
         found = [self.encoded("text", caption) for caption in captions]
         return {name: torch.cat([each[name].to(self.device) for each in found]) for name in self.prompts.columns}
 
@@ -221,8 +216,7 @@ class StableDiffusionTrainer(Trainer):
             return guidance.predict(self._network, noisy, timestep, asked, none, sigma=0.0)
 
         sampler, steps = self.chosen_sampler(), config.num_inference_steps
-        after_step = keep_frames(self.frames, self._as_pictures)
-        return self._as_pictures(denoise(predict, sampler, noise, steps, generators, self.progress, after_step))
+        return self._as_pictures(denoise(predict, sampler, noise, steps, generators, self.progress))
 
     def pipeline(self) -> Any:
         """Builds diffusers' pipeline from the current networks and CPU copies of all other components."""
