@@ -15,7 +15,9 @@ from datasets_lib.example import DataSet, Example, ImageData
 from datasets_lib.example_checks import check_example
 from datasets_lib.images import buckets
 from datasets_lib.own_data import adapted
+from datasets_lib.sources import class_images, folder, hub
 from datasets_lib.streaming import problems as stream_problems
+from datasets_lib.streaming import stream
 
 __all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
 
@@ -23,7 +25,7 @@ DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 
 
 def problems(args: Any) -> Iterator[tuple[str, str]]:
-    """Yield (option, what is wrong) for settings that are known to fail before any data is read."""
+    """Yield (option, what is wrong) for settings that fail whatever the data is."""
     try:
         if args.dataset is not None and ":" not in args.dataset:
             one_of("base.dataset", args.dataset, DATASETS, "package.module:build")
@@ -55,26 +57,20 @@ def build(args: Any, split: str) -> ImageData | None:
     if split == "validation" and args.validation_split is None:
         return None
     if args.streaming:
-        return _load("datasets_lib.streaming.stream:build")(args, split)
+        return stream.build(args, split)
     if args.dataset is not None:
         dataset = _call(_named_builder(args.dataset), args, split)
-        if dataset is None:
-            return None
     else:
-        target = (
-            "datasets_lib.sources.folder:build" if args.train_data_dir is not None else "datasets_lib.sources.hub:build"
-        )
-        dataset = _load(target)(args, split)
-    if split == "train" and args.class_data_dir is not None:
-        return _load("datasets_lib.sources.class_images:with_prior")(dataset, args)
+        dataset = (hub if args.train_data_dir is None else folder).build(args, split)
+    if dataset is not None and split == "train" and args.class_data_dir is not None:
+        return class_images.with_prior(dataset, args)
     return dataset
 
 
 def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int | None = None) -> dict[str, float]:
-    """Decode ahead the data sets that can and whose images fit `image_cache_mb`; once, before loader workers start.
+    """Decode images ahead if they fit `image_cache_mb`, and limit labels; once, before loader workers start.
 
-    A stream, whose labels nobody has seen, is told how many classes the run knows. Returns what decoding took, as
-    metrics "prepare_train/seconds" and "prepare_validation/seconds".
+    Returns the time it took as metrics "prepare_train/seconds" and "prepare_validation/seconds".
     """
     seconds = {}
     for split, dataset in zip(("train", "validation"), datasets, strict=False):
@@ -86,15 +82,11 @@ def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int |
     return seconds
 
 
-def _load(target: str) -> Callable:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
 def _named_builder(name: str) -> Callable:
     target = name if ":" in name else DATASETS[one_of("base.dataset", name, DATASETS, "package.module:build")]
+    module, _, function = target.partition(":")
     try:
-        return _load(target)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"base.dataset is {name!r}, which cannot be imported ({error}); give package.module:build, "

@@ -1,4 +1,4 @@
-"""A data set of the user's own, with what the loop may ask beside; options that it would ignore are errors."""
+"""A data set of the user's own as the loop sees it; options that it would ignore are errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from datasets_lib.example import DataSet, Example, ImageData
-from datasets_lib.images.splits import select_rows
+from datasets_lib.images.source import changed, select_rows
 
 ATTRIBUTES = ("random", "label_names", "highest_label", "encoded_by", "notes")
 # options that only the data set itself can honour: one that does names them in `options`
@@ -20,7 +20,7 @@ OWN_TO_IT = {
 
 
 class OwnData(ImageData):
-    """Passes on what a data set of the user's own has, and holds those of its examples that the run may use."""
+    """The examples of a data set of the user's own that the run may use, and the members that it has."""
 
     def __init__(self, inner: Any, args: Any, split: str) -> None:
         self.inner, self.args = inner, args
@@ -29,7 +29,8 @@ class OwnData(ImageData):
             setattr(self, name, getattr(inner, name, getattr(ImageData, name)))
         self.rows: Sequence[int] = range(len(inner))
         if split == "train" and args.max_train_samples is not None and args.max_train_samples < len(inner):
-            self.rows = select_rows(len(inner), _whole(args), split)
+            whole = changed(args, validation_split=None)  # build() has held examples out already
+            self.rows = select_rows(len(inner), whole, split)
             self.fingerprint = f"{inner.fingerprint}-{len(self.rows)}-{args.seed}"
 
     def __len__(self) -> int:
@@ -74,13 +75,6 @@ class OwnData(ImageData):
     def prepare(self, show_progress: bool) -> None:
         if (prepare := getattr(self.inner, "prepare", None)) is not None:
             prepare(show_progress)
-
-
-def _whole(args: Any) -> Any:
-    """The options without a held-out fraction: build() has divided the data already."""
-    found = copy.copy(args)
-    found.validation_split = None
-    return found
 
 
 def adapted(inner: DataSet, args: Any, split: str) -> OwnData:

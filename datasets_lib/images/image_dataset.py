@@ -13,8 +13,7 @@ from datasets_lib.example import ImageData
 from datasets_lib.images.buckets import Size
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.pictures import Pictures
-from datasets_lib.images.source import Source, digest
-from datasets_lib.images.splits import select_rows
+from datasets_lib.images.source import Source, digest, select_rows
 from datasets_lib.images.transforms import View, draw, draw_view, mirror, normalize, scale
 
 

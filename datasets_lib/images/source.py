@@ -1,19 +1,22 @@
-"""The raw material of a data set, before anything is decoded."""
+"""The raw material of a data set, before anything is decoded, and which of its rows a split has."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import torch
+
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
 
 class Rows(Protocol):
-    """Images by row, read when they are asked for."""
+    """Images by row, which may be read only when they are taken."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int, /) -> Any: ...
@@ -22,10 +25,10 @@ class Rows(Protocol):
 
 @dataclass
 class Source:
-    """Images and what is known of them, by row; folders, hub data sets and arrays all become one.
+    """Images and what is known of each, by row; folders, hub data sets and arrays all become a Source.
 
     `images[row]` is a Path, encoded bytes, or a uint8 array [H, W] or [H, W, C]; so is `masks[row]`, of the same size.
-    A caption may be a list, of which one is drawn. `fingerprint` identifies the content, on any machine. `notes` are
+    A caption may be a list, from which one is drawn. `fingerprint` identifies the content, on any machine. `notes` are
     lines for the start of the run.
     """
 
@@ -45,6 +48,30 @@ class Source:
             return self.names[row]
         image = self.images[row]
         return str(image) if isinstance(image, Path) else f"row {row} of {self.origin}"
+
+
+def select_rows(count: int, args: Any, split: str) -> list[int]:
+    """Return the rows of a split in order: a held-out fraction and `max_train_samples` follow from `args.seed`."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed)).tolist()
+    held_out = 0
+    fraction = args.validation_split
+    if fraction is not None and not isinstance(fraction, str):
+        held_out = max(1, round(fraction * count))
+        if not 0 < fraction < 1 or held_out >= count:
+            raise ValueError(
+                f"base.validation_split is {fraction} of {count} images; give a sub-folder or split, or a fraction "
+                "between 0 and 1 that leaves images to train on"
+            )
+    if split == "validation":
+        return sorted(order[:held_out] if held_out else order)
+    return sorted(order[held_out:][: args.max_train_samples])
+
+
+def changed(args: Any, **options: Any) -> Any:
+    """Return a copy of the options with other values."""
+    found = copy.copy(args)
+    vars(found).update(options)
+    return found
 
 
 def digest(*parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""From a PIL image to the tensor that a network sees; whatever is random draws from the generator it is given."""
+"""From a PIL image to the tensor that a network sees; random crops and flips draw from a generator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ import torch
 from PIL import Image
 
 from datasets_lib.images.buckets import Size
-
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 def resized_size(size: Size, target: Size) -> Size:
@@ -30,18 +23,18 @@ def resize(image: Image.Image, target: Size, interpolation: str) -> torch.Tensor
     """Return the image, resized to just cover the target, as uint8 [C, H, W]."""
     size = resized_size(image.size[::-1], target)[::-1]
     if image.size != size:
-        image = image.resize(size, INTERPOLATIONS[interpolation])
+        image = image.resize(size, Image.Resampling[interpolation.upper()])
     # np.array copies: an array that shares PIL's memory is read-only.
     pixels = torch.from_numpy(np.array(image))
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 class View(NamedTuple):
-    """The part that an example shows of a resized picture, in pixels of it: from `top` and `left`, then mirrored."""
+    """The part of a resized picture that an example shows, in pixels: from `top` and `left`, then mirrored."""
 
     top: int
     left: int
-    right: int  # pixels that are cut off at the right
+    right: int  # pixels cut off at the right
     size: Size
     flipped: bool = False
 
@@ -79,8 +72,8 @@ def draw(count: int, generator: torch.Generator) -> int:
 
 
 def mirror(pixels: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
-    """Mirror those of [B, C, H, W] that are `flipped`, bool [B]."""
-    # whole pictures are picked, as a choice by pixel takes four times as long
+    """Mirror the pictures of [B, C, H, W] that are `flipped`, bool [B]."""
+    # whole pictures are picked: torch.where, by pixel, takes four times as long
     both, count = torch.cat([pixels, pixels.flip(-1)]), len(pixels)
     return both.index_select(0, torch.arange(count, device=pixels.device) + count * flipped)
 
@@ -93,4 +86,4 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
 def scale(pixels: torch.Tensor, divisor: float) -> torch.Tensor:
     """Divide uint8 to contiguous float32; the same bits on every device."""
     values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    return values.div_(values.new_full((), divisor))  # by a number CUDA would multiply with its reciprocal
+    return values.div_(values.new_full((), divisor))  # CUDA would multiply by the reciprocal of a number

@@ -53,7 +53,8 @@ def picture_lines(found: list[Found], pictures: Pictures) -> Iterator[Line]:
         yield "most frequent", f"{width} x {height} (width x height), {count:,} of {len(sizes):,}"
         targets = [pictures.reader.target(size) for size in sizes]
         small = sum(size[0] < target[0] or size[1] < target[1] for size, target in zip(sizes, targets, strict=True))
-        yield "enlarged", f"{small:,} have a side of less than {_side(pictures)}"
+        side = "their bucket's" if len(pictures.reader.sizes) > 1 else f"base.resolution = {targets[0][0]} pixels"
+        yield "enlarged", f"{small:,} have a side of less than {side}"
         if len(pictures.reader.sizes) > 1:
             yield from bucket_lines(sizes, targets)
     groups = _groups((item.content, item.position) for item in found if item.content is not None)
@@ -63,11 +64,6 @@ def picture_lines(found: list[Found], pictures: Pictures) -> Iterator[Line]:
     faults = [item.fault for item in found if item.fault]
     yield "unusable", f"{len(faults):,}"
     yield from (("", fault) for fault in faults)
-
-
-def _side(pictures: Pictures) -> str:
-    sizes = pictures.reader.sizes
-    return f"base.resolution = {sizes[0][0]} pixels" if len(sizes) == 1 else "their bucket's"
 
 
 def bucket_lines(sizes: list[Size], targets: list[Size]) -> Iterator[Line]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from datasets_lib.example import ImageData
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import digest
+from datasets_lib.images.source import changed, digest
 from datasets_lib.images.transforms import draw
 from datasets_lib.sources.folder import as_source, list_files
 from datasets_lib.sources.metadata import Listed
@@ -32,7 +31,7 @@ class PriorDataset(ImageData):
     def __init__(self, instances: ImageData, prior: ImageDataset) -> None:
         self.instances, self.prior = instances, prior
         self.fingerprint = digest(instances.fingerprint, prior.fingerprint)
-        self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.texts.fixed!r}"]
+        self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.args.caption!r}"]
         self.label_names, self.highest_label = instances.label_names, instances.highest_label
         self.encoded_by, self.caption_note = instances.encoded_by, instances.caption_note
 
@@ -121,7 +120,6 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "
             "base.train_data_dir too; move it out of that folder"
         )
-    prior_args = copy.copy(args)
     own = {"caption": args.class_caption, "trigger_word": None, "shuffle_tags": False, "keep_tags": 0}
-    vars(prior_args).update(own, max_train_samples=None, validation_split=None)
+    prior_args = changed(args, **own, max_train_samples=None, validation_split=None)
     return PriorDataset(instances, ImageDataset(source, prior_args, "train"))

@@ -30,15 +30,15 @@ def read_source(args: Any, split: str) -> Source:
     labels, label_names, notes = read_labels(rows, args.label_column)
     captions = read_captions(rows, args.caption_column, args.dataset_name)
     folder = Path(args.dataset_name).expanduser().resolve()
-    images = encoded_images(rows, column, "image_column", folder)
-    masks = None if masked is None else encoded_images(rows, masked, "mask_column", folder)
+    images = EncodedImages(rows, column, "image_column", folder)
+    masks = None if masked is None else EncodedImages(rows, masked, "mask_column", folder)
     sampled = [*images.some_bytes(), *(() if masks is None else masks.some_bytes())]
     fingerprint = digest(len(rows), sorted(rows.features), label_names, labels, captions, *sampled)
     return Source(images, args.dataset_name, fingerprint, labels, label_names, captions, notes, masks)
 
 
 def load(args: Any) -> dict[str, Any]:
-    """Return the splits by name; whatever `datasets` raises becomes one error that says what to do."""
+    """Return the splits by name; any error of `datasets` becomes one that says what to do."""
     import datasets
 
     with _found(args) as name:
@@ -60,10 +60,7 @@ def data_files(args: Any) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def _found(args: Any) -> Iterator[str]:
-    """The name under which `datasets` is to look; if the hub does not answer, inside it looks in its cache only.
-
-    By itself it would retry for long.
-    """
+    """The name for `datasets` to load; if the hub does not answer, only the cache is searched, without long retries."""
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -105,7 +102,7 @@ def image_column(features: dict[str, Any], wanted: str | None) -> str:
 
 
 def mask_column(features: dict[str, Any], wanted: str | None) -> str | None:
-    """Return the column of masks: the one asked for, or `mask` where it is a second one of type Image."""
+    """Return the column of masks: the one asked for, or `mask` if it is a second one of type Image."""
     from datasets import Image
 
     if wanted is not None:
@@ -115,7 +112,7 @@ def mask_column(features: dict[str, Any], wanted: str | None) -> str | None:
 
 
 def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[str] | None, list[str]]:
-    """Return labels, their names and notes: of the column asked for, or of the only ClassLabel."""
+    """Return labels, their names and notes, from the column asked for or the only one of type ClassLabel."""
     from datasets import ClassLabel
 
     found = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
@@ -150,27 +147,23 @@ def read_captions(rows: Any, wanted: str | None, origin: str) -> list[str | list
     ]
 
 
-def encoded_images(rows: Any, column: str, option: str, folder: Path) -> EncodedImages:
-    """Return a column's images, not decoded: that is ours, so that every kind of file is treated as in a folder."""
-    import datasets
-
-    try:
-        encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except Exception as error:
-        raise ValueError(
-            f"base.{option} is {column!r}, whose {rows.features[column]} values are not images ({error}); "
-            f"the columns are: {', '.join(rows.features)}"
-        ) from error
-    return EncodedImages(encoded, column, folder)
-
-
 class EncodedImages:
-    """The encoded images of a data set by row: bytes, or the path of a file. A missing one reads as an empty file."""
+    """The images of a column by row: bytes, or the path of a file. A missing one reads as an empty file.
 
-    def __init__(self, rows: Any, column: str, folder: Path):
-        self.rows = rows
-        self.column = column
-        self.folder = folder
+    `datasets` does not decode them, so that every kind of file is treated as in a folder.
+    """
+
+    def __init__(self, rows: Any, column: str, option: str, folder: Path):
+        import datasets
+
+        self.column, self.folder = column, folder
+        try:
+            self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        except Exception as error:
+            raise ValueError(
+                f"base.{option} is {column!r}, whose {rows.features[column]} values are not images ({error}); "
+                f"the columns are: {', '.join(rows.features)}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.rows)

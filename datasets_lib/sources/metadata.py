@@ -7,7 +7,7 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from datasets_lib.checks import one_of
 from datasets_lib.images.source import CAPTION_COLUMNS, check_caption, check_inside, open_text
@@ -18,7 +18,7 @@ IMAGE_COLUMNS = ("image", "file_name")  # of a JSON-lines file; metadata has the
 
 
 class Listed(NamedTuple):
-    """The images that a list names, in its order, and what it says of them, if it has such columns."""
+    """The images that a list names, in its order; None for columns that it does not have."""
 
     images: list[Path]
     captions: list[str | list[str]] | None
@@ -35,7 +35,7 @@ def find_metadata(*folders: Path) -> Path | None:
 def read_metadata(metadata: Path, folder: Path, excluded: Path | None, images: list[Path], args: Any) -> Listed:
     """Return what the metadata lists of the images in a folder.
 
-    Rows for files outside of `folder`, or in its sub-folder `excluded`, belong to another split and are passed over.
+    Rows for files outside `folder`, or in its sub-folder `excluded`, belong to another split and are skipped.
     """
     present = set(images)
 
@@ -73,26 +73,23 @@ def _read(file: Path, names: tuple[str, ...], belongs: Callable[[Path, str], boo
         images.append(path)
         if column is not None:
             captions.append(check_caption(row.get(column), f"image {path}, {place},"))
-        if label_column is not None and (args.label_column or _is_label(row.get(label_column))):
-            labels.append(_check_label(row.get(label_column), place))
+        if label_column is not None:
+            if _is_label(label := row.get(label_column)):
+                labels.append(label)
+            elif args.label_column:
+                raise ValueError(f"{place} has no class (found {label!r}); give it a name, or a number of at least 0")
         if mask_column is not None:
             masks.append(_path(file, place, row, (mask_column,)))
             _check_file(masks[-1], file.parent, place)
     if not images:
         raise ValueError(f"{file} names no image in {folder}; give each image a row with its {names[0]}")
-    # a column that is only called so may have holes; for tasks without classes that is no mistake
+    # a column that was not asked for may have gaps: for a task without classes that is no mistake
     complete = label_column is not None and len(labels) == len(images)
     return Listed(images, captions if column else None, labels if complete else None, masks if mask_column else None)
 
 
-def _is_label(label: Any) -> bool:
+def _is_label(label: Any) -> TypeGuard[str | int]:
     return bool(isinstance(label, str) and label.strip()) or (type(label) is int and label >= 0)
-
-
-def _check_label(label: Any, place: str) -> str | int:
-    if not _is_label(label):
-        raise ValueError(f"{place} has no class (found {label!r}); give it a name, or a number of at least 0")
-    return label
 
 
 def _read_rows(file: Path) -> list[dict]:

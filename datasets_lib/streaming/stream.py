@@ -11,7 +11,7 @@ import torch
 from datasets_lib.example import ImageData, StreamData
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import Source, digest
+from datasets_lib.images.source import Source, changed, digest
 from datasets_lib.streaming import resume
 from datasets_lib.streaming.columns import ShardColumns, check_latents, find_features, posterior
 from datasets_lib.streaming.example_reader import ExampleReader, ShuffleBuffer
@@ -29,9 +29,8 @@ class Stream(StreamData):
     def __init__(self, found: ShardList, args: Any) -> None:
         self.shards, self.origin, about = found
         self.skips_images = args.bad_images == "skip"
-        self.args = copy.copy(args)
-        # one example at a time is a data set of its own, whose pictures are all there is
-        vars(self.args).update(max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
+        # each row becomes a data set, of which every picture is wanted
+        self.args = changed(args, max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
         self.order = ShardOrder(self.shards, args.seed)
         features = find_features(self.shards, self.origin, "dataset_name" if args.dataset_name else "train_data_dir")
         self.columns = ShardColumns(features, args, self.origin, about.get("label_names"))

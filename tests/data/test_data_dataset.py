@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 import datasets_lib
 from datasets_lib.images.decode import ImageReader
-from datasets_lib.images.splits import select_rows
+from datasets_lib.images.source import select_rows
 
 
 def build_with_a_method(args, split):

@@ -14,7 +14,7 @@ from run_folders import read_metrics
 
 import datasets_lib
 from datasets_lib.example import ImageData
-from datasets_lib.images.splits import select_rows
+from datasets_lib.images.source import select_rows
 from datasets_lib.own_data import OWN_TO_IT, OwnData, adapted
 from train import main
 from trainers.engine.config.base_options import BaseConfig

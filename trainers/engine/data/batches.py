@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
@@ -25,15 +26,11 @@ class EpochOrder:
     def __init__(self, num_examples: int, seed: int) -> None:
         self.epoch_slots = num_examples
         self.seed = seed
-        self._epochs: dict[int, torch.Tensor] = {}  # the last two used: a step may hold slots of both
+        self._epoch = functools.lru_cache(maxsize=2)(self._indices)  # a step may hold slots of two
 
     def index(self, slot: int) -> int:
         epoch, position = divmod(slot, self.epoch_slots)
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._indices(epoch)
-            for old in list(self._epochs)[:-2]:
-                del self._epochs[old]
-        return int(self._epochs[epoch][position])
+        return int(self._epoch(epoch)[position])
 
     def _indices(self, epoch: int) -> torch.Tensor:
         """Returns the indices of an epoch's slots, [epoch_slots]."""
