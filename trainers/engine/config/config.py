@@ -93,7 +93,7 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
-    """Names the section beside `base`; raises ConfigError for other sections. Empty ones become mappings."""
+    """Returns the name of the task's section; raises ConfigError for other sections. Empty ones become mappings."""
     tasks = [str(name) for name in document if name != "base"]
     known = ", ".join(TRAINERS)
     problems = []
@@ -101,7 +101,7 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
         problems.append("base: this section is missing; it holds output_dir, data and durations")
     if len(tasks) != 1:
         found = ", ".join(tasks) or "none"
-        problems.append(f"sections: beside base exactly one section must name the task ({known}), found {found}")
+        problems.append(f"sections: apart from base, exactly one section must name the task ({known}), found {found}")
     for name in [*document, *given]:
         if name not in document:
             problems.append(f"{name}: an override names this section, the file has {', '.join(map(str, document))}")
