@@ -24,8 +24,8 @@ def run_on_ranks(
 ) -> list[Result]:
     """Runs an action on some ranks; every rank returns their results or raises the first error. Collective.
 
-    An OSError of a library becomes one of ours: a full disk or a missing permission is not a bug. Our messages begin
-    with `where`.
+    An OSError of a library becomes one of ours: a full disk or a missing permission is not a bug. `where` is put
+    in front of our messages.
     """
     own = accelerator.process_index
     result, failure = _tried(action, where) if own in ranks else (None, None)

@@ -83,7 +83,7 @@ class Cache:
             try:
                 path.open("rb").close()  # safetensors reports every error as a missing file
             except OSError as error:
-                raise OSError(f"{path}: a cache cannot be read ({error}); see to its permissions") from None
+                raise OSError(f"{path}: a cache cannot be read ({error}); check its permissions") from None
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
