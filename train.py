@@ -38,21 +38,21 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
     from trainers.engine.validation.validation import Validation
 
     model_card.check_hub_login(run.base.push_to_hub)
-    with context.start(run) as ctx:  # processes, signals, the run folder and its lock
+    with context.start(run) as ctx:  # launched processes, signal handlers, the run folder and its lock
         base, accelerator = run.base, ctx.accelerator
         resume_from = find.find_checkpoint(ctx)
 
-        # data first: the clock counts its examples, and a checkpoint must match both before it sets the clock
+        # data first: the clock, which maps steps to examples, counts them; a checkpoint must match both
         loaded = load_data(ctx, dry_run)
         saved = resume.read_state(ctx, resume_from, loaded.train)
-        clock = ctx.clock
+        clock = ctx.clock  # starts at the checkpoint's step, or at 0
 
-        # frozen encoders fill their caches and leave the device before the network is built: it may need all the memory
+        # frozen encoders fill their caches and leave the device before the network is built, which may need its memory
         trainer = networks.build_trainer(accelerator, run, clock, loaded)
         encoders = stages.build_encoders(trainer)
         data = fill.fill_caches(accelerator, encoders, base, loaded)
 
-        # networks, optimizer and averages; loader workers start last, so that they share what was decoded before
+        # networks, optimizer, moving averages; loader workers start last, so that they share pictures decoded before
         state = build_state(ctx, trainer, data)
         if resume_from:
             resume.load(ctx, trainer, encoders, state, resume_from, saved)
@@ -67,14 +67,14 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
         with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
-            validation.make_up(clock.origin_step)  # if the run was stopped during one
+            validation.make_up(clock.origin_step)  # if the run was stopped during a validation
             speed = meters.Speed()
             for step in ctx.stop.steps(clock.origin_step, clock.total_steps):
                 rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
                     batch = encoders.encode(next(micro_batches))
                     seed_network(base.seed, step, clock.micro_batch(micro_step, accelerator.process_index), ctx.device)
-                    with accelerator.accumulate(*trainer.modules.values()):
+                    with accelerator.accumulate(*trainer.modules.values()):  # slot: an example's number in the run
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(state.nonfinite.poison_if_nonfinite(loss))
                     state.meter.add({"loss": loss} | values)
@@ -107,7 +107,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
 
 
 def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
-    """Builds both data sets and the clock that counts their examples; a dry run keeps a few examples and steps."""
+    """Builds both data sets and sets the run's clock; a dry run keeps a few examples and steps."""
     from trainers.engine.data.batches import shard_for_rank
     from trainers.engine.run.context import DataSets
 
@@ -123,7 +123,7 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
 
 
 def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState:
-    """Builds the task's networks, their optimizer and averages, the meter, and the counter of non-finite steps."""
+    """Builds the task's networks, their optimizer and moving averages, and what counts metrics and skipped steps."""
     from trainers.engine.checkpoint.snapshot import TrainState
     from trainers.engine.optim.ema import EMA
     from trainers.engine.optim.networks import init_networks, prepare_networks
@@ -209,7 +209,7 @@ def _dry_run(run: RunConfig) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    """Prints an error once though all processes have it: the launcher ends those that wait when the first one exits."""
+    """Prints an error, once if all processes raise it: the others wait, and are ended when the first one exits."""
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
         time.sleep(5)

@@ -156,9 +156,9 @@ def test_only_what_all_folders_have_is_gone_on_from(again, whole):
     text = run(again, LATEST)
     first, second = [f"{name}:{again}/{name}" for name in NAMES]
     assert f"WARNING: skipping checkpoint-8: it is missing in {second}\n" in text
-    assert f"to go on from checkpoint-8, copy it from {first} to {second}, or start on first alone\n" in text
+    assert f"to continue from checkpoint-8, copy it from {first} to {second}, or start on first alone\n" in text
     assert f"skipping a damaged checkpoint: on first: {again}/first/checkpoint-6: state.json is missing" in text
-    assert f"to go on from checkpoint-6, copy it from {second} to {first}, or start on second alone\n" in text
+    assert f"to continue from checkpoint-6, copy it from {second} to {first}, or start on second alone\n" in text
     assert f"WARNING: skipping checkpoint-4: it is not the same in {first} and {second}\n" in text
     assert "resumed at 2" in text
     assert losses(again / "first") == until(8, whole)
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_not_all_folders_have(again):
     text = error_of_both(again, "base.resume_from_checkpoint=checkpoint-8")
     assert "on second: resume_from_checkpoint = checkpoint-8: no such folder; checkpoints in" in text
     text = error_of_both(again, LATEST)
-    advice = f"to go on from checkpoint-8, copy it from {first} to {second}, or start on first alone"
+    advice = f"to continue from checkpoint-8, copy it from {first} to {second}, or start on first alone"
     assert f"no checkpoint is intact and the same in {first} and {second}; {advice}" in text
     assert steps_of(again / "first") == [8, 6, 4, 2]
 

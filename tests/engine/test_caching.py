@@ -244,7 +244,7 @@ def test_a_cache_that_cannot_be_written_or_read(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", forbidden)
-        with pytest.raises(OSError, match=r"a cache cannot be read \(.*Permission denied.*\); see to its permissions"):
+        with pytest.raises(OSError, match=r"a cache cannot be read \(.*Permission denied.*\); check its permissions"):
             Cache(folder).look()
     assert file.is_file()
 

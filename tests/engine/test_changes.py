@@ -67,7 +67,7 @@ def test_what_alters_the_training_is_refused_unless_it_is_allowed(key, begun, ca
     value, shown = ALTERING[key]
     assert resume(**{key: value}) == 1
     error = capsys.readouterr().err
-    assert "checkpoint-6: the training would go on differently; undo these changes, or accept them with" in error
+    assert "checkpoint-6: the training would continue differently; undo these changes, or accept them with" in error
     assert shown in error
     assert "Traceback" not in error
     assert (folder / "metrics.jsonl").read_text() == before  # nothing was touched

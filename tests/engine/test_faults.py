@@ -317,7 +317,7 @@ def test_a_folder_that_cannot_be_locked_is_told(tmp_path, monkeypatch, capsys):
     assert main(["configs/tests/ddpm.json", *options]) == 0
     assert staged.exists()  # it may be a living run's
     assert (
-        "cannot be locked ([Errno 37] No locks available); see to it that only one run uses it"
+        "cannot be locked ([Errno 37] No locks available); make sure that only one run uses it"
         in capsys.readouterr().out
     )
 

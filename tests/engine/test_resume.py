@@ -141,7 +141,7 @@ def test_errors_of_resuming(tiny_config, capsys):
     )
     shutil.rmtree(folder / "checkpoint-3" / "unet_ema")
     assert "all 2 checkpoints in" in error_of()
-    assert "damaged; remove them to start anew" in error_of()
+    assert "damaged; remove them to start at step 0" in error_of()
 
 
 def test_latest_skips_a_damaged_checkpoint_loudly(tiny_config, capsys):

@@ -424,7 +424,7 @@ def test_push_to_hub_uploads_pipeline_card_and_grid_only(run_in_process, monkeyp
     assert 'from_pretrained("me/digits")' in (folder / "README.md").read_text()
     assert "token" not in (folder / "config.yaml").read_text()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="base.push_to_hub = true: nobody is logged in; run `hf auth login`"):
+    with pytest.raises(ValueError, match="base.push_to_hub = true: you are not logged in; run `hf auth login`"):
         run_in_process("second", **{"base.push_to_hub": True})
 
 

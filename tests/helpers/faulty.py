@@ -203,10 +203,10 @@ def kill_before_prune(step):
 
     original = Saver._prune
 
-    def killing(self):
-        if (self.output_dir / f"checkpoint-{step}").exists():
+    def killing(self, intact_step):
+        if intact_step == step:
             die()
-        original(self)
+        original(self, intact_step)
 
     Saver._prune = killing
 

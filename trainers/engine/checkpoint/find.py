@@ -55,7 +55,9 @@ def _find_latest(folders: Folders, output_dir: Path) -> Path | None:
     if newest_advice:
         raise ValueError(f"no checkpoint is intact and the same in {' and '.join(folders.places)}; {newest_advice}")
     if steps:
-        raise DamagedCheckpoint(f"all {len(steps)} checkpoints in {output_dir} are damaged; remove them to start anew")
+        raise DamagedCheckpoint(
+            f"all {len(steps)} checkpoints in {output_dir} are damaged; remove them to start at step 0"
+        )
     folders.accelerator.print(f"No checkpoint in {output_dir}: starting at step 0", flush=True)
     return None
 
@@ -72,12 +74,12 @@ def _look(folders: Folders, folder: Path) -> Copy:
 
 
 def _advice(folder: Path, places: list[str], copies: list[Copy]) -> str:
-    """Says how to make a checkpoint usable that is intact in some place; empty if it is in none."""
+    """Says how to make a checkpoint usable that is intact in some folder; empty if it is intact in none."""
     for intact, copy in zip(places, copies, strict=True):
         if not copy.fault:
             others = [place for place, other in zip(places, copies, strict=True) if other.digests != copy.digests]
             copying = f"copy it from {intact} to {' and '.join(others)}"
-            return f"to go on from {folder.name}, {copying}, or start on {intact.partition(':')[0]} alone"
+            return f"to continue from {folder.name}, {copying}, or start on {intact.partition(':')[0]} alone"
     return ""
 
 

@@ -73,7 +73,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
     if refused:
         names = ",".join(dict.fromkeys([*run.base.allow_changes, *(change.names[0] for change in refused)]))
         raise ValueError(
-            f"{folder}: the training would go on differently; undo these changes, or accept them with "
+            f"{folder}: the training would continue differently; undo these changes, or accept them with "
             f"base.allow_changes=[{names}]:\n" + "\n".join(f"  {change.text}" for change in refused)
         )
     for text in [*harmless, *(f"{change.text} (allowed)" for change in changes)]:

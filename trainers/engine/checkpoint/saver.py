@@ -21,7 +21,7 @@ from trainers.engine.tracking.tracker import Tracker
 class Saver:
     """Writes one checkpoint at a time: copied at a step, written by a thread per folder, then renamed ("sealed").
 
-    Every call is collective. All ranks seal, or raise, after the same step: their votes travel with the stop signals.
+    Every call is collective. All ranks seal, or raise, after the same step: StopSignals says when all have written.
     The main processes keep the copy's memory and reuse it for the next checkpoint.
     """
 
@@ -36,7 +36,8 @@ class Saver:
             ctx.stop.written = 0
 
     def __enter__(self) -> Saver:
-        self.folders.on_mains(self._prune)  # the run may have been killed right after a checkpoint was sealed
+        # the run may have been killed after it sealed a checkpoint, and before it removed older ones
+        self.folders.on_mains(lambda: self._prune(self.ctx.clock.origin_step))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,9 +86,9 @@ class Saver:
             return
         if self.folders.several:
             self._wait_for_all()  # if another rank dies meanwhile, __exit__ seals alone
-        self.step = 0
+        step, self.step = self.step, 0
         self.folders.on_mains(self._seal)
-        self.folders.on_mains(self._prune)  # only now that all folders have the new one
+        self.folders.on_mains(lambda: self._prune(step))  # only now that all folders have the new one
 
     def _wait_for_all(self) -> None:
         """Waits for the files of every folder; if one cannot be written, no folder keeps its files."""
@@ -107,11 +108,12 @@ class Saver:
     def _seal(self) -> None:
         writer.seal(self.staged.result())
 
-    def _prune(self) -> None:
-        """Removes all but the newest checkpoints, the first of which is sealed in all folders, or was resumed from."""
-        limit = self.base.checkpoints_total_limit
-        for _, folder in list_checkpoints(self.output_dir)[limit:] if limit is not None else []:
-            self.thread.submit(writer.remove, folder)
+    def _prune(self, intact_step: int) -> None:
+        """Removes the oldest checkpoints beyond the limit, if the newest is of this step, and so known to be intact."""
+        found, limit = list_checkpoints(self.output_dir), self.base.checkpoints_total_limit
+        if limit is not None and found and found[0][0] == intact_step:
+            for _, folder in found[limit:]:
+                self.thread.submit(writer.remove, folder)
 
     def _write(self, taken: Snapshot) -> Path:
         """Writes the files, in the thread; the vote tells the other ranks that this is over, successfully or not."""

@@ -88,7 +88,7 @@ class BaseConfig(Section):
 
     # logging
     logging_dir: str = "logs"  # folder of the trackers' files, under output_dir
-    logger: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"  # trackers beside metrics.jsonl
+    logger: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"  # trackers in addition to metrics.jsonl
     logging_steps: Positive = 50  # log means over this many optimizer steps
     tracker_project: str = "diffloop"  # W&B's project; TensorBoard's folder in logging_dir
     run_name: str | None = None  # W&B's run; null: the name of output_dir
@@ -100,7 +100,7 @@ class BaseConfig(Section):
     dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
     cache_dir: str | None = None  # where hub data sets are kept; null: the datasets library's folder
-    encoder_cache_dir: str | None = None  # of what a task caches on disk; null: encoder-cache beside output_dir
+    encoder_cache_dir: str | None = None  # of what a task caches on disk; null: encoder-cache next to output_dir
     image_column: str | None = None  # null: found by type
     label_column: str | None = None  # null: found by type, or the column `label` of a folder's metadata
     caption_column: str | None = None  # null: text, caption or prompt, if there is one
@@ -108,7 +108,7 @@ class BaseConfig(Section):
     trigger_word: str | None = None  # put in front of every caption, with a comma; null: none
     shuffle_tags: bool = False  # in training, shuffle what commas separate in a caption
     keep_tags: NonNegative = 0  # leading tags that stay in place with shuffle_tags; 0: none but the trigger word
-    mask_column: str | None = None  # of grey pictures beside the images; null: mask, if there is one
+    mask_column: str | None = None  # with grey pictures, one per image; null: mask, if there is one
     class_data_dir: str | None = None  # folder of pictures of the class, for prior preservation; null: none
     class_caption: str | None = None  # the text of every picture in class_data_dir
     max_train_samples: Positive | None = None  # use a random subset of this many training examples; null: all

@@ -22,6 +22,7 @@ from trainers.engine.config.schema import coerce, describe_kind, nearest, option
 from trainers.engine.optim.table import optimizer_problem
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
+Schemas = dict[str, type[Section]]  # of the two sections, by name
 
 
 class RunConfig(NamedTuple):
@@ -53,12 +54,12 @@ def check_config(
     given, problems = _parse_overrides(overrides or [])
     task = _task_of(document, given)
     trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"))
-    schemas: dict[str, type[Section]] = {"base": BaseConfig, task: trainer_class.Config}
+    schemas: Schemas = {"base": BaseConfig, task: trainer_class.Config}
     document = _resolve(_merge(document, given, schemas))
 
     checked: dict[str, dict[str, Any]] = {}
-    for name, schema in schemas.items():
-        checked[name], wrong_values = _check_section(name, document[name], schema, schemas)
+    for name in schemas:
+        checked[name], wrong_values = _check_section(name, document[name], schemas)
         problems += wrong_values
     base, config = BaseConfig(**checked["base"]), trainer_class.Config(**checked[task])
     of_base = [*data_problems(base), *base.problems()]
@@ -93,7 +94,7 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
-    """Names the section beside `base`; raises ConfigError for other sections. Empty ones become mappings."""
+    """Returns the name of the task's section; raises ConfigError for other sections. Empty ones become mappings."""
     tasks = [str(name) for name in document if name != "base"]
     known = ", ".join(TRAINERS)
     problems = []
@@ -101,7 +102,7 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
         problems.append("base: this section is missing; it holds output_dir, data and durations")
     if len(tasks) != 1:
         found = ", ".join(tasks) or "none"
-        problems.append(f"sections: beside base exactly one section must name the task ({known}), found {found}")
+        problems.append(f"sections: apart from base, exactly one section must name the task ({known}), found {found}")
     for name in [*document, *given]:
         if name not in document:
             problems.append(f"{name}: an override names this section, the file has {', '.join(map(str, document))}")
@@ -137,7 +138,7 @@ def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
     return found
 
 
-def _merge(document: dict, given: dict, schemas: dict[str, type[Section]]) -> dict[str, Any]:
+def _merge(document: dict, given: dict, schemas: Schemas) -> dict[str, Any]:
     """Applies overrides: one of an exclusive group replaces the others and their options; `x=null` replaces nothing."""
     for name, schema in schemas.items():
         chosen = {key for key, value in given.get(name, {}).items() if value is not None}
@@ -165,11 +166,9 @@ def _plain(config: object, resolve: bool = False) -> dict[str, Any]:
     return cast("dict[str, Any]", found)  # its type allows for lists too
 
 
-def _check_section(
-    section: str, values: dict, schema: type[Section], schemas: dict[str, type[Section]]
-) -> tuple[dict[str, Any], list[str]]:
+def _check_section(section: str, values: dict, schemas: Schemas) -> tuple[dict[str, Any], list[str]]:
     """Returns the values that fit, by name, and the problems of the others."""
-    known = options(schema)
+    known = options(schemas[section])
     checked: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in values.items():
@@ -183,7 +182,7 @@ def _check_section(
     return checked, problems
 
 
-def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[Section]]) -> list[str]:
+def _unknown_option(section: str, key: str, value: Any, schemas: Schemas) -> list[str]:
     """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now."""
     known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
     for old, (name, now) in schemas[section].replaced.get(key, {}).items():
@@ -195,7 +194,7 @@ def _unknown_option(section: str, key: str, value: Any, schemas: dict[str, type[
     return [f"{shown}: unknown option; did you mean {section}.{nearest(key, known)}?"]
 
 
-def _unknown_changes(allowed: list[str], schemas: dict[str, type[Section]]) -> Iterator[str]:
+def _unknown_changes(allowed: list[str], schemas: Schemas) -> Iterator[str]:
     known = ["dataset", "network", "task", *(name for schema in schemas.values() for name in options(schema))]
     for name in allowed:
         section, _, option = name.rpartition(".")

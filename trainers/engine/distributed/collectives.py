@@ -24,15 +24,18 @@ def run_on_ranks(
 ) -> list[Result]:
     """Runs an action on some ranks; every rank returns their results or raises the first error. Collective.
 
-    An OSError of a library becomes one of ours: a full disk or a missing permission is not a bug. Our messages begin
-    with `where`.
+    An OSError of a library becomes one of ours: a full disk or a missing permission is not a bug. `where` is put
+    in front of our messages.
     """
     own = accelerator.process_index
     result, failure = _tried(action, where) if own in ranks else (None, None)
+    sent = failure
+    if failure is not None and not isinstance(failure, (OSError, ValueError)):
+        sent = RuntimeError(f"process {own} failed: {failure!r}")  # others may not be serialisable
     results: list[Result] = []
     errors: list[Exception] = []
     for rank in ranks:  # one by one: a gather would send as much from each rank as the longest answer
-        answer = [result, _to_send(failure, rank)] if rank == own else [None, None]
+        answer = [result, sent] if rank == own else [None, None]
         result_of_rank, error = broadcast_object_list(answer, from_process=rank)
         results.append(result_of_rank)
         if error is not None:
@@ -51,12 +54,6 @@ def _tried(action: Callable[[], Result], where: str) -> tuple[Result | None, Exc
         if isinstance(error, ValueError) and where and is_message(error):
             return None, ValueError(f"{where}{error}")
         return None, error
-
-
-def _to_send(failure: Exception | None, rank: int) -> Exception | None:
-    if failure is None or isinstance(failure, (OSError, ValueError)):
-        return failure
-    return RuntimeError(f"process {rank} failed: {failure!r}")  # others may not be serialisable
 
 
 def run_on_all(accelerator: Accelerator, action: Callable[[], Result]) -> Result:

@@ -131,7 +131,7 @@ def configure_deepspeed(
     autocast = {"dtype": "bfloat16", "lower_precision_safe_modules": []}
     settings |= own | {
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU as well, and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the CPU, and needs no compiler
         "bf16": {"enabled": False},  # would make the weights bf16
         "torch_autocast": {"enabled": base.mixed_precision == "bf16"} | autocast,
     }

@@ -75,7 +75,7 @@ def find_folders(accelerator: Accelerator, path: Path, option: str) -> Folders:
         run_on_all(accelerator, lambda: _leave(token, option))
         found = gather_object([(socket.gethostname(), str(path.absolute()), token.name)])
         hosts, paths, names = zip(*found, strict=True)
-        # by new names: a network file system may cache a folder's listing, but not names that nobody has asked for
+        # by new names: a network file system may cache a folder's listing, but not names that were never asked for
         seen = gather_object([tuple(rank for rank, name in enumerate(names) if (path / name).exists())])
     finally:
         with suppress(OSError):
@@ -106,5 +106,5 @@ def _check(folders: Folders, seen: list[tuple[int, ...]], option: str) -> None:
             raise OSError(
                 f"{option} = {folders.paths[rank]}: {place} sees there what the processes {list(theirs)} wrote, and "
                 f"process {other} on {folders.hosts[other]} what {list(seen[other])} wrote; mount one folder on all "
-                "hosts, or give each host a folder of its own"
+                "hosts, or give each host its own folder"
             )

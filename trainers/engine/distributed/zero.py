@@ -78,7 +78,7 @@ def refresh(optimizer: Any, masters: bool = False) -> None:
     """Updates other processes' copies after `part_of` was written to, and with `masters` the optimizer's."""
     if hasattr(optimizer, "persistent_parameters"):
         optimizer.parameter_offload.partition_all_parameters()  # some stay whole after a forward pass
-        if optimizer.persistent_parameters:  # small ones, which ZeRO-3 keeps whole beside their parts
+        if optimizer.persistent_parameters:  # small ones, which ZeRO-3 keeps whole in addition to their parts
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     else:
         from deepspeed.runtime.utils import all_gather_dp_groups

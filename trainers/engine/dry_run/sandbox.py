@@ -1,4 +1,4 @@
-"""The temporary folder of a dry run, beside the run's, and its configuration, which does everything once."""
+"""The temporary folder of a dry run, next to the run's, and its configuration, which does everything once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS_OF_MAIN = 5.0  # for the first process to read its numbers if all fail
 
 @contextmanager
 def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
-    """Yields the short run, in a folder beside the run's that is removed afterwards; the run's own is not touched."""
+    """Yields the short run, in a folder next to the run's that is removed afterwards; the run's own is not touched."""
     output_dir, main = Path(run.base.output_dir).absolute(), is_main()
     _check_run_folder(output_dir, run.base)
     parent = next(parent for parent in output_dir.parents if parent.is_dir())

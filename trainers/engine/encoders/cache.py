@@ -83,7 +83,7 @@ class Cache:
             try:
                 path.open("rb").close()  # safetensors reports every error as a missing file
             except OSError as error:
-                raise OSError(f"{path}: a cache cannot be read ({error}); see to its permissions") from None
+                raise OSError(f"{path}: a cache cannot be read ({error}); check its permissions") from None
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -97,7 +97,7 @@ class Cache:
 
 
 def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path, bool]:
-    """Returns the folder of an encoder's rows, and whether it is new beside folders of other encoders."""
+    """Returns the folder of an encoder's rows, and whether it is new and other encoders have folders there."""
     text = json.dumps({"format": FORMAT, **source}, sort_keys=True)
     folder = directory / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     changed = not folder.is_dir() and any(directory.glob(f"{kind}-*"))

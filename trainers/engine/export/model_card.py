@@ -22,10 +22,9 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
     header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
     pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracker.grids]
     if run.config.use_ema and pictures:
-        places = ("Above", "Below") if trainer.grid_columns else ("Left", "Right")
-        pictures.append(
-            f"{places[0]}: the weights of the last step. {places[1]}: their moving average, which this pipeline holds."
-        )
+        raw, averaged = ("Above", "Below") if trainer.grid_columns else ("Left", "Right")
+        which = "their moving average, which this pipeline holds"
+        pictures.append(f"{raw}: the weights of the last step. {averaged}: {which}.")
     found = [(name, value) for name, value in sorted(tracker.latest.items()) if not name.endswith(OF_THE_MACHINE)]
     rows = [f"| {name} | {value:.6g} |" for name, value in found]
     sections = [
@@ -53,7 +52,7 @@ def check_hub_login(push_to_hub: bool) -> None:
         from huggingface_hub import get_token
 
         if get_token() is None:
-            raise ValueError("base.push_to_hub = true: nobody is logged in; run `hf auth login`, or set it to false")
+            raise ValueError("base.push_to_hub = true: you are not logged in; run `hf auth login`, or set it to false")
 
 
 def publish(ctx: RunContext, trainer: Trainer, tracker: Tracker, pipeline_files: list[str]) -> None:

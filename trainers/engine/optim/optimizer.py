@@ -111,7 +111,7 @@ def optimizer_step(
     if accelerator.scaler is not None:
         optimizer.step()  # the scaler skips on its own finding
     elif applied.device.type != "cpu" and inner.defaults.get("fused"):
-        inner.found_inf = 1 - applied  # a fused kernel leaves weights and state alone where this is 1
+        inner.found_inf = 1 - applied  # a fused kernel leaves weights and state alone if this is 1
         inner.step()  # accelerate's wrapper looks for packages in every call
     elif applied.item():
         inner.step()

@@ -58,7 +58,7 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"WARNING: {output_dir} cannot be locked ({error}); see to it that only one run uses it", flush=True)
+            print(f"WARNING: {output_dir} cannot be locked ({error}); make sure that only one run uses it", flush=True)
             file.close()
             return None
         file.seek(0)

@@ -26,6 +26,7 @@ from trainers.engine.config.errors import Interrupted
 EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
 FAULT, DIVERGED = 100, 101  # further reasons, larger than any signal: the ranks agree on the largest
 LAST_SIGNAL = 3  # the first two request a stop, the third kills the process
+WAY_ON = "continue with base.resume_from_checkpoint=latest"
 STDERR = 2  # file descriptor: a signal handler may interrupt a print()
 
 Item = TypeVar("Item")
@@ -84,8 +85,7 @@ class StopSignals:
             os.kill(os.getpid(), number)
         name = signal.Signals(number).name
         if not self.waits:
-            way_on = "continue with base.resume_from_checkpoint=latest"
-            raise Interrupted(f"ended by {name} outside of the steps; {way_on}", EXIT_CODES[number])
+            raise Interrupted(f"ended by {name} outside of the steps; {WAY_ON}", EXIT_CODES[number])
         self.ask(number)
         if self.main:
             os.write(STDERR, f"\n{name}: finishing the step, then saving\n".encode())
@@ -147,7 +147,7 @@ class StopSignals:
         save(self.steps_done)
         close()
         text = next(filter(None, gather_object([self.text])), "")  # all ranks leave together, after the trackers
-        way_on = f"checkpoint-{self.steps_done} is written; continue with base.resume_from_checkpoint=latest"
+        way_on = f"checkpoint-{self.steps_done} is written; {WAY_ON}"
         if self.reason == DIVERGED:
             raise ValueError(text)
         if self.reason == FAULT:

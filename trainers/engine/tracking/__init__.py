@@ -1,4 +1,4 @@
-"""The trackers that a run can use beside metrics.jsonl, by the words of `base.logger`."""
+"""The trackers that a run can use in addition to metrics.jsonl, by the values of `base.logger`."""
 
 # name -> "module:Class", imported only when used; each is an ExternalTracker (external.py)
 TRACKERS = {

@@ -1,4 +1,4 @@
-"""The interface of trackers, which show a run's numbers and pictures beside metrics.jsonl."""
+"""The interface of trackers, which show a run's numbers and pictures in addition to metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ VISIBLE_SIZE = 64  # pixels of height; grids enlarge smaller pictures by an inte
 READABLE_SIZE = 128  # the same with texts
 FONT_SIZE = 11  # pixels
 MAX_LINES = 4  # of a text
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def grid_of(pictures: list[Tensor], columns: int | None, texts: list[str] | None = None) -> Tensor:
@@ -62,11 +61,9 @@ def _strips(texts: list[str], width: int, height: int | None = None) -> Tensor:
     characters = max(4, int(width / font.getlength("e")))
     wrapped = [textwrap.wrap(text, characters, max_lines=MAX_LINES, placeholder=" ...") for text in texts]
     height = height or (FONT_SIZE + 3) * max(1, *map(len, wrapped)) + 2
-    return torch.stack([_written(lines, width, height, font) for lines in wrapped])
-
-
-def _written(lines: list[str], width: int, height: int, font: Font) -> Tensor:
-    """Black on white [1, height, width]."""
-    strip = Image.new("L", (width, height), 255)
-    ImageDraw.Draw(strip).multiline_text((1, 0), "\n".join(lines), fill=0, font=font, spacing=2)
-    return torch.from_numpy(np.array(strip)).float().div(255)[None]
+    strips = []
+    for lines in wrapped:
+        strip = Image.new("L", (width, height), 255)
+        ImageDraw.Draw(strip).multiline_text((1, 0), "\n".join(lines), fill=0, font=font, spacing=2)
+        strips.append(torch.from_numpy(np.array(strip)).float().div(255)[None])
+    return torch.stack(strips)
