@@ -27,7 +27,7 @@ from scripts.benchmarks.runs import (
     logged,
     seconds_of,
 )
-from trainers.engine.tracking.meters import PeakMemory
+from trainers.engine.tracking.meters import take_peak_memory
 
 WAYS: dict[str, list[str]] = {
     "without caches": [],
@@ -80,9 +80,8 @@ def unet_alone(steps: int) -> tuple[float, float, dict[str, float]]:
         unet(noisy, 500, text).sample.float().square().mean().backward()
 
     step()
-    memory = PeakMemory(DEVICE)
-    memory.take()  # the start, too, has a peak
-    return statistics.median(seconds_of(step, 1) for _ in range(steps)), memory.take(), {}
+    take_peak_memory(DEVICE)  # the start, too, has a peak
+    return statistics.median(seconds_of(step, 1) for _ in range(steps)), take_peak_memory(DEVICE), {}
 
 
 def size_of(path: Path) -> float:
