@@ -92,7 +92,7 @@ def test_an_autoencoder_that_overflows_in_half_precision_stays_in_float32(force_
 
 def test_latents_are_shifted_and_scaled_as_the_config_says(vae):
     found, config = space(vae), diffusers.AutoencoderKL.from_pretrained(vae).config
-    assert found.shape == (2, 8, 8)
+    assert found.grid.shape == (2, 8, 8)
     assert config.shift_factor != 0
     batch = {"mean": torch.randn(3, 2, 8, 8), "logvar": torch.randn(3, 2, 8, 8)}
     slots = torch.arange(3)
