@@ -73,9 +73,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other option of the run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", help="number of sampling steps")
-    parser.add_argument(
-        "--sampler", help="ddpm, ddim or dpmsolver++; flow: euler, dpmsolver++; pipeline: also euler, lcm"
-    )
+    parser.add_argument("--sampler", help="ddpm, ddim or dpmsolver++; flow: euler, dpmsolver++; pipeline: any, or lcm")
     parser.add_argument("--guidance", help="guidance scale; 1: no guidance, 0: no class")
     parser.add_argument("--guidance-rescale", help="in [0, 1]")
     parser.add_argument("--guidance-interval", metavar="LOW,HIGH", help="noise levels (sigma) at which to guide")
