@@ -58,9 +58,8 @@ class Pictures:
         """The number among `reader.sizes` of each picture's, from its header; broken ones go to the most frequent."""
         if len(self.reader.sizes) == 1:
             return [0] * len(self)
-        numbers = {size: number for number, size in enumerate(self.reader.sizes)}
         sizes = in_threads(partial(self._or_skip, self.size), len(self))
-        found = [None if size is None else numbers[self.reader.target(size)] for size in sizes]
+        found = [None if size is None else self.reader.sizes.index(self.reader.target(size)) for size in sizes]
         counts = Counter(number for number in found if number is not None)
         most = max(counts, key=lambda number: counts[number], default=0)
         return [most if number is None else number for number in found]

@@ -114,7 +114,9 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
         raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
-    known = instances.source.images if args.train_data_dir is not None and isinstance(instances, ImageDataset) else ()
+    known: Any = ()
+    if args.train_data_dir is not None and isinstance(instances, ImageDataset):
+        known = instances.source.images
     if twice := set(images) & {image for image in known if isinstance(image, Path)}:
         raise ValueError(
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "

@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
-from datasets_lib.images.source import check_inside, open_text
+from datasets_lib.images.source import check_inside, open_text, refuse_named_split
 from datasets_lib.sources.folder import walk
 from datasets_lib.streaming.http_file import open_url
 
@@ -110,11 +110,7 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
 
 
 def _of_list(file: Path, args: Any) -> ShardList:
-    if args.validation_split is not None:
-        raise ValueError(
-            f"base.validation_split is {args.validation_split!r}, but base.train_data_dir is the list {file}, which is "
-            "one split; set it to null"
-        )
+    refuse_named_split(args, f"base.train_data_dir={file}", "set it to null")
     with open_text(file) as lines:
         shards = [_listed(line.strip(), file) for line in lines if line.strip() and not line.startswith("#")]
     if not shards:
