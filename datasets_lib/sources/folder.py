@@ -22,8 +22,8 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 def build(args: Any, split: str) -> ImageDataset:
     """Build the data set of `args.train_data_dir`; a named validation split is the sub-folder of that name.
 
-    Captions come from metadata.jsonl or metadata.csv, else from a .txt file beside each image. Without metadata, the
-    first-level sub-folders are classes if there are two or more and every image lies in one. Hidden files are ignored.
+    Captions come from metadata.jsonl or metadata.csv, else from .txt files with the images' names. Without metadata,
+    first-level sub-folders are classes if there are two or more and every image is in one. Hidden files are ignored.
     """
     if args.image_column is not None:
         raise ValueError(
@@ -96,8 +96,8 @@ def as_source(
 
 
 def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
-    """Return the path below a folder and the bytes, but no time: a copied folder is the same data."""
-    # A mask may lie beside the folder of a split.
+    """Return the path below a folder and the size in bytes, but no time: a copied folder is the same data."""
+    # a mask may be outside the folder of a split
     return Path(os.path.relpath(path, folder)).as_posix(), path.stat().st_size
 
 
@@ -139,7 +139,7 @@ def walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
 
 
 def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str | list[str]] | None:
-    """Return the text beside each image, or None if no image has one."""
+    """Return the text in the .txt file of each image, or None if no image has one."""
     if caption_column is not None:
         raise ValueError(
             f"base.caption_column is {caption_column!r}, but there is no {' or '.join(METADATA_FILES)} beside "

@@ -1,4 +1,4 @@
-"""The files that a stream is made of: those of a folder, of a list of URLs and paths, or of a hub data set."""
+"""The files of a stream: those of a folder, of a list of URLs and paths, or of a hub data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datasets_lib.streaming.http_file import open_url
 
 KINDS = (".parquet", ".tar")
 SCHEMES = ("http", "https", "hf", "s3", "gs")
-INDEX, SETTINGS = "index.json", ".settings.json"  # of a folder that scripts/shard.py wrote, and is still writing
+INDEX, SETTINGS = "index.json", ".settings.json"  # in a folder that scripts/shard.py has finished, or started
 FORMAT = 1
 QUERY = r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"  # of a URL in a text
 
@@ -52,9 +52,9 @@ class Shard(NamedTuple):
         return fsspec.filesystem(self.scheme).open(self.location, "rb")
 
     def without_secrets(self, error: Exception) -> str:
-        """Return what an error says, with the shard's name where it has the URL or a part that may be secret.
+        """Return an error's text, with the shard's name in place of its URL and of parts that may be secret.
 
-        Queries go from all URLs: a server may send its client on to a signed one.
+        Queries are removed from all URLs: a server may redirect to a signed one.
         """
         text = re.sub(QUERY, r"\1", " ".join(str(error).split())) or type(error).__name__
         if self.scheme:
