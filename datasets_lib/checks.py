@@ -1,4 +1,4 @@
-"""The one check behind every "must be one of" error."""
+"""The check behind every "must be one of" error, and the choice of a column."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def one_of(option: str, value: Any, allowed: Iterable, *other_forms: str) -> Any
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     choices = ", ".join([*names, *other_forms]) or "(there are none)"
     raise ValueError(f"{option} is {value!r}; it must be one of: {choices}{hint}")
+
+
+def find_column(option: str, wanted: str | None, columns: Iterable[str], common: Iterable[str]) -> str | None:
+    """Return the column asked for, or the first with a common name, if there is one."""
+    if wanted is not None:
+        return one_of(option, wanted, columns)
+    return next((name for name in common if name in columns), None)

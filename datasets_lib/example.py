@@ -50,7 +50,7 @@ class ImageData(DataSet):
         return f"example {index}"
 
     def first_example(self) -> Example:
-        """Returns an example, nothing of it random."""
+        """Returns an example without randomness."""
         return self.get(0, None)
 
     def bucket_of(self, index: int) -> int:

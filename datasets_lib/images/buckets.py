@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that pictures are brought to, and the one of them that suits a picture best."""
+"""Aspect-ratio buckets: the sizes to which pictures are brought, and the best one for a picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sizes_of(args: Any) -> tuple[Size, ...]:
 
 
 def bucket_sizes(max_pixels: int, step: int) -> tuple[Size, ...]:
-    """Return the sizes of at most so many pixels that cannot grow, lowest first; each side a multiple of `step`.
+    """Return the sizes with at most `max_pixels` that cannot grow, lowest first; each side is a multiple of `step`.
 
     The longer side is at most twice the shorter one.
     """
@@ -31,22 +31,22 @@ def bucket_sizes(max_pixels: int, step: int) -> tuple[Size, ...]:
 
 
 def kept_part(size: Size, target: Size) -> float:
-    """Return the part of a picture that is left when it is resized to just cover the target, and cropped to it."""
+    """Return the share of a picture that is left after it is resized to just cover the target, and cropped."""
     sides = size[0] * target[1], size[1] * target[0]
     return min(sides) / max(sides)
 
 
 def best(size: Size, sizes: Sequence[Size]) -> Size:
-    """Return the one to which a picture of this size loses least; of equals the largest, then the lowest."""
+    """Return the size that crops a picture least; of equals the largest, then the first."""
     return max(sizes, key=lambda target: (kept_part(size, target), target[0] * target[1]))
 
 
 def problems(args: Any) -> Iterator[tuple[str, str]]:
-    """Yield (option, what is wrong) where buckets cannot be had."""
+    """Yield (option, what is wrong) for settings that do not work with buckets."""
     if not args.buckets:
         return
     if args.class_data_dir is not None:
-        yield "buckets", "cannot be had with class_data_dir: a picture and that of its class would differ in shape"
+        yield "buckets", "does not work with class_data_dir: a picture and that of its class would differ in shape"
     if not 1 <= args.bucket_step <= args.resolution:
         yield "bucket_step", f"must be at least 1, and at most resolution = {args.resolution}"
     elif args.bucket_max_pixels is not None and args.bucket_max_pixels < args.bucket_step**2:

@@ -1,4 +1,4 @@
-"""Real image files, whatever is in them, to uint8 tensors of one kind."""
+"""Image files of every kind to uint8 tensors of one kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads an image and resizes it to just cover the best of `sizes`: the part of loading that is never random."""
+    """Reads an image and resizes it to just cover the best of `sizes`; nothing is random."""
 
     sizes: tuple[Size, ...]
     channels: int
@@ -32,13 +32,13 @@ class ImageReader:
     max_image_pixels: int
 
     def target(self, size: Size) -> Size:
-        """Return the size of what an example shows of an image of this size."""
+        """Return the size of an example's picture, for an image of this size."""
         return self.sizes[0] if len(self.sizes) == 1 else best(size, self.sizes)
 
     def read(self, source: Path | bytes | np.ndarray) -> tuple[torch.Tensor, Size]:
         """Return uint8 [C, H, W], and (height, width) of the upright image before it was resized.
 
-        Whatever is wrong raises ImageError, which does not know the image's name.
+        Any fault raises ImageError, without the image's name.
         """
         try:
             with self._open(source) as image:
@@ -97,7 +97,7 @@ def read_picture(path: Path, mode: str = "RGB", background: str = "white") -> Im
 
 
 def header_size(image: Image.Image) -> Size:
-    """Return (height, width) of an opened image as it is upright, without decoding it if that can be had."""
+    """Return (height, width) of an opened image when it is upright, without decoding it if possible."""
     if image.format == "TIFF":  # Pillow turns these by itself
         return image.size[::-1]
     # Pillow's PNG reader decodes to find an orientation, which may come after the pixels.

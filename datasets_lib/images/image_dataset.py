@@ -123,7 +123,7 @@ class ImageDataset(ImageData):
         return self.training and self.args.random_flip
 
     def _draw(self, position: int, size: Size, generator: torch.Generator | None) -> tuple[View, dict[str, Any]]:
-        """The part of an example that is not pixels. The order of the draws: crop, flip, caption."""
+        """The view of the picture, and the example's other columns. Draws in this order: crop, flip, caption."""
         if not self.random:
             generator = None
         view = draw_view(size, self.pictures.reader.target(size), None if self.args.center_crop else generator)
@@ -136,7 +136,7 @@ class ImageDataset(ImageData):
         return view, {**example, "original_size": size, "crop_top_left": view.top_left()}
 
     def _scaled(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The image and, where there is one, the mask of [..., C, H, W]."""
+        """The image and, if there is one, the mask of [..., C, H, W]."""
         if self.source.masks is None:
             return {"image": normalize(pixels)}
         return {"image": normalize(pixels[..., :-1, :, :]), "mask": scale(pixels[..., -1:, :, :], 255)}
@@ -148,7 +148,7 @@ class ImageDataset(ImageData):
         return args.random_flip or not (args.center_crop or self._fits()) or self.texts.random
 
     def _fits(self) -> bool:
-        """Whether nothing has to be cropped, as far as that is known without reading."""
+        """Whether no picture has to be cropped; False if they are not decoded yet."""
         shapes = () if self.pictures.decoded is None else self.pictures.decoded.shapes
         found = [shape[1:] == self.pictures.target(position) for position, shape in enumerate(shapes) if shape]
         return bool(found) and all(found)

@@ -33,7 +33,7 @@ class Pictures:
         self.reader = ImageReader(
             sizes_of(args), args.channels, args.interpolation, args.background_color, args.max_image_pixels
         )
-        # What is transparent in a mask is not part of it.
+        # transparent pixels do not belong to a mask
         self.mask_reader = dataclasses.replace(self.reader, channels=1, background_color="black")
         self.channels = args.channels + (source.masks is not None)
         # Flags in shared memory: workers report what they find, and none is counted twice.
@@ -55,18 +55,17 @@ class Pictures:
 
     @cached_property
     def buckets(self) -> list[int]:
-        """The number among `reader.sizes` of each picture's, from its header; broken ones go to the most frequent."""
+        """The number of each picture's size among the reader's, from its header; of broken ones the most frequent."""
         if len(self.reader.sizes) == 1:
             return [0] * len(self)
-        numbers = {size: number for number, size in enumerate(self.reader.sizes)}
         sizes = in_threads(partial(self._or_skip, self.size), len(self))
-        found = [None if size is None else numbers[self.reader.target(size)] for size in sizes]
+        found = [None if size is None else self.reader.sizes.index(self.reader.target(size)) for size in sizes]
         counts = Counter(number for number in found if number is not None)
         most = max(counts, key=lambda number: counts[number], default=0)
         return [most if number is None else number for number in found]
 
     def target(self, position: int) -> Size:
-        """Return the size of what an example shows of a picture."""
+        """Return the size of a picture in an example."""
         sizes = self.reader.sizes
         return sizes[0] if len(sizes) == 1 else self.reader.target(self.size(position))
 
@@ -170,7 +169,7 @@ class Pictures:
             ) from error
 
     def _or_skip(self, read: Callable[[int], T], position: int) -> T | None:
-        """Return what is read of a picture; None for a broken one that is to be replaced."""
+        """Return what is read of a picture, or None if it is broken and will be replaced."""
         try:
             return read(position)
         except ImageError as error:

@@ -20,7 +20,6 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int, /) -> Any: ...
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass
@@ -65,6 +64,14 @@ def select_rows(count: int, args: Any, split: str) -> list[int]:
     if split == "validation":
         return sorted(order[:held_out] if held_out else order)
     return sorted(order[held_out:][: args.max_train_samples])
+
+
+def refuse_named_split(args: Any, origin: str, remedy: str = "give a fraction such as 0.1") -> None:
+    """Raise a ValueError for a named validation split of data that has no such splits."""
+    if isinstance(args.validation_split, str):
+        raise ValueError(
+            f"base.validation_split is {args.validation_split!r}, but {origin} has no named splits; {remedy}"
+        )
 
 
 def changed(args: Any, **options: Any) -> Any:

@@ -124,7 +124,7 @@ def _token_text(texts: list[str], tokenizer: Any) -> str:
     if limit > 1_000_000:  # what transformers takes for "none is known"
         return f"{_spread(counts)}; the tokenizer has no limit"
     cut = sum(count > limit for count in counts)
-    return f"{_spread(counts)}, begin and end included; {cut:,} are cut off at {limit}"
+    return f"{_spread(counts)}, start and end tokens included; {cut:,} are cut off at {limit}"
 
 
 def _groups(pairs: Iterator[tuple[str, int]]) -> list[list[int]]:

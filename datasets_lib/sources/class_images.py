@@ -1,4 +1,4 @@
-"""`class_data_dir`: beside every training example a picture of its class, for prior preservation."""
+"""`class_data_dir`: a picture of the class with every training example, for prior preservation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIX = "class_"
 
 
 class PriorDataset(ImageData):
-    """A data set whose examples also have "class_image", "class_caption" and what else an example has, so prefixed.
+    """Examples that also have the columns of a picture of the class, prefixed: "class_image", "class_caption", ...
 
     Its own draws come after those of the example: which picture, then its crop and flip.
     """
@@ -105,7 +105,7 @@ def _prefixed(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_prior(instances: ImageData, args: Any) -> PriorDataset:
-    """Add the pictures of `args.class_data_dir`; captions beside them are not read.
+    """Add the pictures of `args.class_data_dir`; caption files next to them are not read.
 
     Raises FileNotFoundError for a folder that is not there, ValueError for one whose pictures are examples already.
     """
@@ -114,7 +114,9 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
         raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
-    known = instances.source.images if args.train_data_dir is not None and isinstance(instances, ImageDataset) else ()
+    known: Any = ()
+    if args.train_data_dir is not None and isinstance(instances, ImageDataset):
+        known = instances.source.images
     if twice := set(images) & {image for image in known if isinstance(image, Path)}:
         raise ValueError(
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "

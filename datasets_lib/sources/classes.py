@@ -1,4 +1,4 @@
-"""From what a folder says of its images' classes to numbers."""
+"""Classes of a folder's images: their names, and their numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def class_folders(folder: Path, images: list[Path]) -> list[str] | None:
 
 
 def class_names(classes: Sequence[str | int] | None) -> list[str] | None:
-    """Return the names in order, numbers by their value; None where classes are integers already."""
+    """Return the names in order, numbers by their value; None if the classes are integers already."""
     if classes is None or all(isinstance(item, int) for item in classes):
         return None
     names = {str(item) for item in classes}

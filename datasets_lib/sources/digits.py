@@ -7,20 +7,16 @@ from typing import Any
 import numpy as np
 
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import Source, digest
+from datasets_lib.images.source import Source, digest, refuse_named_split
 
 NAMES = [str(digit) for digit in range(10)]
 
 
 def build(args: Any, split: str) -> ImageDataset:
-    """Build the digits, labelled "0" to "9"; `validation_split` must be a fraction, as they come in one split."""
+    """Build the digits, labelled "0" to "9"."""
     from sklearn.datasets import load_digits
 
-    if isinstance(args.validation_split, str):
-        raise ValueError(
-            f"base.validation_split is {args.validation_split!r}, but digits come in one split; "
-            "give a fraction such as 0.1"
-        )
+    refuse_named_split(args, "base.dataset=digits")
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = digits.target.tolist()

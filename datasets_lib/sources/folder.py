@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets_lib.checks import one_of
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import Source, check_caption, check_inside, digest, open_text
+from datasets_lib.images.source import Source, check_caption, check_inside, digest, open_text, refuse_named_split
 from datasets_lib.sources.classes import class_folders, class_names, number_classes
 from datasets_lib.sources.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
 
@@ -22,8 +22,8 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 def build(args: Any, split: str) -> ImageDataset:
     """Build the data set of `args.train_data_dir`; a named validation split is the sub-folder of that name.
 
-    Captions come from metadata.jsonl or metadata.csv, else from a .txt file beside each image. Without metadata, the
-    first-level sub-folders are classes if there are two or more and every image lies in one. Hidden files are ignored.
+    Captions come from metadata.jsonl or metadata.csv, else from .txt files with the images' names. Without metadata,
+    first-level sub-folders are classes if there are two or more and every image is in one. Hidden files are ignored.
     """
     if args.image_column is not None:
         raise ValueError(
@@ -36,12 +36,8 @@ def build(args: Any, split: str) -> ImageDataset:
 
 
 def read_list(file: Path, args: Any) -> Source:
-    """Return what a JSON-lines file lists; raise ValueError for a named split: such a file has one."""
-    if isinstance(args.validation_split, str):
-        raise ValueError(
-            f"base.validation_split is {args.validation_split!r}, but base.train_data_dir is the file {file}, which is "
-            "one split; give a fraction such as 0.1"
-        )
+    """Return what a JSON-lines file lists."""
+    refuse_named_split(args, f"base.train_data_dir={file}")
     listed = read_pairs(file, args)
     label_names = class_names(listed.classes)
     notes = [f"classes from {file}: {', '.join(label_names)}"] if label_names else []
@@ -100,8 +96,8 @@ def as_source(
 
 
 def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
-    """Return the path below a folder and the bytes, but no time: a copied folder is the same data."""
-    # A mask may lie beside the folder of a split.
+    """Return the path below a folder and the size in bytes, but no time: a copied folder is the same data."""
+    # a mask may be outside the folder of a split
     return Path(os.path.relpath(path, folder)).as_posix(), path.stat().st_size
 
 
@@ -132,7 +128,7 @@ def list_files(
 
 
 def walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
-    """Yield the files below a folder in order, but hidden ones; ValueError for a link that leads out of `top`."""
+    """Yield the files below a folder in order, except hidden ones; ValueError for a link that leads out of `top`."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != excluded)
         files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
@@ -143,7 +139,7 @@ def walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
 
 
 def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str | list[str]] | None:
-    """Return the text beside each image, or None if no image has one."""
+    """Return the text in the .txt file of each image, or None if no image has one."""
     if caption_column is not None:
         raise ValueError(
             f"base.caption_column is {caption_column!r}, but there is no {' or '.join(METADATA_FILES)} beside "

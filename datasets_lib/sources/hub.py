@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.checks import one_of
+from datasets_lib.checks import find_column, one_of
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption, check_inside, digest
 
@@ -129,16 +129,9 @@ def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[s
     return labels, getattr(rows.features[column], "names", None), []
 
 
-def caption_column(features: dict[str, Any], wanted: str | None) -> str | None:
-    """Return the column of captions: the one asked for, or the first with a common name."""
-    if wanted is not None:
-        return one_of("base.caption_column", wanted, features)
-    return next((name for name in CAPTION_COLUMNS if name in features), None)
-
-
 def read_captions(rows: Any, wanted: str | None, origin: str) -> list[str | list[str]] | None:
     """Return the captions of the column asked for, or of the first with a common name; None if there is none."""
-    column = caption_column(rows.features, wanted)
+    column = find_column("base.caption_column", wanted, rows.features, CAPTION_COLUMNS)
     if column is None:
         return None
     return [
@@ -167,9 +160,6 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __iter__(self) -> Iterator[Path | bytes]:
-        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, row: int) -> Path | bytes:
         image = self.rows[row][self.column]

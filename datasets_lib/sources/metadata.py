@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
-from datasets_lib.checks import one_of
+from datasets_lib.checks import find_column
 from datasets_lib.images.source import CAPTION_COLUMNS, check_caption, check_inside, open_text
 
-LABEL_COLUMN, MASK_COLUMN = "label", "mask"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 IMAGE_COLUMNS = ("image", "file_name")  # of a JSON-lines file; metadata has the second
 
@@ -61,9 +60,10 @@ def read_pairs(file: Path, args: Any) -> Listed:
 
 def _read(file: Path, names: tuple[str, ...], belongs: Callable[[Path, str], bool], folder: Path, args: Any) -> Listed:
     rows = _read_rows(file)
-    column = _column(file, rows, names, "caption_column", args.caption_column, CAPTION_COLUMNS)
-    label_column = _column(file, rows, names, "label_column", args.label_column, (LABEL_COLUMN,))
-    mask_column = _column(file, rows, names, "mask_column", args.mask_column, (MASK_COLUMN,))
+    columns, of_file = dict.fromkeys(name for row in rows for name in row if name not in names), f"(a column of {file})"
+    column = find_column(f"base.caption_column {of_file}", args.caption_column, columns, CAPTION_COLUMNS)
+    label_column = find_column(f"base.label_column {of_file}", args.label_column, columns, ("label",))
+    mask_column = find_column(f"base.mask_column {of_file}", args.mask_column, columns, ("mask",))
     images, captions, labels, masks = [], [], [], []
     for number, row in enumerate(rows, 1):
         place = f"row {number} of {file}"
@@ -104,16 +104,6 @@ def _parse(line: str, file: Path) -> dict:
         if isinstance(row := json.loads(line), dict):
             return row
     raise ValueError(f"{file} has the line {line.strip()!r}, which is not a JSON object; write one object a line")
-
-
-def _column(
-    file: Path, rows: list[dict], names: tuple[str, ...], option: str, wanted: str | None, common: tuple[str, ...]
-) -> str | None:
-    """The column asked for, or the first with a common name, if there is one."""
-    columns = dict.fromkeys(column for row in rows for column in row if column not in names)
-    if wanted is not None:
-        return one_of(f"base.{option} (a column of {file})", wanted, columns)
-    return next((name for name in common if name in columns), None)
 
 
 def _path(file: Path, place: str, row: dict, names: tuple[str, ...]) -> Path:

@@ -1,4 +1,4 @@
-"""Finds the picture, caption and label columns of shards, and presents a row as a data set of one."""
+"""Finds the picture, caption and label columns of shards, and turns a row into a data set of one example."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from datasets_lib.checks import one_of
-from datasets_lib.images.source import Source, check_caption
-from datasets_lib.sources.hub import caption_column, image_column, mask_column
+from datasets_lib.checks import find_column, one_of
+from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption
+from datasets_lib.sources.hub import image_column, mask_column
 from datasets_lib.streaming.rows import LATENTS, RawRow, features_of
 from datasets_lib.streaming.shards import Shard
 
-TRIED_SHARDS = 8  # until one tells which columns there are
+TRIED_SHARDS = 8  # at most, until one can be read to find the columns
 
 
 class ShardColumns:
-    """The columns of a stream, found as those of a hub data set; ValueError where an option names none of them.
+    """The columns of a stream, found as those of a hub data set; ValueError if an option names none of them.
 
     `label_names` are those of the shards' own table, or None.
     """
@@ -27,7 +27,7 @@ class ShardColumns:
         self.mask = mask_column(features, args.mask_column)
         pictures = {name: kind for name, kind in features.items() if name != self.mask}
         self.image = None if self.latents else image_column(pictures, args.image_column)
-        self.caption = caption_column(features, args.caption_column)
+        self.caption = find_column("base.caption_column", args.caption_column, features, CAPTION_COLUMNS)
         self.label = _label_column(features, args.label_column)
         self.label_names = label_names or getattr(features.get(self.label or ""), "names", None)
         self.num_classes = len(self.label_names) if self.label_names else None
@@ -39,7 +39,7 @@ class ShardColumns:
         return [*found, *([LATENTS] if self.latents else [])]
 
     def source(self, row: RawRow) -> Source:
-        """Return the row as a data set of one; raise a ValueError with its name for what is not there."""
+        """Return the row as a data set of one; raise a ValueError with its name if something is missing."""
         captions = labels = masks = None
         if self.caption is not None:
             place = f"{row.name}, column {self.caption!r} (base.caption_column),"
@@ -70,9 +70,9 @@ class ShardColumns:
 
 
 def find_features(shards: list[Shard], origin: str, option: str) -> dict[str, Any]:
-    """Return the columns of the first shard that can be read, and what `datasets` says of them.
+    """Return the columns of the first shard that can be read, with their types in `datasets`.
 
-    Raises ValueError, naming the option that the shards are of, where none of the first ones can be.
+    Raises ValueError, which names the option with the shards, if none of the first ones can be read.
     """
     last = ""
     for shard in shards[:TRIED_SHARDS]:
@@ -85,7 +85,7 @@ def find_features(shards: list[Shard], origin: str, option: str) -> dict[str, An
 
 
 def check_latents(args: Any, origin: str, about: dict[str, Any]) -> None:
-    """Raise ValueError for latents of other pictures than the run's, and for what cannot be had of latents."""
+    """Raise ValueError for latents of pictures with other sizes or channels, and for options that need pictures."""
     for option in ("resolution", "channels"):
         asked, found = getattr(args, option), about.get(option, getattr(args, option))
         if asked != found:

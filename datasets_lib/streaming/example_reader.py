@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from datasets_lib.images.decode import ImageError
 from datasets_lib.images.source import digest
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 FEW_BAD = 10  # pictures that may be skipped before their share counts
 
 
-class Waiting(NamedTuple):
-    """A row in the buffer; its number is how many the buffer had taken before it."""
-
-    number: int
-    place: Place
-    row: RawRow
-
-
 class ShuffleBuffer:
     """Yields a reader's rows in another order: each is drawn from `size` of them, and the next one takes its place.
 
@@ -33,26 +25,27 @@ class ShuffleBuffer:
 
     def __init__(self, reader: StreamReader, size: int, seed: int, drawn: int) -> None:
         self.reader, self.size, self.seed, self.drawn = reader, size, seed, drawn
-        self.waiting: list[Waiting] = []
+        self.waiting: list[tuple[int, Place, RawRow]] = []  # numbered in the order in which they were taken
         self.taken = 0
 
     def __iter__(self) -> Iterator[RawRow]:
         while True:
             while len(self.waiting) < self.size:
-                self.waiting.append(Waiting(self.taken, *next(self.reader)))
+                self.waiting.append((self.taken, *next(self.reader)))
                 self.taken += 1
             number = int(digest(self.seed, "shuffle buffer", self.reader.number, self.drawn), 16) % len(self.waiting)
             self.drawn += 1
             self.waiting[number], self.waiting[-1] = self.waiting[-1], self.waiting[number]
-            yield self.waiting.pop().row
+            _, _, row = self.waiting.pop()
+            yield row
 
     def state(self) -> dict[str, Any]:
         """Return where to start reading what is in the buffer, and which of the rows from there it is, in its order."""
-        oldest = min(self.waiting, key=lambda waiting: waiting.number, default=None)
-        if oldest is None:
-            return {"drawn": self.drawn, "since": self.reader.place, "rows": 0, "kept": []}
-        kept = [waiting.number - oldest.number for waiting in self.waiting]
-        return {"drawn": self.drawn, "since": oldest.place, "rows": self.taken - oldest.number, "kept": kept}
+        oldest, since = self.taken, self.reader.place
+        if self.waiting:
+            oldest, since, _ = min(self.waiting)  # by number: no two are equal
+        kept = [number - oldest for number, _, _ in self.waiting]
+        return {"drawn": self.drawn, "since": since, "rows": self.taken - oldest, "kept": kept}
 
     def refill(self, state: dict[str, Any]) -> None:
         """Read again what was in the buffer; leave it empty, with a warning, if other rows are there now."""
@@ -64,7 +57,7 @@ class ShuffleBuffer:
                 flush=True,
             )
             return
-        self.waiting = [Waiting(number, *row) for number, row in zip(state["kept"], rows, strict=True)]
+        self.waiting = [(number, *row) for number, row in zip(state["kept"], rows, strict=True)]
         self.taken = state["rows"]
 
 

@@ -11,7 +11,7 @@ from datasets_lib.streaming.shards import Shard
 
 
 class Place(NamedTuple):
-    """Where a row begins. Places are ordered as a reader comes to them."""
+    """The start of a row. Places sort in reading order."""
 
     epoch: int = 0
     shard: int = 0  # among the reader's shards of the epoch
@@ -31,5 +31,5 @@ class ShardOrder:
         return [self.shards[number] for number in order]
 
     def of_reader(self, epoch: int, number: int, count: int) -> list[Shard]:
-        """Return what reader `number` of `count` reads in an epoch: the shards number, number + count, ... of it."""
+        """Return the shards number, number + count, ... of an epoch, which reader `number` of `count` reads."""
         return self.of_epoch(epoch)[number::count]

@@ -1,4 +1,4 @@
-"""Options that do not work with a stream, whose examples are neither counted nor chosen."""
+"""Options that do not work with a stream, whose examples are not numbered."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ FIXED = {
     "max_train_samples": (None, "a stream has no random subset; give it fewer shards"),
     "class_data_dir": (None, "a stream cannot be paired with pictures of a class; set it to null"),
     "buckets": (False, "a stream's pictures come as they are, and a batch has one size; set it to false"),
-    "eval_steps": (
-        None,
-        "compares with pictures spread over the training set; measure with scripts/evaluate.py --real",
-    ),
+    "eval_steps": (None, "compares with the training set's pictures; measure with scripts/evaluate.py --real"),
 }
 
 
@@ -26,12 +23,9 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     if not args.streaming:
         return
     for option, (value, reason) in FIXED.items():
-        if getattr(args, option, value) != value:
+        if getattr(args, option) != value:
             yield option, f"with streaming: true {reason}"
     if args.validation_split is not None and not isinstance(args.validation_split, str):
-        yield (
-            "validation_split",
-            "with streaming: true must name a sub-folder or a split: a stream has no parts to hold out",
-        )
+        yield "validation_split", "with streaming: true must name a sub-folder or a split: no fraction can be held out"
     if args.image_cache_mb not in (0, 512):  # the default
         yield "image_cache_mb", "has no effect with streaming: true"

@@ -1,4 +1,4 @@
-"""The rows of one shard, from a place in it: parquet by row number, tar by the byte where an example begins."""
+"""The rows of one shard, from a place in it: a row number of parquet, the first byte of an example in tar."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import IO, Any, NamedTuple
 from datasets_lib.sources.folder import EXTENSIONS
 from datasets_lib.streaming.shards import Shard
 
-READ_ROWS = 32  # of parquet that are in memory at once, beside what is compressed
-LATENTS = "safetensors"  # a column, or the end of a member's name: a file of mean and logvar
+READ_ROWS = 32  # of parquet that are decoded at once
+LATENTS = "safetensors"  # a column, or the end of a member's name: a file with mean and logvar
 MASK = "mask"
 TEXTS = {"txt": "text", "text": "text", "caption": "caption"}  # ends of names -> columns
 LABEL = "cls"
-OTHERS = {**TEXTS, LABEL: "label", LATENTS: LATENTS, "json": "json"}  # ends of names that are no pictures' -> columns
+OTHERS = {**TEXTS, LABEL: "label", LATENTS: LATENTS, "json": "json"}  # ends of other files' names -> columns
 LABEL_DIGITS = 19  # with fewer it is an int64
-MEMBER_BYTES = 1 << 30  # that are read into memory at once
+MEMBER_BYTES = 1 << 30  # at most, as a member is read into memory at once
 
 
 class RawRow(NamedTuple):
@@ -29,10 +29,7 @@ class RawRow(NamedTuple):
 
 
 def read_rows(shard: Shard, place: int, columns: list[str] | None = None) -> Iterator[RawRow]:
-    """Yield the rows from a place on, 0 for the first one; of parquet the named columns.
-
-    Raises what the libraries raise for a file that cannot be read.
-    """
+    """Yield the rows from a place on, 0 for the first one; `columns` limits parquet. Raises the libraries' errors."""
     with shard.open() as file:
         if shard.kind == ".parquet":
             yield from _parquet_rows(file, shard, place, columns)
@@ -41,7 +38,7 @@ def read_rows(shard: Shard, place: int, columns: list[str] | None = None) -> Ite
 
 
 def features_of(shard: Shard) -> dict[str, Any]:
-    """Return the columns by name with what `datasets` calls their features; of a tar file those of its first row."""
+    """Return the columns by name, with their features in `datasets`; a tar file has those of its first row."""
     import datasets
 
     if shard.kind == ".tar":
@@ -78,7 +75,7 @@ def _tar_rows(file: IO[bytes], shard: Shard, place: int) -> Iterator[RawRow]:
     file.seek(place)
     key, begins = None, place
     parts: dict[str, bytes | None] = {}
-    # one after the other: a member is read once or passed; names in other encodings are shown as they can be
+    # mode "r|": members are read or skipped in one pass; names in other encodings are escaped
     with tarfile.open(fileobj=file, mode="r|", errors="backslashreplace") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # typeshed has no members; it would keep them all
@@ -118,7 +115,7 @@ def _add_part(parts: dict[str, bytes | None], end: str, archive: tarfile.TarFile
 
 
 def _column_of(end: str) -> str | None:
-    """The column that a member is, "json" for several; None for one that is not read, such as what could hold code."""
+    """The column that a member holds, "json" for several; None if it is not read, such as one that could hold code."""
     if end in OTHERS:
         return OTHERS[end]
     if f".{end.removeprefix(f'{MASK}.')}" in EXTENSIONS:
@@ -127,7 +124,7 @@ def _column_of(end: str) -> str | None:
 
 
 def _columns(parts: dict[str, bytes | None]) -> dict[str, Any]:
-    """The columns of an example; what cannot be read in them becomes an error when it is made."""
+    """The columns of an example; an unreadable value becomes an error when the example is made."""
     found: dict[str, Any] = {}
     for column, data in parts.items():
         if data is None:

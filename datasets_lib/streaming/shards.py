@@ -1,4 +1,4 @@
-"""The files that a stream is made of: those of a folder, of a list of URLs and paths, or of a hub data set."""
+"""The files of a stream: those of a folder, of a list of URLs and paths, or of a hub data set."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
-from datasets_lib.images.source import check_inside, open_text
+from datasets_lib.images.source import check_inside, open_text, refuse_named_split
 from datasets_lib.sources.folder import walk
 from datasets_lib.streaming.http_file import open_url
 
 KINDS = (".parquet", ".tar")
 SCHEMES = ("http", "https", "hf", "s3", "gs")
-INDEX, SETTINGS = "index.json", ".settings.json"  # of a folder that scripts/shard.py wrote, and is still writing
+INDEX, SETTINGS = "index.json", ".settings.json"  # in a folder that scripts/shard.py has finished, or started
 FORMAT = 1
 QUERY = r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"  # of a URL in a text
 
@@ -52,9 +52,9 @@ class Shard(NamedTuple):
         return fsspec.filesystem(self.scheme).open(self.location, "rb")
 
     def without_secrets(self, error: Exception) -> str:
-        """Return what an error says, with the shard's name where it has the URL or a part that may be secret.
+        """Return an error's text, with the shard's name in place of its URL and of parts that may be secret.
 
-        Queries go from all URLs: a server may send its client on to a signed one.
+        Queries are removed from all URLs: a server may redirect to a signed one.
         """
         text = re.sub(QUERY, r"\1", " ".join(str(error).split())) or type(error).__name__
         if self.scheme:
@@ -110,11 +110,7 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
 
 
 def _of_list(file: Path, args: Any) -> ShardList:
-    if args.validation_split is not None:
-        raise ValueError(
-            f"base.validation_split is {args.validation_split!r}, but base.train_data_dir is the list {file}, which is "
-            "one split; set it to null"
-        )
+    refuse_named_split(args, f"base.train_data_dir={file}", "set it to null")
     with open_text(file) as lines:
         shards = [_listed(line.strip(), file) for line in lines if line.strip() and not line.startswith("#")]
     if not shards:

@@ -164,7 +164,6 @@ class HeldExamples(ImageData):
         return len(self.rows)
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
-        """Return an example; without a generator centre crop, no flip, first caption."""
         return self.make_example(self.rows[index], generator)
 
     def name(self, index: int) -> str:

@@ -18,11 +18,9 @@ from datasets_lib.images.source import Source
 from datasets_lib.sources.folder import EXTENSIONS
 from datasets_lib.streaming.rows import LABEL, LATENTS, MASK
 
-ROW_GROUP = 100  # examples of parquet that are read at once to reach one of them
+ROW_GROUP = 100  # examples of parquet, which are read together
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
-
-
-Columns = dict[str, Any]  # of one example: image, mask and latents as files, text, label; those that there are
+Columns = dict[str, Any]  # of one example, those that it has: image, mask and latents as files, text, label
 
 
 def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) -> Columns:
@@ -107,7 +105,7 @@ def _members(example: Columns) -> Iterator[tuple[str, bytes]]:
 
 
 def _end(data: bytes) -> str:
-    """The end of a picture's name; of one that Pillow does not know some end, as its reader looks at the content."""
+    """The end of a picture's name; png if Pillow does not know its format, as readers look at the content."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             end = (image.format or "").lower()

@@ -89,7 +89,7 @@ def test_a_file_of_pairs_has_one_split(tmp_path):
     save(tmp_path / "a.png")
     with pytest.raises(
         ValueError,
-        match=r"base.validation_split is 'val', but .* is the file .*pairs.jsonl, which is one split; give a fraction",
+        match=r"base.validation_split is 'val', but .*pairs.jsonl has no named splits; give a fraction",
     ):
         build(pairs(tmp_path, {"image": "a.png"}), validation_split="val")
     with pytest.raises(

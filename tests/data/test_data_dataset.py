@@ -57,7 +57,9 @@ def test_digits_of_any_size_pass_the_contract(resolution, channels):
 
 
 def test_digits_have_no_named_split():
-    with pytest.raises(ValueError, match=r"base.validation_split is 'test', but digits come in one split; give a frac"):
+    with pytest.raises(
+        ValueError, match=r"base.validation_split is 'test', but base.dataset=digits has no named splits; give a frac"
+    ):
         datasets_lib.build(settings(dataset="digits", validation_split="test"), "train")
 
 

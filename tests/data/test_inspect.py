@@ -85,7 +85,9 @@ def test_tokens_against_the_tokenizer(tmp_path, inspect):
     assert counts[1] <= 16 < counts[2]
     _, lines, _ = inspect("--tokenizer", str(folder), train_data_dir=str(tmp_path / "data"))
     [tokens] = section(lines, "train")["tokens"]
-    assert tokens == f"{counts[0]} to {counts[2]}, median {counts[1]}, begin and end included; 1 are cut off at 16"
+    assert (
+        tokens == f"{counts[0]} to {counts[2]}, median {counts[1]}, start and end tokens included; 1 are cut off at 16"
+    )
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])

@@ -49,8 +49,8 @@ PROBLEMS = {
     "base.save_model_epochs": (1, "a stream's examples are not counted; set save_model_steps"),
     "base.max_train_samples": (9, "a stream has no random subset; give it fewer shards"),
     "base.buckets": (True, "a stream's pictures come as they are"),
-    "base.eval_steps": (5, "compares with pictures spread over the training set; measure with scripts/evaluate.py"),
-    "base.validation_split": (0.1, "must name a sub-folder or a split: a stream has no parts to hold out"),
+    "base.eval_steps": (5, "compares with the training set's pictures; measure with scripts/evaluate.py"),
+    "base.validation_split": (0.1, "must name a sub-folder or a split: no fraction can be held out"),
     "base.image_cache_mb": (100, "has no effect with streaming: true"),
 }
 

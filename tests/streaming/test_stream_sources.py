@@ -168,7 +168,10 @@ def test_lists_that_cannot_be_had(tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match=r"empty.txt lists no shards; give a URL or a path in each line"):
         stream_of(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match="base.validation_split is 'held', but base.train_data_dir is the list"):
+    with pytest.raises(
+        ValueError,
+        match="base.validation_split is 'held', but base.train_data_dir=.*empty.txt has no named splits; set it",
+    ):
         stream_of(tmp_path / "empty.txt", validation_split="held")
 
 

@@ -138,8 +138,7 @@ def examples_once(
     size = base.train_batch_size
     members: Mapping[int, Sequence[int]] = by_bucket(indices, dataset.bucket_of) if base.buckets else {0: indices}
     batches = [each[start : start + size] for each in members.values() for start in range(0, len(each), size)]
-    rounds = -(-len(batches) // num_processes)
-    mine = [number * num_processes + process_index for number in range(rounds)]
+    mine = range(process_index, -(-len(batches) // num_processes) * num_processes, num_processes)
     weights = [float(number < len(batches)) for number in mine]
     keys = [[(i, i) for i in batches[number if number < len(batches) else 0]] for number in mine]
     examples = SlotExamples(dataset, base.seed, augment=False)

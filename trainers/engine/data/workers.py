@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets_lib.example import ImageData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import is_message
+from trainers.engine.data.prefetch import Batch
 from trainers.engine.run.randomness import example_generator
 from trainers.engine.run.signals import EXIT_CODES, FAULT, StopSignals
 
-Batch = dict[str, Any]
 Keys = list[tuple[int, int]]  # (slot, index) of the examples of a batch
 CHECK_SECONDS = 2.0  # between checks whether the workers are alive
 
