@@ -242,7 +242,7 @@ def test_who_sees_what_makes_no_sense(tmp_path, monkeypatch):
         ),
         ([(0,), ()], "= /second: what process 1 on second wrote there is gone at once; wait for another run"),
     ):
-        gathered = iter([[(None, host, f"/{host}", ".probe-1") for host in NAMES], answer])
+        gathered = iter([[(host, f"/{host}", ".probe-1") for host in NAMES], answer])
         monkeypatch.setattr(
             "trainers.engine.distributed.shared_folders.gather_object", lambda _, gathered=gathered: next(gathered)
         )

@@ -61,8 +61,7 @@ class DryRun:
     def shorten(self, ctx: RunContext, data: DataSets) -> DataSets:
         """Returns the few examples that the last steps need, and sets the clock to these steps."""
         if ctx.folders.several:
-            if ctx.folders.is_main:
-                shutil.rmtree(ctx.output_dir)
+            ctx.folders.on_mains(lambda: shutil.rmtree(ctx.output_dir))
             raise ValueError(
                 f"--dry-run: the processes have {len(ctx.folders.mains)} output folders "
                 f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
