@@ -72,9 +72,9 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
             for step in ctx.stop.steps(clock.origin_step, clock.total_steps):
                 rates = optimizer.set_learning_rates(state.optimizer, rate_factor(step))
                 for micro_step in range(clock.accumulation_steps):
-                    batch = encoders.encode(next(micro_batches))
+                    batch = encoders.encode(next(micro_batches))  # batch["slot"]: the examples' numbers in the run
                     seed_network(base.seed, step, clock.micro_batch(micro_step, accelerator.process_index), ctx.device)
-                    with accelerator.accumulate(*trainer.modules.values()):  # slot: an example's number in the run
+                    with accelerator.accumulate(*trainer.modules.values()):
                         loss, values = trainer.compute_loss(batch, SlotRandom(base.seed, batch["slot"]), step)
                         accelerator.backward(state.nonfinite.poison_if_nonfinite(loss))
                     state.meter.add({"loss": loss} | values)
