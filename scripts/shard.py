@@ -150,7 +150,7 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
     settings = settings_of(dataset, base, space, options)
     run_on_main(accelerator, lambda: prepare_folder(folder, settings))
     run_on_all(accelerator, lambda: write_shards(accelerator, dataset, space, folder, options, base.seed))
-    shape = None if space is None else list(space.shape)
+    shape = None if space is None else list(space.grid.shape)
     run_on_main(accelerator, lambda: write_index(folder, dataset, settings, shape))
     accelerator.print(f"{folder}: {len(dataset):,} examples")
 
