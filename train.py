@@ -57,7 +57,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         if resume_from:
             resume.load(ctx, trainer, encoders, state, resume_from, saved)
         rate_factor = optimizer.learning_rate_schedule(run.config, clock.total_steps)
-        checks = sanity_checks.SanityChecks(ctx, state.networks, state.optimizer)
+        checks = sanity_checks.SanityChecks(ctx, state.networks, state.optimizer, rate_factor)
         start_seconds = encoders.fill_seconds | datasets_lib.prepare(
             *data, show_progress=accelerator.is_main_process, num_classes=trainer.num_classes
         )

@@ -288,6 +288,15 @@ def test_a_run_in_which_nothing_moves_is_told(run_in_process, capsys):
     assert "WARNING" not in capsys.readouterr().out
 
 
+def test_a_last_rate_that_is_not_what_was_asked_for_is_told(run_in_process, monkeypatch, capsys):
+    monkeypatch.setattr(optimization, "set_learning_rates", lambda optimizer, factor: {"lr": 1e-3})
+    run_in_process(**{"ddpm.lr_scheduler": "linear", "ddpm.lr_warmup_steps": 0})
+    assert (
+        "WARNING: the last learning rate of unet was 0.001; the configuration asks for 0.000166667"
+        in capsys.readouterr().out
+    )
+
+
 def test_two_ranks_that_draw_the_same_are_told(tmp_path):
     (tmp_path / "alike.py").write_text(
         "import torch\nfrom trainers.ddpm import DDPMTrainer\n"

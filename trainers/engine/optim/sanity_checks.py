@@ -1,6 +1,8 @@
-"""One-time checks for silent failures: weights that never move, ranks drawing identical numbers."""
+"""One-time checks for silent failures: weights that never move, ranks drawing identical numbers, a wrong final rate."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,14 @@ MOVED_AFTER_STEPS = 10
 class SanityChecks:
     """Prints a warning if a run does not do what it seems to do."""
 
-    def __init__(self, ctx: RunContext, networks: dict[str, nn.Module], optimizer: Optimizer) -> None:
+    def __init__(
+        self, ctx: RunContext, networks: dict[str, nn.Module], optimizer: Optimizer, rate_factor: Callable[[int], float]
+    ) -> None:
         self.accelerator, self.optimizer, self.clock = ctx.accelerator, optimizer, ctx.clock
         self.parameters = trained_parameters(networks).values()
         self.initial_norms = self._norms()
+        last = rate_factor(self.clock.total_steps - 1)
+        self.last_rates = [group["initial_lr"] * last for group in optimizer.param_groups]
 
     def _norms(self) -> Tensor:
         """Returns the norm of each trained tensor, or of this process's part of it."""
@@ -29,9 +35,11 @@ class SanityChecks:
         done = steps_done - self.clock.origin_step
         if done == 1 and self.accelerator.num_processes > 1:
             self._compare_draws(slots)
-        is_short_run = self.clock.origin_step == 0 and steps_done == self.clock.total_steps < MOVED_AFTER_STEPS
-        if done == MOVED_AFTER_STEPS or is_short_run:
+        last = steps_done == self.clock.total_steps
+        if done == MOVED_AFTER_STEPS or (last and self.clock.origin_step == 0 and done < MOVED_AFTER_STEPS):
             self._compare_weights(done)
+        if last:
+            self._compare_rates()
 
     def _compare_draws(self, slots: Tensor) -> None:
         """Drawing from torch's own generator here changes nothing, as it is reseeded for each micro-batch."""
@@ -51,6 +59,14 @@ class SanityChecks:
                 f"no trained parameter moved in {steps} steps: look at learning_rate (now {rates}), at skipped steps, "
                 "and at whether the loss depends on the network"
             )
+
+    def _compare_rates(self) -> None:
+        for group, asked in zip(self.optimizer.param_groups, self.last_rates, strict=True):
+            if group["lr"] != asked:
+                self._warn(
+                    f"the last learning rate of {group['name']} was {group['lr']:.6g}; the configuration asks for "
+                    f"{asked:.6g}"
+                )
 
     def _warn(self, text: str) -> None:
         self.accelerator.print(f"WARNING: {text}", flush=True)
