@@ -142,7 +142,7 @@ def read_text_files(images: list[Path], others: list[Path], caption_column: str 
     """Return the text in the .txt file of each image, or None if no image has one."""
     if caption_column is not None:
         raise ValueError(
-            f"base.caption_column is {caption_column!r}, but there is no {' or '.join(METADATA_FILES)} beside "
+            f"base.caption_column is {caption_column!r}, but there is no {' or '.join(METADATA_FILES)} next to "
             f"{images[0]} or above it; add one, or unset the option"
         )
     texts = {path.with_suffix(""): path for path in others if path.suffix == ".txt"}

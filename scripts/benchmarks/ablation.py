@@ -1,4 +1,4 @@
-"""What each knob is worth: one change at a time from plain float32, then together; each run in its own process.
+"""Measures what settings are worth: each change to plain float32, then all together; each run in its own process.
 
 Task text_to_image with an eighth of the widths of Stable Diffusion 1.5's UNet, random weights, latents of 16 x 16. Peak
 memory is that of the steps: of the GPU, or else of the process.

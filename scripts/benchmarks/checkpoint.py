@@ -1,4 +1,4 @@
-"""What a save costs the loop, and the time from `latest` to the first step, by the size of the network."""
+"""Measures what a save costs the loop, and the time from `latest` to the first step, by the size of the network."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def own_loopback() -> tuple[str, ...]:
 
 
 def row(processes: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a process holds, and the whole tensors of its messages; on the wire is what each sends, on average."""
+    """Sizes of what a process holds, and of its messages' whole tensors; on the wire is each process's mean."""
     median = {
         name: statistics.median(run[name] for run in runs) for name in ("wire", "step_seconds", "restart_seconds")
     }

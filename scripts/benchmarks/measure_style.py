@@ -92,7 +92,7 @@ def measure(base: Real, style: Real, drawn: Tensor, styled: Tensor, labels: Tens
 
 
 def kinds(base: Described, style: Described, look: Callable[[Tensor], Tensor]) -> Described:
-    """What `look` shows of the base's pictures, labelled 0, and of the style's, labelled 1."""
+    """Returns what `look` shows of the base's pictures, labelled 0, and of the style's, labelled 1."""
     looks = [look(real.thumbnails) for real in (base, style)]
     return describe([(rows, torch.full((len(rows),), label)) for label, rows in enumerate(looks)], CPU)
 

@@ -1,4 +1,4 @@
-"""What scripts write: pictures that carry the settings they were made with, in folders that a later call can reuse."""
+"""Pictures that scripts write, with the settings they were made with, in folders that a later call can reuse."""
 
 from __future__ import annotations
 
