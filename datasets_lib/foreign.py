@@ -1,0 +1,64 @@
+"""Names, texts and files that come from others: how they are shown, opened and read."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+SHOWN_CHARACTERS = 1000
+KINDS = {
+    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}  # fmt: skip
+
+
+def shown(text: object) -> str:
+    """Returns a text in one line for messages: control characters escaped, the end of a very long one left out.
+
+    An escape sequence could rename the terminal's window, and a line feed could fake a message of ours.
+    """
+    short = str(text)
+    if len(short) > SHOWN_CHARACTERS:
+        short = f"{short[:SHOWN_CHARACTERS]}... ({len(short):,} characters)"
+    return _escaped(short)
+
+
+def shown_lines(text: object) -> str:
+    """Returns a message of several lines with all other control characters escaped, for where messages are printed."""
+    return "\n".join(map(_escaped, str(text).split("\n")))
+
+
+def _escaped(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def check_regular(path: Path) -> Path:
+    """Returns the path of a regular file; opening a pipe would wait for ever, and a device may have no end.
+
+    Raises FileNotFoundError if it is not there, and OSError for anything else.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(f"{shown(path)}: is {KINDS.get(kind, 'something else')}, not a regular file; remove it")
+    return path
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Reads a regular file of at most `limit` bytes; raises OSError for others, ValueError for a larger one."""
+    check_regular(path)
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {limit:,} are read")
+    return data
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """Reads a JSON file of at most `limit` bytes; raises OSError, or ValueError for one that is no JSON."""
+    data = read_bytes(path, limit)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # json's own errors are ValueErrors
+        raise ValueError(f"{shown(path)}: cannot be read as JSON ({shown(error)})") from None
