@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets_lib
+from datasets_lib.foreign import shown_lines
 from trainers.engine.config.config import RunConfig, describe, load_config
 from trainers.engine.config.errors import Interrupted, is_message
 from trainers.engine.config.files import ConfigError
+from trainers.engine.config.trust import add_trust_argument
+from trainers.engine.run.output import lasting_output
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -102,7 +105,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
             checkpoints.wait()
             ctx.stop.finish(checkpoints.save, tracking.close)
             model_card.publish(ctx, trainer, tracking, export_pipeline(ctx, trainer, state, tracking, validation))
-            accelerator.print(console.end_block(ctx, trainer, data.train))
+            accelerator.print(console.end_block(ctx, trainer, data.train, tracking.lost_writes))
     return ctx.output_dir
 
 
@@ -119,6 +122,7 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
     if dry_run is not None:
         data = dry_run.shorten(ctx, data)
     datasets_lib.check_example(data.train.first_example(), base)
+    ctx.stop.raise_if_asked()
     return data
 
 
@@ -131,6 +135,7 @@ def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState
     from trainers.engine.optim.optimizer import build_optimizer
     from trainers.engine.tracking.meters import Meter
 
+    ctx.stop.raise_if_asked()
     config = ctx.run.config
     networks = init_networks(trainer)
     optimizer = build_optimizer(trainer.param_groups(networks), config, ctx.clock, ctx.device)
@@ -143,7 +148,7 @@ def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 2 for a mistake in the configuration, or 1 for an error found later.
 
-    After a signal it returns 143 (TERM), 130 (INT) or 75 (USR1).
+    After a signal it returns 143 (TERM), 130 (INT), 129 (HUP) or 75 (USR1).
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", help="JSON or YAML file with the sections `base` and the task's")
@@ -153,14 +158,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="estimate the run's time, memory and disk space from a few steps"
     )
     parser.add_argument("--describe", nargs="?", const="", metavar="TYPE", help="list the tasks, or a task's options")
+    add_trust_argument(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.describe is None and options.config is None:
         parser.error("a CONFIG is needed; configs/ holds examples, --describe lists the tasks")
+    with lasting_output():
+        try:
+            return _run(options)
+        except KeyboardInterrupt:
+            return _fail("interrupted before the first step", 130)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Does what the parsed command line asks for; returns the exit code."""
     try:
         if options.describe is not None:
             print("\n".join(describe(options.describe or None)))
             return 0
-        run = load_config(options.config, options.overrides, datasets_lib.problems)
+        run = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code)
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error, 2)
     if options.print_config:
@@ -179,8 +194,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = "the dry run was interrupted" if options.dry_run else interruption
             print(f"\n{text}", file=sys.stderr, flush=True)
         return interruption.code
-    except KeyboardInterrupt:
-        return _fail("interrupted before the first step", 130)
     return 0
 
 
@@ -213,7 +226,8 @@ def _fail(error: object, code: int) -> int:
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
         time.sleep(5)
-    print(f"\nerror{f' on process {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    where = f" on process {rank}" if rank else ""
+    print(f"\nerror{where}: {shown_lines(error)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from inspect import signature
@@ -13,6 +12,7 @@ from PIL import ImageColor
 from datasets_lib.checks import one_of
 from datasets_lib.example import DataSet, Example, ImageData
 from datasets_lib.example_checks import check_example
+from datasets_lib.foreign import named_object
 from datasets_lib.images import buckets
 from datasets_lib.own_data import adapted
 from datasets_lib.sources import class_images, folder, hub
@@ -84,9 +84,8 @@ def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int |
 
 def _named_builder(name: str) -> Callable:
     target = name if ":" in name else DATASETS[one_of("base.dataset", name, DATASETS, "package.module:build")]
-    module, _, function = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        return named_object(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"base.dataset is {name!r}, which cannot be imported ({error}); give package.module:build, "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import stat
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,19 @@ def read_json(path: Path, limit: int) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # json's own errors are ValueErrors
         raise ValueError(f"{shown(path)}: cannot be read as JSON ({shown(error)})") from None
+
+
+def named_object(name: str) -> Any:
+    """Imports "package.module:name" and returns the object; raises ImportError, AttributeError or ValueError.
+
+    Whether it may be imported is decided before. A folder without __init__.py is no package here: any folder of runs
+    or data beside train.py would be one.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError("it has no colon")
+    package = module.partition(".")[0]
+    found = find_spec(package)
+    if found is not None and found.origin is None:
+        raise ImportError(f"the folder {package} has no __init__.py")
+    return getattr(importlib.import_module(module), attribute)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import re
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +21,6 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.common.lora.files import (
     SETTINGS_KEY,

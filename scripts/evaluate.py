@@ -12,27 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import datasets_lib
+from datasets_lib.images.decode import read_picture
 from trainers.base import Trainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.eval_networks import ALLOWED_FEATURES, classifier_problem, features_problem
+from trainers.engine.config.trust import Trust
 from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.workers import SlotExamples
 from trainers.engine.encoders.stages import FrozenEncoders
+from trainers.engine.run.files import new_file, write_text
 from trainers.engine.validation.feature_networks import load_classifier, load_features
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import mean_over
@@ -51,9 +50,10 @@ from trainers.engine.validation.metrics import (
     train_classifier,
 )
 from trainers.engine.validation.sampling import draw, evaluation_mode, evaluation_requests, with_examples
-from trainers.inference.arguments import OPTIONS, add_sampling_arguments, trainer_of
+from trainers.inference.arguments import OPTIONS, add_sampling_arguments, saved_run_of, trainer_of
 from trainers.inference.command import command, positive
-from trainers.inference.saved_run import find_device, open_run
+from trainers.inference.picture_files import below
+from trainers.inference.saved_run import find_device
 
 NEIGHBOURS = 20  # pictures shown, those with the shortest distances
 OfTask = list[tuple[int, dict[str, float]]]  # for each batch: the number of pictures, and the task's sample_metrics
@@ -118,7 +118,7 @@ def of_run(arguments: argparse.Namespace) -> Task:
     """Compares pictures that a run draws with the data that it was trained on."""
     if arguments.held_out is not None:
         raise ValueError("--held-out: has an effect with --real only; a run has its own validation set")
-    saved = open_run(arguments.path)
+    saved = saved_run_of(arguments)
     trainer = trainer_of(arguments, saved)
     trainer.base.buckets = False  # pictures of one size are compared
     train_set, held_out = [datasets_lib.build(trainer.base, split) for split in ("train", "validation")]
@@ -130,7 +130,8 @@ def of_run(arguments: argparse.Namespace) -> Task:
     drawn = drawn_pictures(trainer, requests, held_out, arguments.seed, arguments.batch_size, of_task)
     originals = [request["example"] for request in requests] if "example" in requests[0] else None
     known = held_out_metrics(trainer, held_out, originals, arguments.batch_size) if originals else {}
-    return Task(drawn, train_set, held_out, trainer.device, saved.folder / "evaluation", of_task, known, originals)
+    output_dir = below(saved.folder, "evaluation")
+    return Task(drawn, train_set, held_out, trainer.device, output_dir, of_task, known, originals)
 
 
 def of_folders(arguments: argparse.Namespace) -> Task:
@@ -140,7 +141,8 @@ def of_folders(arguments: argparse.Namespace) -> Task:
     without_effect = [*arguments.overrides, *(f"--{name.replace('_', '-')}" for name in names)]
     if without_effect:
         raise ValueError(f"{' '.join(without_effect)}: has no effect with --real")
-    side = min(Image.open(data_folder(folder, 8).name(0)).size)
+    first = data_folder(folder, 8)
+    side = min(read_picture(first.source.images[first.rows[0]]).size)
     pictures, train_set = data_folder(folder, side), data_folder(real, side)
     held_out = data_folder(arguments.held_out, side) if arguments.held_out else None
     for other, place in ((pictures, folder), (held_out, arguments.held_out)):
@@ -208,9 +210,10 @@ def main() -> None:
     parser.add_argument("--judge", help="classifier: a noisy_classifier run or a TorchScript file; default: an SVM")
     parser.add_argument("--output-dir", type=Path, help="default: RUN/evaluation, or FOLDER-evaluation")
     arguments = parser.parse_intermixed_args()
-    if problem := features_problem(arguments.features):
+    trust = Trust(everything=arguments.trust_code)
+    if problem := features_problem(arguments.features) or trust.program_problem(arguments.features):
         raise ValueError(f"--features {arguments.features}: {problem}")
-    if arguments.judge and (problem := classifier_problem(arguments.judge)):
+    if arguments.judge and (problem := classifier_problem(arguments.judge) or trust.program_problem(arguments.judge)):
         raise ValueError(f"--judge {arguments.judge}: {problem}")
     task = of_run(arguments) if arguments.real is None else of_folders(arguments)
     metrics, picture = evaluate(task, arguments)
@@ -218,8 +221,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     infinite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]  # JSON has only null
     text = json.dumps(metrics | dict.fromkeys(infinite), indent=1)
-    (folder / "metrics.json").write_text(text, encoding="utf-8")
-    save_image(picture, folder / "nearest.png")
+    write_text(folder / "metrics.json", text)
+    with new_file(folder / "nearest.png") as file:
+        save_image(picture, file, "PNG")
     print(text)
 
 

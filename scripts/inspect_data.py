@@ -14,8 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import datasets_lib
 from datasets_lib.example import StreamData
 from datasets_lib.images.image_dataset import ImageDataset
@@ -23,6 +21,7 @@ from datasets_lib.report.statistics import Line, caption_lines, column_lines, la
 from datasets_lib.sources.class_images import PriorDataset
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
+from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.validation.metrics import spread
 from trainers.inference.animation import centred, contact_sheet
 from trainers.inference.command import command
@@ -84,10 +83,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces an option of the config")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="also count the captions' tokens")
     parser.add_argument("--output", type=Path, default=Path("inspect.png"), help="contact sheet (inspect.png)")
+    add_trust_argument(parser)
     options = parser.parse_intermixed_args()
     if options.output.suffix.lower() != ".png" or not options.output.parent.is_dir():
         raise ValueError(f"--output: {options.output} must be a .png file in a folder that exists")
-    base = load_config(options.config, options.overrides, datasets_lib.problems).base
+    base = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code).base
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     bad = 0
     for name, dataset in parts(base):

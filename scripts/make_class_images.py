@@ -8,15 +8,13 @@ base.class_data_dir=FOLDER base.class_caption=PROMPT
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from trainers.engine.run.files import new_file
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, keep_settings, positive
 from trainers.inference.lora_pipeline import load_pipeline
@@ -61,9 +59,8 @@ def _draw(options: argparse.Namespace, numbers: list[int], state: PartialState) 
         prompts = [options.prompt] * len(chosen)
         images = pipeline(prompts, num_inference_steps=options.steps, generator=generators, **size).images
         for number, image in zip(chosen, images, strict=True):
-            staged = options.folder / f".{number:05d}.png"
-            image.save(staged)
-            staged.rename(options.folder / f"{number:05d}.png")  # an unfinished file is no picture
+            with new_file(options.folder / f"{number:05d}.png") as file:
+                image.save(file, "PNG")
 
 
 if __name__ == "__main__":

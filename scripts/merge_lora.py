@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import shutil
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainers.common.lora.files import make_readable
 from trainers.inference.arguments import DTYPES

@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from datasets_lib.images.decode import read_picture
 from trainers.common.autoencoder.options import perceptual_problem
 from trainers.common.autoencoder.perceptual import load_perceptual

@@ -8,20 +8,19 @@ the examples of those that are not finite, and saves the pictures as RUN/replay-
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import datasets_lib
+from datasets_lib.foreign import shown
 from trainers.common.diffusion.sampling import to_unit_range
 from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.checkpoint.state_file import read_state_file
 from trainers.engine.config.config import RunConfig, load_config
+from trainers.engine.config.trust import RUN_CONFIG, add_trust_argument
 from trainers.engine.data.batches import order_of
 from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.workers import SlotExamples
@@ -31,17 +30,20 @@ from trainers.engine.optim.networks import build_trainer, init_networks, prepare
 from trainers.engine.optim.optimizer import build_optimizer
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.context import DataSets
+from trainers.engine.run.files import new_file
 from trainers.engine.run.randomness import SlotRandom, seed_network
 from trainers.engine.run.run_folder import SKIPPED_STEPS, read_lines
 from trainers.inference.command import command
+
+MOST_SLOTS = 1 << 24  # of a step
 
 
 def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, int]:
     """Returns a step's slots and micro-batch size, from skipped_steps.jsonl or else from a checkpoint's state."""
     for line in read_lines(folder / SKIPPED_STEPS):
         if line["step"] == step:
-            return range(*line["slots"]), line["micro_batch_size"]
-    states = [json.loads((path / "state.json").read_text(encoding="utf-8")) for _, path in list_checkpoints(folder)]
+            return _slots_of(line, folder)
+    states = [read_state_file(path) for _, path in list_checkpoints(folder)]
     if not states:
         raise ValueError(f"{folder}: step {step} was not skipped, and there is no checkpoint to count its slots from")
     nearest = min(states, key=lambda state: (state["step"] >= step, abs(state["step"] - step)))
@@ -50,6 +52,14 @@ def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, i
     size = nearest["global_batch_size"]
     first = nearest["slot"] + (step - 1 - nearest["step"]) * size
     return range(first, first + size), micro_batch_size
+
+
+def _slots_of(line: dict[str, Any], folder: Path) -> tuple[range, int]:
+    """Returns the slots and the micro-batch size of a skipped step; ValueError for a line that no run wrote."""
+    match line:
+        case {"slots": [int(first), int(end)], "micro_batch_size": int(size)} if 0 < size <= end - first <= MOST_SLOTS:
+            return range(first, end), size
+    raise ValueError(f"{folder / SKIPPED_STEPS}: {shown(line)}: is not a line that a run writes; remove it")
 
 
 def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:
@@ -105,11 +115,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("step", type=int, help="as metrics.jsonl counts, from 1")
+    add_trust_argument(parser)
     options = parser.parse_args()
-    found = replay(load_config(options.run / "config.yaml"), options.run, options.step)
+    run = load_config(options.run / RUN_CONFIG, trust_code=options.trust_code)
+    found = replay(run, options.run, options.step)
     if found["pictures"] is not None:
         path = options.run / f"replay-step-{options.step}.png"
-        save_image(to_unit_range(found["pictures"]), path)
+        with new_file(path) as file:
+            save_image(to_unit_range(found["pictures"]), file, "PNG")
         print(f"pictures: {path}")
 
 

@@ -19,8 +19,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import datasets_lib
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.engine.validation.grids import grid_of, labelled_grid
@@ -28,11 +26,11 @@ from trainers.engine.validation.metrics import spread
 from trainers.engine.validation.sampling import draw, evaluation_mode
 from trainers.inference.again import again
 from trainers.inference.animation import write_gif
-from trainers.inference.arguments import add_sampling_arguments, trainer_of
+from trainers.inference.arguments import add_sampling_arguments, saved_run_of, trainer_of
 from trainers.inference.command import command, positive
-from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of, write_settings
+from trainers.inference.picture_files import as_pil, below, output_folder, save_picture, settings_of, write_settings
 from trainers.inference.prompts import Drawing, add_prompt_arguments, is_pipeline, of_prompts, refuse_prompts, row_names
-from trainers.inference.saved_run import SavedRun, open_run
+from trainers.inference.saved_run import SavedRun
 
 BATCH_SIZE = 64  # pictures per batch, unless the task says
 GIF_FRAMES = 40  # at most, of the sampling steps
@@ -114,14 +112,14 @@ def run(arguments: argparse.Namespace) -> str:
     """Draws and writes the pictures that the arguments ask for; returns a line that says so."""
     if arguments.gif and arguments.lora_scales is not None:
         raise ValueError("--gif: shows one scale; leave out --lora-scales")
-    saved = None if is_pipeline(arguments.path) else open_run(Path(arguments.path))
+    saved = None if is_pipeline(arguments.path) else saved_run_of(arguments)
     if saved is None or issubclass(saved.trainer_class, StableDiffusionTrainer):
         drawing = of_prompts(arguments, saved)
     else:
         drawing = of_task(arguments, saved)
     source = arguments.path if saved is None else str(saved.checkpoint or saved.folder)
-    parent = Path("outputs", "samples", Path(source).name) if saved is None else saved.folder / "samples"
-    folder = arguments.output_dir or parent / f"seed-{arguments.seed}"
+    parent = Path("outputs", "samples", Path(source).name) if saved is None else below(saved.folder, "samples")
+    folder = arguments.output_dir or below(parent, f"seed-{arguments.seed}")
     settings = settings_of(["sample", *arguments.words], drawing.files, drawing.drawer.device)
     settings |= {"pinned": {"path": source}, "seed": arguments.seed, "weights": arguments.weights}
     settings["options" if saved is None else saved.task] = drawing.options

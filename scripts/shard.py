@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +22,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import datasets_lib
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.streaming.shards import FORMAT, INDEX, SETTINGS
@@ -32,20 +29,21 @@ from datasets_lib.streaming.writing import SUFFIXES, Columns, example_of, write_
 from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
+from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.distributed.collectives import run_on_all, run_on_main
-from trainers.engine.run.files import flush
+from trainers.engine.run.files import flush, write_text
 from trainers.engine.run.run_folder import LOCK, lock_folder
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, keep_settings, positive
 
 
-def read_base(source: Path, overrides: list[str]) -> BaseConfig:
+def read_base(source: Path, overrides: list[str], trust_code: bool) -> BaseConfig:
     """Reads section `base` of a configuration, or makes one for data; ValueError for options that do not fit."""
     if source.is_dir() or source.suffix == ".jsonl":
         if overrides:
             raise ValueError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
         return BaseConfig(train_data_dir=str(source))
-    base = load_config(source, overrides, datasets_lib.problems).base
+    base = load_config(source, overrides, datasets_lib.problems, trust_code).base
     for option in ("streaming", "class_data_dir"):
         if getattr(base, option):
             raise ValueError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
@@ -98,7 +96,7 @@ def write_shards(
         flush(folder)
         labels = [dataset.source.labels[dataset.rows[index]] for index in indices] if dataset.source.labels else []
         about = {"file": path.name, "bytes": path.stat().st_size, "examples": len(indices)}
-        record.write_text(json.dumps(about | {"highest_label": max(labels, default=None)}), encoding="utf-8")
+        write_text(record, json.dumps(about | {"highest_label": max(labels, default=None)}))
         print(f"{path}: {len(indices):,} examples", flush=True)
 
 
@@ -133,10 +131,8 @@ def write_index(folder: Path, dataset: ImageDataset, settings: dict[str, Any], s
     about["highest_label"] = max((label for label in highest if label is not None), default=None)
     if shape is not None:
         about |= {"shape": shape} | {key: settings[key] for key in ("encoded_by", "resolution", "channels")}
-    staged = folder / ".tmp-index.json"
-    staged.write_text(json.dumps(about), encoding="utf-8")
-    flush(staged)
-    staged.rename(folder / INDEX)
+    write_text(folder / INDEX, json.dumps(about))
+    flush(folder / INDEX)
 
 
 def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: Any, options: Any) -> None:
@@ -166,9 +162,10 @@ def main() -> None:
     parser.add_argument("--latents", metavar="VAE", help="a finished vae run, or another folder or hub name")
     parser.add_argument("--batch-size", type=positive, default=16, help="pictures to encode per batch (16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the latents (float32)")
+    add_trust_argument(parser)
     options = parser.parse_intermixed_args()
     accelerator = Accelerator()
-    base = read_base(options.source, options.overrides)
+    base = read_base(options.source, options.overrides, options.trust_code)
     space = None
     if options.latents is not None:
         for problem in latents_problems(options.latents):

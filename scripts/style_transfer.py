@@ -17,8 +17,6 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from datasets_lib.images.decode import read_picture
 from datasets_lib.sources.folder import EXTENSIONS
 from trainers.engine.run.randomness import SlotRandom

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,17 +25,16 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import datasets_lib
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.run.files import write_text
 from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import evaluation_requests
-from trainers.inference.arguments import add_sampling_arguments, overrides_of, trainer_of
+from trainers.inference.arguments import add_sampling_arguments, overrides_of, saved_run_of, trainer_of
 from trainers.inference.command import command, positive
-from trainers.inference.saved_run import AVERAGED, RAW, open_run
+from trainers.inference.saved_run import AVERAGED, RAW
 
 COLUMNS = {
     "class_accuracy": "recognised",
@@ -63,7 +61,7 @@ def points(arguments: argparse.Namespace) -> list[argparse.Namespace]:
     found = []
     for (value, changed), (kind, side) in itertools.product(changes, sides(arguments)):
         point = argparse.Namespace(**vars(arguments) | changed | side, value=value, kind=kind)
-        saved = open_run(point.path)
+        saved = saved_run_of(point)
         saved.config(overrides_of(point, saved))  # raises before the first picture is drawn
         found.append(point)
     return found
@@ -71,11 +69,11 @@ def points(arguments: argparse.Namespace) -> list[argparse.Namespace]:
 
 def sides(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Lists the kinds of weights, and the base model, each with the arguments that it changes."""
-    saved = open_run(arguments.path)
+    saved = saved_run_of(arguments)
     kinds = [arguments.weights] if arguments.weights else [AVERAGED, RAW] if saved.config().config.use_ema else [RAW]
     if arguments.base is None:
         return [(kind, {"weights": kind}) for kind in kinds]
-    tasks = saved.task, open_run(arguments.base).task
+    tasks = saved.task, saved_run_of(arguments, arguments.base).task
     own, others = ([each for each in arguments.overrides if not each.startswith(f"{task}.")] for task in tasks[::-1])
     run = [(kind, {"weights": kind, "overrides": own}) for kind in kinds]
     return [("base", {"path": arguments.base, "weights": None, "overrides": others}), *run]
@@ -83,14 +81,14 @@ def sides(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 def sweep(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """Yields a row of metrics, and its pictures, for each value and kind of weights."""
-    chosen, run, cpu = points(arguments), open_run(arguments.path).config(), torch.device("cpu")
+    chosen, run, cpu = points(arguments), saved_run_of(arguments).config(), torch.device("cpu")
     sets: Any = datasets_lib.build(run.base, "train"), datasets_lib.build(run.base, "validation")
     real, others = [s and describe(pictures_of(s, list(range(len(s))), 500), cpu) for s in sets]
     own, recognise = nearest(others.vectors, real.vectors)[0] if others else None, None
 
     @cache
     def drawn(number: int) -> Described:
-        trainer = trainer_of(chosen[number], open_run(chosen[number].path))
+        trainer = trainer_of(chosen[number], saved_run_of(chosen[number]))
         requests = evaluation_requests(trainer, arguments.number, sets[1])
         if not requests:
             raise ValueError(f"{arguments.path}: its task draws no pictures")
@@ -145,8 +143,8 @@ def main() -> None:
     for row, drawn in sweep(arguments):
         rows.append(row)
         pictures.append(drawn[:SHOWN].expand(-1, max(3, drawn.shape[1]), -1, -1))
-        arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    arguments.output.with_suffix(".md").write_text(as_table(name, rows), encoding="utf-8")
+        write_text(arguments.output.with_suffix(".json"), json.dumps(rows, indent=1))
+    write_text(arguments.output.with_suffix(".md"), as_table(name, rows))
     plot(name, rows, arguments.output.with_suffix(".png"))
     columns = {str(number): torch.stack(column) for number, column in enumerate(zip(*pictures, strict=True))}
     picture = labelled_grid(columns, [f"{row['value']} {row['weights']}" for row in rows])

@@ -19,7 +19,6 @@ import diffusers
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "outputs" / "benchmarks"
 PAGES = {  # the tables on each; a table is named after the module that measures it

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,6 @@ from torch.nn import functional
 from torchvision.models import vgg16
 from torchvision.utils import save_image
 from tqdm.auto import trange
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import datasets_lib
 from train import train

@@ -104,7 +104,7 @@ def batches_of(source: str, workers: int, folder: Path) -> Generator[dict[str, A
     examples, _ = fill_caches(accelerator, stages, base, DataSets(dataset, None))
     datasets_lib.prepare(examples, show_progress=False)
     clock = Clock(len(examples), BATCH, 1, 1, max_train_steps=10**9)
-    batches: Any = training_batches(examples, clock, base, 0, accelerator.device, StopSignals(accelerator, base))
+    batches: Any = training_batches(examples, clock, base, 0, accelerator.device, StopSignals(1800.0))
     with closing(batches):
         yield from map(stages.encode, batches)
 

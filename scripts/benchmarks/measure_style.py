@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,8 +20,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import datasets_lib
 from trainers.common.lora.training import AdapterConfig

@@ -11,14 +11,11 @@ import csv
 import shutil
 import string
 import subprocess
-import sys
 from pathlib import Path
 
 from fontTools.ttLib import TTCollection, TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainers.inference.command import check_new, command
 

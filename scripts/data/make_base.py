@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,12 +18,11 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import datasets_lib
 from trainers.common.autoencoder.latents import latents_problems
 from trainers.common.autoencoder.options import find_subfolder
 from trainers.engine.config.config import load_config
+from trainers.engine.config.trust import add_trust_argument
 from trainers.inference.command import check_new, command, positive
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -69,7 +67,7 @@ def make_base(options: argparse.Namespace) -> str:
     check_new(options.output)
     for problem in latents_problems(options.vae):
         raise ValueError(f"VAE = {options.vae}: {problem}")
-    base = load_config(options.config, options.overrides, datasets_lib.problems).base
+    base = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code).base
     texts = datasets_lib.build(base, "train").captions()
     if texts is None:
         raise ValueError(f"CONFIG = {options.config}: its data set has no captions() to make a vocabulary of; add them")
@@ -95,6 +93,7 @@ def main() -> None:
     parser.add_argument("--layers", type=positive, default=2, help="of the text encoder")
     parser.add_argument("--max-length", type=positive, default=77, help="tokens of a caption")
     parser.add_argument("--seed", type=int, default=0)
+    add_trust_argument(parser)
     options = parser.parse_intermixed_args()
     print(make_base(options))
 

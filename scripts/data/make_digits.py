@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainers.inference.command import check_new, command
 

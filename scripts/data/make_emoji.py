@@ -12,14 +12,11 @@ import hashlib
 import itertools
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainers.inference.command import check_new, command
 

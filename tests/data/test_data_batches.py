@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from bucket_pictures import BUCKETS, pictures
 from image_sets import Own, encoded, memory_source, random_images
 from resuming import RANDOM
@@ -55,7 +54,7 @@ CASES = {
 
 @pytest.fixture
 def stopping():
-    with StopSignals(Accelerator(cpu=True), BaseConfig()) as found:
+    with StopSignals(1800.0) as found:
         yield found
 
 

@@ -238,11 +238,11 @@ def watched(monkeypatch):
     """A NonFiniteSteps that has an fp16 scaler."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    stopping = StopSignals(accelerator, BaseConfig())
+    stopping = StopSignals(1800.0)
 
     def make(tmp_path):
         base = BaseConfig(output_dir=str(tmp_path), max_skipped_steps=2)
-        ctx = RunContext(accelerator, RunConfig("ddpm", base, TrainerConfig(), Trainer), None, stopping)
+        ctx = RunContext(accelerator, RunConfig("ddpm", base, TrainerConfig(), Trainer), None, None, stopping)
         ctx.clock = Clock(8, 1, 1, 1, max_train_steps=9)
         return NonFiniteSteps(ctx), stopping
 

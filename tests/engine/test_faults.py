@@ -173,7 +173,7 @@ def test_every_file_of_a_checkpoint_in_every_way(two_checkpoints, tmp_path, monk
     def find(name):
         base = BaseConfig(output_dir=str(two_checkpoints), resume_from_checkpoint=name)
         run = RunConfig("ddpm", base, TrainerConfig(), Trainer)
-        return find_checkpoint(RunContext(accelerator, run, folders, stop=None))
+        return find_checkpoint(RunContext(accelerator, run, folders, held=None, stop=None))
 
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
     assert len(files) == 7

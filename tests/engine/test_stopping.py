@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -10,13 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from processes import start, wait_for
 from run_folders import final_state, logged_steps, losses, read_metrics
 
 from train import main, train
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
-from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.config.errors import Interrupted
 from trainers.engine.run.signals import DIVERGED, FAULT, Abandoned, StopSignals, launcher_pid
@@ -36,7 +35,7 @@ ACCELERATE = [
     "1",
 ]
 ACCELERATE += ["--dynamo_backend", "no", "--mixed_precision", "no", "--cpu", "--num_cpu_threads_per_process", "1"]
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGHUP: 129}
 MOMENTS = {
     "training": ["base.valid_steps=50"],
     "validation": ["base.valid_steps=3", "ddpm.ddpm_num_inference_steps=1000"],
@@ -183,13 +182,14 @@ def test_a_validation_that_was_interrupted_is_made_up(tiny_config, monkeypatch):
 
 @pytest.fixture
 def stopping():
-    with StopSignals(Accelerator(cpu=True), BaseConfig()) as found:
+    with StopSignals(1800.0) as found:
         yield found
+        found.asked = 0  # the tests caught what it led to
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in CODES]
-    with StopSignals(Accelerator(cpu=True), BaseConfig()):
+    with StopSignals(1800.0):
         assert [signal.getsignal(number) for number in CODES] != before
     assert [signal.getsignal(number) for number in CODES] == before
 
@@ -199,6 +199,78 @@ def test_outside_of_the_steps_a_signal_ends_the_run_at_once(stopping, number):
     with pytest.raises(Interrupted, match=f"ended by {number.name} outside of the steps") as caught:
         os.kill(os.getpid(), number)
     assert caught.value.code == CODES[number]
+
+
+class SignalInTheEnd:
+    """An object whose removal meets a signal: Python prints what is raised there, and goes on."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def swallowed():
+    with StopSignals(1800.0) as stop:
+        SignalInTheEnd()
+        assert list(stop.steps(0, 3)) == []
+
+
+def at_the_end():
+    with StopSignals(1800.0):
+        SignalInTheEnd()
+
+
+def turned_into_an_error():
+    """As safetensors.load_file does, which then names the shape of a storage."""
+    with StopSignals(1800.0):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost", [swallowed, at_the_end, turned_into_an_error])
+def test_a_signal_whose_exception_is_lost_is_remembered(lost):
+    with pytest.raises(Interrupted, match="ended by SIGTERM outside of the steps") as caught:
+        lost()
+    assert caught.value.code == 143
+
+
+def test_an_error_without_a_signal_is_itself():
+    with pytest.raises(ValueError, match="^broken$"), StopSignals(1800.0):
+        raise ValueError("broken")
+
+
+def test_an_error_of_the_last_save_is_not_hidden_by_the_signal(stopping):
+    for _ in stopping.steps(0, 3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.agreed()
+
+    def full(step):
+        raise OSError("checkpoint-1 does not fit")
+
+    with pytest.raises(OSError, match="checkpoint-1 does not fit"):
+        stopping.finish(full, nothing)
+
+
+def test_nohup_keeps_a_run_from_the_end_of_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals(1800.0) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert list(stop.steps(0, 2)) == [0, 1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_is_no_error(stopping, monkeypatch):
+    def gone(descriptor, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("trainers.engine.run.signals.os.write", gone)
+    for _ in stopping.steps(0, 3):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopping.agreed()
 
 
 def test_a_signal_ends_the_steps_after_the_one_that_it_met(stopping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import yaml
 from trainers.base import Section, Trainer
 from trainers.engine.config.schema import coerce
 from trainers.engine.config.schema import options as options_of
+from trainers.engine.config.trust import add_trust_argument
 from trainers.inference.command import positive
-from trainers.inference.saved_run import SavedRun, load_trainer
+from trainers.inference.saved_run import SavedRun, load_trainer, open_run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -83,6 +85,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=["ema", "raw"], help="default: averaged ones if there are any")
     parser.add_argument("--batch-size", type=positive, default=64, help="pictures per batch; does not change them")
     parser.add_argument("--device", help="default: cuda if available")
+    add_trust_argument(parser)
+
+
+def saved_run_of(arguments: argparse.Namespace, path: str | Path | None = None) -> SavedRun:
+    """Opens the run of the command line, or another one with the same trust in code."""
+    return open_run(Path(path or arguments.path), arguments.trust_code, arguments.overrides)
 
 
 def trainer_of(arguments: argparse.Namespace, saved: SavedRun) -> Trainer:

@@ -12,7 +12,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from datasets_lib.foreign import read_json, shown, shown_lines
 from trainers.engine.config.errors import Interrupted
+from trainers.engine.run.files import write_text
+from trainers.engine.run.output import lasting_output
+
+SETTINGS_BYTES = 64 << 20
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
@@ -20,13 +25,14 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
-        try:
-            main()
-        except (ValueError, OSError, SafetensorError) as error:
-            sys.exit(f"error: {error}")
-        except Interrupted as interruption:
-            print(interruption, file=sys.stderr)
-            sys.exit(interruption.code)
+        with lasting_output():
+            try:
+                main()
+            except (ValueError, OSError, SafetensorError) as error:
+                sys.exit(f"error: {shown_lines(error)}")
+            except Interrupted as interruption:
+                print(interruption, file=sys.stderr)
+                sys.exit(interruption.code)
 
     return run
 
@@ -48,9 +54,11 @@ def check_new(path: Path) -> None:
 def keep_settings(file: Path, settings: dict[str, Any]) -> None:
     """Writes a folder's settings; ValueError if the folder holds others, from an earlier call."""
     if not file.is_file():
-        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    before = json.loads(file.read_text(encoding="utf-8"))
+        write_text(file, json.dumps(settings, indent=1))
+    before = read_json(file, SETTINGS_BYTES)
+    if not isinstance(before, dict):
+        raise ValueError(f"{shown(file)}: holds no settings of an earlier call; choose a new folder")
     changed = [name for name in before | settings if before.get(name) != settings.get(name)]
     if changed:
-        shown = "; ".join(f"{name}: {before.get(name)} -> {settings.get(name)}" for name in changed)
-        raise ValueError(f"{file.parent}: was made with other settings ({shown}); choose a new folder")
+        texts = "; ".join(f"{name}: {before.get(name)} -> {settings.get(name)}" for name in changed)
+        raise ValueError(f"{file.parent}: was made with other settings ({shown(texts)}); choose a new folder")

@@ -15,10 +15,12 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from trainers.engine.run.files import sha256
+from datasets_lib.foreign import check_regular, read_json, shown
+from trainers.engine.run.files import new_file, sha256, write_text
 
 KEY = "diffloop"  # of the PNG's text chunk
 MARK = ".diffloop.json"  # lists the files that were drawn into a folder
+MARK_BYTES = 64 << 20
 LIBRARIES = ("diffloop", "torch", "diffusers", "transformers", "peft")
 
 
@@ -33,9 +35,10 @@ def check_files(picture: Path, settings: dict[str, Any]) -> None:
     """Raises FileNotFoundError or ValueError if a file that a picture was made from is missing or has changed."""
     for name, digest in settings["files"].items():
         if not Path(name).is_file():
-            raise FileNotFoundError(f"{picture}: was made from {name}, which is not there; run from the same folder")
+            where = f"was made from {shown(name)}, which is not there; run from the same folder"
+            raise FileNotFoundError(f"{picture}: {where}")
         if sha256(Path(name)) != digest:
-            raise ValueError(f"{picture}: was made from another {name}; put that file back")
+            raise ValueError(f"{picture}: was made from another {shown(name)}; put that file back")
 
 
 def as_pil(image: Tensor) -> Image.Image:
@@ -48,13 +51,14 @@ def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(KEY, write_settings(path.with_suffix(".json"), settings))
-    image.save(path, pnginfo=chunk)
+    with new_file(path) as file:
+        image.save(file, "PNG", pnginfo=chunk)
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> str:
     """Writes settings as JSON; returns the text."""
     text = json.dumps(settings, indent=1, sort_keys=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return text
 
 
@@ -63,26 +67,46 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such picture")
     try:
-        with Image.open(path) as image:
+        with Image.open(check_regular(path), formats=["PNG"]) as image:
             settings = json.loads(getattr(image, "text", {}).get(KEY) or "null")
-    except (OSError, ValueError):  # not a picture, or another program's text
+    except (OSError, ValueError, RecursionError):  # not a picture, or another program's text
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: does not say how it was made; give a PNG that diffloop's scripts wrote, unchanged")
     return settings
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a picture was drawn by a script, so that the next one may take its place."""
+    try:
+        return not path.is_symlink() and bool(read_settings(path))
+    except (OSError, ValueError):
+        return False
+
+
+def below(folder: Path, *names: str) -> Path:
+    """Returns a path below a run's folder; raises ValueError if a link on the way could lead out of it."""
+    path = folder
+    for name in names:
+        path = path / name
+        if path.is_symlink():
+            raise ValueError(f"{shown(path)}: is a link, and pictures are written into real folders; remove it")
+    return path
+
+
 @contextmanager
 def output_folder(folder: Path, reads: Iterable[str | Path] = ()) -> Iterator[Path]:
     """Opens an empty folder; its files, even after an error, then replace those of an earlier call in `folder`.
 
-    Raises ValueError at the start if `folder` holds only other files, or any of the files in `reads`.
+    Raises ValueError at the start if `folder` holds only other files, or any of the files in `reads`, or a link.
     """
     for path in reads:
         if Path(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--output-dir {folder}: {path} is read and lies there; choose another folder")
     if folder.exists() and not (folder.is_dir() and (_drawn(folder) is not None or not any(folder.iterdir()))):
         raise ValueError(f"--output-dir {folder}: holds other files; choose a new folder")
+    if links := [path for path in folder.rglob("*") if path.is_symlink()]:
+        raise ValueError(f"--output-dir {folder}: holds the link {shown(links[0])}; remove it, or choose a new folder")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as made:
         try:
@@ -97,20 +121,21 @@ def _replace(folder: Path, made: Path) -> None:
         return
     old = _drawn(folder) or []
     for name in old:
-        (folder / name).unlink(missing_ok=True)
+        if not (folder / name).is_dir():
+            (folder / name).unlink(missing_ok=True)
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).replace(folder / name)
     for parent in sorted({parent for name in old for parent in name.parents[:-1]}, reverse=True):
         if (folder / parent).is_dir() and not any((folder / parent).iterdir()):
             (folder / parent).rmdir()
-    (folder / MARK).write_text(json.dumps({"drawn": [name.as_posix() for name in files]}), encoding="utf-8")
+    write_text(folder / MARK, json.dumps({"drawn": [name.as_posix() for name in files]}))
 
 
 def _drawn(folder: Path) -> list[Path] | None:
     """Lists the files of an earlier call; None if no such call made the folder."""
     try:
-        names = [Path(name) for name in json.loads((folder / MARK).read_text(encoding="utf-8"))["drawn"]]
+        names = [Path(name) for name in read_json(folder / MARK, MARK_BYTES)["drawn"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return [name for name in names if not name.is_absolute() and ".." not in name.parts]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from datasets_lib.foreign import read_json, shown
 from trainers.base import RunInfo, Trainer
 from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
+from trainers.engine.checkpoint.state_file import MOST_BYTES, STATE, read_state_file
 from trainers.engine.config.config import RunConfig, check_config, find_trainer
 from trainers.engine.config.files import read_config_file
+from trainers.engine.config.trust import RUN_CONFIG, Trust
 from trainers.engine.encoders.stages import build_encoders
 from trainers.engine.run.run_folder import INDEX_FILES
 
@@ -28,6 +31,7 @@ class SavedRun(NamedTuple):
     label_names: list[str] | None
     folder: Path  # of the run
     checkpoint: Path | None
+    trust: Trust
 
     @property
     def task(self) -> str:
@@ -35,36 +39,47 @@ class SavedRun(NamedTuple):
 
     @property
     def trainer_class(self) -> type[Trainer]:
-        return find_trainer(self.task, self.document["base"].get("trainer_class"))
+        return find_trainer(self.task, self.document["base"].get("trainer_class"), self.trust)
 
     def config(self, overrides: list[str] | None = None) -> RunConfig:
         """Checks the run's options with `overrides`; raises ConfigError."""
-        return check_config(copy.deepcopy(self.document), overrides)
+        return check_config(copy.deepcopy(self.document), overrides, trust=self.trust)
 
 
-def open_run(path: Path) -> SavedRun:
+def open_run(path: Path, trust_code: bool = False, overrides: Iterable[str] = ()) -> SavedRun:
     """Opens a checkpoint, the newest one of a run, or else the run's finished pipeline.
 
-    Raises FileNotFoundError if there is none, ValueError for a damaged checkpoint.
+    Raises FileNotFoundError if there is none, ValueError for a damaged checkpoint, or one that names code which is
+    neither diffloop's, nor named by the user's own `overrides`, nor allowed by `trust_code`.
     """
-    is_checkpoint = (path / "state.json").is_file()
+    trust = Trust.of_run(path, trust_code, overrides)
+    is_checkpoint = (path / STATE).is_file()
     checkpoint = path if is_checkpoint else next((folder for _, folder in list_checkpoints(path)), None)
     if checkpoint is not None:
         verify(checkpoint)
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = read_state_file(checkpoint)
         run = checkpoint.absolute().parent
-        document = _for_inference(state["config"], checkpoint, run)
-        return SavedRun(document, state.get("label_names"), run, checkpoint)
+        document = _for_inference(state["config"], checkpoint, run, trust)
+        return SavedRun(document, state.get("label_names"), run, checkpoint, trust)
     indices = [path / name for name in INDEX_FILES if (path / name).is_file()]
-    if (path / "config.yaml").is_file() and indices:
-        index = json.loads(indices[0].read_text(encoding="utf-8")) if indices[0].suffix == ".json" else {}
-        names = {int(number): name for number, name in (index.get("id2label") or {}).items()}
-        document = _for_inference(read_config_file(path / "config.yaml"), path, path)
-        return SavedRun(document, [names[number] for number in sorted(names)] or None, path, None)
+    if (path / RUN_CONFIG).is_file() and indices:
+        names = _class_names(indices[0]) if indices[0].suffix == ".json" else []
+        document = _for_inference(read_config_file(path / RUN_CONFIG), path, path, trust)
+        return SavedRun(document, names or None, path, None, trust)
     raise FileNotFoundError(f"{path}: is no checkpoint, and holds no run with checkpoints or a finished pipeline")
 
 
-def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[str, Any]:
+def _class_names(index: Path) -> list[str]:
+    """Returns the names of a pipeline's classes by number; ValueError for an index that diffusers would not write."""
+    content = read_json(index, MOST_BYTES)
+    try:
+        names = {int(number): str(name) for number, name in (content.get("id2label") or {}).items()}
+    except (AttributeError, ValueError):
+        raise ValueError(f"{shown(index)}: is not the index of a pipeline, a mapping with id2label") from None
+    return [names[number] for number in sorted(names)]
+
+
+def _for_inference(document: dict[str, Any], folder: Path, run: Path, trust: Trust) -> dict[str, Any]:
     """Removes options that only training needs, whose files may be missing here.
 
     A network that is saved whole brings its own config.
@@ -72,7 +87,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path) -> dict[st
     training = {"eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "optimizer"}
     training |= {"enable_xformers_memory_efficient_attention", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
     [task] = [section for section in document if section != "base"]
-    schema = find_trainer(task, document["base"].get("trainer_class")).Config
+    schema = find_trainer(task, document["base"].get("trainer_class"), trust).Config
     networks = [path.parent for path in sorted(folder.glob("*/config.json")) if not path.parent.name.endswith("_ema")]
     networks = [path for path in networks if not (path.name == "vae" and document[task].get("vae"))]  # which is frozen
     finished = (run / "config.json").is_file()  # a single network

@@ -13,6 +13,7 @@ from trainers.common.lora.training import AdapterConfig
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.engine.config.config import check_config
 from trainers.engine.config.files import read_config_file
+from trainers.engine.run.files import new_file
 from trainers.inference.fitting import Fitted
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lora_single_image.yaml"
@@ -49,5 +50,6 @@ def single_picture_lora(
     if isinstance(run.config, AdapterConfig) and run.config.use_dora:
         raise ValueError("lora.use_dora: the weights of a DoRA are no sum that can be mixed; leave it out")
     (folder / "picture").mkdir(parents=True, exist_ok=True)
-    picture.square.save(folder / "picture" / f"{name}.png")
+    with new_file(folder / "picture" / f"{name}.png") as file:
+        picture.square.save(file, "PNG")
     return train(run)

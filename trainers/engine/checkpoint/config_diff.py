@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from datasets_lib.example import ImageData, StreamData
 from trainers.engine.config.config import RunConfig
-from trainers.engine.config.schema import options
+from trainers.engine.config.schema import coerce, options
 from trainers.engine.optim.optimizer import learning_rate_schedule
 from trainers.engine.run.clock import Clock
 
@@ -102,7 +102,8 @@ def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Itera
 def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
     """Formats a step's learning rate for the configuration, length and batch size of a state."""
     saved = next(values for section, values in state["config"].items() if section != "base")
-    config = dataclasses.replace(run.config, **{k: v for k, v in saved.items() if hasattr(run.config, k)})
+    known = options(type(run.config))
+    config = dataclasses.replace(run.config, **{k: coerce(v, known[k].kind) for k, v in saved.items() if k in known})
     factor = learning_rate_schedule(config, state["total_steps"])(step)
     factor *= state["global_batch_size"] if config.scale_lr else 1
     if isinstance(config.learning_rate, dict):

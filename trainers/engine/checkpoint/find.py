@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from trainers.engine.checkpoint.manifest import DamagedCheckpoint, list_checkpoints, tensor_digests, verify
+from trainers.engine.checkpoint.manifest import MANIFEST, DamagedCheckpoint, list_checkpoints, tensor_digests, verify
 from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.run.context import RunContext
 
@@ -86,7 +86,7 @@ def _advice(folder: Path, places: list[str], copies: list[Copy]) -> str:
 def _find_named(output_dir: Path, name: str) -> tuple[Path, dict[str, str]]:
     for folder in (output_dir / name, Path(name)):
         inside = list_checkpoints(folder)
-        if inside and not (folder / "manifest.json").exists():
+        if inside and not (folder / MANIFEST).exists():
             advice = f"a folder of checkpoints; name one, such as {inside[0][1]}"
             raise FileNotFoundError(f"resume_from_checkpoint = {name}: {advice}")
         if folder.is_dir():

@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from datasets_lib.foreign import read_json
 from trainers.engine.checkpoint.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
+from trainers.engine.checkpoint.state_file import MOST_BYTES
 from trainers.engine.distributed import sharding
 from trainers.engine.distributed.sharding import Configured, Part
 
@@ -19,7 +21,9 @@ def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) ->
     """Raises ValueError if the network's configuration, such as its dropout, differs from the checkpoint's."""
     if not ((folder / "config.json").is_file() and isinstance(network, Configured)):
         return
-    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), sharding.configuration(network)
+    saved, own = read_json(folder / "config.json", MOST_BYTES), sharding.configuration(network)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder}: its config.json holds no mapping; the checkpoint was not written by diffloop")
     changed = [key for key in own if saved.get(key) != own[key] and key[0] != "_"]
     found = [f"{key}: {json.dumps(saved.get(key))} -> {json.dumps(own[key])}" for key in changed]
     if found and "network" not in allow_changes:

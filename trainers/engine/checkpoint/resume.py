@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from trainers.engine.checkpoint.config_diff import check_steps, find_changes, op
 from trainers.engine.checkpoint.load import compare_shape, put_weights, read_optimizer_state, read_tensors, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.snapshot import TrainState
-from trainers.engine.checkpoint.writer import FORMAT
+from trainers.engine.checkpoint.state_file import read_state_file
 from trainers.engine.data.batches import first_batch
 from trainers.engine.distributed import deepspeed
 from trainers.engine.distributed.sharding import load_optimizer_state
@@ -57,9 +56,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
     if folder is None:
         return {}
     run, accelerator = ctx.run, ctx.accelerator
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if (found := state.get("format")) != FORMAT:
-        raise ValueError(f"{folder}: written by another version of diffloop (format {found}, not {FORMAT})")
+    state = read_state_file(folder)
     ctx.clock = clock = ctx.clock.resumed_at(state["step"], state["slot"])
     if clock.total_steps < clock.origin_step:
         option = f"max_train_steps = {run.base.max_train_steps}" if run.base.max_train_steps else "num_epochs"

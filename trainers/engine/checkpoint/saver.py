@@ -13,6 +13,7 @@ from datasets_lib.example import StreamData
 from trainers.engine.checkpoint import writer
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.snapshot import Snapshot, TrainState, find_not_finite, snapshot
+from trainers.engine.checkpoint.state_file import FORMAT
 from trainers.engine.data import stream_batches
 from trainers.engine.run.context import RunContext
 from trainers.engine.tracking.tracker import Tracker
@@ -62,11 +63,18 @@ class Saver:
         self.wait()
 
     def begin(self, steps_done: int) -> None:
-        """Seals the previous checkpoint, copies everything trained if it is finite, and lets the thread write it."""
+        """Seals the previous checkpoint, copies everything trained if it is finite, and lets the thread write it.
+
+        If the run folder was moved meanwhile, writes there and raises OSError.
+        """
         self.wait()
         counts = self.state.nonfinite.state()
+        places = self.folders.on_mains(self.ctx.held.where)
+        self.output_dir = places[self.folders.number]
         final = self.output_dir / f"checkpoint-{steps_done}"
-        if self.state.nonfinite.gave_up or all(self.folders.on_mains(final.exists)):
+        if self.state.nonfinite.gave_up or all(
+            self.folders.on_mains(lambda: final.exists() and not final.is_symlink())
+        ):
             return
         broken = find_not_finite(self.state.networks, self.state.ema, self.state.optimizer)
         if broken is not None:
@@ -79,6 +87,13 @@ class Saver:
         if writes:
             self.staged = self.thread.submit(self._write, taken)
         self.step = steps_done
+        moved = next((place for place in places if place != self.ctx.output_dir), None)
+        if moved is not None:
+            self.wait()
+            raise OSError(
+                f"base.output_dir = {self.ctx.output_dir}: was moved to {moved} during the run; "
+                f"{final.name} is there; continue with base.output_dir={moved} base.resume_from_checkpoint=latest"
+            )
 
     def wait(self) -> None:
         """Waits until every folder has the checkpoint's files, and seals it; raises OSError if one could not write."""
@@ -125,7 +140,7 @@ class Saver:
     def _about(self, steps_done: int, counts: dict[str, int]) -> dict[str, Any]:
         clock, scaler, train_set = self.ctx.clock, self.ctx.accelerator.scaler, self.state.train_set
         return {
-            "format": writer.FORMAT,
+            "format": FORMAT,
             "step": steps_done,
             "slot": clock.slot_at(steps_done),
             "global_batch_size": clock.global_batch_size,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from trainers.engine.checkpoint.manifest import MANIFEST
 from trainers.engine.checkpoint.snapshot import Snapshot
-from trainers.engine.run.files import flush, sha256, write_tensors
+from trainers.engine.run.files import flush, sha256, write_tensors, write_text
 from trainers.engine.run.run_folder import METRICS
 
-FORMAT = 1  # of state.json
 SPARE_BYTES = 1 << 20  # for headers, texts and the file system, besides the tensors
 INTACT = "older checkpoints are intact; make room and continue with base.resume_from_checkpoint=latest"
 
@@ -61,9 +61,9 @@ def write(taken: Snapshot, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_tensors(values, folder / name)
     for name, text in taken.texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
     for path in [*folder.rglob("*"), folder]:
         flush(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +13,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datasets_lib.foreign import named_object, shown
 from trainers import TRAINERS
 from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.config.files import ConfigError, read_config_file
 from trainers.engine.config.schema import coerce, describe_kind, nearest, options
+from trainers.engine.config.trust import OWN, Trust
 from trainers.engine.optim.table import optimizer_problem
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
@@ -41,19 +42,26 @@ class RunConfig(NamedTuple):
 
 
 def load_config(
-    path: str | Path, overrides: list[str] | None = None, data_problems: Check = lambda base: ()
+    path: str | Path,
+    overrides: list[str] | None = None,
+    data_problems: Check = lambda base: (),
+    trust_code: bool = False,
 ) -> RunConfig:
     """Reads CONFIG, applies `section.key=value` overrides and checks it; `data_problems` checks the data options."""
-    return check_config(read_config_file(Path(path)), overrides, data_problems)
+    trust = Trust.of_config(Path(path), trust_code, overrides or [])
+    return check_config(read_config_file(Path(path)), overrides, data_problems, trust)
 
 
 def check_config(
-    document: dict[str, Any], overrides: list[str] | None = None, data_problems: Check = lambda base: ()
+    document: dict[str, Any],
+    overrides: list[str] | None = None,
+    data_problems: Check = lambda base: (),
+    trust: Trust = OWN,
 ) -> RunConfig:
     """Checks a document that has been read already; see load_config."""
-    given, problems = _parse_overrides(overrides or [])
+    given, problems = parse_overrides(overrides or [])
     task = _task_of(document, given)
-    trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"))
+    trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"), trust)
     schemas: Schemas = {"base": BaseConfig, task: trainer_class.Config}
     document = _resolve(_merge(document, given, schemas))
 
@@ -62,7 +70,7 @@ def check_config(
         checked[name], wrong_values = _check_section(name, document[name], schemas)
         problems += wrong_values
     base, config = BaseConfig(**checked["base"]), trainer_class.Config(**checked[task])
-    of_base = [*data_problems(base), *base.problems()]
+    of_base = [*_untrusted(base, trust), *data_problems(base), *base.problems()]
     of_base += base.without_effect(OF_CAPTIONS, "a task that reads captions", config.reads_captions)
     on_disk = any(name.startswith("cache_") and value == "disk" for name, value in vars(config).items())
     of_base += base.without_effect(("encoder_cache_dir",), "cache_latents or cache_text: disk", on_disk)
@@ -84,7 +92,7 @@ def check_config(
     return RunConfig(task, base, config, trainer_class)
 
 
-def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
     well_formed = [text for text in overrides if "." in text.partition("=")[0] and "=" in text]
     problems = [f"{text}: an override reads section.key=value" for text in overrides if text not in well_formed]
     try:
@@ -115,17 +123,29 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
     return tasks[0]
 
 
-def find_trainer(task: str, trainer_class: str | None = None) -> type[Trainer]:
+def _untrusted(base: BaseConfig, trust: Trust) -> Iterator[tuple[str, str]]:
+    """Yields the options that name code or programs which may not run."""
+    for option, problem in (
+        ("dataset", trust.problem("dataset", base.dataset)),
+        ("eval_features", trust.program_problem(base.eval_features)),
+        ("eval_classifier", trust.program_problem(base.eval_classifier)),
+    ):
+        if problem:
+            yield option, problem
+
+
+def find_trainer(task: str, trainer_class: str | None = None, trust: Trust = OWN) -> type[Trainer]:
     """Imports a task's Trainer: `base.trainer_class` if given, else from TRAINERS; ConfigError if there is none."""
     if trainer_class is None and task not in TRAINERS:
         raise ConfigError(
             f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
             'For your own class set base.trainer_class: "package.module:Class"'
         )
-    module, _, name = str(trainer_class or TRAINERS[task]).partition(":")
-    given = f"base.trainer_class = {trainer_class}"
+    given = f"base.trainer_class = {shown(trainer_class)}"
+    if problem := trust.problem("trainer_class", trainer_class):
+        raise ConfigError(f"{given}: {problem}")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = named_object(str(trainer_class or TRAINERS[task]))
     except (ImportError, AttributeError, ValueError) as error:
         wanted = "must be an importable package.module:Class"
         raise ConfigError(f"{given}: {wanted} ({error}); is its folder on PYTHONPATH?") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig
 from trainers.engine.run.context import RunContext
+from trainers.engine.run.files import write_text
 from trainers.engine.tracking.tracker import Tracker
 
 OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that do not describe the result
@@ -41,9 +42,7 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
     ]
     text = "\n\n".join(sections) + "\n"
     ModelCard(text)  # raises ValueError if the hub would refuse the header
-    replacement = output_dir / ".README.md"
-    replacement.write_text(text, encoding="utf-8")
-    replacement.replace(output_dir / "README.md")
+    write_text(output_dir / "README.md", text)
 
 
 def check_hub_login(push_to_hub: bool) -> None:

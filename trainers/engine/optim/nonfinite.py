@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 
 import torch
 from torch import Tensor
 
 from trainers.engine.run.context import RunContext
+from trainers.engine.run.files import append_line
 from trainers.engine.run.run_folder import SKIPPED_STEPS
 from trainers.engine.run.signals import DIVERGED
 
@@ -74,8 +74,7 @@ class NonFiniteSteps:
             "micro_batch_size": self.clock.micro_batch_size,
             "seed": self.base.seed,
         } | {name: str(value) for name, value in norms.items()}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.file, line)
 
     def _check_limits(self, step: int) -> None:
         """Requests a stop after too many skipped steps in a row."""

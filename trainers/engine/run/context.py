@@ -16,6 +16,7 @@ from trainers.engine.config.config import RunConfig
 from trainers.engine.distributed.launch import numerics, start_accelerator
 from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.run.clock import Clock
+from trainers.engine.run.held_folder import HeldFolder
 from trainers.engine.run.run_folder import open_run_folder
 from trainers.engine.run.signals import StopSignals
 
@@ -36,6 +37,7 @@ class RunContext:
     accelerator: Accelerator
     run: RunConfig
     folders: Folders
+    held: HeldFolder  # this process's folder of the run
     stop: StopSignals
     clock: Clock = field(init=False)  # set once the data is loaded, whose examples it counts; moved on resume
 
@@ -51,10 +53,8 @@ class RunContext:
 @contextmanager
 def start(run: RunConfig) -> Iterator[RunContext]:
     """Joins the launched processes; signal handlers, the folder's lock and numerical settings hold inside the block."""
-    accelerator = start_accelerator(run.base)
-    with (
-        StopSignals(accelerator, run.base) as stop,
-        open_run_folder(accelerator, run.base) as folders,
-        numerics(run.base),
-    ):
-        yield RunContext(accelerator, run, folders, stop)
+    with StopSignals(run.base.collective_timeout) as stop:
+        accelerator = start_accelerator(run.base)
+        stop.join(accelerator)
+        with open_run_folder(accelerator, run.base) as (folders, held), numerics(run.base):
+            yield RunContext(accelerator, run, folders, held, stop)

@@ -3,11 +3,58 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that replaces `path` once it is whole; a link at that name is replaced, and never followed.
+
+    Raises OSError with the free space if it cannot be written.
+    """
+    staged = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with open(descriptor, "wb") as file:
+            yield file
+        staged.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}{_space(path)}") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as new_file does."""
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Adds an object to a JSON-lines file, which is no link; raises OSError with the free space."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        with open(os.open(path, flags, 0o666), "wb", buffering=0) as file:
+            file.write(f"{json.dumps(values)}\n".encode())
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}{_space(path)}") from None
+
+
+def _space(path: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(path.parent).free:,} bytes are free"
+    except OSError:  # the folder is gone
+        return ""
 
 
 def write_tensors(values: dict[str, Tensor], path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,35 +17,51 @@ from typing import Any, TextIO
 
 from accelerate import Accelerator
 
+from datasets_lib.foreign import check_regular, shown
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.shared_folders import PROBE, Folders, find_folders
+from trainers.engine.run.files import write_text
+from trainers.engine.run.held_folder import HeldFolder
 
 # of a finished pipeline, a single network, or an adapter
 INDEX_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
 RUN_FILES = ("metrics.jsonl", "config.yaml", *INDEX_FILES, "README.md")
 CHECKPOINT_NAME = re.compile(r"checkpoint-([1-9]\d*)")
 LEFT_OVER = re.compile(r"\.(tmp|trash)-(checkpoint|pipeline)-.*")
+LEFT_OVER_FILE = re.compile(r"\.tmp-[0-9a-f]{16}")
+SAMPLES = "samples"  # folder of grids, and of what scripts draw
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
 SKIPPED_STEPS = "skipped_steps.jsonl"
+LINE_CHARACTERS = 1 << 20  # of a JSON-lines file at most; what is longer is no line of ours
 
 
 @contextmanager
-def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[Folders]:
+def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[tuple[Folders, HeldFolder]]:
     """Creates the folder, finds the processes that share it, and holds each folder's lock inside the block."""
     folders = find_folders(accelerator, Path(base.output_dir), "base.output_dir")
-    with ExitStack() as locks:
+    with ExitStack() as locks, HeldFolder(Path(base.output_dir)) as held:
         folders.on_mains(lambda: _take(base, locks))
-        yield folders
+        yield folders, held
 
 
 def _take(base: BaseConfig, locks: ExitStack) -> None:
     output_dir = Path(base.output_dir)
+    _refuse_links(output_dir, base)
     lock = lock_folder(output_dir)
     if lock is not None:  # otherwise temporary files may belong to a live run
         locks.enter_context(lock)
         _sweep(output_dir)
     refuse_another_run(output_dir, base)
+
+
+def _refuse_links(output_dir: Path, base: BaseConfig) -> None:
+    """Raises ValueError for a link in the place of what a run writes: it could lead anywhere."""
+    logs = Path(base.logging_dir, base.tracker_project)
+    names = [*map(Path, (LOCK, SKIPPED_STEPS, SAMPLES, *RUN_FILES)), logs, *logs.parents[:-1]]
+    for path in (output_dir / name for name in names):
+        if path.is_symlink():
+            raise ValueError(f"base.output_dir = {output_dir}: {path} is a link; replace it by what it leads to")
 
 
 def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | None:
@@ -53,7 +70,12 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
     A POSIX lock: data workers that this process forks do not inherit it, so they cannot keep a dead run's folder
     locked. Raises ValueError with the holder's pid and host if another run uses the folder.
     """
-    file = (output_dir / LOCK).open("a+", encoding="utf-8")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = open(os.open(output_dir / LOCK, flags, 0o666), "r+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:  # what is written into it must not change another file
+        file.close()
+        raise ValueError(f"{option} = {output_dir}: {LOCK} in it is not a file of its own; remove it")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -62,7 +84,7 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
             file.close()
             return None
         file.seek(0)
-        holder = file.read().strip() or "another process"
+        holder = shown(file.read(200).strip()) or "another process"
         file.close()
         raise ValueError(
             f"{option} = {output_dir}: in use by {holder}; wait for that run, stop it with kill -TERM, or choose "
@@ -80,7 +102,7 @@ def _sweep(output_dir: Path) -> None:
         if LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             print(f"Removing {path.name}, left behind by a run that was killed", flush=True)
             shutil.rmtree(path)
-        elif path.name.startswith(PROBE):
+        elif path.name.startswith(PROBE) or LEFT_OVER_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
@@ -114,10 +136,13 @@ def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a JSON-lines file, without the last line of a killed run if it is incomplete."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and "step" in line]
+    if not path.exists():
+        return []
+    with check_regular(path).open(encoding="utf-8", errors="replace") as file:
+        while line := file.readline(LINE_CHARACTERS):
+            with suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 def cut_lines(path: Path, steps_done: int) -> None:
@@ -125,9 +150,7 @@ def cut_lines(path: Path, steps_done: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_lines(path) if line["step"] <= steps_done]
-    replacement = path.with_name(f".{path.name}")
-    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    replacement.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def set_metrics_aside(output_dir: Path, prefix: str, keep: bool) -> None:

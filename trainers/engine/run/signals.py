@@ -20,10 +20,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.errors import Interrupted
 
-EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
+EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGHUP: 129}
 FAULT, DIVERGED = 100, 101  # further reasons, larger than any signal: the ranks agree on the largest
 LAST_SIGNAL = 3  # the first two request a stop, the third kills the process
 WAY_ON = "continue with base.resume_from_checkpoint=latest"
@@ -39,23 +38,19 @@ class Abandoned(BaseException):
 class StopSignals:
     """Collects requests to stop; the loop calls `agreed` once per step, whose reduce carries votes on checkpoints too.
 
-    Outside the steps a signal ends the run at once. Several processes agree through a separate process group on the
-    CPU, so no step waits for a device; the answer is one call old.
+    Outside the steps a signal ends the run at once; it is remembered first, as a library may swallow the exception, or
+    turn it into one of its own, and is looked at again between the stages of the start, and at the end.
+
+    Several processes agree through a separate process group on the CPU, so no step waits for a device; the answer is
+    one call old.
     """
 
     # steps of the newest checkpoint whose files are written by this rank (infinite if it never writes), and by all
     written = written_by_all = math.inf
 
-    def __init__(self, accelerator: Accelerator, base: BaseConfig) -> None:
-        self.main = accelerator.is_main_process
-        self.timeout = base.collective_timeout
-        place = accelerator.process_index / accelerator.num_processes
-        self.dump_after = (0.9 + 0.08 * place) * self.timeout  # one after another, or the stack dumps would mix
+    def __init__(self, collective_timeout: float) -> None:
+        self.main, self.timeout = True, collective_timeout
         self.group: dist.ProcessGroup | None = None
-        if accelerator.num_processes > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
-            assert isinstance(group, dist.ProcessGroup)  # all ranks are members
-            self.group = group
         self.work: dist.Work | None = None
         self.armed = -math.inf  # when the stack dump was last postponed
         self.asked, self.text = 0, ""  # reason of this rank
@@ -70,25 +65,43 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self.handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
-            self.handlers = {number: signal.signal(number, self._receive) for number in EXIT_CODES}
+            wanted = set(EXIT_CODES) - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set())
+            self.handlers = {number: signal.signal(number, self._receive) for number in wanted}  # nohup ignores HUP
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def join(self, accelerator: Accelerator) -> None:
+        """Takes part in the agreement of the launched processes. Collective."""
+        self.main = accelerator.is_main_process
+        place = accelerator.process_index / accelerator.num_processes
+        self.dump_after = (0.9 + 0.08 * place) * self.timeout  # one after another, or the stack dumps would mix
+        if accelerator.num_processes > 1:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+            assert isinstance(group, dist.ProcessGroup)  # all ranks are members
+            self.group = group
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if kind is None or issubclass(kind, Exception):
+            self.raise_if_asked()
+
+    def raise_if_asked(self) -> None:
+        """Raises Interrupted, outside of the steps, for a signal whose own exception was lost on its way."""
+        if 0 < self.asked < FAULT and not self.waits:
+            name = signal.Signals(self.asked).name
+            raise Interrupted(f"ended by {name} outside of the steps; {WAY_ON}", EXIT_CODES[self.asked]) from None
 
     def _receive(self, number: int, frame: object) -> None:
         self.received += 1
         if self.received >= LAST_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        name = signal.Signals(number).name
-        if not self.waits:
-            raise Interrupted(f"ended by {name} outside of the steps; {WAY_ON}", EXIT_CODES[number])
         self.ask(number)
+        self.raise_if_asked()
         if self.main:
-            os.write(STDERR, f"\n{name}: finishing the step, then saving\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(STDERR, f"\n{signal.Signals(number).name}: finishing the step, then saving\n".encode())
 
     def ask(self, reason: int, text: str = "") -> None:
         """Requests a stop of all ranks: because of a signal, a FAULT (saves first) or DIVERGED (does not save)."""
@@ -120,6 +133,7 @@ class StopSignals:
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """Yields the steps from first to last - 1, during which signals wait; ends once a stop is agreed on."""
+        self.raise_if_asked()
         self.waits, self.steps_done = True, first
         for step in range(first, last):
             self.steps_done = step + 1  # true when the loop asks for the next step, or ends

@@ -65,8 +65,8 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
-    """Says where the pipeline is, how to load and sample it, and what was unreadable. Collective."""
+def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData, lost_writes: int) -> str:
+    """Says where the pipeline is, how to load and sample it, and what could not be read or written. Collective."""
     folders, output_dir = ctx.folders, ctx.output_dir
     usage = trainer.usage_of(folders.paths[0] if folders.several else output_dir)
     if bad := train_set.bad_count:
@@ -74,6 +74,8 @@ def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData) -> str:
     if any(counts := skipped(train_set).values()):
         shards, images = counts
         usage += f"\n\nNOTE: skipped as unreadable: {images} images, and the remainder of {shards} shards"
+    if lost_writes:
+        usage += f"\n\nNOTE: {lost_writes} pictures or entries of trackers could not be written"
     place = folders.places[0] if folders.several else output_dir
     return f"The pipeline is in {place}. To load and sample it:\n\n{textwrap.indent(usage, '  ')}\n"
 

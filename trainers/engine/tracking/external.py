@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainers.engine.config.config import RunConfig
+from trainers.engine.run.files import write_text
 
 RUN_ID_FILES = "*-run-id"  # in logging_dir; removed when a run leaves the branch that a service holds
 
@@ -56,7 +57,7 @@ class ExternalTracker(ABC):
         """The id under which a service continues this run on resume; a new one from step 0."""
         path = self.logging_dir / RUN_ID_FILES.replace("*", service)
         if not (self.start_step and path.is_file()):
-            path.write_text(secrets.token_hex(4), encoding="utf-8")
+            write_text(path, secrets.token_hex(4))
         return path.read_text(encoding="utf-8")
 
 

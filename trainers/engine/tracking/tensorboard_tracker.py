@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -12,20 +15,31 @@ class TensorBoardTracker(ExternalTracker):
     """Event files in logging_dir/<tracker_project>."""
 
     def start(self) -> None:
-        folder = self.logging_dir / self.run.base.tracker_project
+        self.folder = str(self.logging_dir / self.run.base.tracker_project)
         # purge_step hides what an interrupted run wrote later
-        self.writer = SummaryWriter(str(folder), purge_step=self.start_step + 1)
+        self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)
         if self.start_step == 0:  # as text: TensorBoard's hparams take no lists and dicts, and make a second run
             self.writer.add_text("config", f"```yaml\n{self.run.as_yaml()}```", 0)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+        with self._reopened():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
 
     def log_grids(self, grids: dict[str, Tensor], step: int) -> None:
-        for name, grid in grids.items():
-            self.writer.add_image(name, opaque_pixels(grid), step, dataformats="HWC")
+        with self._reopened():
+            for name, grid in grids.items():
+                self.writer.add_image(name, opaque_pixels(grid), step, dataformats="HWC")
+
+    @contextmanager
+    def _reopened(self) -> Iterator[None]:
+        """Begins another file after a failed write, as the thread of the old one has ended."""
+        try:
+            yield
+        except OSError:
+            self.writer = SummaryWriter(self.folder)
+            raise
 
     def close(self) -> None:
         self.writer.close()

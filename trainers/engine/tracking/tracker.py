@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from datasets_lib.foreign import shown
 from trainers.engine.config.config import RunConfig
+from trainers.engine.config.trust import RUN_CONFIG
 from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.run.context import RunContext
-from trainers.engine.run.run_folder import INDEX_FILES, METRICS, SKIPPED_STEPS, cut_lines, read_lines, set_metrics_aside
+from trainers.engine.run.files import append_line, new_file, write_text
+from trainers.engine.run.run_folder import (
+    INDEX_FILES,
+    METRICS,
+    SAMPLES,
+    SKIPPED_STEPS,
+    cut_lines,
+    read_lines,
+    set_metrics_aside,
+)
+from trainers.engine.run.signals import FAULT
 from trainers.engine.tracking import COMBINED, TRACKERS
 from trainers.engine.tracking.external import ExternalTracker
 from trainers.engine.tracking.meters import take_peak_memory
@@ -28,6 +39,7 @@ class Tracker:
 
     def __init__(self, ctx: RunContext, start_seconds: dict[str, float]) -> None:
         accelerator, run, output_dir, start_step = ctx.accelerator, ctx.run, ctx.output_dir, ctx.clock.origin_step
+        self.ctx = ctx
         self.accelerator, self.device = accelerator, accelerator.device
         self.output_dir, self.start_step, self.metrics_file = output_dir, start_step, output_dir / METRICS
         self.peak_of_steps = 0.0  # memory of those that were not logged yet
@@ -35,6 +47,7 @@ class Tracker:
         self.latest: dict[str, Any] = {}  # the newest value of each metric, for the model card
         self.grids: list[Path] = []  # the newest grids
         self.trackers: list[ExternalTracker] = []  # on the main process
+        self.lost_writes = 0  # of pictures and trackers
         self.logged_at = run_on_main(accelerator, lambda: self._open(run, start_step))
 
     def _open(self, run: RunConfig, start_step: int) -> dict[str, int]:
@@ -45,7 +58,7 @@ class Tracker:
             module, _, cls = TRACKERS[name].partition(":")
             self.trackers.append(getattr(importlib.import_module(module), cls)(run, self.output_dir, start_step))
             self.trackers[-1].start()
-        (self.output_dir / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
+        write_text(self.output_dir / RUN_CONFIG, run.as_yaml())
         return logged_at
 
     def _resume_logs(self, start_step: int) -> dict[str, int]:
@@ -59,9 +72,10 @@ class Tracker:
         if start_step == 0:
             return logged_at
         for line in read_lines(self.metrics_file):
-            self.latest |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
+            numbers = {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
+            self.latest |= {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
             logged_at |= dict.fromkeys(line, line["step"])
-        pictures = sorted((self.output_dir / "samples").glob("*-step-*.png"))
+        pictures = sorted((self.output_dir / SAMPLES).glob("*-step-*.png"))
         self.grids = list({path.name.rpartition("-step-")[0]: path for path in pictures}.values())
         return logged_at
 
@@ -75,7 +89,7 @@ class Tracker:
 
     def close(self) -> None:
         while self.trackers:
-            self.trackers.pop().close()
+            self._optional(self.trackers.pop().close)
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[dict[str, float]]:
@@ -99,12 +113,24 @@ class Tracker:
             return
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
         try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.ctx.held.check()
+            append_line(self.metrics_file, line)
         except OSError as error:
-            raise OSError(f"{self.metrics_file} cannot be written: {error}") from None
+            if not self.ctx.stop.waits:
+                raise
+            self.ctx.stop.ask(FAULT, str(error))  # saves first, wherever that is possible
         for tracker in self.trackers:
-            tracker.log(values, step)
+            self._optional(tracker.log, values, step)
+
+    def _optional(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Writes what is not worth a run: a failure is a warning, once, and counted."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            self.lost_writes += 1
+            if self.lost_writes == 1:
+                what = "pictures or a tracker's files cannot be written, and the run goes on without them"
+                print(f"WARNING: {what}: {shown(error)}", flush=True)
 
     def log_grids(self, grids: dict[str, Tensor], step: int) -> None:
         """Saves pictures [C, H, W] in [0, 1] as samples/<name>-step-<step>.png and sends them to the trackers."""
@@ -112,19 +138,23 @@ class Tracker:
             return
         from torchvision.utils import save_image
 
+        def save(name: str, grid: Tensor) -> None:
+            path = self.output_dir / SAMPLES / f"{name}-step-{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            with new_file(path) as file:
+                save_image(grid, file, "PNG")
+            self.grids.append(path)
+
         self.grids = []
         for name, grid in grids.items():
-            path = self.output_dir / "samples" / f"{name}-step-{step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            save_image(grid, path)
-            self.grids.append(path)
+            self._optional(save, name, grid)
         for tracker in self.trackers:
-            tracker.log_grids(grids, step)
+            self._optional(tracker.log_grids, grids, step)
 
     def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
         for tracker in self.trackers:
-            tracker.log_table(requests, pictures, step)
+            self._optional(tracker.log_table, requests, pictures, step)
 
     def log_pipeline(self, names: list[str], metadata: dict[str, Any]) -> None:
         for tracker in self.trackers:
-            tracker.log_pipeline([self.output_dir / name for name in names], metadata)
+            self._optional(tracker.log_pipeline, [self.output_dir / name for name in names], metadata)
