@@ -398,3 +398,42 @@ def test_a_skipped_step_that_no_run_writes(run, line):
     (run / "skipped_steps.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit, match="skipped_steps.jsonl: .*: is not a line that a run writes; remove it"):
         run_script(replay, run, 2)
+
+
+def test_a_key_cannot_print_a_line_of_its_own(tmp_path, capsys):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"base": {"a\nerror: fake \x1b[2J": 1}, "ddpm": {"x\ry": 2}}))
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "base.a\\nerror: fake \\x1b[2J = 1: unknown option" in error
+    assert "ddpm.x\\ry = 2: unknown option" in error
+    path.write_text(json.dumps({"base": {}, "t\nerror: fake": {}}))
+    assert main([str(path)]) == 2
+    assert "t\\nerror: fake: no such task" in capsys.readouterr().err
+
+
+# --- what goes out
+
+
+def test_a_card_holds_no_path_of_the_machine(run_in_process, tmp_path):
+    folder = run_in_process("`x` <b>y", **{"base.cache_dir": None, "base.encoder_cache_dir": None})
+    card = (folder / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "# `x` &lt;b&gt;y" in card
+    assert 'from_pretrained("`x` <b>y")' in card
+
+
+def test_weights_that_are_not_finite_are_not_exported(run, capsys):
+    """A finished run whose checkpoint was changed: nothing is trained, and its pipeline would be written again."""
+    from safetensors.torch import load_file, save_file
+
+    for file in run.glob("checkpoint-*/unet*/diffusion_pytorch_model.safetensors"):
+        tensors = load_file(file)
+        next(iter(tensors.values()))[0] = float("nan")
+        save_file(tensors, file, metadata={"format": "pt"})
+        reseal(file.parents[1])
+    options = [f"base.output_dir={run}", "base.checkpointing_steps=3", "base.resume_from_checkpoint=latest"]
+    before = sha256(run / "unet" / "diffusion_pytorch_model.safetensors")
+    assert main([str(tiny("conditional_ddpm")), *options]) == 1
+    assert "the pipeline is not written: unet." in capsys.readouterr().err
+    assert sha256(run / "unet" / "diffusion_pytorch_model.safetensors") == before

@@ -124,7 +124,7 @@ def _refused(arguments: argparse.Namespace) -> Iterator[str]:
         if getattr(arguments, name, None):
             yield f"--{name.replace('_', '-')}"
     for name, most in MOST.items():
-        if (value := getattr(arguments, name, None)) is not None and float(value) > most:
+        if (value := getattr(arguments, name, None)) is not None and not _at_most(value, most):
             yield f"--{name.replace('_', '-')} {shown(value)} (at most {most:,})"
     given, problems = parse_overrides(arguments.overrides if hasattr(arguments, "overrides") else [])
     yield from map(shown, problems)
@@ -134,3 +134,10 @@ def _refused(arguments: argparse.Namespace) -> Iterator[str]:
             harmless = (NOTHING, int, float, str) if name in MAY_BE_TEXT else (NOTHING, int, float)
             if not all(isinstance(item, harmless) for item in items):
                 yield f"{shown(section)}.{shown(name)}"
+
+
+def _at_most(value: int | str, most: int) -> bool:
+    try:
+        return float(value) <= most  # not for NaN
+    except ValueError:
+        return False

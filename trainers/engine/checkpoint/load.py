@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from datasets_lib.foreign import read_json
+from datasets_lib.foreign import read_json, shown
 from trainers.engine.checkpoint.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
 from trainers.engine.checkpoint.state_file import MOST_BYTES
 from trainers.engine.distributed import sharding
@@ -40,7 +40,7 @@ def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "")
         saved, own = weights[name], trained_state(network)
         differing = sorted(saved.keys() ^ own.keys()) or [key for key in own if saved[key].shape != own[key].shape]
         if differing:
-            count = f"{len(differing)} tensors differ, first {differing[0]}"
+            count = f"{len(differing)} tensors differ, first {shown(differing[0])}"
             raise ValueError(f"{folder / f'{name}{suffix}'} does not fit this run's network: {count}")
     return weights
 

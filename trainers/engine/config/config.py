@@ -109,13 +109,14 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
     if "base" not in document:
         problems.append("base: this section is missing; it holds output_dir, data and durations")
     if len(tasks) != 1:
-        found = ", ".join(tasks) or "none"
+        found = ", ".join(map(shown, tasks)) or "none"
         problems.append(f"sections: apart from base, exactly one section must name the task ({known}), found {found}")
     for name in [*document, *given]:
         if name not in document:
-            problems.append(f"{name}: an override names this section, the file has {', '.join(map(str, document))}")
+            has = ", ".join(map(shown, document))
+            problems.append(f"{shown(name)}: an override names this section, the file has {has}")
         elif not isinstance(document[name], dict | None):
-            problems.append(f"{name} = {_show(document[name])}: must be a mapping of options to values")
+            problems.append(f"{shown(name)} = {_show(document[name])}: must be a mapping of options to values")
     if problems:
         raise ConfigError(*problems)
     for name in document:
@@ -138,7 +139,7 @@ def find_trainer(task: str, trainer_class: str | None = None, trust: Trust = OWN
     """Imports a task's Trainer: `base.trainer_class` if given, else from TRAINERS; ConfigError if there is none."""
     if trainer_class is None and task not in TRAINERS:
         raise ConfigError(
-            f"{task}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
+            f"{shown(task)}: no such task; allowed: {', '.join(TRAINERS)}; did you mean {nearest(task, TRAINERS)}? "
             'For your own class set base.trainer_class: "package.module:Class"'
         )
     given = f"base.trainer_class = {shown(trainer_class)}"
@@ -204,14 +205,14 @@ def _check_section(section: str, values: dict, schemas: Schemas) -> tuple[dict[s
 
 def _unknown_option(section: str, key: str, value: Any, schemas: Schemas) -> list[str]:
     """Says what to write instead; nothing for an option of an earlier version whose meaning is the default now."""
-    known, shown = options(schemas[section]), f"{section}.{key} = {_show(value)}"
+    known, given = options(schemas[section]), f"{section}.{shown(key)} = {_show(value)}"
     for old, (name, now) in schemas[section].replaced.get(key, {}).items():
         if old == value:
-            return [] if now == known[name].default else [f"{shown}: has been replaced; write {name}: {now}"]
+            return [] if now == known[name].default else [f"{given}: has been replaced; write {name}: {now}"]
     for other, schema in schemas.items():
         if key in options(schema):
-            return [f"{shown}: unknown option; it belongs in section {other}"]
-    return [f"{shown}: unknown option; did you mean {section}.{nearest(key, known)}?"]
+            return [f"{given}: unknown option; it belongs in section {other}"]
+    return [f"{given}: unknown option; did you mean {section}.{nearest(key, known)}?"]
 
 
 def _unknown_changes(allowed: list[str], schemas: Schemas) -> Iterator[str]:

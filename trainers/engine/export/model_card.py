@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
+
+from datasets_lib.foreign import shown
 from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig
 from trainers.engine.run.context import RunContext
@@ -18,7 +23,7 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
     from huggingface_hub import ModelCard, ModelCardData
 
     output_dir = tracker.output_dir
-    data = run.base.dataset_name or run.base.dataset or run.base.train_data_dir or ""
+    name, data = output_dir.resolve().name, run.base.dataset_name or run.base.dataset or run.base.train_data_dir or ""
     on_hub = run.base.dataset_name is not None and not Path(data).exists()
     header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
     pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracker.grids]
@@ -30,19 +35,34 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
     rows = [f"| {name} | {value:.6g} |" for name, value in found]
     sections = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {output_dir.resolve().name}",
-        f"Trained with diffloop: task `{run.task}`, data `{data if on_hub else Path(data).name}`.",
+        f"# {html.escape(shown(name))}",
+        f"Trained with diffloop: task `{run.task}`, data `{_in_code(data if on_hub else Path(data).name)}`.",
         *pictures,
         "## Use",
         f"```python\n{trainer.usage_of(location)}\n```",
         "## Final metrics",
         "\n".join(["| metric | value |", "|---|---|", *rows]),
         "## Configuration",
-        f"```yaml\n{run.as_yaml()}```",
+        f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(_without_paths(run.as_dict())))}```",
     ]
     text = "\n\n".join(sections) + "\n"
     ModelCard(text)  # raises ValueError if the hub would refuse the header
     write_text(output_dir / "README.md", text)
+
+
+def _in_code(text: str) -> str:
+    """Returns a text for a code span, which it cannot end."""
+    return shown(text).replace("`", "'")
+
+
+def _without_paths(value: Any) -> Any:
+    """Leaves of every path of this machine the last part: a card is published with the pipeline."""
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    is_path = isinstance(value, str) and value.startswith(("/", "~", "file:"))
+    return Path(value).name if is_path else value
 
 
 def check_hub_login(push_to_hub: bool) -> None:
@@ -59,7 +79,7 @@ def publish(ctx: RunContext, trainer: Trainer, tracker: Tracker, pipeline_files:
     if not ctx.accelerator.is_main_process:
         return
     if not ctx.run.base.push_to_hub:
-        write_card(ctx.run, trainer, ctx.output_dir, tracker)
+        write_card(ctx.run, trainer, _without_paths(str(ctx.output_dir)), tracker)
         return
     from huggingface_hub import HfApi
 

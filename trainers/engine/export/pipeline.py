@@ -8,6 +8,7 @@ import shutil
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from datasets_lib.foreign import shown
 from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.snapshot import TrainState, full_tensor
 from trainers.engine.distributed.collectives import run_on_main
@@ -42,6 +43,8 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
     staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
 
     def write() -> list[str]:
+        for name, values in weights.items():
+            _refuse_not_finite(name, values)
         trainer.unwrapped = {name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()}
         try:
             trainer.save_pipeline(staging)
@@ -55,6 +58,15 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
         return names
 
     return run_on_main(ctx.accelerator, write)
+
+
+def _refuse_not_finite(name: str, values: dict[str, Tensor]) -> None:
+    """Raises ValueError for weights that are not finite, such as those of a checkpoint that somebody sent."""
+    for key, value in values.items():
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
+            raise ValueError(
+                f"the pipeline is not written: {name}.{shown(key)} is not finite; continue from an earlier checkpoint"
+            )
 
 
 def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
