@@ -232,4 +232,6 @@ def _fail(error: object, code: int) -> int:
 
 
 if __name__ == "__main__":
+    if sys.path[0] == str(Path(__file__).resolve().parent):  # where runs and data lie, too, in folders that are no code
+        del sys.path[0]
     sys.exit(main())

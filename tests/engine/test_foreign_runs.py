@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from repository import tiny
+from repository import ROOT, tiny
 from run_folders import steps_of
 from script_calls import run_script
 
@@ -437,3 +440,67 @@ def test_weights_that_are_not_finite_are_not_exported(run, capsys):
     assert main([str(tiny("conditional_ddpm")), *options]) == 1
     assert "the pipeline is not written: unet." in capsys.readouterr().err
     assert sha256(run / "unet" / "diffusion_pytorch_model.safetensors") == before
+
+
+def test_what_a_run_was_logged_as_does_not_write_into_its_card(run, capsys):
+    """Names of metrics and of pictures in the folder of an earlier start."""
+    (run / "metrics.jsonl").open("a").write(json.dumps({"step": 6, "a | b\n# Fake\n": 1.5}) + "\n")
+    (run / "samples" / "](x) <b>-step-000006.png").write_bytes(b"")
+    options = [f"base.output_dir={run}", "base.checkpointing_steps=3", "base.resume_from_checkpoint=latest"]
+    assert main([str(tiny("conditional_ddpm")), *options]) == 0
+    card = (run / "README.md").read_text()
+    assert "Fake" not in card
+    assert "<b>" not in card
+
+
+def test_left_overs_and_what_a_folder_holds_are_shown_escaped(run, capsys):
+    (run / ".tmp-checkpoint-9-\x1b[2J").mkdir()
+    (run / "a\nerror: fake").mkdir()
+    config, folder = str(tiny("conditional_ddpm")), f"base.output_dir={run}"
+    assert main([config, folder]) == 1
+    captured = capsys.readouterr()
+    assert "Removing .tmp-checkpoint-9-\\x1b[2J, left behind" in captured.out
+    assert "a\\nerror: fake" in captured.err
+
+
+def test_the_id_of_a_service_is_not_read_through_a_link(run, tmp_path):
+    """It would be sent there."""
+    from trainers.engine.tracking.external import ExternalTracker
+
+    class Service(ExternalTracker):
+        def start(self):
+            pass
+
+        def log(self, values, step):
+            pass
+
+    config = load_config(tiny("conditional_ddpm"))
+    (tmp_path / "key").write_text("private")
+    path = run / "logs" / "wandb-run-id"
+    path.symlink_to(tmp_path / "key")
+    assert "private" not in Service(config, run, 6).run_id("wandb")
+    assert not path.is_symlink()
+    assert (tmp_path / "key").read_text() == "private"
+    kept = path.read_text()
+    assert Service(config, run, 6).run_id("wandb") == kept
+    path.write_text("x" * 1000)
+    assert len(Service(config, run, 6).run_id("wandb")) == 8
+
+
+AS_PYTHON_STARTS_IT = """
+import runpy, sys
+sys.path[0], sys.argv = sys.argv[1].rpartition("/")[0], [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(sys.path)
+"""
+
+
+@pytest.mark.parametrize("file", ["train.py", "scripts/sample.py"])
+def test_the_folder_of_runs_is_on_no_import_path(tmp_path, file):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", AS_PYTHON_STARTS_IT, str(ROOT / file)]
+    found = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    paths = ast.literal_eval(found.stdout.splitlines()[-1])
+    assert ROOT not in [Path(path).resolve() for path in paths if path], found.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.foreign import shown
 from trainers.base import Trainer
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def class_numbers(option: str, classes: Sequence[str | int], names: list[str], n
     known = {str(number): number for number in range(num_classes)} | {n: i for i, n in enumerate(names)}
     for item in classes:
         if item not in (known if isinstance(item, str) else range(num_classes)):
-            allowed = f"0 to {num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
+            allowed = f"0 to {num_classes - 1}" + (f", or {', '.join(map(shown, names))}" if names else "")
             raise ValueError(f"{option}: {item!r} is no class; allowed: {allowed}")
     return [item if isinstance(item, int) else known[item] for item in classes]
 

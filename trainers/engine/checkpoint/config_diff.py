@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets_lib.example import ImageData, StreamData
+from datasets_lib.foreign import shown
 from trainers.engine.config.config import RunConfig
 from trainers.engine.config.schema import coerce, options
 from trainers.engine.optim.optimizer import learning_rate_schedule
@@ -43,8 +44,8 @@ def find_changes(
         found.append(Change(("global_batch_size",), text))
     data = [(state["num_examples"], state["fingerprint"]), (clock.num_examples, train_set.fingerprint)]
     if data[0] != data[1]:
-        shown = [f"{'a stream' if count is None else f'{count} examples'} ({key})" for count, key in data]
-        found.append(Change(("dataset",), f"data set: {shown[0]} -> {shown[1]}"))
+        texts = [f"{'a stream' if count is None else f'{count} examples'} ({shown(key)})" for count, key in data]
+        found.append(Change(("dataset",), f"data set: {texts[0]} -> {texts[1]}"))
     if state.get("stream") and isinstance(train_set, StreamData):
         found += _reader_change(state["stream"], clock, train_set)
     return [*found, *_length_change(state, run, clock)], harmless

@@ -100,7 +100,7 @@ def _sweep(output_dir: Path) -> None:
     """Removes temporary files of a run that died while writing; that we hold the lock shows that it is dead."""
     for path in sorted(output_dir.iterdir()):
         if LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            print(f"Removing {path.name}, left behind by a run that was killed", flush=True)
+            print(f"Removing {shown(path.name)}, left behind by a run that was killed", flush=True)
             shutil.rmtree(path)
         elif path.name.startswith(PROBE) or LEFT_OVER_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -111,8 +111,9 @@ def refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
     held = sorted(path.name for path in output_dir.iterdir() if path.is_dir() or path.name in RUN_FILES)
     held = [] if held == [base.logging_dir] else held  # left behind by a failed start
     if held and not base.resume_from_checkpoint:
+        names = ", ".join(map(shown, held[:5]))
         raise ValueError(
-            f"base.output_dir = {output_dir}: holds a run or other folders already ({', '.join(held[:5])}); continue "
+            f"base.output_dir = {output_dir}: holds a run or other folders already ({names}); continue "
             "with base.resume_from_checkpoint=latest, choose another base.output_dir, or remove the folder"
         )
 

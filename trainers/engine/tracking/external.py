@@ -16,6 +16,8 @@ from trainers.engine.run.files import write_text
 
 RUN_ID_FILES = "*-run-id"  # in logging_dir; removed when a run leaves the branch that a service holds
 
+ID_BYTES = 100
+
 
 class ExternalTracker(ABC):
     """Shows a run somewhere; lives on the main process only.
@@ -56,8 +58,9 @@ class ExternalTracker(ABC):
     def run_id(self, service: str) -> str:
         """The id under which a service continues this run on resume; a new one from step 0."""
         path = self.logging_dir / RUN_ID_FILES.replace("*", service)
-        if not (self.start_step and path.is_file()):
-            write_text(path, secrets.token_hex(4))
+        if self.start_step and path.is_file() and not path.is_symlink() and path.stat().st_size < ID_BYTES:
+            return path.read_text(encoding="utf-8")
+        write_text(path, secrets.token_hex(4))  # also for a link, whose content would be sent to the service
         return path.read_text(encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ from trainers.engine.run.signals import FAULT
 from trainers.engine.tracking import COMBINED, TRACKERS
 from trainers.engine.tracking.external import ExternalTracker
 from trainers.engine.tracking.meters import take_peak_memory
+
+METRIC = re.compile(r"[\w/@.-]+")  # the name of a number in the log of an earlier start, which goes into the card
+GRID = re.compile(r"[\w.-]+-step-\d+\.png")
 
 
 class Tracker:
@@ -72,10 +76,10 @@ class Tracker:
         if start_step == 0:
             return logged_at
         for line in read_lines(self.metrics_file):
-            numbers = {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
+            numbers = {k: math.nan if v is None else v for k, v in line.items() if k != "step" and METRIC.fullmatch(k)}
             self.latest |= {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
             logged_at |= dict.fromkeys(line, line["step"])
-        pictures = sorted((self.output_dir / SAMPLES).glob("*-step-*.png"))
+        pictures = sorted(path for path in (self.output_dir / SAMPLES).glob("*.png") if GRID.fullmatch(path.name))
         self.grids = list({path.name.rpartition("-step-")[0]: path for path in pictures}.values())
         return logged_at
 
