@@ -85,7 +85,7 @@ def run_in_process(tiny_config):
     """run(name, task, **options) -> folder of a run that was trained in this process."""
 
     def run(name="run", task="ddpm", **values):
-        folder = train(load_config(tiny_config(task, name, **values)))
+        folder = train(load_config(tiny_config(task, name, **values), trust_code=True))
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         return folder

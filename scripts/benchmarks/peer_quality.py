@@ -63,5 +63,5 @@ def draw_package(package: Package, scale: float) -> list[Batch]:
 
 
 def draw_diffloop(run: RunConfig, scale: float) -> Iterator[Batch]:
-    trainer = load_trainer(open_run(Path(run.base.output_dir)), [f"peer.guidance_scale={scale}"])
+    trainer = load_trainer(open_run(Path(run.base.output_dir), trust_code=True), [f"peer.guidance_scale={scale}"])
     return drawn_pictures(trainer, evaluation_requests(trainer, SAMPLES, None), None, 0, TOGETHER)

@@ -233,7 +233,8 @@ STATES = {
     "config empty": (at("config")({}), "must hold two sections"),
     "config without base": (at("config")({"ddpm": {}, "dit": {}}), "must hold two sections"),
     "a section of text": (at("config", "base")("x"), "config = "),
-    "scaler": (at("scaler")({"scale": "x"}), "scaler = "),
+    "scaler": (at("scaler")({"scale": "x"}), "scaler.scale = x: must be a number"),
+    "scaler infinite": (at("scaler")({"scale": float("inf")}), "scaler.scale = inf: must be a number"),
 }
 
 

@@ -91,6 +91,7 @@ def test_metrics_of_two_processes_are_those_of_one(tmp_path, features):
             *options,
             *split,
             f"{TASK}.model_config={undropped(tmp_path)}",
+            "--trust-code",
             processes=processes,
         )
         assert done.returncode == 0, done.stderr
@@ -417,7 +418,7 @@ class AlwaysThree(nn.Module):
 def test_a_classifier_of_ones_own(trained, run_in_process, tmp_path, monkeypatch):
     torch.jit.script(AlwaysThree()).save(tmp_path / "three.pt")
     options = ["--number", 20, "--features", "none", "--output-dir", tmp_path]
-    call(monkeypatch, evaluate, trained, *options, "--judge", tmp_path / "three.pt")
+    call(monkeypatch, evaluate, trained, *options, "--judge", tmp_path / "three.pt", "--trust-code")
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert (found["class_accuracy"], found["accuracy_by_class"]["3"]) == (0.1, 1.0)
     assert found["class_accuracy_held_out"] == pytest.approx(0.1, abs=0.05)

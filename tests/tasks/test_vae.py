@@ -360,7 +360,17 @@ def test_rfid_in_the_loop_is_that_of_the_script(tmp_path, run_in_process, monkey
     assert set(line) == {"step", "eval/seconds", "eval/peak_memory_gib", "eval/rfid", "eval/rkid"}
     capsys.readouterr()
     perceptual = "vae.perceptual_loss=ms_ssim"
-    run_script(monkeypatch, evaluate, folder, perceptual, "--number", "50", "--features", tmp_path / "features.pt")
+    run_script(
+        monkeypatch,
+        evaluate,
+        folder,
+        perceptual,
+        "--number",
+        "50",
+        "--features",
+        tmp_path / "features.pt",
+        "--trust-code",
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["rfid"] == pytest.approx(line["eval/rfid"], rel=1e-3)
     assert found["rfid"] > 0
@@ -379,7 +389,7 @@ def test_metrics_need_held_out_pictures(trained, tiny_config, tmp_path, monkeypa
     assert expected in capsys.readouterr().err
     torch.jit.script(Features()).save(tmp_path / "features.pt")
     options |= {"base.eval_features": str(tmp_path / "features.pt"), "base.validation_split": 0.002}
-    assert main([str(tiny_config("vae", "few", **options))]) == 1
+    assert main([str(tiny_config("vae", "few", **options)), "--trust-code"]) == 1
     assert "the validation set give 4 pictures, and metrics need 5; set it to null" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="task vae draws no pictures without base.validation_split"):
         run_script(monkeypatch, evaluate, trained, "base.validation_split=null", "--features", "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ FIELDS: dict[str, Any] = {
     "label_names": list[str] | None,
     "meter": dict[str, Any],
     "divergence": dict[str, Any],
-    "scaler": dict[str, float] | None,
+    "scaler": dict[str, Any] | None,
     "config": dict[str, dict[str, Any]],
 }
 METER = {"names": list[str], "windows": list[list[list[float]]]}
@@ -74,6 +75,9 @@ def _checked(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"total_steps = {state['total_steps']}: must be at least step {step}")
     if len(state["config"]) != 2 or "base" not in state["config"]:
         raise ValueError("config: must hold two sections, base and the task's")
+    for name, value in (state["scaler"] or {}).items():  # not converted: torch takes no float for a whole number
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"scaler.{shown(name)} = {shown(value)}: must be a number")
     state["divergence"] = _fields(state["divergence"], DIVERGENCE, "divergence.")
     if state["meter"]:
         state["meter"] = _meter(_fields(state["meter"], METER, "meter."))
