@@ -22,6 +22,7 @@ from datasets_lib.sources.class_images import PriorDataset
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.config.trust import add_trust_argument
+from trainers.engine.run.files import new_file
 from trainers.engine.validation.metrics import spread
 from trainers.inference.animation import centred, contact_sheet
 from trainers.inference.command import command
@@ -95,7 +96,9 @@ def main() -> None:
         print(f"{name}:", *(f"  {title:14} {text}" for title, text in lines), sep="\n")
         bad += len(dataset) - len(usable)
         if name == "train" and usable and "image" in dataset.get(usable[0], None):
-            sheet_of(dataset, [usable[place] for place in spread(len(usable), PICTURES)]).save(options.output)
+            sheet = sheet_of(dataset, [usable[place] for place in spread(len(usable), PICTURES)])
+            with new_file(options.output) as file:
+                sheet.save(file, "PNG")
             print(f"  {'contact sheet':14} {options.output}")
     if bad:
         print(f"\n{bad:,} pictures cannot be used, see above: repair or remove them, or set base.bad_images=skip")

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 import datasets_lib
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.run.files import write_text
+from trainers.engine.run.files import new_file, write_text
 from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import evaluation_requests
@@ -124,7 +124,8 @@ def plot(name: str, rows: list[dict], path: Path) -> None:
         axis.set(xlabel=name, ylabel=COLUMNS[key])
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(path, dpi=110)
+    with new_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
 
@@ -148,7 +149,8 @@ def main() -> None:
     plot(name, rows, arguments.output.with_suffix(".png"))
     columns = {str(number): torch.stack(column) for number, column in enumerate(zip(*pictures, strict=True))}
     picture = labelled_grid(columns, [f"{row['value']} {row['weights']}" for row in rows])
-    save_image(picture, arguments.output.with_name(f"{arguments.output.name}-pictures.png"))
+    with new_file(arguments.output.with_name(f"{arguments.output.name}-pictures.png")) as file:
+        save_image(picture, file, "PNG")
     print(as_table(name, rows), end="")
 
 
