@@ -398,7 +398,9 @@ def test_mistakes_of_a_sweep(trained, run_in_process, tmp_path, monkeypatch):
 
 
 def test_a_run_is_evaluated(trained, tmp_path, features, monkeypatch, capsys):
-    call(monkeypatch, evaluate, trained, "--number", 30, "--features", features, "--output-dir", tmp_path)
+    call(
+        monkeypatch, evaluate, trained, "--number", 30, "--features", features, "--trust-code", "--output-dir", tmp_path
+    )
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert json.loads(capsys.readouterr().out) == found
     assert set(found) == METRICS | FEATURE_METRICS | {"pictures", "real_pictures", "accuracy_by_class"}
@@ -440,7 +442,15 @@ def test_folders_are_evaluated(tmp_path, features, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = (torch.rand(20, 24, 3, generator=generator) * 60 + 150 * (number % 2)).byte()
             Image.fromarray(pixels.numpy()).save(path)
-    arguments = ["--features", features, "--held-out", tmp_path / "held_out", "--output-dir", tmp_path / "out"]
+    arguments = [
+        "--features",
+        features,
+        "--trust-code",
+        "--held-out",
+        tmp_path / "held_out",
+        "--output-dir",
+        tmp_path / "out",
+    ]
     call(monkeypatch, evaluate, tmp_path / "drawn", "--real", tmp_path / "drawn", *arguments)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["fid"] == pytest.approx(0, abs=1e-4)

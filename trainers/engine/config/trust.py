@@ -13,7 +13,6 @@ from datasets_lib.foreign import shown
 from trainers import TRAINERS
 
 RUN_CONFIG = "config.yaml"  # what a run writes its configuration to; every file of this name counts as a run's
-ADVICE = "read it, then allow it with --trust-code"
 
 
 class Trust(NamedTuple):
@@ -43,8 +42,8 @@ class Trust(NamedTuple):
             _say(f"--trust-code: {shown(self.source)} names the code base.{option} = {shown(name)}, which is imported")
             return None
         return (
-            f"names code that is not diffloop's, in {shown(self.source)}; {ADVICE}, or name it yourself: "
-            f"base.{option}={shown(name)}"
+            f"names code that is not diffloop's, in {shown(self.source)}; read it, then allow it with "
+            f"--trust-code, or name it yourself: base.{option}={shown(name)}"
         )
 
     def program_problem(self, spec: str | None) -> str | None:
@@ -54,7 +53,10 @@ class Trust(NamedTuple):
         if self.everything:
             _say(f"--trust-code: {shown(spec)} is a program (TorchScript), which is run")
             return None
-        return f"is a program (TorchScript), which can do anything; {ADVICE}, or give a network's weights instead"
+        return (
+            "is a program (TorchScript), which can do anything; if you trust whoever made it, allow it with "
+            "--trust-code, or give a network's weights instead"
+        )
 
 
 OWN = Trust()  # in the user's own configuration, whose code is imported; programs need --trust-code
