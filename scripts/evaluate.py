@@ -121,7 +121,7 @@ def of_run(arguments: argparse.Namespace) -> Task:
     saved = saved_run_of(arguments)
     trainer = trainer_of(arguments, saved)
     trainer.base.buckets = False  # pictures of one size are compared
-    train_set, held_out = [datasets_lib.build(trainer.base, split) for split in ("train", "validation")]
+    train_set, held_out = [saved.build_data(trainer.base, split) for split in ("train", "validation")]
     requests = evaluation_requests(trainer, arguments.number or 1000, held_out)
     if not requests:
         without = " without base.validation_split" if trainer.draws_held_out and held_out is None else ""

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import datasets_lib
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.engine.validation.grids import grid_of, labelled_grid
 from trainers.engine.validation.metrics import spread
@@ -61,7 +60,7 @@ def of_task(arguments: argparse.Namespace, saved: SavedRun) -> Drawing:
     held_out = None
     if trainer.draws_held_out:
         try:
-            held_out = datasets_lib.build(trainer.base, "validation")
+            held_out = saved.build_data(trainer.base, "validation")
         except (ValueError, OSError) as error:  # such as data that is gone
             print(f"without held-out pictures: {error}", file=sys.stderr)
     requests = trainer.sample_requests(held_out)[: arguments.number]

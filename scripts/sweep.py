@@ -25,7 +25,6 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-import datasets_lib
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.run.files import new_file, write_text
@@ -81,8 +80,9 @@ def sides(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 def sweep(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """Yields a row of metrics, and its pictures, for each value and kind of weights."""
-    chosen, run, cpu = points(arguments), saved_run_of(arguments).config(), torch.device("cpu")
-    sets: Any = datasets_lib.build(run.base, "train"), datasets_lib.build(run.base, "validation")
+    chosen, saved, cpu = points(arguments), saved_run_of(arguments), torch.device("cpu")
+    base = saved.config().base
+    sets: Any = saved.build_data(base, "train"), saved.build_data(base, "validation")
     real, others = [s and describe(pictures_of(s, list(range(len(s))), 500), cpu) for s in sets]
     own, recognise = nearest(others.vectors, real.vectors)[0] if others else None, None
 

@@ -228,7 +228,7 @@ def test_metrics_in_the_loop_need_pictures(vae, tiny_config, capsys):
 
 
 def test_replaying_a_step_of_latents(runs, capsys):
-    run_script(replay, runs[0], 1)
+    run_script(replay, runs[0], 1, "--trust-code")
     text = capsys.readouterr().out
     assert f"loss {float.fromhex(losses(runs[0])[1]):.6g}," in text
     assert "pictures:" not in text
@@ -271,7 +271,7 @@ def test_metrics_want_pictures(runs, capsys):
     run_script(evaluate, runs[1], "--number", 20, "--features", "none")
     assert "class_accuracy" in json.loads(capsys.readouterr().out)
     with pytest.raises(SystemExit, match="the data set holds latents; name the pictures', as with base.dataset="):
-        run_script(evaluate, runs[0], "--number", 20, "--features", "none")
+        run_script(evaluate, runs[0], "--number", 20, "--features", "none", "--trust-code")
     pictures = ["base.dataset=digits", "base.validation_split=0.1"]  # another data set has no arguments of this one
     run_script(evaluate, runs[0], "--number", 20, "--features", "none", *pictures)
     assert "class_accuracy" in json.loads(capsys.readouterr().out)

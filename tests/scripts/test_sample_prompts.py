@@ -432,9 +432,9 @@ def test_pictures_that_cannot_be_drawn_again(call, loras, tmp_path, monkeypatch)
         ({"pinned": {"only": 0, "path": "run", "device": "cpu"}}, "other settings than those"),
         (
             {"command": ["sample", "run", "base.trainer_class=os:x"]},
-            "its settings name code .*draw it by its own command",
+            "its command sets base.trainer_class, which --again does not; draw it yourself",
         ),
-        ({"command": ["sample", "run", "base.dataset=os:x"]}, "its settings name code"),
+        ({"command": ["sample", "run", "base.dataset=os:x"]}, "its command sets base.dataset"),
     ],
 )
 def test_pictures_from_elsewhere(tmp_path, monkeypatch, changes, message):

@@ -59,8 +59,7 @@ def again(picture: Path) -> Path:
     torch.set_num_threads(settings["threads"])  # the order of sums depends on it
     module = importlib.import_module(f"scripts.{script}")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = _parsed(picture, module, words)
-        vars(arguments).update(settings["pinned"], output_dir=Path(folder))
+        arguments = _parsed(picture, module, words, settings["pinned"] | {"output_dir": Path(folder)})
         module.run(arguments)
         made = Image.open(Path(folder) / file)
         save_picture(made, path, read_settings(Path(folder) / file))
@@ -104,10 +103,11 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _parsed(picture: Path, module: Any, words: list[str]) -> argparse.Namespace:
+def _parsed(picture: Path, module: Any, words: list[str], pinned: dict[str, Any]) -> argparse.Namespace:
     """Parses the words of a command; ValueError for an argument that a picture from elsewhere must not choose."""
     try:
         arguments = module.parse(words)
+        vars(arguments).update(pinned)
         refused = list(_refused(arguments))
     except (SystemExit, ConfigError) as error:  # argparse has said why
         raise ValueError(

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+import datasets_lib
+from datasets_lib.example import ImageData
 from datasets_lib.foreign import read_json, shown
 from trainers.base import RunInfo, Trainer
 from trainers.engine.checkpoint.load import put_weights, read_weights
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.checkpoint.state_file import MOST_BYTES, STATE, read_state_file
+from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig, check_config, find_trainer
 from trainers.engine.config.files import read_config_file
 from trainers.engine.config.trust import RUN_CONFIG, Trust
@@ -44,6 +47,12 @@ class SavedRun(NamedTuple):
     def config(self, overrides: list[str] | None = None) -> RunConfig:
         """Checks the run's options with `overrides`; raises ConfigError."""
         return check_config(copy.deepcopy(self.document), overrides, trust=self.trust)
+
+    def build_data(self, base: BaseConfig, split: str) -> ImageData | None:
+        """Builds a split of the run's data; ValueError for a data set whose code is not trusted."""
+        if problem := self.trust.problem("dataset", base.dataset):
+            raise ValueError(f"base.dataset = {shown(base.dataset)}: {problem}")
+        return datasets_lib.build(base, split)
 
 
 def open_run(path: Path, trust_code: bool = False, overrides: Iterable[str] = ()) -> SavedRun:

@@ -49,7 +49,13 @@ def load_config(
 ) -> RunConfig:
     """Reads CONFIG, applies `section.key=value` overrides and checks it; `data_problems` checks the data options."""
     trust = Trust.of_config(Path(path), trust_code, overrides or [])
-    return check_config(read_config_file(Path(path)), overrides, data_problems, trust)
+
+    def problems(base: BaseConfig) -> Iterator[tuple[str, str]]:
+        if problem := trust.problem("dataset", base.dataset):
+            yield "dataset", problem
+        yield from data_problems(base)
+
+    return check_config(read_config_file(Path(path)), overrides, problems, trust)
 
 
 def check_config(
@@ -58,7 +64,7 @@ def check_config(
     data_problems: Check = lambda base: (),
     trust: Trust = OWN,
 ) -> RunConfig:
-    """Checks a document that has been read already; see load_config."""
+    """Checks a document that has been read already; see load_config. Its data set is not imported, and not judged."""
     given, problems = parse_overrides(overrides or [])
     task = _task_of(document, given)
     trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"), trust)
@@ -125,13 +131,9 @@ def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
 
 
 def _untrusted(base: BaseConfig, trust: Trust) -> Iterator[tuple[str, str]]:
-    """Yields the options that name code or programs which may not run."""
-    for option, problem in (
-        ("dataset", trust.problem("dataset", base.dataset)),
-        ("eval_features", trust.program_problem(base.eval_features)),
-        ("eval_classifier", trust.program_problem(base.eval_classifier)),
-    ):
-        if problem:
+    """Yields the options that name programs which may not run."""
+    for option in ("eval_features", "eval_classifier"):
+        if problem := trust.program_problem(getattr(base, option)):
             yield option, problem
 
 
