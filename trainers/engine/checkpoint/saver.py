@@ -69,8 +69,8 @@ class Saver:
         """
         self.wait()
         counts = self.state.nonfinite.state()
-        places = self.folders.on_mains(self.ctx.held.where)
-        self.output_dir = places[self.folders.number]
+        moves = self.folders.on_mains(self.ctx.held.moved_to)
+        self.output_dir = moves[self.folders.number] or self.ctx.output_dir
         final = self.output_dir / f"checkpoint-{steps_done}"
         if self.state.nonfinite.gave_up or all(
             self.folders.on_mains(lambda: final.exists() and not final.is_symlink())
@@ -87,8 +87,7 @@ class Saver:
         if writes:
             self.staged = self.thread.submit(self._write, taken)
         self.step = steps_done
-        moved = next((place for place in places if place != self.ctx.output_dir), None)
-        if moved is not None:
+        for moved in filter(None, moves):
             self.wait()
             raise OSError(
                 f"base.output_dir = {self.ctx.output_dir}: was moved to {moved} during the run; "

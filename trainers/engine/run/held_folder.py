@@ -23,10 +23,10 @@ class HeldFolder:
     def __exit__(self, *error: object) -> None:
         os.close(self.descriptor)
 
-    def where(self) -> Path:
-        """Returns where the folder is now; raises OSError if it was deleted."""
+    def moved_to(self) -> Path | None:
+        """Returns where the folder is now, None for its own path; raises OSError if it was deleted."""
         if self._is(self.path):
-            return self.path
+            return None
         try:
             moved = Path(os.readlink(DESCRIPTORS / str(self.descriptor)))
         except OSError:
@@ -37,7 +37,7 @@ class HeldFolder:
 
     def check(self) -> None:
         """Raises OSError if the folder's path leads elsewhere, or nowhere."""
-        if (place := self.where()) != self.path:
+        if (place := self.moved_to()) is not None:
             raise OSError(f"base.output_dir = {shown(self.path)}: was moved to {shown(place)} during the run")
 
     def _is(self, path: Path) -> bool:
