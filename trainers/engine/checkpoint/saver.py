@@ -72,9 +72,8 @@ class Saver:
         moves = self.folders.on_mains(self.ctx.held.moved_to)
         self.output_dir = moves[self.folders.number] or self.ctx.output_dir
         final = self.output_dir / f"checkpoint-{steps_done}"
-        if self.state.nonfinite.gave_up or all(
-            self.folders.on_mains(lambda: final.exists() and not final.is_symlink())
-        ):
+        written = self.folders.on_mains(lambda: final.exists() and not final.is_symlink())
+        if self.state.nonfinite.gave_up or all(written):
             return
         broken = find_not_finite(self.state.networks, self.state.ema, self.state.optimizer)
         if broken is not None:
