@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from trainers.pretrained import read_model
 from trainers.task_options import TrainerConfig
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ class Trainer(ABC):
         """Loads a finished run for inference: its only network, or what has its networks by name as attributes."""
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(output_dir)
+        return read_model(DiffusionPipeline, output_dir)
 
     def usage_of(self, location: str | Path) -> str:
         """Returns code that loads and samples the result in `location`, for the end of a run and the model card."""

@@ -17,7 +17,9 @@ from tiny_models import model
 
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
-from trainers.common.lora.files import FILE_NAME, SETTINGS_KEY, load_lora, read_about, save_lora
+from trainers.common.lora.files import FILE_NAME, read_about, save_lora
+from trainers.common.lora.header import SETTINGS_KEY
+from trainers.common.lora.loading import load_lora
 from trainers.inference.lora_pipeline import parse_lora
 
 # linear and convolution, inside blocks and at the top, and one that occurs in both kinds of networks' names

@@ -1,0 +1,150 @@
+"""Reads networks and pipelines whose files may come from others: safetensors only, and no code that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets_lib.foreign import check_regular, read_json, shown
+
+INDEX = "model_index.json"
+CONFIGS = (INDEX, "config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+READ = (".json", ".txt", ".safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONFIG_BYTES, TEXT_BYTES = 8 << 20, 64 << 20  # at most, of a config, and of a tokenizer's file
+MOST_LAYERS, MOST_TIMESTEPS = 1000, 100_000  # a network is built, and a noise schedule computed, before it is compared
+
+REFUSED = {  # what makes libraries import, or run, what a file names
+    "auto_map": "names code, which is not run; take a model that needs none",
+    "quantization_config": "says that its weights are quantized; take those in full or half precision",
+}
+
+
+def read_model(
+    kind: Any, source: str | Path, place: str | None = None, subfolder: str | None = None, **options: Any
+) -> Any:
+    """Reads what has weights, by kind.from_pretrained of diffusers or transformers; `place` names it in messages.
+
+    Raises FileNotFoundError if nothing can be read, and ValueError for files that are refused.
+    """
+    place = shown(place or source)
+    if hasattr(kind, "download") and not Path(source).is_dir():  # a pipeline on the hub: checked before it is loaded
+        names = ("revision", "variant", "safety_checker")
+        wanted = {name: options[name] for name in names if name in options}
+        with reading(kind, source, place):
+            source = kind.download(source, use_safetensors=True, **wanted)
+    folder = Path(source) / (subfolder or "")
+    check_files(folder, place)
+    options |= {"subfolder": subfolder} if subfolder else {}
+    _check_size(kind, folder, place)
+    with reading(kind, folder, place):
+        return kind.from_pretrained(source, use_safetensors=True, **options)
+
+
+def read_part(kind: Any, source: str | Path, place: str | None = None, **options: Any) -> Any:
+    """Reads what has no weights as `read_model` does: a tokenizer, a scheduler, a config."""
+    place = shown(place or source)
+    check_files(Path(source), place)
+    with reading(kind, source, place, ""):
+        return kind.from_pretrained(source, **options)
+
+
+@contextmanager
+def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safetensors format") -> Iterator[None]:
+    """Turns whatever a library raises for the files of others into a message."""
+    try:
+        yield
+    except Exception as error:
+        reason = shown((str(error).strip() or type(error).__name__).splitlines()[0])
+        pickles = [path.name for path in Path(source).glob("*") if path.suffix in PICKLES]
+        advice = "give a local folder, or a hub name that can be reached"
+        if pickles and not any(Path(source).glob("*.safetensors")):
+            advice = (
+                f"{shown(pickles[0])} is not read, because such a file can run code; if you trust it, convert it: "
+                f"{kind.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+            )
+        what = f"no {kind.__name__}{wanted} could be read"
+        raise FileNotFoundError(f"{place}: {what}; {advice} ({reason})") from None
+
+
+def check_files(folder: Path, place: str) -> None:
+    """Raises ValueError or OSError for files that could hang a reader, fill the memory or name code; none is imported.
+
+    A hub name is no folder, and passes.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ and path.exists():  # a link may lead nowhere
+            check_regular(path)
+        if path.suffix in READ[:2] and path.exists() and path.stat().st_size > TEXT_BYTES:
+            raise ValueError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {TEXT_BYTES:,} are read")
+    index = folder / INDEX
+    for name in _components(read_config(index), index) if index.is_file() else ():
+        check_files(folder / name, place)
+    for name in CONFIGS[1:]:
+        if (folder / name).is_file():
+            _check_config(folder / name)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; OSError or ValueError for anything else."""
+    found = read_json(path, CONFIG_BYTES)
+    if not isinstance(found, dict):
+        raise ValueError(f"{shown(path)}: must hold a JSON object, found {shown(type(found).__name__)}")
+    return found
+
+
+def _check_config(path: Path) -> None:
+    config = read_config(path)
+    for key, problem in REFUSED.items():
+        if config.get(key):
+            raise ValueError(f"{shown(path)}: its {key} {problem}")
+    for key, value in config.items():
+        most = MOST_LAYERS if "layers" in key else MOST_TIMESTEPS if key == "num_train_timesteps" else None
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        if most is not None and max(numbers, default=0) > most:
+            raise ValueError(f"{shown(path)}: {shown(key)} = {shown(value)}, and at most {most:,} is allowed")
+
+
+def _components(index: dict[str, Any], path: Path) -> Iterator[str]:
+    """Yields the names of a pipeline's parts; ValueError for a class outside of diffusers and transformers."""
+    from diffusers import pipelines
+
+    name = index.get("_class_name")
+    if not isinstance(name, str | None):
+        raise ValueError(f"{shown(path)}: _class_name = {shown(name)} names code, which is not run")
+    for part, value in index.items():
+        if not isinstance(value, list):
+            continue
+        known = len(value) == 2 and all(isinstance(text, str | None) for text in value)
+        if not known or not (value[0] in (None, "diffusers", "transformers") or hasattr(pipelines, value[0])):
+            raise ValueError(
+                f"{shown(path)}: {shown(part)} = {shown(value)} must be [library, class] of diffusers or transformers; "
+                "code that a pipeline brings along is not run"
+            )
+        if not part.isidentifier():
+            raise ValueError(f"{shown(path)}: {shown(part)} is no name of a part of a pipeline")
+        if value[0] is not None:
+            yield part
+
+
+def _check_size(kind: Any, folder: Path, place: str) -> None:
+    """Raises ValueError if a network would have more weights than its files can hold: its memory is not asked for."""
+    import torch
+
+    files = list(folder.glob("*.safetensors"))
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module) and files):
+        return
+    build: Any = kind
+    with reading(kind, folder, place), torch.device("meta"):
+        if hasattr(kind, "from_config"):  # of diffusers
+            network = build.from_config(build.load_config(folder))
+        else:
+            network = build(build.config_class.from_pretrained(folder))
+    weights, held = sum(value.numel() for value in network.parameters()), sum(path.stat().st_size for path in files)
+    if weights > held:
+        found = f"its config makes a network of {weights:,} weights, and its files have {held:,} bytes"
+        raise ValueError(f"{place}: {found}; take a folder whose files belong together")
