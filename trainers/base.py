@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -61,6 +61,8 @@ class Encoder:
     constants: tuple[Any, ...] = ()
     optional: bool = False  # whether a batch may lack the column
     default: Any = None  # the value of examples that lack it; None: an error
+    shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)  # of its rows; None for sizes that vary
+    dtype: torch.dtype | None = None  # of its rows; rows of a cache are compared with both
 
 
 @dataclass(kw_only=True)

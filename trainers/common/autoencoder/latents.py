@@ -124,7 +124,10 @@ class LatentSpace:
 
         writes = (f"{column}mean", f"{column}logvar")
         optional = column != ""  # such as class images, which only training examples have
-        return Encoder(f"{column}image", writes, lambda: self.vae, write, source, cache, optional=optional)
+        sizes = (None, None) if self.base.buckets else self.grid.shape[1:]
+        found = Encoder(f"{column}image", writes, lambda: self.vae, write, source, cache, optional=optional)
+        found.shapes, found.dtype = dict.fromkeys(writes, (self.grid.channels, *sizes)), self.vae_dtype
+        return found
 
     def draw(self, batch: dict[str, Any], rng: RandomSource, column: str = "") -> Tensor:
         """Samples scaled latents [B, c, h, w] from the posteriors in `<column>mean` and `<column>logvar`."""

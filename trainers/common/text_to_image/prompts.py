@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainers.base import CacheKind, Encoder
 from trainers.common.text_to_image.base_model import BaseModel
+from trainers.pretrained import read_config
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
@@ -56,7 +57,17 @@ class Prompts:
             digest = self.base_model.digest(*folders)
             return {"text encoders": digest, "variant": self.base_model.variant, "dtype": str(self.dtype)}
 
-        return Encoder("caption", self.columns, build, encode, source, cache, constants, default=default)
+        found = Encoder("caption", self.columns, build, encode, source, cache, constants, default=default)
+        found.shapes, found.dtype = self._shapes(), self.dtype
+        return found
+
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Returns the shapes of a caption's rows, as far as the text encoders' configs tell them."""
+        configs = [read_config(self.base_model.folder / name / "config.json") for name in self.names]
+        widths = [config.get("hidden_size") for config in configs]
+        known = [width for width in widths if isinstance(width, int)]
+        width = sum(known) if len(known) == len(widths) else None
+        return {EMBEDS: (self.tokenizers[0].model_max_length, width), POOLED: (configs[-1].get("projection_dim"),)}
 
     def truncated(self, captions: Iterable[str]) -> tuple[int, str | None]:
         """Counts the captions longer than the tokenizer's length; also returns the text cut off the first of them."""
