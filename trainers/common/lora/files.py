@@ -176,6 +176,17 @@ def read_about(path: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
+def ddim_timesteps(path: Path) -> int | None:
+    """Reads from a file's header for how many DDIM timesteps an LCM's LoRA was made; None if it does not say."""
+    text = read_about(path).get("num_ddim_timesteps")
+    if text is None:
+        return None
+    if re.fullmatch("[1-9][0-9]{0,3}", text) is None:
+        found = f"num_ddim_timesteps = {shown(text)} in its header"
+        raise ValueError(f"{find_lora(path)}: {found} must be an integer from 1 to 9999")
+    return int(text)
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Reads a safetensors file's tensors; ValueError unless they are finite, and of floating point but for alphas."""
     with _reading(file):

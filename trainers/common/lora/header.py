@@ -74,7 +74,7 @@ def _problems(values: Settings) -> Iterator[tuple[str, str]]:
         else:
             for module, number in value.items():
                 if not MODULE.fullmatch(module):
-                    name = f"{shown(module)!r} is no name of a module"
+                    name = f"'{shown(module)}' is no name of a module"
                     yield option, f"{name} (letters, digits, _ and dots; regular expressions are not read)"
                 if problem := _number_problem(option, number):
                     yield option, problem
