@@ -11,6 +11,7 @@ from datasets_lib.foreign import check_regular, read_json, shown
 
 INDEX = "model_index.json"
 CONFIGS = (INDEX, "config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+ADAPTER = "adapter_config.json"
 READ = (".json", ".txt", ".safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONFIG_BYTES, TEXT_BYTES = 8 << 20, 64 << 20  # at most, of a config, and of a tokenizer's file
@@ -58,15 +59,20 @@ def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safete
         yield
     except Exception as error:
         reason = shown((str(error).strip() or type(error).__name__).splitlines()[0])
-        pickles = [path.name for path in Path(source).glob("*") if path.suffix in PICKLES]
         advice = "give a local folder, or a hub name that can be reached"
-        if pickles and not any(Path(source).glob("*.safetensors")):
+        for pickle in _pickles(Path(source)):
             advice = (
-                f"{shown(pickles[0])} is not read, because such a file can run code; if you trust it, convert it: "
+                f"{shown(pickle)} is not read, because such a file can run code; if you trust it, convert it: "
                 f"{kind.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
             )
         what = f"no {kind.__name__}{wanted} could be read"
         raise FileNotFoundError(f"{place}: {what}; {advice} ({reason})") from None
+
+
+def _pickles(folder: Path) -> list[str]:
+    """Returns the names of files in a model's folder, or in those of its parts, that stand there for safetensors."""
+    folders = [path for path in (folder, *folder.glob("*")) if path.is_dir() and not any(path.glob("*.safetensors"))]
+    return [str(path.relative_to(folder)) for each in folders for path in each.iterdir() if path.suffix in PICKLES]
 
 
 def check_files(folder: Path, place: str) -> None:
@@ -81,6 +87,8 @@ def check_files(folder: Path, place: str) -> None:
             check_regular(path)
         if path.suffix in READ[:2] and path.exists() and path.stat().st_size > TEXT_BYTES:
             raise ValueError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {TEXT_BYTES:,} are read")
+    if (folder / ADAPTER).exists():  # transformers would load it, and the base model that it names instead of this one
+        raise ValueError(f"{shown(folder / ADAPTER)}: an adapter beside a model's weights is not read; remove the file")
     index = folder / INDEX
     for name in _components(read_config(index), index) if index.is_file() else ():
         check_files(folder / name, place)
@@ -134,12 +142,15 @@ def _components(index: dict[str, Any], path: Path) -> Iterator[str]:
 def _check_size(kind: Any, folder: Path, place: str) -> None:
     """Raises ValueError if a network would have more weights than its files can hold: its memory is not asked for."""
     import torch
+    from safetensors import safe_open
 
     files = list(folder.glob("*.safetensors"))
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module) and files):
         return
     build: Any = kind
     with reading(kind, folder, place), torch.device("meta"):
+        for path in files:
+            safe_open(path, "pt")  # checks the header, whose tensors must lie within the file
         if hasattr(kind, "from_config"):  # of diffusers
             network = build.from_config(build.load_config(folder))
         else:
