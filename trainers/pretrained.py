@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +11,29 @@ from typing import Any
 from datasets_lib.foreign import check_regular, read_json, shown
 
 INDEX = "model_index.json"
-CONFIGS = (INDEX, "config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 ADAPTER = "adapter_config.json"
 READ = (".json", ".txt", ".safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONFIG_BYTES, TEXT_BYTES = 8 << 20, 64 << 20  # at most, of a config, and of a tokenizer's file
-MOST_LAYERS, MOST_TIMESTEPS = 1000, 100_000  # a network is built, and a noise schedule computed, before it is compared
 
 REFUSED = {  # what makes libraries import, or run, what a file names
     "auto_map": "names code, which is not run; take a model that needs none",
     "quantization_config": "says that its weights are quantized; take those in full or half precision",
+    "compression_config": "says that its weights are compressed; take those in full or half precision",
+}
+LIMITS = {  # of numbers that set how much is built or computed before anything is compared, or that divide
+    "num_train_timesteps": (1, 100_000),
+    "steps_offset": (0, 1000),
+    "sample_size": (1, 4096),
+    "block_out_channels": (1, 100_000),
+    "scaling_factor": (1e-6, 1e6),
+    "shift_factor": (-1e6, 1e6),
+}
+LAYERS = (0, 1000)  # of keys that hold this word
+CHOICES = {
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "_attn_implementation": ("eager", "sdpa"),  # with owner/name transformers runs code from the hub
+    "attn_implementation": ("eager", "sdpa"),
 }
 
 
@@ -92,29 +106,46 @@ def check_files(folder: Path, place: str) -> None:
     index = folder / INDEX
     for name in _components(read_config(index), index) if index.is_file() else ():
         check_files(folder / name, place)
-    for name in CONFIGS[1:]:
-        if (folder / name).is_file():
-            _check_config(folder / name)
+    for path in sorted(folder.glob("*config.json")):  # config.json, and those of schedulers, tokenizers, processors
+        if path.is_file():
+            read_config(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; OSError or ValueError for anything else."""
+    """Reads a config, a JSON object; OSError or ValueError for anything else, and for values that are refused."""
     found = read_json(path, CONFIG_BYTES)
     if not isinstance(found, dict):
         raise ValueError(f"{shown(path)}: must hold a JSON object, found {shown(type(found).__name__)}")
+    for problem in _config_problems(found):
+        raise ValueError(f"{shown(path)}: {problem}")
     return found
 
 
-def _check_config(path: Path) -> None:
-    config = read_config(path)
-    for key, problem in REFUSED.items():
-        if config.get(key):
-            raise ValueError(f"{shown(path)}: its {key} {problem}")
-    for key, value in config.items():
-        most = MOST_LAYERS if "layers" in key else MOST_TIMESTEPS if key == "num_train_timesteps" else None
-        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        if most is not None and max(numbers, default=0) > most:
-            raise ValueError(f"{shown(path)}: {shown(key)} = {shown(value)}, and at most {most:,} is allowed")
+def _config_problems(config: dict[str, Any]) -> Iterator[str]:
+    parts = [config]
+    for part in parts:
+        for key, value in part.items():
+            if value and key in REFUSED:
+                yield f"its {key} {REFUSED[key]}"
+            elif isinstance(value, dict):
+                parts.append(value)  # such as those of the two sides of a CLIP
+            elif value is not None and value not in CHOICES.get(key, (value,)):
+                yield f"{key} = {shown(value)} must be one of {', '.join(CHOICES[key])}"
+            elif value is not None and (key in LIMITS or "layers" in key):
+                least, most = LIMITS.get(key, LAYERS)
+                if not all(least <= number <= most for number in _numbers(value, key in LIMITS)):
+                    yield f"{shown(key)} = {shown(value)} must be from {least:g} to {most:g}"
+
+
+def _numbers(value: Any, strict: bool) -> Iterator[float]:
+    """Yields a number, or those of a list; for anything else NaN, which lies in no range, or with strict off nothing."""
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, list):
+            yield from _numbers(each, strict)
+        elif isinstance(each, int | float):
+            yield each
+        elif strict:
+            yield math.nan
 
 
 def _components(index: dict[str, Any], path: Path) -> Iterator[str]:

@@ -216,6 +216,16 @@ def an_adapter_beside_the_weights(base, mark):
         (base / part / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "auto_mapping": auto}))
 
 
+def change_by(name, file, **values):
+    """An attack that changes a config's values."""
+
+    def attack(base, mark):
+        change(base / file, **values)
+
+    attack.__name__ = name
+    return attack
+
+
 NO_CODE = "code that a pipeline brings along is not run"
 REFUSED = {
     code_beside_a_part: f"unet = ['evil', 'Evil'] must be [library, class] of diffusers or transformers; {NO_CODE}",
@@ -239,9 +249,9 @@ REFUSED = {
     shards_outside: "in safetensors format could be read",
     a_scheduler_that_is_none: "",
     a_scheduler_of_a_list: "",
-    a_scheduler_of_10_9_steps: "num_train_timesteps = 1000000000, and at most 100,000 is allowed",
-    a_network_of_10_6_layers: "layers_per_block = 1000000, and at most 1,000 is allowed",
-    an_encoder_of_10_6_layers: "num_hidden_layers = 1000000, and at most 1,000 is allowed",
+    a_scheduler_of_10_9_steps: "num_train_timesteps = 1000000000 must be from 1 to 100000",
+    a_network_of_10_6_layers: "layers_per_block = 1000000 must be from 0 to 1000",
+    an_encoder_of_10_6_layers: "num_hidden_layers = 1000000 must be from 0 to 1000",
     blocks_that_do_not_exist: "in safetensors format could be read",
     a_config_of_a_list: "config.json: must hold a JSON object, found list",
     a_config_of_wrong_types: "in safetensors format could be read",
@@ -249,6 +259,46 @@ REFUSED = {
     a_pipe_for_a_vocabulary: "vocab.json: is a named pipe, not a regular file; remove it",
     a_pipe_for_weights: f"{WEIGHTS}: is a named pipe, not a regular file; remove it",
     a_device_for_a_config: "config.json: is a device, not a regular file; remove it",
+    change_by("kernels_of_the_hub", "text_encoder/config.json", _attn_implementation="evil/kernel"): (
+        "_attn_implementation = evil/kernel must be one of eager, sdpa"
+    ),
+    change_by("kernels_in_a_part", "text_encoder/config.json", text_config={"attn_implementation": "evil/kernel"}): (
+        "attn_implementation = evil/kernel must be one of eager, sdpa"
+    ),
+    change_by("an_offset", "scheduler/scheduler_config.json", steps_offset=10**9): "must be from 0 to 1000",
+    change_by("no_steps", "scheduler/scheduler_config.json", num_train_timesteps=0): "must be from 1 to 100000",
+    change_by("a_spacing", "scheduler/scheduler_config.json", timestep_spacing="evil"): (
+        "timestep_spacing = evil must be one of linspace, leading, trailing"
+    ),
+    change_by("a_text_to_divide_by", "vae/config.json", scaling_factor="x"): "scaling_factor = x must be from 1e-06 to",
+    change_by("a_zero_to_divide_by", "vae/config.json", scaling_factor=0): "scaling_factor = 0 must be from 1e-06 to",
+    change_by("no_number_to_divide_by", "vae/config.json", scaling_factor=float("nan")): "scaling_factor = nan must be",
+    change_by("a_text_to_add", "vae/config.json", shift_factor="x"): "shift_factor = x must be from -1e+06 to 1e+06",
+    change_by("a_number_for_a_list", "vae/config.json", block_out_channels="x"): "block_out_channels = x must be",
+    change_by(
+        "a_picture_of_10_6_pixels", "unet/config.json", sample_size=10**6
+    ): "sample_size = 1000000 must be from 1",
+    change_by("a_picture_of_a_text", "unet/config.json", sample_size="8"): "sample_size = 8 must be from 1 to 4096",
+    change_by("captions_of_10_9_tokens", "tokenizer/tokenizer_config.json", model_max_length=10**9): (
+        "text_encoder: reads 16 tokens, and its tokenizer has model_max_length = 1000000000"
+    ),
+    change_by("captions_of_a_text", "tokenizer/tokenizer_config.json", model_max_length="x"): "model_max_length = x",
+    change_by(
+        "a_token_beyond",
+        "tokenizer/tokenizer_config.json",
+        added_tokens_decoder={
+            "999999": {
+                "content": "cat",
+                "special": False,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+            }
+        },
+    ): "and its tokenizer has one of the number",
+    change_by("a_dtype", "text_encoder/config.json", dtype="os.system"): "could be read",
+    change_by("an_activation", "text_encoder/config.json", hidden_act="os.system"): "could be read",
     a_vocabulary_of_a_list: "could be read",
     an_adapter_beside_the_weights: "adapter_config.json: an adapter beside a model's weights is not read; remove the file",
 }
@@ -347,10 +397,10 @@ def test_an_autoencoder_of_others(base, mark, tmp_path):
     vae, grid = base / "vae", Grid(3, 32)
     wide = {"block_out_channels": [8, 16, 16384], "norm_num_groups": 4}
     cases = (
-        ({"block_out_channels": [10**9] * 3}, "could be read"),
+        ({"block_out_channels": [10**9] * 3}, "must be from 1 to 100000"),
         ({"latent_channels": 10**9}, "could be read|weights, and its files have"),
         (wide, r"its config makes a network of [\d,]+ weights, and its files have [\d,]+ bytes; take a folder whose"),
-        ({"layers_per_block": 10**9}, "layers_per_block = 1000000000, and at most 1,000 is allowed"),
+        ({"layers_per_block": 10**9}, "layers_per_block = 1000000000 must be from 0 to 1000"),
         ({"quantization_config": {"quant_method": "x"}}, "its quantization_config says"),
         ({"down_block_types": ["a", "b", "c"]}, "could be read"),
         ({"_class_name": "Evil"}, "must be of class AutoencoderKL, found Evil"),

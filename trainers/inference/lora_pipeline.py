@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainers.common.lora.files import find_lora, read_lora
 from trainers.common.lora.loading import load_into_pipeline
+from trainers.common.text_to_image.base_model import check_tokenizer
 from trainers.pretrained import read_model
 
 
@@ -50,6 +51,9 @@ def load_pipeline(base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch
     pipeline = read_model(DiffusionPipeline, base, torch_dtype=dtype, **options)
     if not hasattr(pipeline, "fuse_lora"):
         raise ValueError(f"{base}: is a {type(pipeline).__name__}; give Stable Diffusion or SDXL")
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if getattr(pipeline, tokenizer, None) is not None and getattr(pipeline, encoder, None) is not None:
+            check_tokenizer(f"{base}, {encoder}", getattr(pipeline, tokenizer), getattr(pipeline, encoder).config)
     return pipeline
 
 

@@ -15,7 +15,7 @@ from trainers.pretrained import INDEX, check_files, read_config, read_model, rea
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
-    from transformers import CLIPTokenizer, PreTrainedModel
+    from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -83,6 +83,13 @@ class BaseModel:
         names = ("tokenizer", "tokenizer_2")[: len(self.text_encoder_names)]
         return [read_part(CLIPTokenizer, self.folder / name, f"{self.place}, {name}") for name in names]
 
+    def text_configs(self) -> list[CLIPTextConfig]:
+        """Reads the text encoders' configs, in which older files lack what is usual."""
+        from transformers import CLIPTextConfig
+
+        names = self.text_encoder_names
+        return [read_part(CLIPTextConfig, self.folder / name, f"{self.place}, {name}") for name in names]
+
     def text_encoder(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         import transformers
 
@@ -133,3 +140,13 @@ class BaseModel:
     def digest(self, *names: str) -> str:
         """Hashes the files of components: 16 hex digits."""
         return files_digest(*(self.folder / name for name in names))
+
+
+def check_tokenizer(place: str, tokenizer: Any, config: Any) -> None:
+    """Raises ValueError for a tokenizer that makes other or longer rows of tokens than its text encoder reads."""
+    largest, length = max(tokenizer.get_vocab().values(), default=0), tokenizer.model_max_length
+    known, longest = config.vocab_size, getattr(config, "max_position_embeddings", None)
+    if largest >= known:
+        raise ValueError(f"{place}: reads {known:,} tokens, and its tokenizer has one of the number {largest:,}")
+    if longest is not None and not (isinstance(length, int | float) and 2 < length <= longest):
+        raise ValueError(f"{place}: reads {longest} tokens, and its tokenizer has model_max_length = {shown(length)}")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.base import CacheKind, Encoder
-from trainers.common.text_to_image.base_model import BaseModel
-from trainers.pretrained import read_config
+from trainers.common.text_to_image.base_model import BaseModel, check_tokenizer
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
@@ -25,6 +24,9 @@ class Prompts:
         self.base_model, self.device, self.dtype = base_model, device, dtype
         self.tokenizers = base_model.tokenizers()
         self.names = base_model.text_encoder_names
+        self.configs = base_model.text_configs()
+        for name, tokenizer, config in zip(self.names, self.tokenizers, self.configs, strict=True):
+            check_tokenizer(f"{base_model.place}, {name}", tokenizer, config)
         self.columns = (EMBEDS, POOLED) if base_model.is_xl else (EMBEDS,)
 
     def embed(self, networks: Mapping[str, nn.Module], captions: list[str]) -> dict[str, Tensor]:
@@ -62,12 +64,9 @@ class Prompts:
         return found
 
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Returns the shapes of a caption's rows, as far as the text encoders' configs tell them."""
-        configs = [read_config(self.base_model.folder / name / "config.json") for name in self.names]
-        widths = [config.get("hidden_size") for config in configs]
-        known = [width for width in widths if isinstance(width, int)]
-        width = sum(known) if len(known) == len(widths) else None
-        return {EMBEDS: (self.tokenizers[0].model_max_length, width), POOLED: (configs[-1].get("projection_dim"),)}
+        """Returns the shapes of a caption's rows, by the text encoders' configs."""
+        width = sum(config.hidden_size for config in self.configs)
+        return {EMBEDS: (self.tokenizers[0].model_max_length, width), POOLED: (self.configs[-1].projection_dim,)}
 
     def truncated(self, captions: Iterable[str]) -> tuple[int, str | None]:
         """Counts the captions longer than the tokenizer's length; also returns the text cut off the first of them."""
