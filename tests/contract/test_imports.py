@@ -28,6 +28,7 @@ ORDER = (
     "datasets_lib.report",
     "datasets_lib",
     "trainers.options",
+    "trainers.model_configs",
     "trainers.pretrained",
     "trainers.engine.config.eval_networks",
     "trainers.engine.config.base_options",
@@ -63,6 +64,7 @@ ORDER = (
 FOREIGN = "datasets_lib.foreign"  # what everybody shows, opens and reads with
 CONTRACT = (
     "trainers.options",
+    "trainers.model_configs",
     "trainers.pretrained",
     "trainers.task_options",
     "trainers.base",

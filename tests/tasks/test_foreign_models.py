@@ -78,6 +78,10 @@ def a_function_of_a_library(base, mark):
     change(base / "model_index.json", unet=["os", "system"])
 
 
+def a_module_that_diffusers_imports(base, mark):
+    change(base / "model_index.json", unet=["sys", "exit"])
+
+
 def a_pipeline_of_its_own(base, mark):
     write_code(base / "pipeline.py", mark, "Pipeline")
     change(base / "model_index.json", _class_name=["pipeline", "Pipeline"])
@@ -231,6 +235,7 @@ REFUSED = {
     code_beside_a_part: f"unet = ['evil', 'Evil'] must be [library, class] of diffusers or transformers; {NO_CODE}",
     a_module_on_the_path: "unet = ['evil_on_path', 'Evil'] must be [library, class] of diffusers or tr",
     a_function_of_a_library: "unet = ['os', 'system'] must be [library, class] of diffusers or transformers",
+    a_module_that_diffusers_imports: "unet = ['sys', 'exit'] must be [library, class] of diffusers or transformers",
     a_pipeline_of_its_own: "_class_name = ['pipeline', 'Pipeline'] names code, which is not run",
     a_part_elsewhere: "../unet is no name of a part of a pipeline",
     a_part_of_three: "unet = ['diffusers', 'UNet2DConditionModel', 'x'] must be [library, class]",
@@ -299,6 +304,19 @@ REFUSED = {
     ): "and its tokenizer has one of the number",
     change_by("a_dtype", "text_encoder/config.json", dtype="os.system"): "could be read",
     change_by("an_activation", "text_encoder/config.json", hidden_act="os.system"): "could be read",
+    change_by("weights_that_are_missing", "unet/config.json", time_cond_proj_dim=5): (
+        "the weights of UNet2DConditionModel lack time_embedding.cond_proj.weight"
+    ),
+    change_by("a_text_for_a_number", "unet/config.json", freq_shift="y"): (
+        "freq_shift = y in the config of UNet2DConditionModel must be a number, or a list of numbers"
+    ),
+    change_by(
+        "an_integer_for_a_list", "vae/config.json", block_out_channels=5
+    ): "block_out_channels = 5 must be a list",
+    change_by(
+        "a_dropout_of_5", "text_encoder/config.json", attention_dropout=5
+    ): "attention_dropout = 5 must be from 0",
+    change_by("no_heads", "unet/config.json", attention_head_dim=0): "could be read",
     a_vocabulary_of_a_list: "could be read",
     an_adapter_beside_the_weights: "adapter_config.json: an adapter beside a model's weights is not read; remove the file",
 }

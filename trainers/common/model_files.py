@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets_lib.foreign import check_regular
 from trainers.base import BaseConfig
-from trainers.pretrained import check_files, read_config, read_model, reading
+from trainers.model_configs import check_files, read_config
+from trainers.pretrained import read_model, reading
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -125,7 +126,7 @@ def load_pretrained(
 
     source, shown = place[1], " = ".join(place)
     options = {"subfolder": None if (Path(source) / "config.json").is_file() else folder} | options
-    check_files(Path(source) / (options["subfolder"] or ""), shown)
+    check_files(Path(source) / (options["subfolder"] or ""))
     with reading(kind, source, shown):
         found = kind.load_config(source, **options).get("_class_name", kind.__name__)
     if found != kind.__name__:

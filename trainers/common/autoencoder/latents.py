@@ -15,7 +15,7 @@ from torch import Tensor
 from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
-from trainers.pretrained import read_config
+from trainers.model_configs import read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trainers.base import BaseConfig
-from trainers.pretrained import read_config, read_model, read_part
+from trainers.model_configs import read_config
+from trainers.pretrained import read_model, read_part
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, SchedulerMixin

@@ -11,7 +11,8 @@ import torch
 
 from datasets_lib.foreign import shown
 from trainers.common.model_files import files_digest
-from trainers.pretrained import INDEX, check_files, read_config, read_model, read_part, reading
+from trainers.model_configs import INDEX, check_files, read_config
+from trainers.pretrained import read_model, read_part, reading
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -51,7 +52,7 @@ class BaseModel:
         if not Path(source).is_dir() and (source.count("/") > 1 or source[0] in "./~"):
             raise FileNotFoundError(f"{option} = {source}: there is no such folder, and hub names read owner/name")
         self.folder = Path(source) if Path(source).is_dir() else self._download(source, revision)
-        check_files(self.folder, self.place)
+        check_files(self.folder)
         self.index: dict[str, Any] = read_config(self.folder / INDEX) if (self.folder / INDEX).is_file() else {}
 
     def _download(self, source: str, revision: str | None) -> Path:
