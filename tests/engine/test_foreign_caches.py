@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from train import main
 from trainers.engine.encoders import rows_file
 from trainers.engine.encoders.cache import Cache, folder_of, text_key
-from trainers.engine.encoders.rows_file import DIGESTS, others, row_digest, write_rows
+from trainers.engine.encoders.rows_file import CHECKSUMS, checksum, others, write_rows
 
 KEYS = [text_key(text) for text in "abc"]
 COLUMNS = ("x", "y")
@@ -44,16 +44,15 @@ def file_of(folder):
 
 
 def rewrite(folder, change, seal=False):
-    """Changes the tensors of the file; `seal` writes digests that fit."""
+    """Changes the tensors of the file; `seal` writes checksums that fit."""
     path = file_of(folder)
     tensors = {name: value.clone() for name, value in load_file(path).items()}
     change(tensors)
     if seal:
         rows = {}
-        for name in sorted(tensors.keys() - {DIGESTS}):
+        for name in sorted(tensors.keys() - {CHECKSUMS}):
             rows.setdefault(name.partition(".")[0], []).append(tensors[name])
-        digests = b"".join(row_digest(key, rows[key]) for key in sorted(rows))
-        tensors[DIGESTS] = torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(rows), -1)
+        tensors[CHECKSUMS] = torch.tensor([checksum(key, rows[key]) for key in sorted(rows)])
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -66,7 +65,7 @@ def test_good_rows_are_read_and_checked_once(folder, monkeypatch):
     cache, missing = looked(folder)
     assert missing == []
     calls = []
-    monkeypatch.setattr(rows_file, "row_digest", lambda *arguments: calls.append(1) or row_digest(*arguments))
+    monkeypatch.setattr(rows_file, "checksum", lambda *arguments: calls.append(1) or checksum(*arguments))
     for _ in range(2):
         found = cache.rows(KEYS, COLUMNS, CPU)
     assert len(calls) == 3
@@ -106,9 +105,9 @@ def flip(tensors):
 @pytest.mark.parametrize(
     ("change", "seal", "message"),
     [
-        (flip, False, "is damaged, as its digest shows"),
-        (exchange, False, "is damaged, as its digest shows"),
-        (set_nan, False, "is damaged, as its digest shows"),
+        (flip, False, "is damaged, as its checksum shows"),
+        (exchange, False, "is damaged, as its checksum shows"),
+        (set_nan, False, "is damaged, as its checksum shows"),
         (set_nan, True, "holds numbers that are not finite: it is damaged, or the encoder overflows in this precision"),
         (resize, True, r"has x \[3, 3\], and the encoder writes \[2, None\]"),
         (flatten, True, r"has x \[6\], and the encoder writes \[2, None\]"),
@@ -141,16 +140,16 @@ def drop_first(tensors):
     del tensors[f"{KEYS[0]}.0"]
 
 
-def drop_digests(tensors):
-    del tensors[DIGESTS]
+def drop_checksums(tensors):
+    del tensors[CHECKSUMS]
 
 
-def shorten_digests(tensors):
-    tensors[DIGESTS] = tensors[DIGESTS][:2].clone()
+def shorten_checksums(tensors):
+    tensors[CHECKSUMS] = tensors[CHECKSUMS][:2].clone()
 
 
-def retype_digests(tensors):
-    tensors[DIGESTS] = tensors[DIGESTS].float()
+def retype_checksums(tensors):
+    tensors[CHECKSUMS] = tensors[CHECKSUMS].float()
 
 
 def name_badly(tensors):
@@ -161,9 +160,9 @@ def name_badly(tensors):
     ("change", "message"),
     [
         (drop_first, f"row {KEYS[0]} is not whole"),
-        (drop_digests, "does not contain tensor digests"),
-        (shorten_digests, "it has no digest for each row"),
-        (retype_digests, "it has no digest for each row"),
+        (drop_checksums, "does not contain tensor checksums"),
+        (shorten_checksums, "it has no checksum for each row"),
+        (retype_checksums, "it has no checksum for each row"),
         (name_badly, r"row \x1b]0;PWN\x07 is not whole"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -232,7 +231,7 @@ def test_a_file_that_cannot_be_removed(folder, monkeypatch, capsys):
     def forbidden(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    rewrite(folder, drop_digests)
+    rewrite(folder, drop_checksums)
     monkeypatch.setattr(Path, "unlink", forbidden)
     assert looked(folder)[1] == KEYS
     assert "left out, and cannot be removed" in capsys.readouterr().out
@@ -310,11 +309,11 @@ def test_runs_with_a_cache_of_others(cached, tmp_path, capsys):
     (images / "source.json").write_text("[]")  # forged: the folder's name decides, and nobody reads it
     capsys.readouterr()
     for seal, change, message in (
-        (False, lambda row: row[:1] + row[1:] * 2, "is damaged, as its digest shows"),
+        (False, lambda row: row[:1] + row[1:] * 2, "is damaged, as its checksum shows"),
         (True, lambda row: torch.cat([row, row]), "has mean [8, 8, 8], and the encoder writes [4, 8, 8]"),
     ):
         rewrite(images, lambda tensors, change=change: tensors.update(
-            {name: change(value) for name, value in tensors.items() if name != DIGESTS}), seal)  # fmt: skip
+            {name: change(value) for name, value in tensors.items() if name != CHECKSUMS}), seal)  # fmt: skip
         assert cached("damaged")[0] == 1
         said = capsys.readouterr()
         assert message in said.err
