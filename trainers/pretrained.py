@@ -6,11 +6,12 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from datasets_lib.foreign import shown
-from trainers.model_configs import check_files, numbers_in
+from trainers.model_configs import INDEX, check_files, numbers_in, read_config
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -31,7 +32,8 @@ def read_model(
     folder = Path(source) / (subfolder or "")
     check_files(folder)
     options |= {"subfolder": subfolder} if subfolder else {}
-    _check_size(kind, folder, place)
+    for network, own in _networks(kind, folder):
+        _check_size(network, own, place)
     with reading(kind, folder, place):
         found = kind.from_pretrained(source, use_safetensors=True, **options)
     whole = found[0] if isinstance(found, tuple) else found  # with the option output_loading_info
@@ -71,6 +73,17 @@ def _pickles(folder: Path) -> list[str]:
     """Returns the names of files in a model's folder, or in those of its parts, that stand there for safetensors."""
     folders = [path for path in (folder, *folder.glob("*")) if path.is_dir() and not any(path.glob("*.safetensors"))]
     return [str(path.relative_to(folder)) for each in folders for path in each.iterdir() if path.suffix in PICKLES]
+
+
+def _networks(kind: Any, folder: Path) -> Iterator[tuple[Any, Path]]:
+    """Yields the class and the folder of what is read: of a pipeline those of its parts."""
+    index = folder / INDEX
+    if not (hasattr(kind, "download") and index.is_file()):
+        yield kind, folder
+        return
+    for part, value in read_config(index).items():
+        if isinstance(value, list) and value[0] in ("diffusers", "transformers"):
+            yield getattr(import_module(value[0]), str(value[1]), None), folder / part
 
 
 def _check_size(kind: Any, folder: Path, place: str) -> None:

@@ -407,6 +407,17 @@ def test_texts_of_a_kohya_header_are_only_texts(tmp_path):
     assert lora.about.items() >= texts.items()
 
 
+def test_a_link_for_an_output_is_not_followed(good, tmp_path):
+    """Nothing appears where it leads."""
+    for name in ("y.safetensors", "merged"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    run_script(convert_lora, write(tmp_path, tensors=KOHYA), tmp_path / "y.safetensors", "--to", "diffusers")
+    assert not (tmp_path / "y.safetensors").is_symlink()
+    with pytest.raises((SystemExit, OSError)):
+        run_script(merge_lora, tiny_models.model("sd1"), tmp_path / "merged", "--lora", good)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_an_alpha_that_the_kohya_format_cannot_hold(tmp_path):
     file, out = write(tmp_path, {"unet.r": 2, "unet.lora_alpha": 1e300}), tmp_path / "out" / "y.safetensors"
     with pytest.raises(SystemExit, match=r"unet.conv_in: its alpha, 1e\+300, is too large for the kohya format"):

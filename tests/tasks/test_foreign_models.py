@@ -307,6 +307,9 @@ REFUSED = {
     change_by("weights_that_are_missing", "unet/config.json", time_cond_proj_dim=5): (
         "the weights of UNet2DConditionModel lack time_embedding.cond_proj.weight"
     ),
+    change_by("more_weights_than_bytes", "unet/config.json", cross_attention_dim=10**7): (
+        "its config makes a network of 2,5"
+    ),
     change_by("a_text_for_a_number", "unet/config.json", freq_shift="y"): (
         "freq_shift = y in the config of UNet2DConditionModel must be a number, or a list of numbers"
     ),
