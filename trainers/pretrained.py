@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -66,7 +67,10 @@ def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safete
                 f"{kind.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
             )
         what = f"no {kind.__name__}{wanted} could be read"
-        raise FileNotFoundError(f"{place}: {what}; {advice} ({reason})") from None
+        found = FileNotFoundError(f"{place}: {what}; {advice} ({reason})")
+        if isinstance(error, MemoryError) or "allocate memory" in reason:
+            found.errno = errno.ENOMEM  # for the dry run, which then suggests what needs less
+        raise found from None
 
 
 def _pickles(folder: Path) -> list[str]:
