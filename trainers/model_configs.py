@@ -55,9 +55,21 @@ def check_files(folder: Path) -> None:
     index = folder / INDEX
     for name in _components(read_config(index), index) if index.is_file() else ():
         check_files(folder / name)
+    for path in sorted(folder.glob("*.safetensors.index*.json")):
+        _check_shards(path)
     for path in sorted(folder.glob("*config.json")):  # config.json, and those of schedulers, tokenizers, processors
         if path.is_file():
             read_config(path)
+
+
+def _check_shards(path: Path) -> None:
+    """Raises ValueError for a list of shards that names files outside of its folder."""
+    found = read_json(path, TEXT_BYTES)
+    shards = found.get("weight_map") if isinstance(found, dict) else None
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else {""}
+    for name in sorted(names):
+        if not name or name != Path(name).name:
+            raise ValueError(f"{shown(path)}: weight_map must name files beside it, found {shown(name) or 'none'}")
 
 
 def read_config(path: Path) -> dict[str, Any]:

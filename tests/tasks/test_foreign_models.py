@@ -156,6 +156,10 @@ def shards_outside(base, mark):
     (base / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
+def shards_of_a_list(base, mark):
+    (base / "unet" / f"{WEIGHTS}.index.json").write_text('{"weight_map": [1]}')
+
+
 def a_scheduler_that_is_none(base, mark):
     change(base / "scheduler" / "scheduler_config.json", _class_name="UNet2DConditionModel")
     change(base / "model_index.json", scheduler=["diffusers", "UNet2DConditionModel"])
@@ -252,7 +256,8 @@ REFUSED = {
     a_pickle_with_the_name_of_safetensors: "in safetensors format could be read",
     a_header_of_2_62_bytes: "in safetensors format could be read",
     a_tensor_of_2_40_numbers: "in safetensors format could be read",
-    shards_outside: "in safetensors format could be read",
+    shards_outside: "weight_map must name files beside it, found ../../outside.safetensors",
+    shards_of_a_list: "weight_map must name files beside it, found none",
     a_scheduler_that_is_none: "",
     a_scheduler_of_a_list: "",
     a_scheduler_of_10_9_steps: "num_train_timesteps = 1000000000 must be from 1 to 100000",
