@@ -88,8 +88,8 @@ def _config_problems(config: dict[str, Any]) -> Iterator[str]:
         for key, value in part.items():
             if value and key in REFUSED:
                 yield f"its {key} {REFUSED[key]}"
-            elif isinstance(value, dict):
-                parts.append(value)  # such as those of the two sides of a CLIP
+            elif isinstance(value, dict):  # such as those of the two sides of a CLIP; classes may have any names
+                parts += [] if key in ("id2label", "label2id") else [value]
             elif value is not None and value not in CHOICES.get(key, (value,)):
                 yield f"{key} = {shown(value)} must be one of {', '.join(CHOICES[key])}"
             elif value is not None and (key in LIMITS or "layers" in key):

@@ -26,6 +26,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import find_trainer
 from trainers.engine.dry_run.suggestions import out_of_resources
 from trainers.engine.validation.feature_networks import load_classifier
+from trainers.model_configs import read_config
 from trainers.pretrained import read_model, reading
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -540,3 +541,11 @@ def test_a_machine_that_is_too_small(error):
         raise KeyError("a\x1b[2J\nerror: fake")
     assert out_of_resources(raised.value) is None
     assert str(raised.value).isprintable()
+
+
+def test_classes_may_have_any_names(tmp_path):
+    config = {"label2id": {"layers of a cake": 21_000, "auto_map": 1}, "id2label": {"21000": "layers of a cake"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path / "config.json") == config
+    (tmp_path / "config.json").write_text('{"a":' * 900 + "{}" + "}" * 900)
+    assert read_config(tmp_path / "config.json").keys() == {"a"}
