@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -36,6 +37,7 @@ def _call(log, gigabytes, function, arguments):
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        logging.raiseExceptions = False  # libraries' handlers may hold a stream of a test that has ended
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
         resource.setrlimit(resource.RLIMIT_AS, (used + (gigabytes << 30),) * 2)
