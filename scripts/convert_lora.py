@@ -19,20 +19,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from datasets_lib.foreign import shown
 from trainers.common.lora.files import (
-    SETTINGS_KEY,
-    WRITTEN,
     LoraFile,
-    Settings,
+    check_modules,
     find_lora,
     read_about,
     read_lora,
+    read_tensors,
     write_lora,
     write_tensors,
 )
+from trainers.common.lora.header import SETTINGS_KEY, peft_settings
 from trainers.inference.command import command
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
@@ -61,7 +61,7 @@ def convert(source: Path, output: Path, wanted: str) -> None:
         raise ValueError(f"{output}: must be a new file with the ending .safetensors")
     file = find_lora(source)
     about = read_about(file)
-    state = load_file(file)
+    state = read_tensors(file)
     if any(key.startswith(STARTS[wanted]) for key in state):
         raise ValueError(f"{file}: is in the {wanted} format already")
     staging = output.with_name(f".tmp-{secrets.token_hex(4)}-{output.name}")
@@ -91,10 +91,12 @@ def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
         for module, rank in lora.ranks(network).items():
             words, alpha = module.replace(".", "_"), scalings[module] * rank
             if not _is_known(words):
-                raise ValueError(f"{module} is no module of Stable Diffusion's networks that is known here")
+                raise ValueError(f"{shown(module)} is no module of Stable Diffusion's networks that is known here")
             name = f"lora_{tags[network]}_{words}"
             tensors |= {f"{name}.{new}": state[f"{module}.{old}"] for old, new in SUFFIXES.items()}
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+            if not tensors[f"{name}.alpha"].isfinite():
+                raise ValueError(f"{network}.{module}: its alpha, {alpha:g}, is too large for the kohya format")
             if f"{module}.lora_magnitude_vector" in state:
                 ones = [1] * (state[f"{module}.lora_A.weight"].dim() - 1)
                 tensors[f"{name}.dora_scale"] = state[f"{module}.lora_magnitude_vector"].reshape(-1, *ones)
@@ -111,7 +113,9 @@ def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) ->
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if KOHYA.fullmatch(key) is None:
-            raise ValueError(f"{file}: {key} is no tensor of a LoRA in kohya's format; nothing else is converted")
+            raise ValueError(
+                f"{file}: {shown(key)} is no tensor of a LoRA in kohya's format; nothing else is converted"
+            )
         name, _, suffix = key.partition(".")
         modules.setdefault(name, {})[suffix] = value
     if not modules:
@@ -121,37 +125,36 @@ def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) ->
     for name, (network, module) in module_names(modules).items():
         parts = modules[name]
         if not {"lora_down.weight", "lora_up.weight"} <= parts.keys():
-            raise ValueError(f"{file}: {name} needs lora_down.weight and lora_up.weight")
+            raise ValueError(f"{file}: {shown(name)} needs lora_down.weight and lora_up.weight")
         own = lora.tensors.setdefault(network, {})
-        own |= {f"{module}.{new}": parts[old] for new, old in SUFFIXES.items()}
+        pair = {f"{module}.{new}": parts[old] for new, old in SUFFIXES.items()}
+        check_modules(file, network, pair)
+        own |= pair
         if "dora_scale" in parts:
             own[f"{module}.lora_magnitude_vector"] = _magnitude(f"{file}: {name}", parts)
         rank = len(parts["lora_down.weight"])
-        alphas.setdefault(network, {})[module] = float(parts.get("alpha", rank))
+        alphas.setdefault(network, {})[module] = _alpha(f"{file}: {name}", parts.get("alpha", torch.tensor(rank)))
     for network, own in lora.tensors.items():
         doras = sum(key.endswith("magnitude_vector") for key in own)
         if doras not in (0, len(alphas[network])):
             raise ValueError(f"{file}: {doras} of {len(alphas[network])} modules of {network} have a dora_scale")
-        lora.settings[network] = _settings_of(lora.ranks(network), alphas[network], own)
+        lora.settings[network] = peft_settings(lora.ranks(network), alphas[network], doras > 0, rslora=False)
     return lora
 
 
 def _magnitude(name: str, parts: dict[str, Tensor]) -> Tensor:
     """Returns peft's magnitude vector, [out] or [1, out, 1, 1], of a scale [out, 1, ...] or [out]."""
     scale, up = parts["dora_scale"], parts["lora_up.weight"]
-    if scale.shape[0] != scale.numel() or len(scale) != len(up):
+    if scale.dim() == 0 or scale.shape[0] != scale.numel() or len(scale) != len(up):
         raise ValueError(f"{name}.dora_scale is {list(scale.shape)}; one number per output is wanted, {len(up)} in all")
     return scale.flatten() if up.dim() == 2 else scale.reshape(1, -1, 1, 1)
 
 
-def _settings_of(ranks: dict[str, int], alphas: dict[str, float], state: dict[str, Tensor]) -> Settings:
-    """Returns options of a LoraConfig: the rank and alpha of most modules, and the exceptions."""
-    from diffusers.utils import get_peft_kwargs
-
-    ranks = {key.removeprefix("text_model."): rank for key, rank in ranks.items()}
-    alphas = {key.removeprefix("text_model."): alpha for key, alpha in alphas.items()}
-    settings = get_peft_kwargs(ranks, alphas, state) | {"target_modules": sorted(ranks), "use_rslora": False}
-    return {key: value for key, value in settings.items() if key in WRITTEN}
+def _alpha(name: str, value: Tensor) -> float:
+    if value.numel() != 1 or not value.item() > 0:
+        found = shown(value.tolist()) if value.numel() <= 1 else list(value.shape)
+        raise ValueError(f"{name}.alpha is {found}; one positive number is wanted")
+    return float(value)
 
 
 def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -169,7 +172,7 @@ def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         if tag == "unet" and not _is_known(rest):
             rest = _from_original(name)
         if not _is_known(rest):
-            raise ValueError(f"{original} is no module of Stable Diffusion's networks that is known here")
+            raise ValueError(f"{shown(original)} is no module of Stable Diffusion's networks that is known here")
         found[original] = NETWORKS[tag], ".".join(PART.findall(rest))
     if len(set(found.values())) != len(found):
         raise ValueError("two names mean the same module")

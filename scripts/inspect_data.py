@@ -27,6 +27,7 @@ from trainers.engine.validation.metrics import spread
 from trainers.inference.animation import centred, contact_sheet
 from trainers.inference.command import command
 from trainers.inference.picture_files import as_pil
+from trainers.pretrained import read_part
 
 PICTURES, COLUMNS = 48, 8  # of the contact sheet
 STREAMED = 1000  # first examples of a stream
@@ -65,9 +66,9 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"--tokenizer: {folder} holds no tokenizer ({error}); give MODEL/tokenizer") from error
+        return read_part(AutoTokenizer, folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer: {folder} holds no tokenizer ({error}); give MODEL/tokenizer") from None
 
 
 def sheet_of(dataset: Any, indices: list[int]) -> Image.Image:

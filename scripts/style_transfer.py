@@ -33,6 +33,8 @@ from trainers.inference.lora_pipeline import (
 from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
 from trainers.inference.prompted_drawing import SAMPLERS, use_sampler
 from trainers.inference.saved_run import find_device
+from trainers.model_configs import check_files
+from trainers.pretrained import read_model
 
 # arguments that determine the pictures, apart from the base and the ControlNet
 OPTIONS = (
@@ -72,10 +74,11 @@ def read_controlnet(name: str) -> Any:
     from diffusers import ControlNetModel
 
     try:
+        check_files(Path(name))
         kind = ControlNetModel.load_config(name).get("_class_name")
         if kind != "ControlNetModel":
             raise ValueError(f"it is a {kind}")
-        return ControlNetModel.from_pretrained(name, use_safetensors=True)
+        return read_model(ControlNetModel, name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--controlnet {name}: cannot be read as a ControlNet ({reason})") from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from trainers.pretrained import read_model
 from trainers.task_options import TrainerConfig
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Encoder:
     constants: tuple[Any, ...] = ()
     optional: bool = False  # whether a batch may lack the column
     default: Any = None  # the value of examples that lack it; None: an error
+    shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)  # of its rows; None for sizes that vary
+    dtype: torch.dtype | None = None  # of its rows; rows of a cache are compared with both
 
 
 @dataclass(kw_only=True)
@@ -225,7 +228,7 @@ class Trainer(ABC):
         """Loads a finished run for inference: its only network, or what has its networks by name as attributes."""
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(output_dir)
+        return read_model(DiffusionPipeline, output_dir)
 
     def usage_of(self, location: str | Path) -> str:
         """Returns code that loads and samples the result in `location`, for the end of a run and the model card."""

@@ -105,8 +105,9 @@ class LCMLoRATrainer(AdapterTrainer):
     def load_pipeline(cls, output_dir: str | Path) -> Any:
         """Loads the base model with the adapter and LCM's scheduler."""
         from trainers.common.diffusion.consistency import lcm_scheduler
-        from trainers.common.lora.files import read_about
+        from trainers.common.lora.files import ddim_timesteps
 
-        pipeline, steps = super().load_pipeline(output_dir), int(read_about(Path(output_dir))["num_ddim_timesteps"])
+        steps = ddim_timesteps(Path(output_dir)) or cls.Config.num_ddim_timesteps
+        pipeline = super().load_pipeline(output_dir)
         pipeline.scheduler = lcm_scheduler(pipeline.scheduler, steps)
         return pipeline

@@ -12,6 +12,7 @@ from trainers.common.diffusion.classes import count_classes, labels_of
 from trainers.common.diffusion.pixel_diffusion import NoisyPixelsConfig, build_schedule
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d
+from trainers.pretrained import read_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,4 +93,4 @@ class NoisyClassifierTrainer(Trainer):
     def load_pipeline(cls, output_dir: str | Path) -> Any:
         from diffusers import UNet2DModel
 
-        return UNet2DModel.from_pretrained(output_dir, subfolder="classifier")
+        return read_model(UNet2DModel, output_dir, subfolder="classifier")

@@ -10,6 +10,7 @@ from trainers.common.autoencoder.latents import images_of
 from trainers.common.autoencoder.options import VAEConfig, build_autoencoder, latent_grid, load_autoencoder
 from trainers.common.diffusion.sampling import to_unit_range
 from trainers.common.model_files import Grid
+from trainers.pretrained import read_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -163,4 +164,4 @@ class VAETrainer(MeasuresData):
     def load_pipeline(cls, output_dir: str | Path) -> Any:
         from diffusers import AutoencoderKL
 
-        return AutoencoderKL.from_pretrained(output_dir)
+        return read_model(AutoencoderKL, output_dir)

@@ -71,7 +71,9 @@ def lora_steps(way: str, steps: int) -> tuple[float, float, dict[str, float]]:
 
 def unet_alone(steps: int) -> tuple[float, float, dict[str, float]]:
     """The same for the frozen UNet's forward pass and its backward pass to the input."""
-    unet = UNet2DConditionModel.from_pretrained(stable_diffusion("whole") / "unet", torch_dtype=DTYPE)
+    unet = UNet2DConditionModel.from_pretrained(
+        stable_diffusion("whole") / "unet", torch_dtype=DTYPE, use_safetensors=True
+    )
     unet.requires_grad_(False).to(DEVICE).train()
     noisy = torch.randn(1, 4, 64, 64, device=DEVICE, dtype=DTYPE, requires_grad=True)
     text = torch.randn(1, 77, 768, device=DEVICE, dtype=DTYPE)

@@ -22,12 +22,15 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 import datasets_lib
+from trainers.common.lora.files import ADAPTER, find_lora, read_lora
+from trainers.common.lora.loading import load_into_pipeline
 from trainers.common.lora.training import AdapterConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, class_accuracy, describe, pictures_of, train_classifier
 from trainers.inference.command import command, positive
 from trainers.inference.saved_run import open_run
+from trainers.pretrained import read_model
 
 CPU = torch.device("cpu")
 ROWS = 2  # pairs of rows in the grid
@@ -109,14 +112,14 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     labels, config = torch.tensor(list(base.captions) * rounds), cast(AdapterConfig, configs[1].config)
     how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
 
-    pipeline = DiffusionPipeline.from_pretrained(saved[0].folder, safety_checker=None)
+    pipeline = read_model(DiffusionPipeline, saved[0].folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
 
     def drawing(**options: Any) -> Tensor:
         return draw(pipeline, captions * rounds, arguments.seed, arguments.batch_size, **how, **options)
 
     drawn = drawing()
-    pipeline.load_lora_weights(saved[1].folder)
+    load_into_pipeline(pipeline, find_lora(saved[1].folder), read_lora(saved[1].folder), ADAPTER)
     styled, without = drawing(), drawing(cross_attention_kwargs={"scale": 0.0})
     metrics = {"pictures": len(drawn), **measure(base, style, drawn, styled, labels)}
     pairs = torch.stack([drawn, styled], 1)[: ROWS * len(captions)].unflatten(0, (-1, len(captions)))

@@ -24,6 +24,7 @@ from trainers.common.autoencoder.options import find_subfolder
 from trainers.engine.config.config import load_config
 from trainers.engine.config.trust import add_trust_argument
 from trainers.inference.command import check_new, command, positive
+from trainers.pretrained import read_model
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's
@@ -73,7 +74,7 @@ def make_base(options: argparse.Namespace) -> str:
         raise ValueError(f"CONFIG = {options.config}: its data set has no captions() to make a vocabulary of; add them")
     captions = set(texts)
     torch.manual_seed(options.seed)
-    vae = AutoencoderKL.from_pretrained(options.vae, subfolder=find_subfolder(options.vae, None))
+    vae = read_model(AutoencoderKL, options.vae, subfolder=find_subfolder(options.vae, None))
     vae.save_pretrained(options.output / "vae")
     tokenizer = write_tokenizer(options.output / "tokenizer", sorted(captions), options.max_length)
     build_text_encoder(tokenizer, options.width, options.layers).save_pretrained(options.output / "text_encoder")

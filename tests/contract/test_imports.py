@@ -28,6 +28,8 @@ ORDER = (
     "datasets_lib.report",
     "datasets_lib",
     "trainers.options",
+    "trainers.model_configs",
+    "trainers.pretrained",
     "trainers.engine.config.eval_networks",
     "trainers.engine.config.base_options",
     "trainers.task_options",
@@ -60,7 +62,13 @@ ORDER = (
     "scripts.benchmarks",
 )
 FOREIGN = "datasets_lib.foreign"  # what everybody shows, opens and reads with
-CONTRACT = ("trainers.options", "trainers.task_options", "trainers.base")  # between loop and tasks
+CONTRACT = (
+    "trainers.options",
+    "trainers.model_configs",
+    "trainers.pretrained",
+    "trainers.task_options",
+    "trainers.base",
+)  # between loop and tasks
 ENGINE_ROOMS = [
     room.rpartition(".")[2] for room in ORDER if room.startswith("trainers.engine.") and room.count(".") == 2
 ]

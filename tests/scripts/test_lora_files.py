@@ -17,8 +17,10 @@ from tiny_models import model
 
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
-from trainers.common.lora.files import FILE_NAME, SETTINGS_KEY, load_lora, read_about, save_lora
-from trainers.inference.lora_pipeline import parse_lora
+from trainers.common.lora.files import FILE_NAME, read_about, save_lora
+from trainers.common.lora.header import SETTINGS_KEY
+from trainers.common.lora.loading import load_lora
+from trainers.inference.lora_pipeline import add_loras, parse_lora
 
 # linear and convolution, inside blocks and at the top, and one that occurs in both kinds of networks' names
 UNET = ["to_q", "to_k", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "conv_in", "time_emb_proj", "linear_1"]
@@ -124,6 +126,21 @@ def test_diffusers_reads_what_was_saved(files, family, kind):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
     base = outputs(networks_of(family))
     assert all((mine - other).abs().max() > 1e-3 for mine, other in zip(outputs(networks), base, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "no header"])
+def test_scripts_load_what_diffusers_does(files, tmp_path, kind):
+    file, _ = files("sdxl", kind if kind in KINDS else "patterns")
+    if kind not in KINDS:
+        tensors = {key: value for key, value in load_file(file).items() if key.startswith("unet.")}
+        file = tmp_path / FILE_NAME
+        save_file(tensors, file)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(model("sdxl"))
+    add_loras(pipeline, [(file, 1.0)])
+    theirs = loaded("sdxl", file)
+    assert_equal(differences(networks_of(None, pipeline), "lora_0"), differences(theirs, "read"))
+    for mine, other in zip(outputs(networks_of(None, pipeline)), outputs(theirs), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_a_text_encoder_without_attention_in_its_targets_is_read(tmp_path):

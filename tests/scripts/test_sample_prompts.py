@@ -532,7 +532,7 @@ def test_dropout_of_a_file_does_not_act(call, tmp_path):
 
 WRONG = [
     (["BASE"], "is a pipeline; say what to draw with --prompt or --prompts"),
-    (["nobody/nothing", "--prompt", "x"], "nobody/nothing: no pipeline could be read; give a pipeline's local folder, or a"),
+    (["nobody/nothing", "--prompt", "x"], "nobody/nothing: no DiffusionPipeline in safetensors format could be read; give a"),
     (["BASE", "--prompts", "none.txt"], "--prompts none.txt: there is no such file"),
     (["BASE", "--prompts", "EMPTY"], "holds no prompt; write one per line"),
     (["BASE", "--prompt", "x", "lora.rank=3"], "lora.rank=3: is an option of a run, and BASE is a pipeline"),

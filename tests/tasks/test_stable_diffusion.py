@@ -673,7 +673,7 @@ LATER = [
         },
         "timestep_bias_strategy = range: favours none of the timesteps 0 to 999 over another; change its limits",
     ),
-    ("lora", {"lora.clip_score_model": "configs"}, "clip_score_model = configs: no CLIP could be read; give a local"),
+    ("lora", {"lora.clip_score_model": "configs"}, "clip_score_model = configs: no CLIPProcessor could be read; give a local"),
 ]  # fmt: skip
 
 
@@ -697,7 +697,10 @@ def test_a_base_model_with_broken_parts(tmp_path, from_scratch, tiny_config, cap
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     options = {"text_to_image.pretrained_model_name_or_path": str(folder)}
     assert main([str(tiny_config("text_to_image", **options))]) == 1
-    assert "no unet (UNet2DConditionModel) in safetensors format could be read" in capsys.readouterr().err
+    assert (
+        "unet: no UNet2DConditionModel in safetensors format could be read; give a local folder"
+        in capsys.readouterr().err
+    )
     path = Path(from_scratch["text_to_image.model_config"])
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 7}))
     assert main([str(tiny_config("text_to_image", "other", **options, **from_scratch))]) == 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datasets_lib.foreign import check_regular
 from trainers.base import BaseConfig
+from trainers.model_configs import check_files, read_config
+from trainers.pretrained import read_model, reading
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -42,7 +44,7 @@ def files_digest(*folders: Path) -> str:
     for folder in folders:
         for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".txt", ".safetensors"):
-                with path.open("rb") as file:
+                with check_regular(path).open("rb") as file:
                     content.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return content.hexdigest()[:16]
 
@@ -60,7 +62,7 @@ def find_model_config(model_config: str) -> Path:
 
 def read_file(model_config: str) -> Settings:
     """Reads a network's config without diffusers' private keys."""
-    settings = json.loads(find_model_config(model_config).read_text(encoding="utf-8"))
+    settings = read_config(find_model_config(model_config))
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
@@ -80,7 +82,7 @@ def settings_problems(
     """Yields the problems of a config of `network`, without importing heavy libraries."""
     try:
         settings = read()
-    except (FileNotFoundError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         yield f"must be a folder with config.json, a JSON file, or a name in configs/models: {error}"
         return
     try:
@@ -124,17 +126,13 @@ def load_pretrained(
 
     source, shown = place[1], " = ".join(place)
     options = {"subfolder": None if (Path(source) / "config.json").is_file() else folder} | options
-    try:
+    check_files(Path(source) / (options["subfolder"] or ""))
+    with reading(kind, source, shown):
         found = kind.load_config(source, **options).get("_class_name", kind.__name__)
-        if found != kind.__name__:
-            raise ValueError(f"{shown}: must be of class {kind.__name__}, found {found}")
-        options |= {"use_safetensors": True, "torch_dtype": torch.float32, "output_loading_info": True}
-        network, info = kind.from_pretrained(source, **options)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{shown}: no {kind.__name__} in safetensors format could be read; give a local folder with config.json, "
-            f"or with {folder}/config.json, or a hub name that can be reached ({error})"
-        ) from None
+    if found != kind.__name__:
+        raise ValueError(f"{shown}: must be of class {kind.__name__}, found {found}")
+    options |= {"torch_dtype": torch.float32, "output_loading_info": True}
+    network, info = read_model(kind, source, shown, **options)
     if info["missing_keys"]:
         raise ValueError(f"{shown}: its weights lack {info['missing_keys'][0]}")
     for misfit in misfits(network.config):

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainers.common.lora.files import LoraFile, find_lora, read_lora
+from trainers.common.lora.files import find_lora, read_lora
+from trainers.common.lora.loading import load_into_pipeline
+from trainers.common.text_to_image.base_model import check_tokenizer
+from trainers.pretrained import read_model
 
 
 def parse_loras(texts: list[str] | None) -> list[tuple[Path, float]]:
@@ -44,14 +47,13 @@ def load_pipeline(base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch
     """
     from diffusers import DiffusionPipeline
 
-    options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, **options)
-    except OSError as error:
-        advice = "give a pipeline's local folder, or a hub name that can be reached"
-        raise FileNotFoundError(f"{base}: no pipeline could be read; {advice} ({str(error).splitlines()[0]})") from None
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = read_model(DiffusionPipeline, base, torch_dtype=dtype, **options)
     if not hasattr(pipeline, "fuse_lora"):
         raise ValueError(f"{base}: is a {type(pipeline).__name__}; give Stable Diffusion or SDXL")
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if getattr(pipeline, tokenizer, None) is not None and getattr(pipeline, encoder, None) is not None:
+            check_tokenizer(f"{base}, {encoder}", getattr(pipeline, tokenizer), getattr(pipeline, encoder).config)
     return pipeline
 
 
@@ -60,8 +62,7 @@ def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float
     weights = {f"lora_{number}": weight for number, (_, weight) in enumerate(loras)}
     for name, (path, _) in zip(weights, loras, strict=True):
         file, lora = find_lora(path), read_lora(path)
-        check_fit(file, lora, pipeline)
-        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        load_into_pipeline(pipeline, file, lora, name)
         for network in lora.tensors:
             getattr(pipeline, network).eval()  # no dropout in sampling
     weigh_loras(pipeline, weights)
@@ -92,27 +93,19 @@ def check_finite(images: Tensor) -> None:
         raise ValueError("the pictures are not finite; the LoRAs' weights are too large, or the precision is too low")
 
 
+def check_weights(pipeline: Any) -> None:
+    """Raises ValueError for a network with weights that are not finite."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    for network, owner in networks.items():
+        for key, weights in owner.state_dict().items():
+            if weights.is_floating_point() and not weights.isfinite().all():
+                found = f"{network}.{key} holds numbers that are not finite"
+                raise ValueError(f"{found}; lower the LoRAs' weights, take --dtype float32, or check the base")
+
+
 def check_strength(strength: float, steps: int) -> None:
     """Raises ValueError for a fraction of the sampling steps that is out of range or leaves no step."""
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"--strength {strength:g}: must be above 0 and at most 1, a fraction of the steps")
     if int(steps * strength) < 1:
         raise ValueError(f"--strength {strength:g}: leaves none of {steps} steps; raise it or --steps")
-
-
-def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
-    """Raises ValueError if the pipeline lacks modules that the LoRA changes; diffusers would only warn."""
-    advice = "take the base that it was trained on"
-    for network, state in lora.tensors.items():
-        owner = getattr(pipeline, network, None)
-        if owner is None:
-            raise ValueError(f"{file}: changes {network}, and the base has none; {advice}")
-        layers = dict(owner.named_modules())
-        for module in lora.ranks(network):
-            layer = layers.get(module, layers.get(module.removeprefix("text_model.")))
-            layer = getattr(layer, "base_layer", layer)  # under an adapter
-            shape = [len(state[f"{module}.lora_B.weight"]), *state[f"{module}.lora_A.weight"].shape[1:]]
-            weight = getattr(layer, "weight", None)
-            found = "missing" if weight is None else list(weight.shape)
-            if found != shape:
-                raise ValueError(f"{file}: changes {network}.{module} {shape}, which in the base is {found}; {advice}")

@@ -16,9 +16,10 @@ from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.objective import Predict
 from trainers.common.diffusion.sampling import to_unit_range
 from trainers.common.lora.files import read_lora
+from trainers.common.lora.loading import check_fit
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, size_conditions
 from trainers.inference.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
-from trainers.inference.lora_pipeline import add_loras, check_fit
+from trainers.inference.lora_pipeline import add_loras
 
 
 class Morph:

@@ -16,7 +16,7 @@ from trainers.base import Fraction, NonNegativeFloat, Positive, RandomSource, Se
 from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.consistency import lcm_scheduler
 from trainers.common.diffusion.sampling import build_sampler, trained_with
-from trainers.common.lora.files import read_about
+from trainers.common.lora.files import ddim_timesteps
 from trainers.inference.lora_pipeline import check_finite, check_negative_prompt, check_strength, weigh_loras
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
     """
     noise = trained_with(pipeline.scheduler)
     if name == "lcm" and noise.config.get("beta_schedule"):
-        said = [read_about(path).get("num_ddim_timesteps") for path in loras]
-        pipeline.scheduler = lcm_scheduler(noise, int(next(filter(None, said), DDIM_TIMESTEPS)))
+        said = [ddim_timesteps(path) for path in loras]
+        pipeline.scheduler = lcm_scheduler(noise, next(filter(None, said), DDIM_TIMESTEPS))
     else:
         pipeline.scheduler = for_pipelines(build_sampler(name, noise))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch import Tensor
 from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
+from trainers.model_configs import read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 def vae_config(source: str) -> dict[str, Any] | None:
     """Reads the config of an autoencoder in a local folder; None if there is none, as for a hub name."""
     path = Path(source) / (find_subfolder(source, None) or "") / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_config(path) if path.is_file() else None
 
 
 def latents_problems(source: str) -> Iterator[str]:
     """Yields problems of an option that names an autoencoder, as far as a local folder shows them."""
-    settings = vae_config(source)
+    try:
+        settings = vae_config(source)
+    except (OSError, ValueError) as error:
+        yield str(error)
+        return
     if settings is None and Path(source).exists():
         yield "must be a finished vae run: a folder with config.json or vae/config.json"
     if settings is not None and settings.get("scaling_factor", 1) is None:
@@ -120,7 +124,10 @@ class LatentSpace:
 
         writes = (f"{column}mean", f"{column}logvar")
         optional = column != ""  # such as class images, which only training examples have
-        return Encoder(f"{column}image", writes, lambda: self.vae, write, source, cache, optional=optional)
+        sizes = (None, None) if self.base.buckets else self.grid.shape[1:]
+        found = Encoder(f"{column}image", writes, lambda: self.vae, write, source, cache, optional=optional)
+        found.shapes, found.dtype = dict.fromkeys(writes, (self.grid.channels, *sizes)), self.vae_dtype
+        return found
 
     def draw(self, batch: dict[str, Any], rng: RandomSource, column: str = "") -> Tensor:
         """Samples scaled latents [B, c, h, w] from the posteriors in `<column>mean` and `<column>logvar`."""

@@ -16,6 +16,7 @@ from trainers.common.diffusion.objective import Predict
 from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 from trainers.common.model_files import Grid
 from trainers.options import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from trainers.pretrained import read_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,4 +154,4 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
     def load_pipeline(cls, output_dir: str | Path) -> Any:
         from trainers.common.class_pipeline import ClassConditionalPipeline
 
-        return ClassConditionalPipeline.from_pretrained(output_dir)
+        return read_model(ClassConditionalPipeline, output_dir)

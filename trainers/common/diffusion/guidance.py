@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from trainers.base import BaseConfig
+from trainers.model_configs import read_config
+from trainers.pretrained import read_model, read_part
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, SchedulerMixin
@@ -73,13 +74,14 @@ class ClassifierGuidance:
         """Loads a finished noisy_classifier run; ValueError if its classes or its noise differ from the model's."""
         from diffusers import DDPMScheduler, UNet2DModel
 
-        trained_with = DDPMScheduler.from_pretrained(run, subfolder="scheduler")
+        place = f"classifier = {run}"
+        trained_with = read_part(DDPMScheduler, Path(run) / "scheduler", place)
         if not torch.equal(trained_with.alphas_cumprod, scheduler.alphas_cumprod.cpu()):
             raise ValueError(
                 f"classifier = {run}: it was trained with another noise schedule; train it with this run's "
                 "ddpm_num_steps, ddpm_beta_schedule and rescale_betas_zero_snr"
             )
-        network = UNet2DModel.from_pretrained(run, subfolder="classifier").to(device).requires_grad_(False)
+        network = read_model(UNet2DModel, run, place, "classifier").to(device).requires_grad_(False)
         if network.config.out_channels != num_classes:
             raise ValueError(f"classifier = {run}: knows {network.config.out_channels} classes, not {num_classes}")
         return cls(lambda noisy, timestep: network(noisy, timestep).sample.mean((2, 3)), scale, scheduler)
@@ -105,7 +107,11 @@ def classifier_problems(run: str, base: BaseConfig) -> Iterator[str]:
         if not path.is_file():
             yield f"must be a finished noisy_classifier run; there is no {path}"
             return
-    channels = json.loads(config.read_text(encoding="utf-8")).get("in_channels")
+    try:
+        channels = read_config(config).get("in_channels")
+    except (OSError, ValueError) as error:
+        yield str(error)
+        return
     if channels != base.channels:
         yield f"sees pictures with {channels} channels, base.channels is {base.channels}; train one for these"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
+from trainers.pretrained import read_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,7 +72,7 @@ class AdapterTrainer(StableDiffusionTrainer):
     )
 
     def build_networks(self) -> dict[str, nn.Module]:
-        from trainers.common.lora.files import load_lora
+        from trainers.common.lora.loading import load_lora
 
         networks = self.add_adapters()
         if self.config.lora_weights is not None and self.run.start_step == 0:
@@ -150,10 +151,13 @@ class AdapterTrainer(StableDiffusionTrainer):
         """Loads the adapter with its base model, which the file's header names."""
         from diffusers import DiffusionPipeline
 
-        from trainers.common.lora.files import read_about
+        from trainers.common.lora.files import ADAPTER, find_lora, read_lora
+        from trainers.common.lora.loading import load_into_pipeline
 
-        about = read_about(Path(output_dir))
-        place = {name: about[f"base_{name}"] or None for name in ("revision", "variant")}
-        pipeline = DiffusionPipeline.from_pretrained(about["base_model"], safety_checker=None, **place)
-        pipeline.load_lora_weights(output_dir, adapter_name="default")
+        file, lora = find_lora(Path(output_dir)), read_lora(Path(output_dir))
+        if not lora.about.get("base_model"):
+            raise ValueError(f"{file}: its header names no base_model; give a finished run's folder")
+        place = {name: lora.about.get(f"base_{name}") or None for name in ("revision", "variant")}
+        pipeline = read_model(DiffusionPipeline, lora.about["base_model"], safety_checker=None, **place)
+        load_into_pipeline(pipeline, file, lora, ADAPTER)
         return pipeline

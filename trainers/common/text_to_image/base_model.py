@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from datasets_lib.foreign import shown
 from trainers.common.model_files import files_digest
+from trainers.model_configs import INDEX, check_files, read_config
+from trainers.pretrained import read_model, read_part, reading
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
-    from transformers import CLIPTokenizer, PreTrainedModel
+    from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -46,28 +48,20 @@ class BaseModel:
 
     def __init__(self, option: str, source: str, revision: str | None = None, variant: str | None = None) -> None:
         self.option, self.source, self.variant = option, source, variant
+        self.place = f"{option} = {source}"
         if not Path(source).is_dir() and (source.count("/") > 1 or source[0] in "./~"):
             raise FileNotFoundError(f"{option} = {source}: there is no such folder, and hub names read owner/name")
         self.folder = Path(source) if Path(source).is_dir() else self._download(source, revision)
-        index = self.folder / "model_index.json"
-        self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+        check_files(self.folder)
+        self.index: dict[str, Any] = read_config(self.folder / INDEX) if (self.folder / INDEX).is_file() else {}
 
     def _download(self, source: str, revision: str | None) -> Path:
         from diffusers import DiffusionPipeline
 
         options = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))  # left out
         options |= {"revision": revision, "variant": self.variant, "use_safetensors": True}
-        try:
+        with reading(DiffusionPipeline, source, self.place):
             return Path(DiffusionPipeline.download(source, **options))
-        except (OSError, ValueError) as error:
-            raise self._unreadable("pipeline", error) from None
-
-    def _unreadable(self, what: str, error: Exception) -> FileNotFoundError:
-        advice = "give a pipeline's local folder, or a hub name that can be reached"
-        reason = str(error).splitlines()[0]
-        return FileNotFoundError(
-            f"{self.option} = {self.source}: no {what} in safetensors format could be read; {advice} ({reason})"
-        )
 
     @cached_property  # read at every step
     def is_xl(self) -> bool:
@@ -88,10 +82,14 @@ class BaseModel:
         from transformers import CLIPTokenizer
 
         names = ("tokenizer", "tokenizer_2")[: len(self.text_encoder_names)]
-        try:
-            return [CLIPTokenizer.from_pretrained(self.folder / name) for name in names]
-        except (OSError, ValueError) as error:
-            raise self._unreadable("tokenizer", error) from None
+        return [read_part(CLIPTokenizer, self.folder / name, f"{self.place}, {name}") for name in names]
+
+    def text_configs(self) -> list[CLIPTextConfig]:
+        """Reads the text encoders' configs, in which older files lack what is usual."""
+        from transformers import CLIPTextConfig
+
+        names = self.text_encoder_names
+        return [read_part(CLIPTextConfig, self.folder / name, f"{self.place}, {name}") for name in names]
 
     def text_encoder(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         import transformers
@@ -105,10 +103,7 @@ class BaseModel:
         return self._read(UNet2DConditionModel, "unet", torch_dtype=dtype)
 
     def _read(self, kind: type[ModelMixin | PreTrainedModel], name: str, **options: Any) -> Any:
-        try:
-            return kind.from_pretrained(self.folder / name, use_safetensors=True, variant=self.variant, **options)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(f"{name} ({kind.__name__})", error) from None
+        return read_model(kind, self.folder / name, f"{self.place}, {name}", variant=self.variant, **options)
 
     @cached_property
     def sampler(self) -> SchedulerMixin:
@@ -119,11 +114,11 @@ class BaseModel:
         if not path.is_file():
             noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
             return diffusers.DDIMScheduler(**noise, clip_sample=False, steps_offset=1)
-        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "DDIMScheduler")
-        kind: type[SchedulerMixin] | None = getattr(diffusers, name, None)
+        name = read_config(path).get("_class_name", "DDIMScheduler")
+        kind: type[SchedulerMixin] | None = getattr(diffusers, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise ValueError(f"{self.option} = {self.source}: its scheduler is a {name}, which diffusers does not have")
-        return kind.from_pretrained(path.parent)
+            raise ValueError(f"{self.place}: its scheduler is a {shown(name)}, which diffusers does not have")
+        return read_part(kind, path.parent, f"{self.place}, scheduler")
 
     def pipeline(self, **parts: Any) -> Any:
         """Builds diffusers' pipeline in float32 from `parts` (unet, vae, scheduler, text encoders) and the rest."""
@@ -146,3 +141,13 @@ class BaseModel:
     def digest(self, *names: str) -> str:
         """Hashes the files of components: 16 hex digits."""
         return files_digest(*(self.folder / name for name in names))
+
+
+def check_tokenizer(place: str, tokenizer: Any, config: Any) -> None:
+    """Raises ValueError for a tokenizer that makes other or longer rows of tokens than its text encoder reads."""
+    largest, length = max(tokenizer.get_vocab().values(), default=0), tokenizer.model_max_length
+    known, longest = config.vocab_size, getattr(config, "max_position_embeddings", None)
+    if largest >= known:
+        raise ValueError(f"{place}: reads {known:,} tokens, and its tokenizer has one of the number {largest:,}")
+    if longest is not None and not (isinstance(length, int | float) and 2 < length <= longest):
+        raise ValueError(f"{place}: reads {longest} tokens, and its tokenizer has model_max_length = {shown(length)}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score
 
+from trainers.pretrained import read_model, read_part
+
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
@@ -36,23 +38,15 @@ class ClipScore:
     def __init__(self, option: str, source: str, device: torch.device) -> None:
         from transformers import CLIPConfig, CLIPProcessor
 
-        self.option, self.source, self.device = option, source, device
-        self._read(CLIPConfig)
-        self.processor = self._read(CLIPProcessor)
-
-    def _read(self, kind: Any, **options: Any) -> Any:
-        try:
-            return kind.from_pretrained(self.source, **options)
-        except (OSError, ValueError) as error:
-            advice, reason = "give a local folder, or a hub name that can be reached", str(error).splitlines()[0]
-            found = f"no CLIP could be read; {advice} ({reason})"
-            raise FileNotFoundError(f"{self.option} = {self.source}: {found}") from None
+        self.source, self.place, self.device = source, f"{option} = {source}", device
+        read_part(CLIPConfig, source, self.place)
+        self.processor = read_part(CLIPProcessor, source, self.place)
 
     @cached_property
     def features(self) -> Features:
         from transformers import CLIPModel
 
-        return Features(self._read(CLIPModel, use_safetensors=True)).to(self.device)
+        return Features(read_model(CLIPModel, self.source, self.place)).to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> float:

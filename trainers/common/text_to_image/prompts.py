@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.base import CacheKind, Encoder
-from trainers.common.text_to_image.base_model import BaseModel
+from trainers.common.text_to_image.base_model import BaseModel, check_tokenizer
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
@@ -24,6 +24,9 @@ class Prompts:
         self.base_model, self.device, self.dtype = base_model, device, dtype
         self.tokenizers = base_model.tokenizers()
         self.names = base_model.text_encoder_names
+        self.configs = base_model.text_configs()
+        for name, tokenizer, config in zip(self.names, self.tokenizers, self.configs, strict=True):
+            check_tokenizer(f"{base_model.place}, {name}", tokenizer, config)
         self.columns = (EMBEDS, POOLED) if base_model.is_xl else (EMBEDS,)
 
     def embed(self, networks: Mapping[str, nn.Module], captions: list[str]) -> dict[str, Tensor]:
@@ -56,7 +59,14 @@ class Prompts:
             digest = self.base_model.digest(*folders)
             return {"text encoders": digest, "variant": self.base_model.variant, "dtype": str(self.dtype)}
 
-        return Encoder("caption", self.columns, build, encode, source, cache, constants, default=default)
+        found = Encoder("caption", self.columns, build, encode, source, cache, constants, default=default)
+        found.shapes, found.dtype = self._shapes(), self.dtype
+        return found
+
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Returns the shapes of a caption's rows, by the text encoders' configs."""
+        width = sum(config.hidden_size for config in self.configs)
+        return {EMBEDS: (self.tokenizers[0].model_max_length, width), POOLED: (self.configs[-1].projection_dim,)}
 
     def truncated(self, captions: Iterable[str]) -> tuple[int, str | None]:
         """Counts the captions longer than the tokenizer's length; also returns the text cut off the first of them."""

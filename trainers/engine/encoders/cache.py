@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-import shutil
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datasets_lib.example import Example, ImageData
-from trainers.engine.run.files import flush, write_tensors
+from datasets_lib.foreign import shown
+from trainers.engine.encoders.rows_file import RowsFile, remove, write_rows
 
-FORMAT = 1  # raise it when encoders' inputs, or the files here, change
+FORMAT = 2  # raise it when encoders' inputs, or the files here, change
 KEY_DIGITS = 32
+
+Shapes = dict[str, tuple[int | None, ...]]  # of a row by column; None for sizes that vary
 
 
 def text_key(text: str) -> str:
@@ -27,72 +26,92 @@ def text_key(text: str) -> str:
 
 
 class Cache:
-    """Rows of tensors by key, in memory or in a folder for one encoder, where several processes may add files."""
+    """Rows of tensors by key, in memory or in a folder for one encoder, where several processes may add files.
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    `shapes` and `dtype` are those of the encoder's rows, as in Encoder.
+    """
+
+    def __init__(self, folder: Path | None, shapes: Shapes | None = None, dtype: torch.dtype | None = None) -> None:
+        self.folder, self.shapes, self.dtype = folder, shapes or {}, dtype
         self.rows_by_key: dict[str, Sequence[Tensor]] = {}
-        self.files: dict[str, Any] = {}  # key -> the open file that holds it
-        self.opened: set[str] = set()
+        self.files: dict[str, RowsFile] = {}  # by key
+        self.seen: set[str] = set()  # names of files
+        self.checked: set[str] = set()  # keys: a row is checked when it is first used
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows_by_key or key in self.files
 
     def rows(self, keys: list[str], columns: tuple[str, ...], device: torch.device) -> dict[str, Tensor]:
-        """Returns the columns [B, ...] of these keys on the device; all rows have the same shape."""
-        stacked = [torch.stack(rows) for rows in zip(*map(self._rows_of, keys), strict=True)]
+        """Returns the columns [B, ...] of these keys on the device; all rows have the same shape.
+
+        Raises OSError for a row that is damaged, or not the encoder's, and removes its file.
+        """
+        found = [self._row(key, columns) for key in keys]
+        for key, row in zip(keys, found, strict=True):
+            if [column.shape for column in row] != [column.shape for column in found[0]]:
+                self._refuse(key, "has another shape than the rows of its batch")
+        stacked = [torch.stack(rows) for rows in zip(*found, strict=True)]
         if device.type == "cuda":  # a copy from other memory would wait for the device
             stacked = [rows.pin_memory() for rows in stacked]
         return {name: rows.to(device, non_blocking=True) for name, rows in zip(columns, stacked, strict=True)}
 
-    def _rows_of(self, key: str) -> Sequence[Tensor]:
+    def _row(self, key: str, columns: tuple[str, ...]) -> Sequence[Tensor]:
         if key in self.rows_by_key:
             return self.rows_by_key[key]
-        file, count = self.files[key]
-        return [file.get_tensor(f"{key}.{number}") for number in range(count)]
+        row = self.files[key].row(key)
+        if key not in self.checked:
+            problem = self.files[key].damage(key, row) or self._misfit(row, columns)
+            if problem:
+                self._refuse(key, problem)
+            self.checked.add(key)
+        return row
+
+    def _misfit(self, row: Sequence[Tensor], columns: tuple[str, ...]) -> str | None:
+        if len(row) != len(columns):
+            return f"has {len(row)} columns, and the encoder writes {len(columns)}"
+        for name, column in zip(columns, row, strict=True):
+            wanted = self.shapes.get(name, (None,) * column.dim())
+            sizes = list(zip(column.shape, wanted, strict=False))
+            if len(wanted) != column.dim() or any(size != most for size, most in sizes if most is not None):
+                return f"has {name} {list(column.shape)}, and the encoder writes {list(wanted)}"
+            if column.dtype != (self.dtype or column.dtype):
+                return f"has {name} in {column.dtype}, and the encoder writes {self.dtype}"
+        return None
+
+    def _refuse(self, key: str, problem: str) -> None:
+        if key in self.rows_by_key:
+            raise ValueError(f"the encoder's row {key} {problem}")
+        file = self.files[key]
+        done = file.remove()
+        raise OSError(f"{file.path}: row {shown(key)} {problem}; the file is {done} at the next start")
 
     def add(self, rows: dict[str, list[Tensor]]) -> None:
-        """Stores rows by key, in memory or in a file, which is flushed before it gets its name."""
+        """Stores rows by key, in memory or in a file."""
         if self.folder is None:
             self.rows_by_key |= rows
         elif rows:
-            token = secrets.token_hex(8)
-            staged = self.folder / f".tmp-{token}"
-            tensors = {f"{key}.{n}": row.contiguous() for key, each in rows.items() for n, row in enumerate(each)}
-            try:
-                write_tensors(tensors, staged)
-                flush(staged)
-                staged.rename(self.folder / f"rows-{token}.safetensors")
-                flush(self.folder)
-            except (OSError, SafetensorError) as error:
-                staged.unlink(missing_ok=True)
-                needed, free = sum(row.nbytes for row in tensors.values()), shutil.disk_usage(self.folder).free
-                space = f"it needs {needed:,} bytes, {free:,} are free"
-                raise OSError(
-                    f"{self.folder}: a cache cannot be written ({error}); {space}; what is there stays"
-                ) from None
+            write_rows(self.folder, rows)
 
     def look(self, wanted: Iterable[str] = ()) -> list[str]:
         """Finds the rows of new files in the folder; returns the wanted keys that are still missing.
 
-        Removes a file with a broken header, with a warning.
+        Removes a file that cannot be read, and leaves out a link or anything else that is no file, with a warning.
         """
         for path in sorted(self.folder.glob("rows-*.safetensors")) if self.folder is not None else ():
-            if path.name in self.opened:
+            if path.name in self.seen:
+                continue
+            self.seen.add(path.name)
+            if path.is_symlink() or not path.is_file():
+                print(f"WARNING: {shown(path)} is a link or no file: left out, and encoded again", flush=True)
                 continue
             try:
-                path.open("rb").close()  # safetensors reports every error as a missing file
+                file = RowsFile(path)
             except OSError as error:
                 raise OSError(f"{path}: a cache cannot be read ({error}); check its permissions") from None
-            try:
-                file = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                print(f"WARNING: {path} cannot be read ({error}): removed, and encoded again", flush=True)
-                path.unlink(missing_ok=True)
+            except ValueError as error:
+                print(f"WARNING: {shown(path)} cannot be read ({error}): {remove(path)}", flush=True)
                 continue
-            counts = Counter(name.partition(".")[0] for name in file.keys())  # noqa: SIM118  # not a dict
-            self.files |= {key: (file, count) for key, count in counts.items()}
-            self.opened.add(path.name)
+            self.files |= dict.fromkeys(file.counts, file)
         return [key for key in wanted if key not in self]
 
 
@@ -102,8 +121,11 @@ def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path,
     folder = directory / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     changed = not folder.is_dir() and any(directory.glob(f"{kind}-*"))
     if not folder.is_dir():
-        folder.mkdir(parents=True)
-        (folder / "source.json").write_text(text, encoding="utf-8")
+        try:
+            folder.mkdir(parents=True)
+            (folder / "source.json").write_text(text, encoding="utf-8")
+        except OSError as error:  # such as a file in its place, or a link that leads nowhere
+            raise OSError(f"{shown(folder)}: a cache cannot be made there ({shown(error)})") from None
     return folder, changed
 
 

@@ -21,6 +21,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.collectives import run_on_all
 from trainers.engine.distributed.shared_folders import find_folders
 from trainers.engine.encoders.cache import KEY_DIGITS, Cache, KeyedExamples, folder_of, text_key
+from trainers.engine.encoders.rows_file import others
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.context import DataSets
 from trainers.engine.run.progress import passing_bar
@@ -128,8 +129,12 @@ def _opened(
     kind = encoder.reads.rpartition("_")[2]  # pictures of the class are pictures
     folders = find_folders(accelerator, directory, "base.encoder_cache_dir")
     opened = folders.on_mains(lambda: folder_of(directory, kind, encoder.source()))
-    cache = Cache(directory / opened[folders.number][0].name)
+    own = directory / opened[folders.number][0].name
+    cache = Cache(own, encoder.shapes, encoder.dtype)
     missing = folders.on_mains(lambda: cache.look(wanted))
+    strangers = folders.on_mains(lambda: others(own))
+    for found in filter(None, strangers):
+        accelerator.print(f"WARNING: cache {name}: {found}, who can change what is trained; see base.encoder_cache_dir")
     for place, (folder, changed), lacks in zip(folders.places, opened, missing, strict=True):
         if changed:
             accelerator.print(f"cache {name}: {directory} holds outputs of another encoder, precision or version")

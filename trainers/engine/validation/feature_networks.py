@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.engine.config.eval_networks import ALLOWED_FEATURES
+from trainers.pretrained import read_model
 
 PictureNetwork = Callable[[Tensor], Tensor]  # pictures [B, C, H, W] in [0, 1] on the device -> rows [B, D]
 
@@ -33,7 +34,7 @@ def load_classifier(spec: str, device: torch.device) -> PictureNetwork:
     if (Path(spec) / "classifier" / "config.json").is_file():
         from diffusers import UNet2DModel
 
-        network = UNet2DModel.from_pretrained(spec, subfolder="classifier").to(device)
+        network = read_model(UNet2DModel, spec, subfolder="classifier").to(device)
         return lambda images: network(images * 2 - 1, 0).sample.mean((2, 3))
     script = _torchscript(spec, device)
     return lambda images: script(images * 2 - 1)

@@ -1,0 +1,131 @@
+"""Reads networks and pipelines whose files may come from others: safetensors only, and no code that they name."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from datasets_lib.foreign import shown
+from trainers.model_configs import INDEX, check_files, numbers_in, read_config
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_model(
+    kind: Any, source: str | Path, place: str | None = None, subfolder: str | None = None, **options: Any
+) -> Any:
+    """Reads what has weights, by kind.from_pretrained of diffusers or transformers; `place` names it in messages.
+
+    Raises FileNotFoundError if nothing can be read, and ValueError for files that are refused.
+    """
+    place = shown(place or source)
+    if hasattr(kind, "download") and not Path(source).is_dir():  # a pipeline on the hub: checked before it is loaded
+        names = ("revision", "variant", "safety_checker")
+        wanted = {name: options[name] for name in names if name in options}
+        with reading(kind, source, place):
+            source = kind.download(source, use_safetensors=True, **wanted)
+    folder = Path(source) / (subfolder or "")
+    check_files(folder)
+    options |= {"subfolder": subfolder} if subfolder else {}
+    for network, own in _networks(kind, folder):
+        _check_size(network, own, place)
+    with reading(kind, folder, place):
+        found = kind.from_pretrained(source, use_safetensors=True, **options)
+    whole = found[0] if isinstance(found, tuple) else found  # with the option output_loading_info
+    for part in getattr(whole, "components", {"": whole}).values():
+        _check_read(part, place)
+    return found
+
+
+def read_part(kind: Any, source: str | Path, place: str | None = None, **options: Any) -> Any:
+    """Reads what has no weights as `read_model` does: a tokenizer, a scheduler, a config."""
+    place = shown(place or source)
+    check_files(Path(source))
+    with reading(kind, source, place, ""):
+        found = kind.from_pretrained(source, **options)
+    _check_read(found, place)
+    return found
+
+
+@contextmanager
+def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safetensors format") -> Iterator[None]:
+    """Turns whatever a library raises for the files of others into a message."""
+    try:
+        yield
+    except Exception as error:
+        reason = shown((str(error).strip() or type(error).__name__).splitlines()[0])
+        advice = "give a local folder, or a hub name that can be reached"
+        for pickle in _pickles(Path(source)):
+            advice = (
+                f"{shown(pickle)} is not read, because such a file can run code; if you trust it, convert it: "
+                f"{kind.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+            )
+        what = f"no {kind.__name__}{wanted} could be read"
+        found = FileNotFoundError(f"{place}: {what}; {advice} ({reason})")
+        if isinstance(error, MemoryError) or "allocate memory" in reason:
+            found.errno = errno.ENOMEM  # for the dry run, which then suggests what needs less
+        raise found from None
+
+
+def _pickles(folder: Path) -> list[str]:
+    """Returns the names of files in a model's folder, or in those of its parts, that stand there for safetensors."""
+    folders = [path for path in (folder, *folder.glob("*")) if path.is_dir() and not any(path.glob("*.safetensors"))]
+    return [str(path.relative_to(folder)) for each in folders for path in each.iterdir() if path.suffix in PICKLES]
+
+
+def _networks(kind: Any, folder: Path) -> Iterator[tuple[Any, Path]]:
+    """Yields the class and the folder of what is read: of a pipeline those of its parts."""
+    index = folder / INDEX
+    if not (hasattr(kind, "download") and index.is_file()):
+        yield kind, folder
+        return
+    for part, value in read_config(index).items():
+        if isinstance(value, list) and value[0] in ("diffusers", "transformers"):
+            yield getattr(import_module(value[0]), str(value[1]), None), folder / part
+
+
+def _check_size(kind: Any, folder: Path, place: str) -> None:
+    """Raises ValueError if a network would have more weights than its files can hold: its memory is not asked for."""
+    import torch
+    from safetensors import safe_open
+
+    files = list(folder.glob("*.safetensors"))
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module) and files):
+        return
+    build: Any = kind
+    with reading(kind, folder, place), torch.device("meta"):
+        for path in files:
+            safe_open(path, "pt")  # checks the header, whose tensors must lie within the file
+        if hasattr(kind, "from_config"):  # of diffusers
+            network = build.from_config(build.load_config(folder))
+        else:
+            network = build(build.config_class.from_pretrained(folder))
+    weights, held = sum(value.numel() for value in network.parameters()), sum(path.stat().st_size for path in files)
+    if weights > held:
+        found = f"its config makes a network of {weights:,} weights, and its files have {held:,} bytes"
+        raise ValueError(f"{place}: {found}; take a folder whose files belong together")
+
+
+def _check_read(part: Any, place: str) -> None:
+    """Raises ValueError for a network whose files lack weights, and for a part of diffusers with a text for a number.
+
+    Libraries notice neither until they compute with it.
+    """
+    import torch
+
+    for name, weights in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+        if weights.is_meta:
+            raise ValueError(f"{place}: the weights of {type(part).__name__} lack {shown(name)}")
+    config = getattr(part, "config", None)
+    for name, option in inspect.signature(type(part).__init__).parameters.items():
+        if isinstance(option.default, int | float) and isinstance(config, Mapping):
+            value = config.get(name)
+            if value is not None and any(map(math.isnan, numbers_in(value, strict=True))):
+                found = f"{name} = {shown(value)} in the config of {type(part).__name__}"
+                raise ValueError(f"{place}: {found} must be a number, or a list of numbers")
