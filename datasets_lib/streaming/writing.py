@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasets_lib.foreign import read_bytes
+from datasets_lib.images.decode import open_image
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import Source
+from datasets_lib.images.source import PICTURE_BYTES, Source
 from datasets_lib.sources.folder import EXTENSIONS
 from datasets_lib.streaming.rows import LABEL, LATENTS, MASK
 
@@ -35,7 +37,7 @@ def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) 
 
 def _file(image: Path | bytes | np.ndarray) -> bytes:
     if isinstance(image, Path):
-        return image.read_bytes()
+        return read_bytes(image, PICTURE_BYTES)  # a stream reads no larger ones
     if isinstance(image, bytes):
         return image
     data = io.BytesIO()
@@ -107,7 +109,7 @@ def _members(example: Columns) -> Iterator[tuple[str, bytes]]:
 def _end(data: bytes) -> str:
     """The end of a picture's name; png if Pillow does not know its format, as readers look at the content."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             end = (image.format or "").lower()
     except OSError:
         end = "png"

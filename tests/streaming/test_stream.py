@@ -151,7 +151,7 @@ def test_members_that_are_links_are_missed(tmp_path):
 
 
 def test_tar_files_that_are_skipped_from_a_member_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shard_rows, "MEMBER_BYTES", 1000)
+    monkeypatch.setattr(shard_rows, "TEXT_BYTES", 1000)
     for name, member, message in (
         ("twice", {"y.jpg": png(1)}, "its member y.jpg is the second image of its example"),
         ("large", {"y.json": bytes(1001)}, "its member y.json has 1,001 bytes, more than 1,000"),

@@ -43,6 +43,7 @@ class BaseConfig(Section):
         # compared by their effect: the global batch size, the remaining learning rates, the data set's fingerprint
         "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
         "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
+        "allow_outside",
         "validation_split", "class_data_dir",
         "shard_retries", "shuffle_buffer_resume",
     )  # fmt: skip
@@ -99,6 +100,7 @@ class BaseConfig(Section):
     train_data_dir: str | None = None  # folder of images with metadata.jsonl, .txt or class folders; or a .jsonl file
     dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
+    allow_outside: list[str] = field(default_factory=list)  # folders that links and paths in the data may lead to
     cache_dir: str | None = None  # where hub data sets are kept; null: the datasets library's folder
     encoder_cache_dir: str | None = None  # of what a task caches on disk; null: encoder-cache next to output_dir
     image_column: str | None = None  # null: found by type
@@ -122,7 +124,7 @@ class BaseConfig(Section):
     random_flip: bool = False  # mirror half of the examples in training
     background_color: str = "white"  # put behind transparent pixels if channels is not 4
     bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
-    max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 178956970  # larger images are refused; Pillow refuses more
+    max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 64_000_000  # larger images are refused; Pillow refuses more
     image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
     streaming: bool = False  # read shards one after the other: .parquet or .tar files of train_data_dir or dataset_name
     shuffle_buffer_size: Positive | None = None  # with streaming: examples per reader to draw the next from; null: none
