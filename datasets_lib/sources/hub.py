@@ -143,7 +143,8 @@ def image_column(features: dict[str, Any], wanted: str | None) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
     if len(found) != 1:
         raise ValueError(
-            f"there are {len(found)} columns of type Image among {', '.join(map(shown, features))}; name one in base.image_column"
+            f"there are {len(found)} columns of type Image among {', '.join(map(shown, features))}; name one in "
+            "base.image_column"
         )
     return found[0]
 

@@ -124,7 +124,7 @@ class BaseConfig(Section):
     random_flip: bool = False  # mirror half of the examples in training
     background_color: str = "white"  # put behind transparent pixels if channels is not 4
     bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
-    max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 64_000_000  # larger images are refused; Pillow refuses more
+    max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 64_000_000  # larger images are refused
     image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
     streaming: bool = False  # read shards one after the other: .parquet or .tar files of train_data_dir or dataset_name
     shuffle_buffer_size: Positive | None = None  # with streaming: examples per reader to draw the next from; null: none
