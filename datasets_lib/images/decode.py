@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.buckets import Size, best
+from datasets_lib.images.source import PICTURE_BYTES
 from datasets_lib.images.transforms import resize, resized_size
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -87,8 +88,15 @@ class ImageReader:
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """Opens a picture of one of the documented formats; raises OSError for others, and for what is no regular file."""
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else check_regular(source), formats=FORMATS)
+    """Opens a picture of one of the documented formats; raises OSError for others and for what is no regular file.
+
+    Raises ValueError for bytes of a table or an archive that are too many for a picture.
+    """
+    if isinstance(source, Path):
+        return Image.open(check_regular(source), formats=FORMATS)
+    if len(source) > PICTURE_BYTES:
+        raise ValueError(f"it has {len(source):,} bytes, and at most {PICTURE_BYTES:,} are read")
+    return Image.open(io.BytesIO(source), formats=FORMATS)
 
 
 def read_picture(path: Path, mode: str = "RGB", background: str = "white") -> Image.Image:

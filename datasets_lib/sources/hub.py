@@ -9,7 +9,6 @@ from typing import Any
 
 from datasets_lib.checks import find_column, one_of
 from datasets_lib.foreign import check_regular, shown
-from datasets_lib.images.decode import ImageError
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import (
     CAPTION_COLUMNS,
@@ -219,8 +218,6 @@ class EncodedImages:
         data, path = image.get("bytes"), image.get("path")
         if data is None and path:
             return check_inside(self.folder / path, self.folder, self.outside)
-        if data is not None and len(data) > PICTURE_BYTES:
-            raise ImageError(f"row {row} has a picture of {len(data):,} bytes, and at most {PICTURE_BYTES:,} are read")
         return data or b""
 
     def some_bytes(self) -> Iterator[bytes]:

@@ -121,7 +121,7 @@ def _csv_rows(lines: Iterator[str], file: Path) -> Iterator[dict]:
     try:
         yield from rows
     except csv.Error as error:
-        raise ValueError(f"line {rows.line_num} of {shown(file)} cannot be read ({shown(error)}); mend it") from None
+        raise ValueError(f"{shown(file)} cannot be read after line {rows.line_num} ({shown(error)}); mend it") from None
 
 
 def _json_rows(lines: Iterator[str], file: Path) -> Iterator[dict]:
