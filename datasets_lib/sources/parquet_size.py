@@ -7,7 +7,7 @@ from typing import Any
 
 UNPACKED_BYTES = 1 << 30  # of a row group at most, unless the file has so many that it is no trick
 UNPACKED_RATIO = 64  # of a row group to its bytes in the file, then
-COUNTED_ROWS = 1024  # at once
+COUNTED_ROWS = 32  # at once
 
 
 def unpacked_limit(chunks: list[Any]) -> int:

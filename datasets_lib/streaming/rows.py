@@ -13,7 +13,7 @@ from datasets_lib.sources.folder import EXTENSIONS
 from datasets_lib.sources.parquet_size import unpacked_bytes, unpacked_limit
 from datasets_lib.streaming.shards import Shard
 
-READ_ROWS = 32  # of parquet that are decoded at once, at most
+READ_ROWS = 8  # of parquet that are decoded at once, at most: a footer may understate them
 LATENTS = "safetensors"  # a column, or the end of a member's name: a file with mean and logvar
 MASK = "mask"
 TEXTS = {"txt": "text", "text": "text", "caption": "caption"}  # ends of names -> columns

@@ -223,6 +223,8 @@ VALUES: dict[str, Callable[[Any], bool]] = {
     "examples": _is_count,
     "label_names": _are_names,
     "highest_label": lambda value: value is None or _is_count(value),
+    "resolution": _is_count,
+    "channels": _is_count,
     "encoded_by": lambda value: value is None or isinstance(value, str),
     "shards": _are_records,
 }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasets_lib.foreign import read_bytes
+from datasets_lib.foreign import read_bytes, shown
 from datasets_lib.images.decode import open_image
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import PICTURE_BYTES, Source
@@ -31,14 +31,18 @@ def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) 
     found = {"image": source.images, MASK: source.masks} if latents is None else {}
     found |= {"text": source.captions, "label": source.labels}
     columns = {name: rows[row] for name, rows in found.items() if rows is not None}
-    columns |= {name: _file(columns[name]) for name in ("image", MASK) if name in columns}
+    columns |= {kind: _file(columns[kind], source.name(row)) for kind in ("image", MASK) if kind in columns}
     return columns if latents is None else {**columns, LATENTS: latents}
 
 
-def _file(image: Path | bytes | np.ndarray) -> bytes:
+def _file(image: Path | bytes | np.ndarray, name: str) -> bytes:
     if isinstance(image, Path):
         return read_bytes(image, PICTURE_BYTES)  # a stream reads no larger ones
     if isinstance(image, bytes):
+        if len(image) > PICTURE_BYTES:
+            raise ValueError(
+                f"{shown(name)}: has {len(image):,} bytes, and a shard's picture at most {PICTURE_BYTES:,}"
+            )
         return image
     data = io.BytesIO()
     Image.fromarray(image).save(data, "PNG")
@@ -111,6 +115,6 @@ def _end(data: bytes) -> str:
     try:
         with open_image(data) as image:
             end = (image.format or "").lower()
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         end = "png"
     return end if f".{end}" in EXTENSIONS else "png"
