@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets_lib
 from datasets_lib.foreign import read_json
+from datasets_lib.images.files import TEXT_BYTES
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import TEXT_BYTES
-from datasets_lib.streaming.shards import FORMAT, INDEX, SETTINGS
+from datasets_lib.streaming.index import FORMAT, INDEX, SETTINGS
 from datasets_lib.streaming.writing import SUFFIXES, Columns, example_of, write_shard
 from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.buckets import Size, best
-from datasets_lib.images.source import PICTURE_BYTES
+from datasets_lib.images.files import PICTURE_BYTES
 from datasets_lib.images.transforms import resize, resized_size
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.foreign import shown
+from datasets_lib.images.files import TEXT_BYTES
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 LARGEST_LABEL = (1 << 63) - 1  # of an int64
-# at most, of what is read into memory at once
-PICTURE_BYTES = 64 << 20  # a picture or latents in a shard
-TEXT_BYTES = 1 << 20  # a caption, or a line of metadata
-METADATA_BYTES = 1 << 30  # a list of pictures or shards
 
 
 class Rows(Protocol):
@@ -97,50 +92,6 @@ def digest(*parts: Any) -> str:
         # The length goes first, so that ("ab", "c") and ("a", "bc") differ.
         content.update(len(data).to_bytes(8, "little") + data)
     return content.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def open_text(path: Path, limit: int, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a text file; raise OSError for a pipe, ValueError for more than `limit` bytes or what is not UTF-8."""
-    if (size := check_regular(path).stat().st_size) > limit:
-        raise ValueError(f"{shown(path)}: has {size:,} bytes, and at most {limit:,} are read")
-    try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(path)} is not UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def lines_of(file: IO[str], path: Path) -> Iterator[str]:
-    """Yield the lines of a text file; raise ValueError for one that is too long to be read into memory."""
-    for number, line in enumerate(iter(partial(file.readline, TEXT_BYTES + 1), ""), 1):
-        if len(line) > TEXT_BYTES:
-            raise ValueError(f"line {number} of {shown(path)} has more than {TEXT_BYTES:,} characters; shorten it")
-        yield line
-
-
-def resolved(path: Path | str) -> Path:
-    """Return a path in full, its links followed; raise ValueError if that cannot be done."""
-    try:
-        return Path(path).expanduser().resolve()
-    except (ValueError, OSError, RuntimeError) as error:  # a null byte, or links in a circle
-        raise ValueError(f"{shown(path)}: cannot be a path ({shown(error)}); correct or remove it") from None
-
-
-def is_inside(path: Path, folders: Iterable[Path | str]) -> bool:
-    """Whether a path leads to below one of the folders."""
-    target = resolved(path)
-    return any(target.is_relative_to(resolved(folder)) for folder in folders)
-
-
-def check_inside(path: Path, folder: Path, outside: Iterable[str]) -> Path:
-    """Return a path that leads to below a folder or one of base.allow_outside; raise ValueError for any other."""
-    if not is_inside(path, (folder, *outside)):
-        raise ValueError(
-            f"{shown(path)} leads out of {shown(folder)}, as a link or through one; copy it into the folder instead, "
-            "or add the folder that it leads to to base.allow_outside"
-        )
-    return path
 
 
 def check_caption(caption: Any, place: str) -> str | list[str]:

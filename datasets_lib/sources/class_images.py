@@ -10,8 +10,9 @@ import torch
 
 from datasets_lib.example import ImageData
 from datasets_lib.foreign import shown
+from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import changed, digest, resolved
+from datasets_lib.images.source import changed, digest
 from datasets_lib.images.transforms import draw
 from datasets_lib.sources.folder import as_source, list_files
 from datasets_lib.sources.metadata import Listed

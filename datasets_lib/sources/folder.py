@@ -12,18 +12,9 @@ from typing import Any
 
 from datasets_lib.checks import one_of
 from datasets_lib.foreign import check_regular, shown
+from datasets_lib.images.files import TEXT_BYTES, check_inside, is_inside, open_text, resolved
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import (
-    TEXT_BYTES,
-    Source,
-    check_caption,
-    check_inside,
-    digest,
-    is_inside,
-    open_text,
-    refuse_named_split,
-    resolved,
-)
+from datasets_lib.images.source import Source, check_caption, digest, refuse_named_split
 from datasets_lib.sources.classes import class_folders, class_names, number_classes
 from datasets_lib.sources.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_lib.foreign import check_regular, read_bytes, read_json, shown
-from datasets_lib.images.source import check_inside, is_inside
+from datasets_lib.images.files import check_inside, is_inside
 from datasets_lib.sources.folder import EXTENSIONS, walk
 from datasets_lib.sources.parquet_size import check_unpacked
 

@@ -11,16 +11,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 from datasets_lib.checks import find_column
 from datasets_lib.foreign import check_regular, shown
-from datasets_lib.images.source import (
-    CAPTION_COLUMNS,
-    LARGEST_LABEL,
-    METADATA_BYTES,
-    check_caption,
-    check_inside,
-    is_inside,
-    lines_of,
-    open_text,
-)
+from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text
+from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, check_caption
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 IMAGE_COLUMNS = ("image", "file_name")  # of a JSON-lines file; metadata has the second

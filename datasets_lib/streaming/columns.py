@@ -10,7 +10,8 @@ from datasets_lib.checks import find_column, one_of
 from datasets_lib.foreign import shown
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, Source, check_caption
 from datasets_lib.sources.hub import image_column, mask_column
-from datasets_lib.streaming.rows import LATENTS, RawRow, features_of
+from datasets_lib.streaming.raw_row import LATENTS, RawRow
+from datasets_lib.streaming.rows import features_of
 from datasets_lib.streaming.shards import Shard
 
 TRIED_SHARDS = 8  # at most, until one can be read to find the columns

@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets_lib.foreign import shown
 from datasets_lib.streaming.order import Place, ShardOrder
-from datasets_lib.streaming.rows import RawRow, read_rows
+from datasets_lib.streaming.raw_row import RawRow
+from datasets_lib.streaming.rows import read_rows
 from datasets_lib.streaming.shards import Shard
 
 RETRY_SECONDS = 0.5  # before the first retry; each further one waits twice as long

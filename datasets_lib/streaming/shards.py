@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
-from datasets_lib.foreign import check_regular, read_json, shown
-from datasets_lib.images.source import (
-    LARGEST_LABEL,
-    METADATA_BYTES,
-    check_inside,
-    is_inside,
-    lines_of,
-    open_text,
-    refuse_named_split,
-    resolved,
-)
+from datasets_lib.foreign import check_regular, shown
+from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
+from datasets_lib.images.source import refuse_named_split
 from datasets_lib.sources.folder import walk
 from datasets_lib.streaming.http_file import open_url
+from datasets_lib.streaming.index import INDEX, SETTINGS, read_index
 
 KINDS = (".parquet", ".tar")
 SCHEMES = ("http", "https", "hf", "s3", "gs")
-INDEX, SETTINGS = "index.json", ".settings.json"  # in a folder that scripts/shard.py has finished, or started
-FORMAT = 1
-INDEX_BYTES = 256 << 20  # a million shards take a hundred
 QUERY = r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"  # of a URL in a text
 
 
@@ -118,7 +108,7 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
             "base.train_data_dir, or make some with scripts/shard.py"
         )
     shards = [Shard(str(path), path.relative_to(folder).as_posix()) for path in found]
-    return ShardList(shards, str(folder), _about(folder, args))
+    return ShardList(shards, str(folder), read_index(folder, args.allow_outside))
 
 
 def _of_list(file: Path, args: Any) -> ShardList:
@@ -133,7 +123,7 @@ def _of_list(file: Path, args: Any) -> ShardList:
             raise ValueError(
                 f"{file} lists {shown(shard.name)} {count} times; an epoch has each shard once: keep one line"
             )
-    return ShardList(shards, str(file), _about(file.parent, args))
+    return ShardList(shards, str(file), read_index(file.parent, args.allow_outside))
 
 
 def _listed(line: str, number: int, file: Path, outside: Sequence[str]) -> Shard:
@@ -170,7 +160,7 @@ def _path(line: str, file: Path, outside: Sequence[str]) -> Shard:
 
 
 def _of_hub(args: Any, split: str) -> ShardList:
-    from datasets_lib.sources.hub import data_files
+    from datasets_lib.sources.hub_files import data_files
 
     files = data_files(args)
     wanted = args.validation_split if split == "validation" else "train"
@@ -184,47 +174,3 @@ def _of_hub(args: Any, split: str) -> ShardList:
         )
     shards = [Shard(location, "/".join(PurePosixPath(location).parts[-2:])) for location in locations]
     return ShardList(shards, args.dataset_name, {})
-
-
-def _about(folder: Path, args: Any) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.exists():
-        return {}
-    about = read_json(check_inside(path, folder, args.allow_outside), INDEX_BYTES)
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{shown(path)}: written by another version of diffloop; make the shards again")
-    wrong = [name for name, holds in VALUES.items() if name in about and not holds(about[name])]
-    if wrong:
-        found = shown(repr(about[wrong[0]]))
-        raise ValueError(f"{shown(path)}: {wrong[0]} is {found}, which cannot be; make the shards again")
-    return about
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_LABEL
-
-
-def _are_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _are_records(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(record, dict)
-        and isinstance(record.get("file"), str)
-        and _is_count(record.get("bytes"))
-        and _is_count(record.get("examples"))
-        for record in value
-    )
-
-
-# what an index may hold
-VALUES: dict[str, Callable[[Any], bool]] = {
-    "examples": _is_count,
-    "label_names": _are_names,
-    "highest_label": lambda value: value is None or _is_count(value),
-    "resolution": _is_count,
-    "channels": _is_count,
-    "encoded_by": lambda value: value is None or isinstance(value, str),
-    "shards": _are_records,
-}

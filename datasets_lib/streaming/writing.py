@@ -15,10 +15,12 @@ from PIL import Image
 
 from datasets_lib.foreign import read_bytes, shown
 from datasets_lib.images.decode import open_image
+from datasets_lib.images.files import PICTURE_BYTES
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import PICTURE_BYTES, Source
+from datasets_lib.images.source import Source
 from datasets_lib.sources.folder import EXTENSIONS
-from datasets_lib.streaming.rows import LABEL, LATENTS, MASK
+from datasets_lib.streaming.raw_row import LATENTS, MASK
+from datasets_lib.streaming.tar_rows import LABEL
 
 ROW_GROUP = 100  # examples of parquet, which are read together
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}

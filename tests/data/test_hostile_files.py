@@ -17,7 +17,7 @@ from PIL import Image
 from repository import ROOT
 
 from datasets_lib.images.decode import FORMATS, ImageError, read_picture
-from datasets_lib.images.source import METADATA_BYTES, TEXT_BYTES
+from datasets_lib.images.files import METADATA_BYTES, TEXT_BYTES
 from trainers.engine.config.base_options import BaseConfig
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(touched) print\nshowpage\n%%EOF\n"

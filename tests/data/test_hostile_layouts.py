@@ -19,7 +19,7 @@ from shard_files import png, write_tar
 
 import datasets_lib
 from datasets_lib.images import decode
-from datasets_lib.sources import hub, local_layout
+from datasets_lib.sources import hub, hub_files, local_layout
 from datasets_lib.sources.parquet_size import check_unpacked
 
 
@@ -173,7 +173,7 @@ def test_the_card_of_a_hub_data_set_names_files_of_the_hub(tmp_path, monkeypatch
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: None)
     message = "its card names '/home/somebody/private.parquet', which is not on the hub"
-    for read in (hub.load, hub.data_files):
+    for read in (hub_files.load, hub_files.data_files):
         with pytest.raises(ValueError, match=message):
             read(settings(dataset_name="owner/name"))
 
@@ -182,13 +182,13 @@ def test_pictures_of_a_hub_data_set_are_in_its_caches(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     args = settings(dataset_name="owner/name", cache_dir=str(tmp_path / "cache"), allow_outside=["/shared"])
     own = [str(tmp_path / "hub" / "datasets--owner--name"), str(tmp_path / "cache" / "downloads")]
-    assert hub.file_folders(args) == [*own, "/shared"]
+    assert hub_files.file_folders(args) == [*own, "/shared"]
     save(tmp_path / "hub" / "datasets--owner--name" / "blobs" / "a.png", 9)
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": None, "path": str(tmp_path / "hub/datasets--owner--name/blobs/a.png")}]},
         datasets.Features({"image": datasets.Image(decode=False)}),
     )
-    folder, *outside = hub.file_folders(args)
+    folder, *outside = hub_files.file_folders(args)
     assert hub.EncodedImages(rows, "image", "image_column", folder, outside)[0].name == "a.png"
     with pytest.raises(ValueError, match="a.png leads out of .*base.allow_outside"):
         hub.EncodedImages(rows, "image", "image_column", str(tmp_path / "other"), outside)[0]

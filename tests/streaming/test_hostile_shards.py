@@ -20,10 +20,9 @@ from shard_files import listed, png, tar_members, write_parquet, write_shards, w
 from streams import number_of, numbers, stream_of
 
 import datasets_lib
-from datasets_lib.images.source import PICTURE_BYTES, TEXT_BYTES
+from datasets_lib.images.files import PICTURE_BYTES, TEXT_BYTES
 from datasets_lib.sources import parquet_size
-from datasets_lib.streaming import rows as shard_rows
-from datasets_lib.streaming import writing
+from datasets_lib.streaming import parquet_rows, writing
 from datasets_lib.streaming.rows import read_rows
 from datasets_lib.streaming.shards import Shard
 from scripts import inspect_data, shard
@@ -81,7 +80,7 @@ def test_a_cell_has_a_limit(tmp_path):
 
 def test_a_file_that_says_less_of_itself(tmp_path, monkeypatch):
     """Its footer is not believed: what has been unpacked is counted before it is copied."""
-    monkeypatch.setattr(shard_rows, "_rows_at_once", lambda group, columns: 32)
+    monkeypatch.setattr(parquet_rows, "_rows_at_once", lambda group, columns: 32)
     bomb(tmp_path / "a.parquet", PICTURE_BYTES + TEXT_BYTES, 4)
     with pytest.raises(ValueError, match="its rows from 0 on have more than 67,108,864 bytes each"):
         list(read_rows(Shard(str(tmp_path / "a.parquet"), "a.parquet"), 0))
@@ -92,9 +91,9 @@ def test_rows_at_once_change_no_row(tmp_path, monkeypatch):
     file = Shard(str(tmp_path / "a.parquet"), "a.parquet")
     found = [list(read_rows(file, place)) for place in (0, 3, 17)]
     for limit in (1, 2000):
-        monkeypatch.setattr(shard_rows, "PICTURE_BYTES", limit)
-        monkeypatch.setattr(shard_rows, "TEXT_BYTES", 10_000_000)
-        monkeypatch.setattr(shard_rows, "_check_sizes", lambda values, row: None)
+        monkeypatch.setattr(parquet_rows, "PICTURE_BYTES", limit)
+        monkeypatch.setattr(parquet_rows, "TEXT_BYTES", 10_000_000)
+        monkeypatch.setattr(parquet_rows, "_check_sizes", lambda values, row: None)
         assert [list(read_rows(file, place)) for place in (0, 3, 17)] == found
 
 
