@@ -43,7 +43,7 @@ class BaseConfig(Section):
         # compared by their effect: the global batch size, the remaining learning rates, the data set's fingerprint
         "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
         "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
-        "allow_outside",
+        "allow_outside", "max_image_pixels",  # of a picture that is used, neither changes a pixel
         "validation_split", "class_data_dir",
         "shard_retries", "shuffle_buffer_resume",
     )  # fmt: skip
