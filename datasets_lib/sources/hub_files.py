@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import resolved
-from datasets_lib.sources.local_layout import LayoutError, check_files, check_kinds, check_layout, is_saved
+from datasets_lib.sources.local_layout import LayoutError, check_contents, check_files, check_layout, is_saved
 
 
 def load(args: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def load(args: Any) -> dict[str, Any]:
             builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
             files = _checked_files(builder, args)
             if Path(name).is_dir():
-                check_kinds(files)
+                check_contents(files, type(builder).__module__.rpartition(".")[2])
             builder.download_and_prepare()
             loaded = builder.as_dataset()
     return loaded if isinstance(loaded, dict) else {"train": loaded}

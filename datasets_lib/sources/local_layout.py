@@ -11,12 +11,20 @@ from typing import Any
 
 from datasets_lib.foreign import check_regular, read_bytes, read_json, shown
 from datasets_lib.images.files import check_inside, is_inside
+from datasets_lib.sources.arrow_size import check_plain
 from datasets_lib.sources.folder import EXTENSIONS, walk
 from datasets_lib.sources.parquet_size import check_unpacked
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # which `datasets` reads first
 CARD_BYTES = 16 << 20
 SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"  # written by save_to_disk
+# of a card's configuration; others change how libraries parse, such as the separator of a csv, a regular expression
+OPTIONS = (
+    "config_name", "data_dir", "data_files", "default", "description", "drop_labels", "drop_metadata", "features",
+    "version",
+)  # fmt: skip
+STARS = 3  # in one name of a pattern: more of them take very long to compare
+CHECKS = {"arrow": check_plain, "parquet": check_unpacked}
 KINDS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", *EXTENSIONS)
 
 
@@ -54,19 +62,23 @@ def check_files(files: Iterable[str], folder: Path, outside: Sequence[str]) -> N
             raise LayoutError(str(error)) from None
 
 
-def check_kinds(splits: dict[str, list[str]]) -> None:
-    """Raises LayoutError for data files of kinds that are not read from a folder, or that would fill the memory."""
+def check_contents(splits: dict[str, list[str]], format: str) -> None:
+    """Raises LayoutError for data files of kinds that are not read from a folder, or that would fill the memory.
+
+    `format` is that in which `datasets` reads all of them, whatever their names end in.
+    """
     for path in (Path(file) for files in splits.values() for file in files):
-        if path.suffix.lower() not in KINDS:
+        suffix = path.suffix.lower()
+        if suffix not in KINDS:
             raise LayoutError(
                 f"{shown(path)}: base.dataset_name reads {', '.join(KINDS)} files from a folder; unpack or convert it, "
                 "or read .tar files with base.streaming=true"
             )
-        if path.suffix.lower() == ".parquet":
-            try:
-                check_unpacked(path)
-            except ValueError as error:
-                raise LayoutError(f"{shown(path)}: {shown(error)}") from None
+        try:
+            for name in {format, suffix[1:]} & CHECKS.keys():
+                CHECKS[name](path)
+        except ValueError as error:
+            raise LayoutError(f"{shown(path)}: {shown(error)}") from None
 
 
 def _check_saved(folder: Path, outside: Sequence[str]) -> None:
@@ -81,8 +93,8 @@ def _check_saved(folder: Path, outside: Sequence[str]) -> None:
         names = [file.get("filename") if isinstance(file, dict) else None for file in files]
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"{shown(place / STATE)}: its _data_files must each have a filename; save the data again")
-        for name in names:
-            check_regular(check_inside(place / name, folder, outside))
+        paths = [check_regular(check_inside(place / name, folder, outside)) for name in names]
+        check_contents({"": [str(path) for path in paths]}, "arrow")
 
 
 def _member(found: Any, key: str, path: Path) -> list[Any]:
@@ -94,23 +106,47 @@ def _member(found: Any, key: str, path: Path) -> list[Any]:
 
 def _check_card(folder: Path, outside: Sequence[str]) -> None:
     """Patterns are looked at before `datasets` searches for what they match: `/**` would search the whole disk."""
-    import yaml
-    from huggingface_hub import DatasetCard
-
-    cards: list[Any] = []
-    try:
-        if (folder / CARDS[0]).exists():
-            cards.append(DatasetCard.load(folder / CARDS[0], ignore_metadata_errors=True).data.to_dict())
-        if (folder / CARDS[1]).exists():
-            cards.append(yaml.safe_load((folder / CARDS[1]).read_text(encoding="utf-8")))
-    except Exception as error:  # YAML has many
-        raise ValueError(f"{shown(folder)}: its card cannot be read ({shown(error)}); mend or remove it") from None
-    for card in cards:
+    for name in CARDS[:2]:
+        card = _read_card(folder / name) if (folder / name).exists() else None
         configs = card.get("configs") if isinstance(card, dict) else None
         for config in configs if isinstance(configs, list) else ():
-            base = folder / str(config.get("data_dir") or "") if isinstance(config, dict) else folder
-            for pattern in [str(base), *_texts(config.get("data_files") if isinstance(config, dict) else None)]:
-                _check_pattern(pattern, base, folder, outside)
+            if isinstance(config, dict):
+                _check_config(config, folder, outside)
+
+
+def _read_card(path: Path) -> Any:
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            block = REGEX_YAML_BLOCK.search(text)
+            text = block.group(2) if block else ""
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases (*name), and ten of them can stand for a billion texts")
+        return yaml.safe_load(text)
+    except Exception as error:  # YAML has many
+        raise ValueError(f"{shown(path)}: its settings cannot be read ({shown(error)}); mend or remove it") from None
+
+
+def _check_config(config: dict[Any, Any], folder: Path, outside: Sequence[str]) -> None:
+    if others := [str(option) for option in config if option not in OPTIONS]:
+        raise ValueError(
+            f"the card of {shown(folder)} has the option {shown(others[0])}, which is not read; it may have "
+            f"{', '.join(OPTIONS)}"
+        )
+    base = folder / str(config.get("data_dir") or "")
+    for pattern in (str(base), *_texts(config.get("data_files"))):
+        if "://" in pattern or "::" in pattern or not is_inside(base / pattern, (folder, *outside)):
+            raise ValueError(
+                f"the card of {shown(folder)} names {shown(repr(pattern))}, which leads out of the folder; name files "
+                "in it, or add the folder that it leads to to base.allow_outside"
+            )
+        if max(name.count("*") for name in pattern.split("/")) > STARS:
+            raise ValueError(
+                f"the card of {shown(folder)} names {shown(repr(pattern))}; give at most {STARS} stars in a name"
+            )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -120,11 +156,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _texts(each)
-
-
-def _check_pattern(pattern: str, base: Path, folder: Path, outside: Sequence[str]) -> None:
-    if "://" in pattern or "::" in pattern or not is_inside(base / pattern, (folder, *outside)):
-        raise ValueError(
-            f"the card of {shown(folder)} names {shown(repr(pattern))}, which leads out of the folder; name files in "
-            "it, or add the folder that it leads to to base.allow_outside"
-        )

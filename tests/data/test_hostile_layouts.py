@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import datasets
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import pytest
 from confined import confined
@@ -131,7 +132,11 @@ CARDS = {
     "data_dir: ../private": "names '.*private', which leads out",
     "data_files: link/t.parquet": "leads out of",
     "data_files: [1, 2]": "cannot be loaded",
-    "data_files: {": "its card cannot be read",
+    "data_files: {": "its settings cannot be read",
+    "sep: '(a+)+$'": "has the option sep, which is not read; it may have config_name",
+    "compression: zip": "has the option compression",
+    "storage_options: {}": "has the option storage_options",
+    "data_files: &a [a.parquet, *a]": "its settings cannot be read .it has aliases",
 }  # fmt: skip
 
 
@@ -323,6 +328,74 @@ def test_many_repetitions_of_little_are_counted_and_let_through(tmp_path, monkey
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x" * 5000] * 5000}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="row group 0 would take 25,0.* bytes of memory"):
         check_unpacked(tmp_path / "a.parquet")
+
+
+def arrow(path, table, **options):
+    with pyarrow.ipc.new_stream(path, table.schema, options=pyarrow.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+
+
+IMAGES = pyarrow.table({"image": [{"bytes": bytes(1_000_000), "path": None}] * 3})
+ARROWS = {
+    "packed": (IMAGES, {"compression": "zstd"}, "is packed .compressed.; save it as it is"),
+    "lz4": (IMAGES, {"compression": "lz4"}, "is packed"),
+    "dictionary": (pyarrow.table({"image": pyarrow.array(["x"] * 3).dictionary_encode()}), {}, "columns that repeat their values"),
+    "view": (pyarrow.table({"image": pyarrow.array([[b"x"]], pyarrow.list_(pyarrow.binary_view()))}), {}, "columns that repeat"),
+    "run": (pyarrow.table({"image": pyarrow.compute.run_end_encode(pyarrow.array(["x"] * 3))}), {}, "columns that repeat"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARROWS)
+def test_an_arrow_file_takes_no_more_memory_than_its_bytes(build, data, case):
+    found, options, message = ARROWS[case]
+    arrow(data / "a.arrow", found, **options)
+    with pytest.raises(ValueError, match=f"a.arrow: .*{message}"):
+        build()
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(3), "path": None}]}).cast_column(
+        "image", datasets.Image()
+    )
+    rows.save_to_disk(data / "saved")
+    [file] = (data / "saved").glob("*.arrow")
+    arrow(file, found, **options)
+    with pytest.raises(ValueError, match=f"{file.name}: .*{message}"):
+        build(data / "saved")
+
+
+def test_arrow_files_as_people_have_them(build, data):
+    kinds = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "view": datasets.ClassLabel(names=["dictionary"]),
+            "text": datasets.List(datasets.Value("string")),
+        }
+    )
+    rows = {"image": [{"bytes": png(3), "path": None}] * 3, "view": [0] * 3, "text": [["a", "b"]] * 3}
+    table = datasets.Dataset.from_dict(rows, kinds).data.table
+    arrow(data / "a.arrow", table)
+    assert values(build(label_column="view")) == [3] * 3
+    with pyarrow.ipc.new_file(data / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert values(build()) == [3] * 3
+    for content in (b"", b"\xff" * 100, (data / "a.arrow").read_bytes()[:300]):
+        (data / "a.arrow").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a.arrow: cannot be read as arrow \(.+\); replace it"):
+            build()
+
+
+def test_the_name_of_a_file_does_not_say_how_it_is_read(build, data):
+    """The card's files are all read in the format that most of them have."""
+    arrow(data / "a.arrow", IMAGES)
+    arrow(data / "b.arrow", IMAGES)
+    arrow(data / "c.csv", IMAGES, compression="zstd")
+    (data / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: ['*.arrow', c.csv]\n---\n")
+    with pytest.raises(ValueError, match="c.csv: is packed"):
+        build()
+
+
+def test_a_pattern_with_many_stars(build, data):
+    table(data / ("a" * 200 + ".parquet"), [{"bytes": png(3), "path": None}])
+    (data / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: '{'*a' * 9}*b'\n---\n")
+    assert "give at most 3 stars in a name" in said(build)
 
 
 def test_a_row_larger_than_pictures_are(build, data, monkeypatch):
