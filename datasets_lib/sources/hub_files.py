@@ -22,7 +22,7 @@ def load(args: Any) -> dict[str, Any]:
         else:
             builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
             files = _checked_files(builder, args)
-            if Path(name).is_dir():
+            if Path(name).is_dir() and not Path(builder.cache_dir).exists():  # else it was unpacked before
                 check_contents(files, type(builder).__module__.rpartition(".")[2])
             builder.download_and_prepare()
             loaded = builder.as_dataset()

@@ -53,12 +53,15 @@ def _bytes_of(file: Any, group: int, column: str, rows: int, limit: int) -> int:
     import pyarrow.compute as compute
 
     total = 0
-    for batch in file.iter_batches(COUNTED_ROWS, row_groups=[group], columns=[column], use_threads=False):
-        values = _leaf(batch.column(0))
-        lengths = compute.binary_length(values.dictionary)
-        if total == 0 and rows * (compute.max(lengths).as_py() or 0) <= limit:
-            return 0
-        total += compute.sum(lengths.take(values.indices)).as_py() or 0
+    for count in (1, COUNTED_ROWS):
+        for batch in file.iter_batches(count, row_groups=[group], columns=[column], use_threads=False):
+            values = _leaf(batch.column(0))
+            lengths = compute.binary_length(values.dictionary)  # of the first row it has all that may be repeated
+            if count == 1:
+                if rows * (compute.max(lengths).as_py() or 0) <= limit:
+                    return 0
+                break
+            total += compute.sum(lengths.take(values.indices)).as_py() or 0
     return total
 
 

@@ -111,6 +111,31 @@ def test_pictures_that_would_grow(tmp_path):
     assert "base.max_image_pixels=64000000 is the limit" in said["wide.png"]
 
 
+LIES = {
+    "gif": b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + b",\0\0\0\0" + struct.pack("<HHB", 60_000, 60_000, 0) + b"\x08\0;",
+    "frame": b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0, 0, 0) + b",\0\0\0\0" + struct.pack("<HHB", 60_000, 60_000, 0) + b"\x08\0;",
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "tiff": b"II*\0\x08\0\0\0\x03\0\0\x01\x04\0\x01\0\0\0\x60\xea\0\0\x01\x01\x04\0\x01\0\0\0\x60\xea\0\0\x11\x01\x04\0\x01\0\0\0\0\0\0\0\0\0\0\0",
+    "bmp": b"BM" + struct.pack("<IIIIiiHHIIiiII", 58, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(4),
+    "nothing": b"",
+    "zeros": bytes(5000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_files_that_say_they_are_large(tmp_path, case):
+    (tmp_path / "a.png").write_bytes(LIES[case])
+    found = error_of(tmp_path)
+    assert re.match(r"ImageError: cannot use image .*a.png: (it |.*base.max_image_pixels|.*truncated)", found), found
+
+
+def test_a_class_folder_whose_name_is_no_utf8(tmp_path):
+    save(tmp_path / os.fsdecode(b"caf\xe9") / "a.png")
+    save(tmp_path / "tea" / "b.png")
+    dataset = build(tmp_path)
+    assert all(text.isprintable() for text in dataset.notes)
+
+
 def test_the_default_limit_of_pixels():
     assert BaseConfig(dataset="digits").max_image_pixels <= 64_000_000
 

@@ -78,12 +78,27 @@ def test_a_cell_has_a_limit(tmp_path):
     assert "a.parquet: row 0 has 1,048,577 bytes in column text, and at most 1,048,576 are read" in read(tmp_path)
 
 
-def test_a_file_that_says_less_of_itself(tmp_path, monkeypatch):
-    """Its footer is not believed: what has been unpacked is counted before it is copied."""
-    monkeypatch.setattr(parquet_rows, "_rows_at_once", lambda group, columns: 32)
-    bomb(tmp_path / "a.parquet", PICTURE_BYTES + TEXT_BYTES, 4)
-    with pytest.raises(ValueError, match="its rows from 0 on have more than 67,108,864 bytes each"):
-        list(read_rows(Shard(str(tmp_path / "a.parquet"), "a.parquet"), 0))
+def varint(number):
+    """As thrift writes it."""
+    number, found = number << 1, b""
+    while number > 127:
+        found, number = found + bytes([number & 127 | 128]), number >> 7
+    return found + bytes([number])
+
+
+def test_a_footer_that_understates_what_a_file_holds(tmp_path):
+    """It is not believed: few rows are decoded at once, and counted before they are copied."""
+    path = tmp_path / "a.parquet"
+    bomb(path, 30_000_000, 40)
+    size = pyarrow.parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    data = path.read_bytes()
+    understated = data.replace(varint(size), varint(1 << 20))
+    assert len(understated) == len(data) != data.count(varint(size)) + len(data)
+    path.write_bytes(understated)
+    assert pyarrow.parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 1 << 20
+    assert "a.parquet: its rows from 0 on have 240,000," in read(tmp_path)
+    with pytest.raises(ValueError, match="row group 0 would take 1,2.* bytes of memory"):
+        parquet_size.check_unpacked(path)
 
 
 def test_rows_at_once_change_no_row(tmp_path, monkeypatch):
@@ -179,6 +194,23 @@ def test_members_have_limits(tmp_path, name):
 
     found = confined(rest)
     assert f"its member part/{name} has {MEMBERS[name]:,} bytes, more than" in found, found
+
+
+def test_a_sparse_member_has_the_limit_of_what_it_stands_for(tmp_path):
+    """A header of GNU's kind for 10 GB of which nothing is there."""
+    info = tarfile.TarInfo("part/0001.png")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % (10 << 30 >> 1)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    shard_with(tmp_path / "a.tar", bytes(header))
+
+    def rest():
+        return [row.name for row in read_rows(Shard(str(tmp_path / "a.tar"), "a.tar"), 0)]
+
+    found = confined(rest)
+    assert "its member part/0001.png has 5,368,709,120 bytes, more than 67,108,864" in found, found
 
 
 def big(name):
