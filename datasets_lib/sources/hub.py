@@ -76,7 +76,7 @@ def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[s
             [f"no labels: name one of {', '.join(map(shown, found))} in base.label_column"] if found else [],
         )
     column = found[0] if wanted is None else one_of("base.label_column", wanted, rows.features)
-    labels = rows[column][:]
+    labels = _values(rows, column)
     usable = [type(label) is int and 0 <= label <= LARGEST_LABEL for label in labels]
     wrong = None if all(usable) else usable.index(False)
     if wrong is not None:
@@ -94,8 +94,13 @@ def read_captions(rows: Any, wanted: str | None, origin: str) -> list[str | list
         return None
     return [
         check_caption(text, f"row {row} of {origin}, column {column!r} (base.caption_column),")
-        for row, text in enumerate(rows[column][:])
+        for row, text in enumerate(_values(rows, column))
     ]
+
+
+def _values(rows: Any, column: str) -> list[Any]:
+    """The values of a column as they are stored: one of pictures or sounds is not decoded, whatever it is called."""
+    return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
 
 
 class EncodedImages:

@@ -26,7 +26,8 @@ def load(args: Any) -> dict[str, Any]:
                 check_contents(files, type(builder).__module__.rpartition(".")[2])
             builder.download_and_prepare()
             loaded = builder.as_dataset()
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {name: rows.with_format(None) for name, rows in splits.items()}  # which a saved data set may have
 
 
 def data_files(args: Any) -> dict[str, list[str]]:

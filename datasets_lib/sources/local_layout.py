@@ -16,7 +16,8 @@ from datasets_lib.sources.folder import EXTENSIONS, walk
 from datasets_lib.sources.parquet_size import check_unpacked
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # which `datasets` reads first
-CARD_BYTES = 16 << 20
+CARD_BYTES, JSON_BYTES = 1 << 20, 16 << 20
+DEPTH = 50  # of a card
 SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"  # written by save_to_disk
 # of a card's configuration; others change how libraries parse, such as the separator of a csv, a regular expression
 OPTIONS = (
@@ -42,7 +43,7 @@ def check_layout(folder: Path, outside: Sequence[str]) -> None:
     try:
         for name in CARDS:
             if (path := folder / name).exists():
-                read_bytes(check_inside(path, folder, outside), CARD_BYTES)
+                read_bytes(check_inside(path, folder, outside), JSON_BYTES if name.endswith(".json") else CARD_BYTES)
         for _ in walk(folder, None, folder, outside):
             pass
         if is_saved(folder):
@@ -84,11 +85,11 @@ def check_contents(splits: dict[str, list[str]], format: str) -> None:
 def _check_saved(folder: Path, outside: Sequence[str]) -> None:
     places = [folder]
     if (folder / SPLITS).exists():
-        names = _member(read_json(folder / SPLITS, CARD_BYTES), "splits", folder / SPLITS)
+        names = _member(read_json(folder / SPLITS, JSON_BYTES), "splits", folder / SPLITS)
         places = [check_inside(folder / name, folder, outside) for name in names]
     for place in places:
-        state = read_json(check_inside(place / STATE, folder, outside), CARD_BYTES)
-        read_json(check_inside(place / INFO, folder, outside), CARD_BYTES)
+        state = read_json(check_inside(place / STATE, folder, outside), JSON_BYTES)
+        read_json(check_inside(place / INFO, folder, outside), JSON_BYTES)
         files = _member(state, "_data_files", place / STATE)
         names = [file.get("filename") if isinstance(file, dict) else None for file in files]
         if not all(isinstance(name, str) for name in names):
@@ -123,8 +124,11 @@ def _read_card(path: Path) -> Any:
         if path.suffix == ".md":
             block = REGEX_YAML_BLOCK.search(text)
             text = block.group(2) if block else ""
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases (*name), and ten of them can stand for a billion texts")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEPTH:  # ten aliases can stand for a billion texts
+                raise ValueError(f"it has aliases (*name), or is nested more than {DEPTH} deep")
         return yaml.safe_load(text)
     except Exception as error:  # YAML has many
         raise ValueError(f"{shown(path)}: its settings cannot be read ({shown(error)}); mend or remove it") from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import zipfile
 from types import SimpleNamespace
 
@@ -197,6 +199,63 @@ def test_pictures_of_a_hub_data_set_are_in_its_caches(tmp_path, monkeypatch):
     assert hub.EncodedImages(rows, "image", "image_column", folder, outside)[0].name == "a.png"
     with pytest.raises(ValueError, match="a.png leads out of .*base.allow_outside"):
         hub.EncodedImages(rows, "image", "image_column", str(tmp_path / "other"), outside)[0]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("column", ["image", "text", "caption", "label", "other"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_no_column_is_decoded_by_other_libraries(build, data, tmp_path, monkeypatch, column, saved):
+    """A column of captions may be one of pictures, which Pillow would hand to ghostscript; here is a stand-in for that."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    columns = {"image": [{"bytes": png(3), "path": None}]} | {column: [{"bytes": EPS, "path": None}]}
+    rows = datasets.Dataset.from_dict(columns, datasets.Features(dict.fromkeys(columns, datasets.Image())))
+    if saved:
+        rows.save_to_disk(data)
+    else:
+        rows.to_parquet(data / "a.parquet")
+    options = {"image_column": "image"} | ({"label_column": "label"} if column == "label" else {})
+    said(lambda: build(**options))
+    with contextlib.suppress(ValueError):
+        build(**options).get(0, None)
+    assert not (tmp_path / "started").exists()
+
+
+SETTINGS = {
+    "README.md": [
+        "---\ndataset_info: 7\n---\n", "---\ndataset_info: [1, [2]]\n---\n", "---\nconfigs: 7\n---\n", "---\nconfigs: [7]\n---\n",
+        "---\nconfigs: [{}]\n---\n", "---\n- 1\n---\n", "---\ndataset_info: {features: [{name: image, dtype: nothing}]}\n---\n",
+        "---\ndataset_info: {splits: [{name: train, num_bytes: 9e99}], dataset_size: 9e99}\n---\n", "---\na: " + "[" * 50_000 + "\n---\n",
+        "---\nconfigs: [{config_name: {}, data_files: a.parquet}]\n---\n", "\xff", "---\n!!python/object/apply:os.system ['touch x']\n---\n",
+    ],
+    "dataset_infos.json": ["[]", '{"default": 7}', "[" * 100_000, "{", "9" * 5000, '{"default": {"features": {"image": {"_type": "os"}}}}'],
+    "saved/dataset_info.json": ["[]", '{"features": 7}', '{"features": {"image": {"_type": "os"}}}', '{"features": {"image": {"_type": "Nothing"}}}'],
+    "saved/state.json": [
+        '{"_data_files": []}', '{"_data_files": [{"filename": "NAME"}]}',
+        '{"_data_files": [{"filename": "NAME"}], "_format_type": "torch", "_format_columns": ["label"], "_format_kwargs": {},'
+        ' "_output_all_columns": false, "_split": null, "_fingerprint": "1"}',
+        '{"_data_files": [{"filename": "NAME"}], "_format_type": "os.system", "_format_columns": null, "_format_kwargs": {},'
+        ' "_output_all_columns": false, "_split": null, "_fingerprint": "1"}',
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "text"), [(file, text) for file, texts in SETTINGS.items() for text in texts])
+def test_settings_that_cannot_be_end_without_a_traceback(build, data, file, text):
+    table(data / "a.parquet", [{"bytes": png(3), "path": None}])
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(3), "path": None}], "label": [1]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(data / "saved")
+    [arrow_file] = (data / "saved").glob("*.arrow")
+    (data / file).write_text(text.replace("NAME", arrow_file.name), encoding="latin-1")
+    if not file.startswith("saved"):
+        shutil.rmtree(data / "saved")
+    found = said(lambda: build(data / "saved" if file.startswith("saved") else data))
+    assert re.match(r"fine|ValueError: |LayoutError: |FileNotFoundError: ", found), found
+    assert not (data / "x").exists()
 
 
 # --- other files of the layout
