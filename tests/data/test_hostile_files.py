@@ -182,6 +182,14 @@ def test_lists_name_pictures_and_masks_outside_only_if_that_is_allowed(tmp_path)
         build(tmp_path / "data" / "list.jsonl")
 
 
+def test_what_is_allowed_must_be_folders_and_have_an_effect():
+    found = [*BaseConfig(dataset="digits", max_train_steps=1, allow_outside=["/shared"]).problems()]
+    assert found == [("allow_outside", "has an effect with train_data_dir, dataset_name and class_data_dir only")]
+    found = [*BaseConfig(train_data_dir="pictures", max_train_steps=1, allow_outside=[" "]).problems()]
+    assert found == [("allow_outside", "must be a list of folders, such as [/shared/pictures]")]
+    assert [*BaseConfig(train_data_dir="pictures", max_train_steps=1, allow_outside=["~/shared"]).problems()] == []
+
+
 def test_what_is_allowed_is_no_change_of_a_resumed_run():
     assert "allow_outside" in BaseConfig.free_on_resume
 

@@ -230,7 +230,7 @@ SETTINGS = {
         "---\ndataset_info: 7\n---\n", "---\ndataset_info: [1, [2]]\n---\n", "---\nconfigs: 7\n---\n", "---\nconfigs: [7]\n---\n",
         "---\nconfigs: [{}]\n---\n", "---\n- 1\n---\n", "---\ndataset_info: {features: [{name: image, dtype: nothing}]}\n---\n",
         "---\ndataset_info: {splits: [{name: train, num_bytes: 9e99}], dataset_size: 9e99}\n---\n", "---\na: " + "[" * 50_000 + "\n---\n",
-        "---\nconfigs: [{config_name: {}, data_files: a.parquet}]\n---\n", "\xff", "---\n!!python/object/apply:os.system ['touch x']\n---\n",
+        "---\nconfigs: [{config_name: {}, data_files: a.parquet}]\n---\n", "---\n" + "\n" * 200_000, "---\n" + "a: 1\n" * 200_000, "\xff", "---\n!!python/object/apply:os.system ['touch x']\n---\n",
     ],
     "dataset_infos.json": ["[]", '{"default": 7}', "[" * 100_000, "{", "9" * 5000, '{"default": {"features": {"image": {"_type": "os"}}}}'],
     "saved/dataset_info.json": ["[]", '{"features": 7}', '{"features": {"image": {"_type": "os"}}}', '{"features": {"image": {"_type": "Nothing"}}}'],

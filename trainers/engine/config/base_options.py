@@ -165,6 +165,8 @@ class BaseConfig(Section):
             yield "eval_classifier", problem
         if self.trigger_word is not None and not self.trigger_word.strip():
             yield "trigger_word", "must not be blank; null for none"
+        if not all(folder.strip() for folder in self.allow_outside):
+            yield "allow_outside", "must be a list of folders, such as [/shared/pictures]"
         if self.class_data_dir is not None and not (self.class_caption or "").strip():
             yield "class_caption", "must be the text of the pictures in class_data_dir, such as a photo of a dog"
         if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
@@ -189,6 +191,8 @@ class BaseConfig(Section):
             yield from self.without_effect(options, condition, holds)
         if self.dataset_args and self.dataset is None:  # its default is made by a factory
             yield "dataset_args", "has an effect with dataset only"
+        if self.allow_outside and self.dataset is not None and self.class_data_dir is None:
+            yield "allow_outside", "has an effect with train_data_dir, dataset_name and class_data_dir only"
         if self.tracker_project != "diffloop" and self.logger == "none":
             yield "tracker_project", "has no effect with logger: none"
 
