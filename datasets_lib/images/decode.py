@@ -167,4 +167,7 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
         raise ValueError("it holds NaN or infinity")
     scales = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     low, high = next(((0, scale) for scale in scales if low >= 0 and high <= scale), (low, high))
-    return np.rint((values.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    wide = values.astype(np.float64)  # in place from here on: each copy of 64 million pixels takes half a GB
+    wide -= low
+    wide *= 255 / max(high - low, 1e-12)
+    return np.rint(wide, out=wide).astype(np.uint8)

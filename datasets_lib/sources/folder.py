@@ -142,19 +142,45 @@ def walk(folder: Path, excluded: Path | None, top: Path, outside: Sequence[str] 
     A link to a folder in `top` is not followed, as its files come anyway; one to a folder below `outside` is.
     """
     waiting, seen = [folder], set()
-    while waiting:
-        for parent, folders, names in os.walk(waiting.pop()):
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != excluded)
-            files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-            links = [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
-            for path in (Path(parent), *links, *files):
-                if path.is_symlink():
-                    check_inside(path, top, outside)
-            for link in reversed([link for link in links if not is_inside(link, [top])]):
-                if (target := link.resolve()) not in seen:  # links may lead around in a circle
-                    seen.add(target)
-                    waiting.append(link)
-            yield from files
+    while waiting:  # os.walk of Python 3.11 calls itself for each level
+        parent = waiting.pop()
+        if parent.is_symlink():
+            check_inside(parent, top, outside)
+        files, folders = [], []
+        for path, is_folder, is_link in _entries(parent):
+            if path == excluded:
+                continue
+            if is_link:
+                check_inside(path, top, outside)
+            if not is_folder:
+                files.append(path)
+            elif not is_link:
+                folders.append(path)
+            elif not is_inside(path, [top]) and (target := path.resolve()) not in seen:  # links may lead in a circle
+                seen.add(target)
+                folders.append(path)
+        yield from files
+        waiting += reversed(folders)
+
+
+def _entries(folder: Path) -> list[tuple[Path, bool, bool]]:
+    """The files and folders in a folder that are not hidden: whether each leads to a folder, and whether it is a link.
+
+    A folder that this user may not list has none.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    return [(Path(entry.path), _is_folder(entry), entry.is_symlink()) for entry in found]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str | list[str]] | None:

@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,37 @@ def test_metadata_above_a_split_that_leads_elsewhere(tmp_path):
     with pytest.raises(ValueError, match=r"metadata.jsonl leads out of") as error:
         build(tmp_path / "data", validation_split="val")
     assert "password" not in str(error.value)
+
+
+def test_folders_nested_more_deeply_than_python_calls(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", 1)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1800):
+        os.mkdir("d")
+        os.chdir("d")
+    save(Path("b.png"), 2)
+    os.chdir(tmp_path)
+    assert sorted(confined(lambda: values(build(tmp_path)))) in ([1], [1, 2])  # as far as a path may be long
+    while os.path.isdir("d"):  # pytest removes folders by calls, too
+        os.chdir("d")
+    (Path("b.png")).unlink()
+    for _ in range(1800):
+        os.chdir("..")
+        os.rmdir("d")
+
+
+def test_a_folder_that_may_not_be_listed_has_no_pictures(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", 1)
+    save(tmp_path / "lost" / "b.png", 2)
+    original = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("lost"):
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert values(build(tmp_path)) == [1]
 
 
 LOOPS = {"a.png": "a.png: cannot be a path", "deep": "deep: cannot be a path", "metadata.jsonl": "cannot be a path"}
