@@ -316,3 +316,46 @@ ADDRESSES = {
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_that_are_public(address):
     assert is_public(address) == ADDRESSES[address]
+
+
+# --- secrets
+
+
+URLS = [
+    "http://user:hidden@HOST/a b.tar?sig=hidden", "http://user:hidden@HOST/a\x7f.tar?sig=hidden", "http://user:hidden@HOST:99999/a.tar?sig=hidden",
+    "http://user:hidden@HOST:x/a.tar?sig=hidden", "http://user:hidden@/a.tar?sig=hidden", "http://user:hid%64en@h\u00fcst.invalid/a.tar?sig=hidden",
+    "http://user:hidden@" + "x" * 300 + ".invalid/a.tar?sig=hidden", "http://user:hidden@[::1]:1/a.tar?sig=hidden", "http://user:hidden@HOST/é.tar?sig=hidden",
+    "http://user@x:hidden@HOST/a.tar?sig=hidden", "http://user:hidden@..invalid/a.tar?sig=hidden",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_urls_that_cannot_be_opened_show_no_secret(tmp_path, url):
+    found = confined(stream_of, listed(tmp_path, url.replace("HOST", "127.0.0.1")))
+    assert found.startswith("ValueError: "), found
+    assert "hidden" not in found
+    assert found.isprintable()
+
+
+def test_a_user_and_password_are_not_sent_on_by_a_redirect():
+    """Each server notes what it was sent."""
+    sent = {}
+
+    def run(name, answer):
+        listening = socket.create_server(("127.0.0.1", 0))
+
+        def serve_one():
+            connection, _ = listening.accept()
+            with connection, listening:
+                sent[name] = connection.recv(65536).decode()
+                first, last = map(int, re.search(r"bytes=(\d+)-(\d+)", sent[name]).groups())
+                answer(connection, first, last, "")
+
+        threading.Thread(target=serve_one, daemon=True).start()
+        return f"127.0.0.1:{listening.getsockname()[1]}"
+
+    second = run("second", good)
+    first = run("first", to(f"http://{second}/b.tar"))
+    HttpFile(f"http://user:hidden@{first}/a.tar")
+    assert "Authorization: Basic" in sent["first"]
+    assert "Authorization" not in sent["second"]
