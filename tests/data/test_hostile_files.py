@@ -19,6 +19,7 @@ from repository import ROOT
 
 from datasets_lib.images.decode import FORMATS, ImageError, read_picture
 from datasets_lib.images.files import METADATA_BYTES, TEXT_BYTES
+from train import main
 from trainers.engine.config.base_options import BaseConfig
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(touched) print\nshowpage\n%%EOF\n"
@@ -373,6 +374,35 @@ def test_classes_with_thousands_of_digits_are_names(tmp_path):
     rows = [{"file_name": "a.png", "label": "9" * 5000}, {"file_name": "b.png", "label": "2"}]
     write(tmp_path / "metadata.jsonl", *rows)
     assert build(tmp_path).label_names == ["2", "9" * 5000]
+
+
+# --- what a run says
+
+RUNS = {
+    "pipe": (lambda folder: os.mkfifo(folder / "f.png"), {}, "f.png: is a named pipe, not a regular file; remove it"),
+    "link": (lambda folder: (folder / "f.png").symlink_to("/etc/hostname"), {}, "f.png leads out of"),
+    "circle": (lambda folder: (folder / "f.png").symlink_to("f.png"), {}, "f.png: cannot be a path"),
+    "metadata": (lambda folder: (folder / "metadata.jsonl").write_text("[" * 100_000), {}, "row 1 of"),
+    "index": (lambda folder: [(folder / "a.tar").touch(), (folder / "index.json").write_text("[]")],
+              {"base.streaming": True, "base.max_train_samples": None}, "index.json: written by another version"),
+    "url": (lambda folder: (folder / "l.txt").write_text("http://[::1/x.tar"),
+            {"base.streaming": True, "base.max_train_samples": None, "base.train_data_dir": "l.txt"}, "has a URL in line 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_ends_with_a_message(tmp_path, tiny_config, capsys, case):
+    change, options, message = RUNS[case]
+    folder = tmp_path / "data"
+    save(folder / "a.png")
+    change(folder)
+    given = {"base.dataset": None, "base.train_data_dir": str(folder), **options}
+    if "base.train_data_dir" in options:
+        given["base.train_data_dir"] = str(folder / options["base.train_data_dir"])
+    assert main([str(tiny_config("ddpm", **given))]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
 # --- names that would write on the terminal

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -240,6 +243,48 @@ def test_a_slow_server_is_a_fault_of_its_shard(serve, tmp_path, monkeypatch, cap
     reader = stream_of(listed(tmp_path, "near.tar", url), shard_retries=1).open_reader(0, None)
     assert sorted(number_of(reader.next(None)) for _ in range(6)) == [0, 0, 1, 1, 2, 2]
     assert re.search(r"WARNING: http://127.0.0.1:\d+/a.tar: .*: the shard is skipped", capsys.readouterr().out)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+def test_https_has_the_same_deadline(tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    options = [
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    command = ["openssl", "req", "-x509", *options, "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listening:
+        threading.Thread(target=accept, args=(listening, later(drip(40))), daemon=True).start()
+        file = HttpFile(f"https://127.0.0.1:{listening.getsockname()[1]}/a.tar")
+        monkeypatch.setattr(http_file, "TIMEOUT_SECONDS", 0.3)
+        monkeypatch.setattr(http_file, "SLOWEST", 100_000)
+        began = time.monotonic()
+        with pytest.raises(OSError, match="the server took longer than 0 s for a part|timed out"):
+            file.read(1000)
+        assert time.monotonic() - began < 2
+
+
+def test_a_proxy_is_used(serve, monkeypatch):
+    asked = []
+
+    def noting(connection, first, last, path):
+        asked.append(path)
+        good(connection, first, last, path)
+
+    monkeypatch.setenv("http_proxy", serve(noting).removesuffix("/a.tar"))
+    assert HttpFile("http://somewhere.invalid/a.tar").read(10) == bytes(10)
+    assert asked == ["http://somewhere.invalid/a.tar"] * 2
 
 
 # --- redirects
