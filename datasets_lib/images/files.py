@@ -13,6 +13,7 @@ from datasets_lib.foreign import check_regular, shown
 # at most, of what is read into memory at once
 PICTURE_BYTES = 64 << 20  # a picture or latents in a shard
 TEXT_BYTES = 1 << 20  # a caption, or a line of metadata
+PATH_CHARACTERS = 4096
 METADATA_BYTES = 1 << 30  # a list of pictures or shards
 
 
@@ -38,6 +39,8 @@ def lines_of(file: IO[str], path: Path) -> Iterator[str]:
 
 def resolved(path: Path | str) -> Path:
     """Return a path in full, its links followed; raise ValueError if that cannot be done."""
+    if len(str(path)) > PATH_CHARACTERS:
+        raise ValueError(f"{shown(path)}: cannot be a path; correct or remove it")
     try:
         return Path(path).expanduser().resolve()
     except (ValueError, OSError, RuntimeError) as error:  # a null byte, or links in a circle

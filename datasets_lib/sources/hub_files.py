@@ -88,8 +88,9 @@ def _found(args: Any) -> Iterator[str]:
         raise
     except Exception as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        cause = error.__cause__ or error  # `datasets` says no more than that it failed
         raise kind(
-            f"base.dataset_name={args.dataset_name} cannot be loaded ({type(error).__name__}: {shown(error)}). It is "
+            f"base.dataset_name={args.dataset_name} cannot be loaded ({type(cause).__name__}: {shown(cause)}). It is "
             f"looked for as a local folder ({folder.absolute()}), in the cache and on the hub, which must be reachable"
             "; else give a local copy: base.dataset_name=FOLDER (parquet, arrow, images or save_to_disk) or "
             "base.train_data_dir=FOLDER (images)"

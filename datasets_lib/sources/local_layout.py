@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_lib.foreign import check_regular, read_bytes, read_json, shown
-from datasets_lib.images.files import check_inside, is_inside
+from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside
 from datasets_lib.sources.arrow_size import check_plain
 from datasets_lib.sources.folder import EXTENSIONS, walk
 from datasets_lib.sources.parquet_size import check_unpacked
@@ -25,7 +25,6 @@ OPTIONS = (
     "version",
 )  # fmt: skip
 STARS = 3  # in one name of a pattern: more of them take very long to compare
-CHECKS = {"arrow": check_plain, "parquet": check_unpacked}
 KINDS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", *EXTENSIONS)
 
 
@@ -80,6 +79,14 @@ def check_contents(splits: dict[str, list[str]], format: str) -> None:
                 CHECKS[name](path)
         except ValueError as error:
             raise LayoutError(f"{shown(path)}: {shown(error)}") from None
+
+
+def _check_text(path: Path) -> None:
+    if (size := path.stat().st_size) > METADATA_BYTES:
+        raise ValueError(f"has {size:,} bytes, and at most {METADATA_BYTES:,} are read")
+
+
+CHECKS = {"arrow": check_plain, "parquet": check_unpacked, **dict.fromkeys(("csv", "json", "jsonl"), _check_text)}
 
 
 def _check_saved(folder: Path, outside: Sequence[str]) -> None:

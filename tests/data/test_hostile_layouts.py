@@ -95,6 +95,7 @@ ROWS = {
     "files": "OSError: .*files: is a folder, not a regular file",
     "\x1b[2J": "FileNotFoundError",
     "nul\0.png": "ValueError: .*cannot be a path",
+    "x" * 100_000: "ValueError: .*cannot be a path; correct or remove it",
 }
 
 
@@ -106,6 +107,7 @@ def test_paths_in_rows(build, data, path):
     found = said(build)
     assert re.search(ROWS[path], found), found
     assert found.isprintable()
+    assert len(found) < 3000
 
 
 def test_rows_without_a_picture_at_all(build, data):
@@ -278,6 +280,40 @@ def test_links_and_pipes_are_named_before_anything_is_loaded(build, data, tmp_pa
     with (data / "README.md").open("wb") as file:
         file.truncate(20 << 30)
     assert "README.md: has 21,474,836,480 bytes, and at most" in said(build)
+
+
+TABLES = {
+    "a.csv": ("image\n/etc/passwd\n", "/etc/passwd leads out of"),
+    "b.jsonl": ('{"image": "../private/p.png"}', "p.png leads out of"),
+    "c.json": ("[" * 1_000_000, "cannot be loaded"),
+    "d.jsonl": ('{"image": ' + "[" * 1_000_000, "cannot be loaded"),
+    "e.csv": ('image\n"' + "x" * 10_000, "cannot be loaded"),
+    "f.jsonl": (None, "f.jsonl: has 21,474,836,480 bytes, and at most 1,073,741,824 are read"),
+    "g.csv": (None, "g.csv: has 21,474,836,480 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_texts(build, data, name):
+    text, message = TABLES[name]
+    (data / name).write_text(text or "")
+    if text is None:
+        os.truncate(data / name, 20 << 30)
+    found = said(build, image_column="image")
+    assert message in found, found
+    assert len(found) < 3000
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_of_an_image_folder(build, data, name):
+    save(data / "a.png", 3)
+    line = {"metadata.csv": "file_name,text\n{},x\n", "metadata.jsonl": '{{"file_name": "{}", "text": "x"}}\n'}[name]
+    (data / name).write_text(line.format("a.png"))
+    assert values(build()) == [3]
+    (data / name).write_text(line.format("a.png") + line.format("../private/p.png").removeprefix("file_name,text\n"))
+    assert "private" not in said(build) or "cannot be loaded" in said(build)
+    os.truncate(data / name, 20 << 30)
+    assert f"{name}: has 21,474,836,480 bytes" in said(build)
 
 
 def test_an_archive_is_not_unpacked(build, data):
