@@ -44,7 +44,9 @@ def _rows_at_once(group: Any, columns: list[str] | None) -> int:
     Raises ValueError if what it holds would fill the memory.
     """
     chunks = [group.column(number) for number in range(group.num_columns)]
-    chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
+    if columns is not None:  # image.bytes is in the column image
+        starts = tuple(f"{name}." for name in columns)
+        chunks = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(starts)]
     size = sum(chunk.total_uncompressed_size for chunk in chunks)
     if unpacked_bytes(chunks) > (limit := unpacked_limit(chunks)):
         raise ValueError(f"a row group takes {size:,} bytes of memory, and may take {limit:,}")

@@ -69,6 +69,23 @@ def test_pictures_that_unpack_to_more_than_a_row_group_may(tmp_path, monkeypatch
     assert "bytes of memory, and may take 104,857,600" in read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["image", "my.image"])
+def test_the_columns_that_are_read_count(tmp_path, name):
+    """Others may take more than a row group may: their bytes are not read."""
+    table = pyarrow.table({name: [{"bytes": png(1)}] * 3, "text": ["x"] * 3, "other": [bytes(100_000)] * 3})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    group = pyarrow.parquet.read_metadata(tmp_path / "a.parquet").row_group(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet_rows, "PICTURE_BYTES", 1000)
+        assert parquet_rows._rows_at_once(group, None) == 1
+        assert parquet_rows._rows_at_once(group, [name, "text"]) > 1
+        assert parquet_rows._rows_at_once(group, ["other"]) == 1
+        patch.setattr(parquet_size, "UNPACKED_BYTES", 100)
+        patch.setattr(parquet_size, "UNPACKED_RATIO", 0)
+        with pytest.raises(ValueError, match="a row group takes"):
+            parquet_rows._rows_at_once(group, [name])
+
+
 def test_a_cell_has_a_limit(tmp_path):
     bomb(tmp_path / "a.parquet", PICTURE_BYTES + 1, 2)
     assert "a.parquet: row 0 has 67,108,865 bytes in column image, and at most 67,108,864 are read" in read(tmp_path)
