@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from datasets_lib.foreign import shown
+
 
 def one_of(option: str, value: Any, allowed: Iterable, *other_forms: str) -> Any:
     """Return `value` if it is in `allowed`; else raise a ValueError that lists what is, and the nearest.
@@ -15,11 +17,11 @@ def one_of(option: str, value: Any, allowed: Iterable, *other_forms: str) -> Any
     allowed = list(allowed)
     if value in allowed:
         return value
-    names = [str(choice) for choice in allowed]
-    nearest = difflib.get_close_matches(str(value), names, n=1)
+    names = [shown(choice) for choice in allowed]
+    nearest = difflib.get_close_matches(shown(value), names, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     choices = ", ".join([*names, *other_forms]) or "(there are none)"
-    raise ValueError(f"{option} is {value!r}; it must be one of: {choices}{hint}")
+    raise ValueError(f"{shown(option)} is {shown(repr(value))}; it must be one of: {choices}{hint}")
 
 
 def find_column(option: str, wanted: str | None, columns: Iterable[str], common: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ ATTRIBUTES = ("random", "label_names", "highest_label", "encoded_by", "notes")
 # options that only the data set itself can honour: one that does names them in `options`
 OWN_TO_IT = {
     "center_crop": False, "random_flip": False, "interpolation": "bilinear", "background_color": "white",
-    "trigger_word": None, "shuffle_tags": False, "bad_images": "error", "max_image_pixels": 178956970,
+    "trigger_word": None, "shuffle_tags": False, "bad_images": "error", "max_image_pixels": 64_000_000,
 }  # fmt: skip
 
 

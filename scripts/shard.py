@@ -23,8 +23,10 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 import datasets_lib
+from datasets_lib.foreign import read_json
+from datasets_lib.images.files import TEXT_BYTES
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.streaming.shards import FORMAT, INDEX, SETTINGS
+from datasets_lib.streaming.index import FORMAT, INDEX, SETTINGS
 from datasets_lib.streaming.writing import SUFFIXES, Columns, example_of, write_shard
 from trainers.common.autoencoder.latents import LatentSpace, encode, latents_problems
 from trainers.engine.config.base_options import BaseConfig
@@ -103,8 +105,8 @@ def write_shards(
 def is_whole(path: Path, record: Path) -> bool:
     """Whether a shard was finished: its file has the size that its record says."""
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["bytes"] == path.stat().st_size
-    except (FileNotFoundError, ValueError, KeyError):  # such as a record cut off by a power loss
+        return read_json(record, TEXT_BYTES)["bytes"] == path.stat().st_size
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # such as a record cut off by a power loss
         return False
 
 
@@ -125,7 +127,7 @@ def examples_of(
 
 def write_index(folder: Path, dataset: ImageDataset, settings: dict[str, Any], shape: list[int] | None) -> None:
     """Writes the index of the shards last, so that an unfinished folder is not a data set."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(".shard-*.json"))]
+    records = [read_json(path, TEXT_BYTES) for path in sorted(folder.glob(".shard-*.json"))]
     highest = [record.pop("highest_label") for record in records]
     about = {"format": FORMAT, "examples": len(dataset), "label_names": dataset.label_names, "shards": records}
     about["highest_label"] = max((label for label in highest if label is not None), default=None)

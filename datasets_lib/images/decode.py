@@ -11,10 +11,14 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 
+from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.buckets import Size, best
+from datasets_lib.images.files import PICTURE_BYTES
 from datasets_lib.images.transforms import resize, resized_size
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# The documented formats alone: Pillow would hand an EPS to ghostscript, and decode an ICO before its size is known.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # an MPO is opened as a JPEG
 
 
 class ImageError(ValueError):
@@ -61,7 +65,7 @@ class ImageReader:
     def _open(self, source: Path | bytes | np.ndarray) -> Image.Image:
         if isinstance(source, np.ndarray):
             return Image.fromarray(source)
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = open_image(source)
         # A 10,000 x 1 strip grows when it is resized, so both sizes count.
         size = image.size[::-1]
         for height, width in (size, resized_size(size, self.target(size))):
@@ -74,26 +78,42 @@ class ImageReader:
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, UnidentifiedImageError):
-            return "it is empty or in no known image format"
+            return f"it is empty or in no known image format ({', '.join(FORMATS)})"
         if isinstance(error, Image.DecompressionBombError):
             return f"{error}; {self._limit()}"
-        return str(error) or type(error).__name__
+        return _text(error)
 
     def _limit(self) -> str:
         return f"base.max_image_pixels={self.max_image_pixels} is the limit"
 
 
+def open_image(source: Path | bytes) -> Image.Image:
+    """Opens a picture of one of the documented formats; raises OSError for others and for what is no regular file.
+
+    Raises ValueError for bytes of a table or an archive that are too many for a picture.
+    """
+    if isinstance(source, Path):
+        return Image.open(check_regular(source), formats=FORMATS)
+    if len(source) > PICTURE_BYTES:
+        raise ValueError(f"it has {len(source):,} bytes, and at most {PICTURE_BYTES:,} are read")
+    return Image.open(io.BytesIO(source), formats=FORMATS)
+
+
 def read_picture(path: Path, mode: str = "RGB", background: str = "white") -> Image.Image:
     """Return a whole image upright, as L or RGB; raise FileNotFoundError or ImageError with its name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such picture")
+    if not path.exists():
+        raise FileNotFoundError(f"{shown(path)}: there is no such picture")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_mode(image, mode, background)
     except Exception as error:  # every decoder fails in its own way
-        raise ImageError(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
+        raise ImageError(f"{shown(path)}: cannot be read as a picture ({_text(error)})") from error
+
+
+def _text(error: Exception) -> str:
+    return shown(error) or type(error).__name__
 
 
 def header_size(image: Image.Image) -> Size:
@@ -147,4 +167,7 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
         raise ValueError("it holds NaN or infinity")
     scales = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     low, high = next(((0, scale) for scale in scales if low >= 0 and high <= scale), (low, high))
-    return np.rint((values.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    wide = values.astype(np.float64)  # in place from here on: each copy of 64 million pixels takes half a GB
+    wide -= low
+    wide *= 255 / max(high - low, 1e-12)
+    return np.rint(wide, out=wide).astype(np.uint8)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.buckets import Size, sizes_of
 from datasets_lib.images.decode import ImageError, ImageReader
 from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all, in_threads
@@ -146,7 +147,7 @@ class Pictures:
     def _read_mask(self, position: int, size: Size) -> torch.Tensor:
         assert self.source.masks is not None
         mask = self.source.masks[self.rows[position]]
-        name = f"its mask {mask}" if isinstance(mask, Path) else "its mask"
+        name = f"its mask {shown(mask)}" if isinstance(mask, Path) else "its mask"
         with self._naming(position, name):
             pixels, mask_size = self.mask_reader.read(mask)
             if mask_size != size:
@@ -164,7 +165,7 @@ class Pictures:
         except (ImageError, OSError) as error:
             reason = f"{part}: {error}" if part else error
             raise ImageError(
-                f"cannot use image {self.name(position)}: {reason}; repair or remove it, "
+                f"cannot use image {shown(self.name(position))}: {reason}; repair or remove it, "
                 "or set base.bad_images=skip to replace such images"
             ) from error
 
@@ -195,7 +196,7 @@ class Pictures:
 def content(image: Path | bytes | np.ndarray) -> str:
     """Return the sha256 of a file's bytes, or of an array's values and shape."""
     if isinstance(image, Path):
-        with image.open("rb") as file:
+        with check_regular(image).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()

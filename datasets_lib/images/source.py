@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from datasets_lib.foreign import shown
+from datasets_lib.images.files import TEXT_BYTES
+
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+LARGEST_LABEL = (1 << 63) - 1  # of an int64
 
 
 class Rows(Protocol):
@@ -91,25 +94,18 @@ def digest(*parts: Any) -> str:
     return content.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a text file; raise a ValueError naming one that turns out not to be UTF-8."""
-    try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def check_inside(path: Path, folder: Path) -> None:
-    """Raise a ValueError for a path that leads out of a folder."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} leads out of {folder}, as a link or through one; copy it into the folder instead")
-
-
 def check_caption(caption: Any, place: str) -> str | list[str]:
     """Return the caption, a text or a list of texts; raise a ValueError naming `place` if any is missing."""
     texts = caption if isinstance(caption, list) else [caption]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{place} has no caption (found {caption!r}); give it a text or a list of texts, or remove it")
+        found = shown(repr(caption))
+        raise ValueError(
+            f"{shown(place)} has no caption (found {found}); give it a text or a list of texts, or remove it"
+        )
+    try:
+        size = sum(len(text.encode()) for text in texts)
+    except UnicodeEncodeError:
+        raise ValueError(f"{shown(place)} has a caption with half of a character (a surrogate); mend it") from None
+    if size > TEXT_BYTES:
+        raise ValueError(f"{shown(place)} has a caption of {size:,} bytes, and at most {TEXT_BYTES:,} are read")
     return caption

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from datasets_lib.foreign import shown
 from datasets_lib.images.buckets import Size, kept_part
 from datasets_lib.images.memory_cache import in_threads
 from datasets_lib.images.pictures import Pictures
@@ -60,7 +61,11 @@ def picture_lines(found: list[Found], pictures: Pictures) -> Iterator[Line]:
     groups = _groups((item.content, item.position) for item in found if item.content is not None)
     yield "same pictures", f"{len(groups):,} pictures are there more than once"
     for positions in groups[:SHOWN]:
-        yield "", " = ".join(map(pictures.name, positions[:SHOWN])) + (" = ..." if len(positions) > SHOWN else "")
+        yield (
+            "",
+            " = ".join(shown(pictures.name(each)) for each in positions[:SHOWN])
+            + (" = ..." if len(positions) > SHOWN else ""),
+        )
     faults = [item.fault for item in found if item.fault]
     yield "unusable", f"{len(faults):,}"
     yield from (("", fault) for fault in faults)
@@ -86,7 +91,7 @@ def label_lines(labels: list[int], names: list[str] | None) -> Iterator[Line]:
     counts = sorted(Counter(labels).items())
     yield "labels", f"{len(counts):,} classes, examples of each: {_spread([count for _, count in counts])}"
     for label, count in counts[:LABELS_SHOWN]:
-        yield "", f"{label if names is None else f'{label} {names[label]}'}: {count:,}"
+        yield "", f"{label if names is None else f'{label} {shown(names[label])}'}: {count:,}"
     if len(counts) > LABELS_SHOWN:
         yield "", f"... and {len(counts) - LABELS_SHOWN:,} more"
 
@@ -104,10 +109,10 @@ def caption_lines(dataset: Any, tokenizer: Any | None) -> Iterator[Line]:
     if tokenizer is not None:
         yield "tokens", _token_text(texts, tokenizer)
     if dataset.caption_note is None:
-        yield from (("" if number else "first", repr(text)) for number, text in enumerate(texts[:SHOWN]))
+        yield from (("" if number else "first", shown(repr(text))) for number, text in enumerate(texts[:SHOWN]))
         repeated = [(text, count) for text, count in Counter(texts).most_common() if count > 1]
         yield "same captions", f"{len(repeated):,} captions are there more than once"
-        yield from (("", f"{count:,} x {text!r}") for text, count in repeated[:SHOWN])
+        yield from (("", f"{count:,} x {shown(repr(text))}") for text, count in repeated[:SHOWN])
 
 
 def column_lines(example: dict[str, Any]) -> Iterator[Line]:
@@ -115,7 +120,7 @@ def column_lines(example: dict[str, Any]) -> Iterator[Line]:
     for number, (name, value) in enumerate(example.items()):
         is_tensor = isinstance(value, torch.Tensor)
         kind = f"{str(value.dtype)[6:]} {list(value.shape)}" if is_tensor else type(value).__name__
-        yield "" if number else "columns", f"{name}: {kind}"
+        yield "" if number else "columns", f"{shown(name)}: {kind}"
 
 
 def _token_text(texts: list[str], tokenizer: Any) -> str:

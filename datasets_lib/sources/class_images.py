@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from datasets_lib.example import ImageData
+from datasets_lib.foreign import shown
+from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import changed, digest
 from datasets_lib.images.transforms import draw
@@ -109,18 +111,18 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
 
     Raises FileNotFoundError for a folder that is not there, ValueError for one whose pictures are examples already.
     """
-    folder = Path(args.class_data_dir).expanduser().resolve()
+    folder = resolved(args.class_data_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
-    images, _ = list_files(folder, None, folder, "class_data_dir")
+    images, _ = list_files(folder, None, folder, args.allow_outside, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
     known: Any = ()
     if args.train_data_dir is not None and isinstance(instances, ImageDataset):
         known = instances.source.images
     if twice := set(images) & {image for image in known if isinstance(image, Path)}:
         raise ValueError(
-            f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {min(twice)}, are examples of "
-            "base.train_data_dir too; move it out of that folder"
+            f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {shown(min(twice))}, are "
+            "examples of base.train_data_dir too; move it out of that folder"
         )
     own = {"caption": args.class_caption, "trigger_word": None, "shuffle_tags": False, "keep_tags": 0}
     prior_args = changed(args, **own, max_train_samples=None, validation_split=None)

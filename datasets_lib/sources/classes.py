@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets_lib.checks import one_of
+from datasets_lib.foreign import shown
+
+LABEL_DIGITS = 18  # as many always fit into an int64
 
 
 def class_folders(folder: Path, images: list[Path]) -> list[str] | None:
@@ -20,7 +23,7 @@ def class_names(classes: Sequence[str | int] | None) -> list[str] | None:
     if classes is None or all(isinstance(item, int) for item in classes):
         return None
     names = {str(item) for item in classes}
-    numbered = all(name.isdecimal() for name in names)
+    numbered = all(name.isdecimal() and len(name) <= LABEL_DIGITS for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
 
 
@@ -32,8 +35,9 @@ def number_classes(
         return None
     if label_names is None:  # the training set's classes are numbers
         for item in classes:
-            if not str(item).isdecimal():
-                raise ValueError(f"the class of an image in {folder} is {item!r}; those to train on have numbers")
+            if not str(item).isdecimal() or len(str(item)) > LABEL_DIGITS:
+                found = shown(repr(item))
+                raise ValueError(f"the class of an image in {folder} is {found}; those to train on have numbers")
         return [int(item) for item in classes]
     for name in sorted({str(item) for item in classes}):
         one_of(f"the class of an image in {folder}", name, label_names)

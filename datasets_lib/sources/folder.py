@@ -6,13 +6,15 @@ It may also be a JSON-lines file that lists images.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets_lib.checks import one_of
+from datasets_lib.foreign import check_regular, shown
+from datasets_lib.images.files import TEXT_BYTES, check_inside, is_inside, open_text, resolved
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import Source, check_caption, check_inside, digest, open_text, refuse_named_split
+from datasets_lib.images.source import Source, check_caption, digest, refuse_named_split
 from datasets_lib.sources.classes import class_folders, class_names, number_classes
 from datasets_lib.sources.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
 
@@ -30,7 +32,7 @@ def build(args: Any, split: str) -> ImageDataset:
             f"base.image_column is {args.image_column!r}, but base.train_data_dir has no such columns; unset it, "
             "or load the folder with base.dataset_name"
         )
-    top = Path(args.train_data_dir).expanduser().resolve()
+    top = resolved(args.train_data_dir)
     is_list = top.suffix == ".jsonl" and top.is_file()
     return ImageDataset(read_list(top, args) if is_list else read_source(top, args, split), args, split)
 
@@ -40,7 +42,7 @@ def read_list(file: Path, args: Any) -> Source:
     refuse_named_split(args, f"base.train_data_dir={file}")
     listed = read_pairs(file, args)
     label_names = class_names(listed.classes)
-    notes = [f"classes from {file}: {', '.join(label_names)}"] if label_names else []
+    notes = [_class_note(str(file), label_names)] if label_names else []
     labels = number_classes(listed.classes, label_names, file.parent)
     return as_source(listed, file.parent, labels, label_names, notes)
 
@@ -53,8 +55,8 @@ def read_source(top: Path, args: Any, split: str) -> Source:
             "lists them"
         )
     folder, excluded = split_folder(top, args.validation_split, split)
-    found, others = list_files(folder, excluded, top)
-    metadata = find_metadata(folder, top)
+    found, others = list_files(folder, excluded, top, args.allow_outside)
+    metadata = find_metadata(folder, top, args.allow_outside)
     if metadata is not None:
         listed = read_metadata(metadata, folder, excluded, found, args)
     else:
@@ -76,11 +78,15 @@ def read_source(top: Path, args: Any, split: str) -> Source:
         label_names = class_names(classes)
     labels = number_classes(classes, label_names, folder)
     origin = "sub-folders" if metadata is None else metadata.name
-    notes = [f"classes from the {origin} of {folder}: {', '.join(label_names)}"] if label_names else []
+    notes = [_class_note(f"the {origin} of {folder}", label_names)] if label_names else []
     left_out = len(set(found) - set(images) - set(listed.masks or ()))
     if metadata is not None and left_out:
         notes.append(f"{left_out} of {len(found)} images in {folder} are not in {metadata.name}: left out")
     return as_source(listed, folder, labels, label_names, notes)
+
+
+def _class_note(origin: str, names: list[str]) -> str:
+    return f"classes from {shown(origin)}: {', '.join(map(shown, names))}"
 
 
 def as_source(
@@ -96,9 +102,12 @@ def as_source(
 
 
 def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
-    """Return the path below a folder and the size in bytes, but no time: a copied folder is the same data."""
+    """Return the path below a folder and the size in bytes, but no time: a copied folder is the same data.
+
+    Raises OSError for what is no regular file.
+    """
     # a mask may be outside the folder of a split
-    return Path(os.path.relpath(path, folder)).as_posix(), path.stat().st_size
+    return Path(os.path.relpath(path, folder)).as_posix(), check_regular(path).stat().st_size
 
 
 def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Path | None]:
@@ -113,10 +122,10 @@ def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Pa
 
 
 def list_files(
-    folder: Path, excluded: Path | None, top: Path, option: str = "train_data_dir"
+    folder: Path, excluded: Path | None, top: Path, outside: Sequence[str], option: str = "train_data_dir"
 ) -> tuple[list[Path], list[Path]]:
     """Return the images and the other files below a folder, in order; raise ValueError if there are no images."""
-    files = list(walk(folder, excluded, top))
+    files = list(walk(folder, excluded, top, outside))
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
     others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
     if not images:
@@ -127,15 +136,51 @@ def list_files(
     return images, others
 
 
-def walk(folder: Path, excluded: Path | None, top: Path) -> Iterator[Path]:
-    """Yield the files below a folder in order, except hidden ones; ValueError for a link that leads out of `top`."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name) != excluded)
-        files = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        for path in (Path(parent), *(Path(parent, name) for name in folders), *files):
-            if path.is_symlink():
-                check_inside(path, top)
+def walk(folder: Path, excluded: Path | None, top: Path, outside: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield the files below a folder in order, except hidden ones; ValueError for a link that leads out of `top`.
+
+    A link to a folder in `top` is not followed, as its files come anyway; one to a folder below `outside` is.
+    """
+    waiting, seen = [folder], set()
+    while waiting:  # os.walk of Python 3.11 calls itself for each level
+        parent = waiting.pop()
+        if parent.is_symlink():
+            check_inside(parent, top, outside)
+        files, folders = [], []
+        for path, is_folder, is_link in _entries(parent):
+            if path == excluded:
+                continue
+            if is_link:
+                check_inside(path, top, outside)
+            if not is_folder:
+                files.append(path)
+            elif not is_link:
+                folders.append(path)
+            elif not is_inside(path, [top]) and (target := path.resolve()) not in seen:  # links may lead in a circle
+                seen.add(target)
+                folders.append(path)
         yield from files
+        waiting += reversed(folders)
+
+
+def _entries(folder: Path) -> list[tuple[Path, bool, bool]]:
+    """The files and folders in a folder that are not hidden: whether each leads to a folder, and whether it is a link.
+
+    A folder that this user may not list has none.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    return [(Path(entry.path), _is_folder(entry), entry.is_symlink()) for entry in found]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str | list[str]] | None:
@@ -143,7 +188,7 @@ def read_text_files(images: list[Path], others: list[Path], caption_column: str 
     if caption_column is not None:
         raise ValueError(
             f"base.caption_column is {caption_column!r}, but there is no {' or '.join(METADATA_FILES)} next to "
-            f"{images[0]} or above it; add one, or unset the option"
+            f"{shown(images[0])} or above it; add one, or unset the option"
         )
     texts = {path.with_suffix(""): path for path in others if path.suffix == ".txt"}
     if not any(image.with_suffix("") in texts for image in images):
@@ -152,7 +197,7 @@ def read_text_files(images: list[Path], others: list[Path], caption_column: str 
     for image in images:
         text = None
         if (path := texts.get(image.with_suffix(""))) is not None:
-            with open_text(path) as file:
+            with open_text(path, TEXT_BYTES) as file:
                 text = file.read().strip()
-        captions.append(check_caption(text, f"image {image} (its text file: {image.stem}.txt)"))
+        captions.append(check_caption(text, f"image {shown(image)} (its text file: {shown(image.stem)}.txt)"))
     return captions

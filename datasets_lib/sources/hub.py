@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets_lib.checks import find_column, one_of
+from datasets_lib.foreign import check_regular, shown
+from datasets_lib.images.files import PICTURE_BYTES, check_inside, resolved
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption, check_inside, digest
+from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, Source, check_caption, digest
+from datasets_lib.sources.hub_files import file_folders, load
 
 
 def build(args: Any, split: str) -> ImageDataset:
@@ -29,62 +31,12 @@ def read_source(args: Any, split: str) -> Source:
     column = image_column({name: kind for name, kind in rows.features.items() if name != masked}, args.image_column)
     labels, label_names, notes = read_labels(rows, args.label_column)
     captions = read_captions(rows, args.caption_column, args.dataset_name)
-    folder = Path(args.dataset_name).expanduser().resolve()
-    images = EncodedImages(rows, column, "image_column", folder)
-    masks = None if masked is None else EncodedImages(rows, masked, "mask_column", folder)
+    folder, *outside = file_folders(args)
+    images = EncodedImages(rows, column, "image_column", folder, outside)
+    masks = None if masked is None else EncodedImages(rows, masked, "mask_column", folder, outside)
     sampled = [*images.some_bytes(), *(() if masks is None else masks.some_bytes())]
     fingerprint = digest(len(rows), sorted(rows.features), label_names, labels, captions, *sampled)
     return Source(images, args.dataset_name, fingerprint, labels, label_names, captions, notes, masks)
-
-
-def load(args: Any) -> dict[str, Any]:
-    """Return the splits by name; any error of `datasets` becomes one that says what to do."""
-    import datasets
-
-    with _found(args) as name:
-        if any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json")):
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
-
-
-def data_files(args: Any) -> dict[str, list[str]]:
-    """Return the paths or URLs of the files of each split; nothing is loaded. Errors are those of `load`."""
-    import datasets
-
-    with _found(args) as name:
-        builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
-    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-
-
-@contextlib.contextmanager
-def _found(args: Any) -> Iterator[str]:
-    """The name for `datasets` to load; if the hub does not answer, only the cache is searched, without long retries."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    folder, before = Path(args.dataset_name).expanduser(), datasets.config.HF_HUB_OFFLINE
-    try:
-        if not folder.is_dir():
-            try:
-                HfApi().dataset_info(args.dataset_name, timeout=10)
-            except HfHubHTTPError:
-                pass  # the hub answered, if only to refuse; load_dataset will say why
-            except Exception:
-                datasets.config.HF_HUB_OFFLINE = True
-        yield str(folder) if folder.is_dir() else args.dataset_name
-    except Exception as error:
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"base.dataset_name={args.dataset_name} cannot be loaded ({type(error).__name__}: {error}). It is looked "
-            f"for as a local folder ({folder.absolute()}), in the cache and on the hub, which must be reachable; "
-            "else give a local copy: base.dataset_name=FOLDER (parquet, arrow, images or save_to_disk) or "
-            "base.train_data_dir=FOLDER (images)"
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 def image_column(features: dict[str, Any], wanted: str | None) -> str:
@@ -96,7 +48,8 @@ def image_column(features: dict[str, Any], wanted: str | None) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
     if len(found) != 1:
         raise ValueError(
-            f"there are {len(found)} columns of type Image among {', '.join(features)}; name one in base.image_column"
+            f"there are {len(found)} columns of type Image among {', '.join(map(shown, features))}; name one in "
+            "base.image_column"
         )
     return found[0]
 
@@ -117,14 +70,19 @@ def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[s
 
     found = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
     if wanted is None and len(found) != 1:
-        return None, None, [f"no labels: name one of {', '.join(found)} in base.label_column"] if found else []
+        return (
+            None,
+            None,
+            [f"no labels: name one of {', '.join(map(shown, found))} in base.label_column"] if found else [],
+        )
     column = found[0] if wanted is None else one_of("base.label_column", wanted, rows.features)
-    labels = rows[column][:]
-    wrong = next((row for row, label in enumerate(labels) if type(label) is not int or label < 0), None)
+    labels = _values(rows, column)
+    usable = [type(label) is int and 0 <= label <= LARGEST_LABEL for label in labels]
+    wrong = None if all(usable) else usable.index(False)
     if wrong is not None:
         raise ValueError(
-            f"column {column!r} has {labels[wrong]!r} in row {wrong}; labels are integers of at least 0: name another "
-            "column in base.label_column, or encode this one with datasets' class_encode_column"
+            f"column {column!r} has {shown(repr(labels[wrong]))} in row {wrong}; labels are integers of at least 0: "
+            "name another column in base.label_column, or encode this one with datasets' class_encode_column"
         )
     return labels, getattr(rows.features[column], "names", None), []
 
@@ -136,8 +94,13 @@ def read_captions(rows: Any, wanted: str | None, origin: str) -> list[str | list
         return None
     return [
         check_caption(text, f"row {row} of {origin}, column {column!r} (base.caption_column),")
-        for row, text in enumerate(rows[column][:])
+        for row, text in enumerate(_values(rows, column))
     ]
+
+
+def _values(rows: Any, column: str) -> list[Any]:
+    """The values of a column as they are stored: one of pictures or sounds is not decoded, whatever it is called."""
+    return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
 
 
 class EncodedImages:
@@ -146,32 +109,33 @@ class EncodedImages:
     `datasets` does not decode them, so that every kind of file is treated as in a folder.
     """
 
-    def __init__(self, rows: Any, column: str, option: str, folder: Path):
+    def __init__(self, rows: Any, column: str, option: str, folder: str, outside: Sequence[str]):
         import datasets
 
-        self.column, self.folder = column, folder
+        self.column, self.folder, self.outside = column, resolved(folder), outside
         try:
             self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         except Exception as error:
             raise ValueError(
-                f"base.{option} is {column!r}, whose {rows.features[column]} values are not images ({error}); "
-                f"the columns are: {', '.join(rows.features)}"
+                f"base.{option} is {column!r}, whose {rows.features[column]} values are not images ({shown(error)}); "
+                f"the columns are: {', '.join(map(shown, rows.features))}"
             ) from error
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Path | bytes:
-        image = self.rows[row][self.column]
-        if image is None or image["bytes"] is not None:
-            return b"" if image is None else image["bytes"]
-        path = Path(image["path"])
-        if path.is_relative_to(self.folder):
-            check_inside(path, self.folder)
-        return path
+        image = self.rows[row][self.column] or {}
+        data, path = image.get("bytes"), image.get("path")
+        if data is None and path:
+            return check_inside(self.folder / path, self.folder, self.outside)
+        return data or b""
 
     def some_bytes(self) -> Iterator[bytes]:
         """Yield the content of up to eight images spread over the rows, enough to tell one data set from another."""
         for row in range(0, len(self), -(-len(self) // 8)):
             image = self[row]
-            yield image if isinstance(image, bytes) else image.read_bytes()
+            if isinstance(image, Path):
+                with check_regular(image).open("rb") as file:
+                    image = file.read(PICTURE_BYTES)
+            yield image

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from datasets_lib.checks import find_column, one_of
-from datasets_lib.images.source import CAPTION_COLUMNS, Source, check_caption
+from datasets_lib.foreign import shown
+from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, Source, check_caption
 from datasets_lib.sources.hub import image_column, mask_column
-from datasets_lib.streaming.rows import LATENTS, RawRow, features_of
+from datasets_lib.streaming.raw_row import LATENTS, RawRow
+from datasets_lib.streaming.rows import features_of
 from datasets_lib.streaming.shards import Shard
 
 TRIED_SHARDS = 8  # at most, until one can be read to find the columns
@@ -56,10 +58,10 @@ class ShardColumns:
         label = None if self.label is None else row.columns.get(self.label)
         if isinstance(label, str) and self.label_names:
             return self.label_names.index(one_of(f"the class of {row.name}", label, self.label_names))
-        if type(label) is not int or not 0 <= label < 1 << 63:
+        if type(label) is not int or not 0 <= label <= LARGEST_LABEL:
             raise ValueError(
-                f"{row.name} has the label {label!r} in column {self.label!r}; labels are integers of at least 0: name "
-                "another column in base.label_column, or make the shards with scripts/shard.py"
+                f"{row.name} has the label {shown(repr(label))} in column {self.label!r}; labels are integers of at "
+                "least 0: name another column in base.label_column, or make the shards with scripts/shard.py"
             )
         if self.num_classes is not None and label >= self.num_classes:
             raise ValueError(
@@ -79,7 +81,7 @@ def find_features(shards: list[Shard], origin: str, option: str) -> dict[str, An
         try:
             return features_of(shard)
         except Exception as error:  # every format and file system has its own
-            last = f"{shard.name}: {shard.without_secrets(error)}"
+            last = f"{shown(shard.name)}: {shard.without_secrets(error)}"
     tried = min(len(shards), TRIED_SHARDS)
     raise ValueError(f"none of the first {tried} shards of {origin} can be read; the last: {last}; check base.{option}")
 
@@ -125,8 +127,8 @@ def _encoded(value: Any, row: RawRow) -> bytes:
     """The bytes of a picture's column; a missing one reads as an empty file."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None and isinstance(value, dict) and value.get("path"):
-        path = value["path"]
-        raise ValueError(f"{row.name} names the file {path!r} and does not hold it; make shards that hold their files")
+        path = shown(repr(value["path"]))
+        raise ValueError(f"{row.name} names the file {path} and does not hold it; make shards that hold their files")
     if not isinstance(data, bytes | None):
         raise ValueError(f"{row.name} has no picture but {type(data).__name__}; name its column in base.image_column")
     return data or b""

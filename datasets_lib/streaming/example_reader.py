@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from datasets_lib.images.decode import ImageError
 from datasets_lib.images.source import digest
 from datasets_lib.streaming.order import Place
+from datasets_lib.streaming.raw_row import RawRow
 from datasets_lib.streaming.reader import StreamReader
-from datasets_lib.streaming.rows import RawRow
 
 if TYPE_CHECKING:
     import torch

@@ -6,15 +6,19 @@ import base64
 import io
 import urllib.error
 import urllib.request
-from http.client import HTTPResponse
+from http.client import HTTPException, HTTPResponse
 from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
+
+from datasets_lib.streaming.http_connection import opener
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 PART_BYTES = 4 << 20  # of one request
-TIMEOUT_SECONDS = 60.0
+TIMEOUT_SECONDS = 60.0  # without an answer; a part may take this long and its bytes at the slowest rate
+SLOWEST = 10_000  # bytes per second
+SIZE_DIGITS = 18  # of a file: what has more is no size
 
 
 class HttpFile(io.RawIOBase):
@@ -31,7 +35,7 @@ class HttpFile(io.RawIOBase):
         self.place = 0
         with self._request(0, 0) as response:
             _, _, size = response.headers.get("Content-Range", "").partition("/")
-        if response.status != 206 or not size.isdecimal():
+        if response.status != 206 or not size.isdecimal() or len(size) > SIZE_DIGITS:
             raise OSError("the server does not serve parts of files (no answer 206 to a Range)")
         self.size = int(size)
 
@@ -41,9 +45,26 @@ class HttpFile(io.RawIOBase):
             encoded = base64.b64encode(self.user.encode()).decode()
             request.add_unredirected_header("Authorization", f"Basic {encoded}")
         try:
-            return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+            return opener(TIMEOUT_SECONDS + (last - first + 1) / SLOWEST).open(request, timeout=TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
             raise OSError(f"the server answers {error.code} {error.reason}") from None  # the error holds the URL
+        except HTTPException as error:
+            raise OSError(f"the server's answer cannot be read ({type(error).__name__}: {error})") from None
+
+    def _read(self, first: int, wanted: int) -> bytes:
+        """Downloads a part; raises OSError if the server sends another one, or more."""
+        last = first + wanted - 1
+        with self._request(first, last) as response:
+            found = response.headers.get("Content-Range", "")
+            if not found.startswith(f"bytes {first}-{last}/"):
+                raise OSError(f"the server sent the part {found!r} and was asked for bytes {first}-{last}")
+            try:
+                part = response.read(wanted + 1)
+            except HTTPException as error:
+                raise OSError(f"the server's answer cannot be read ({type(error).__name__})") from None
+        if len(part) != wanted:
+            raise OSError(f"the server sent {len(part)} of {wanted} bytes" + " and more" * (len(part) > wanted))
+        return part
 
     def readable(self) -> bool:
         return True
@@ -58,14 +79,10 @@ class HttpFile(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)
-        wanted = min(len(view), self.size - self.place)
+        wanted = min(len(view), self.size - self.place, PART_BYTES)
         if wanted <= 0:
             return 0
-        with self._request(self.place, self.place + wanted - 1) as response:
-            part = response.read()
-        if len(part) != wanted:
-            raise OSError(f"the server sent {len(part)} of {wanted} bytes")
-        view[:wanted] = part
+        view[:wanted] = self._read(self.place, wanted)
         self.place += wanted
         return wanted
 

@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from datasets_lib.foreign import shown
 from datasets_lib.streaming.order import Place, ShardOrder
-from datasets_lib.streaming.rows import RawRow, read_rows
+from datasets_lib.streaming.raw_row import RawRow
+from datasets_lib.streaming.rows import read_rows
 from datasets_lib.streaming.shards import Shard
 
 RETRY_SECONDS = 0.5  # before the first retry; each further one waits twice as long
@@ -96,7 +98,7 @@ class StreamReader:
                     yield place, row
                 return
             except Exception as error:  # every format and file system has its own
-                self.last_error = f"{shard.name}: {shard.without_secrets(error)}"
+                self.last_error = f"{shown(shard.name)}: {shard.without_secrets(error)}"
                 failures += 1
         self.lost_shards += 1
         unit = "row" if shard.kind == ".parquet" else "byte"

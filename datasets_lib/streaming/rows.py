@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import tarfile
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any
 
-from datasets_lib.sources.folder import EXTENSIONS
+from datasets_lib.streaming.parquet_rows import parquet_rows
+from datasets_lib.streaming.raw_row import MASK, RawRow
 from datasets_lib.streaming.shards import Shard
-
-READ_ROWS = 32  # of parquet that are decoded at once
-LATENTS = "safetensors"  # a column, or the end of a member's name: a file with mean and logvar
-MASK = "mask"
-TEXTS = {"txt": "text", "text": "text", "caption": "caption"}  # ends of names -> columns
-LABEL = "cls"
-OTHERS = {**TEXTS, LABEL: "label", LATENTS: LATENTS, "json": "json"}  # ends of other files' names -> columns
-LABEL_DIGITS = 19  # with fewer it is an int64
-MEMBER_BYTES = 1 << 30  # at most, as a member is read into memory at once
-
-
-class RawRow(NamedTuple):
-    """One row as its shard has it."""
-
-    columns: dict[str, Any]
-    name: str  # what messages call it
-    following: int  # the place of the next row
+from datasets_lib.streaming.tar_rows import tar_rows
 
 
 def read_rows(shard: Shard, place: int, columns: list[str] | None = None) -> Iterator[RawRow]:
     """Yield the rows from a place on, 0 for the first one; `columns` limits parquet. Raises the libraries' errors."""
     with shard.open() as file:
         if shard.kind == ".parquet":
-            yield from _parquet_rows(file, shard, place, columns)
+            yield from parquet_rows(file, shard, place, columns)
         else:
-            yield from _tar_rows(file, shard, place)
+            yield from tar_rows(file, shard, place)
 
 
 def features_of(shard: Shard) -> dict[str, Any]:
@@ -50,102 +33,3 @@ def features_of(shard: Shard) -> dict[str, Any]:
 
     with shard.open() as file:
         return dict(datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file)))
-
-
-def _parquet_rows(file: IO[bytes], shard: Shard, place: int, columns: list[str] | None) -> Iterator[RawRow]:
-    import pyarrow.parquet
-
-    table, first = pyarrow.parquet.ParquetFile(file, pre_buffer=bool(shard.scheme)), 0
-    for group in range(table.num_row_groups):
-        row, first = first, first + table.metadata.row_group(group).num_rows
-        if first <= place:  # its bytes are not read
-            continue
-        for batch in table.iter_batches(READ_ROWS, row_groups=[group], columns=columns, use_threads=False):
-            skipped = min(max(place - row, 0), len(batch))
-            row += skipped
-            for values in batch.slice(skipped).to_pylist():
-                row += 1
-                yield RawRow(values, f"row {row - 1} of {shard.name}", row)
-        if row != first:  # places are counted from it
-            raise ValueError(f"its row group {group} ends at row {row:,} and should at {first:,}")
-
-
-def _tar_rows(file: IO[bytes], shard: Shard, place: int) -> Iterator[RawRow]:
-    """Rows in WebDataset's layout: the members whose names are equal up to the first dot; nothing is extracted."""
-    file.seek(place)
-    key, begins = None, place
-    parts: dict[str, bytes | None] = {}
-    # mode "r|": members are read or skipped in one pass; names in other encodings are escaped
-    with tarfile.open(fileobj=file, mode="r|", errors="backslashreplace") as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # typeshed has no members; it would keep them all
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, end = name.partition(".")
-            if member.isdir() or not stem or not end:
-                continue
-            if key is not None and folder + slash + stem != key:
-                begins = place + member.offset
-                if parts:
-                    yield RawRow(_columns(parts), f"{key} of {shard.name}", begins)
-                parts = {}
-            key = folder + slash + stem
-            _add_part(parts, end.lower(), archive, member)
-        ended = place + archive.offset
-    file.seek(ended)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
-        raise tarfile.ReadError("it ends without an end-of-archive mark, or is broken there")
-    if parts:
-        yield RawRow(_columns(parts), f"{key} of {shard.name}", ended)
-
-
-def _add_part(parts: dict[str, bytes | None], end: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    """Reads a member into the parts of its example."""
-    column = _column_of(end)
-    if column is None or not member.isreg():
-        if f".{end.rpartition('.')[2]}" in EXTENSIONS:  # a link, or a.b.jpg: its example lacks a picture, and says so
-            parts.setdefault("image", None)
-        return
-    if parts.get(column) is not None:
-        raise tarfile.ReadError(f"its member {member.name} is the second {column} of its example")
-    if member.size > MEMBER_BYTES:  # which a sparse member need not have
-        raise tarfile.ReadError(f"its member {member.name} has {member.size:,} bytes, more than {MEMBER_BYTES:,}")
-    file = archive.extractfile(member)
-    assert file is not None  # it is a regular file
-    parts[column] = file.read()
-
-
-def _column_of(end: str) -> str | None:
-    """The column that a member holds, "json" for several; None if it is not read, such as one that could hold code."""
-    if end in OTHERS:
-        return OTHERS[end]
-    if f".{end.removeprefix(f'{MASK}.')}" in EXTENSIONS:
-        return MASK if end.startswith(f"{MASK}.") else "image"
-    return None
-
-
-def _columns(parts: dict[str, bytes | None]) -> dict[str, Any]:
-    """The columns of an example; an unreadable value becomes an error when the example is made."""
-    found: dict[str, Any] = {}
-    for column, data in parts.items():
-        if data is None:
-            found[column] = None
-        elif column == "json":
-            found |= _object(data)
-        elif column in TEXTS.values():
-            found[column] = data.decode("utf-8", errors="replace").strip()
-        elif column == "label":
-            text = data.decode("ascii", errors="replace").strip()
-            found[column] = int(text) if text.isdecimal() and len(text) < LABEL_DIGITS else text
-        else:
-            found[column] = data
-    return found
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):  # then a column is missing, and its example says so
-        found = {}
-    if not isinstance(found, dict):
-        return {}
-    return {key: value for key, value in found.items() if key not in ("image", MASK, LATENTS)}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
-from datasets_lib.images.source import check_inside, open_text, refuse_named_split
+from datasets_lib.foreign import check_regular, shown
+from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
+from datasets_lib.images.source import refuse_named_split
 from datasets_lib.sources.folder import walk
 from datasets_lib.streaming.http_file import open_url
+from datasets_lib.streaming.index import INDEX, SETTINGS, read_index
 
 KINDS = (".parquet", ".tar")
 SCHEMES = ("http", "https", "hf", "s3", "gs")
-INDEX, SETTINGS = "index.json", ".settings.json"  # in a folder that scripts/shard.py has finished, or started
-FORMAT = 1
 QUERY = r"(\w+://[^\s?'\"]*)\?[^\s'\"]*"  # of a URL in a text
 
 
@@ -46,7 +47,7 @@ class Shard(NamedTuple):
         if self.scheme in ("http", "https"):
             return open_url(self.location)
         if not self.scheme:
-            return open(self.location, "rb")
+            return check_regular(Path(self.location)).open("rb")
         import fsspec
 
         return fsspec.filesystem(self.scheme).open(self.location, "rb")
@@ -61,7 +62,7 @@ class Shard(NamedTuple):
             parts = urlsplit(self.location)
             for secret in filter(None, (self.location, parts.query, parts.netloc.rpartition("@")[0])):
                 text = text.replace(secret, self.name)
-        return text
+        return shown(text)
 
 
 class ShardList(NamedTuple):
@@ -79,7 +80,7 @@ def find_shards(args: Any, split: str) -> ShardList:
     """
     if args.dataset_name is not None:
         return _of_hub(args, split)
-    top = Path(args.train_data_dir).expanduser().resolve()
+    top = resolved(args.train_data_dir)
     if top.is_file() and top.suffix == ".txt":
         return _of_list(top, args)
     if not top.is_dir():
@@ -99,48 +100,67 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
         folder, excluded = (named, None) if split == "validation" else (top, named)
     if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
-    found = [path for path in walk(folder, excluded, top) if path.suffix.lower() in KINDS]
+    files = walk(folder, excluded, top, args.allow_outside)
+    found = [check_regular(path) for path in files if path.suffix.lower() in KINDS]
     if not found:
         raise ValueError(
             f"there are no {' or '.join(KINDS)} files in {folder}, and base.streaming: true reads such shards; check "
             "base.train_data_dir, or make some with scripts/shard.py"
         )
     shards = [Shard(str(path), path.relative_to(folder).as_posix()) for path in found]
-    return ShardList(shards, str(folder), _about(folder))
+    return ShardList(shards, str(folder), read_index(folder, args.allow_outside))
 
 
 def _of_list(file: Path, args: Any) -> ShardList:
     refuse_named_split(args, f"base.train_data_dir={file}", "set it to null")
-    with open_text(file) as lines:
-        shards = [_listed(line.strip(), file) for line in lines if line.strip() and not line.startswith("#")]
+    with open_text(file, METADATA_BYTES) as opened:
+        lines = [(number, line.strip()) for number, line in enumerate(lines_of(opened, file), 1) if line[0] != "#"]
+        shards = [_listed(line, number, file, args.allow_outside) for number, line in lines if line]
     if not shards:
         raise ValueError(f"{file} lists no shards; give a URL or a path in each line")
     for shard, count in Counter(shards).items():
         if count > 1:
-            raise ValueError(f"{file} lists {shard.name} {count} times; an epoch has each shard once: keep one line")
-    return ShardList(shards, str(file), _about(file.parent))
+            raise ValueError(
+                f"{file} lists {shown(shard.name)} {count} times; an epoch has each shard once: keep one line"
+            )
+    return ShardList(shards, str(file), read_index(file.parent, args.allow_outside))
 
 
-def _listed(line: str, file: Path) -> Shard:
+def _listed(line: str, number: int, file: Path, outside: Sequence[str]) -> Shard:
     """The shard of a line; raises ValueError if it is none, or leads out of the list's folder."""
-    parts = urlsplit(line)
-    if "://" in line:
-        one_of(f"the scheme of a URL in {file}", parts.scheme, SCHEMES)
-        shard = Shard(line, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
-    else:
-        if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
-            raise ValueError(f"{file} lists {line!r}, which leads out of its folder; give a path below {file.parent}")
-        path = file.parent / line
-        check_inside(path, file.parent)
-        shard = Shard(str(path), path.relative_to(file.parent).as_posix())
-    one_of(f"the end of the name {shard.name} in {file}", shard.kind, KINDS)
-    if "://" not in line and not path.is_file():
-        raise FileNotFoundError(f"{file} lists {line!r}, and there is no such file; correct or remove the line")
+    shard = _url(line, number, file) if "://" in line else _path(line, file, outside)
+    one_of(f"the end of the name {shown(shard.name)} in {file}", shard.kind, KINDS)
+    if not shard.scheme:
+        try:
+            check_regular(Path(shard.location))
+        except (FileNotFoundError, NotADirectoryError):
+            found = shown(repr(line))
+            raise FileNotFoundError(
+                f"{file} lists {found}, and there is no such file; correct or remove the line"
+            ) from None
     return shard
 
 
+def _url(line: str, number: int, file: Path) -> Shard:
+    try:
+        parts = urlsplit(line)
+    except ValueError:  # its text may show a user and password
+        raise ValueError(f"{file} has a URL in line {number} that cannot be read; correct the line") from None
+    one_of(f"the scheme of a URL in {file}", parts.scheme, SCHEMES)
+    return Shard(line, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+
+
+def _path(line: str, file: Path, outside: Sequence[str]) -> Shard:
+    path, leaves = file.parent / line, PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts
+    if leaves and not is_inside(path, outside):
+        found = shown(repr(line))
+        raise ValueError(f"{file} lists {found}, which leads out of its folder; give a path below {file.parent}")
+    check_inside(path, file.parent, outside)
+    return Shard(str(path), line if leaves else path.relative_to(file.parent).as_posix())
+
+
 def _of_hub(args: Any, split: str) -> ShardList:
-    from datasets_lib.sources.hub import data_files
+    from datasets_lib.sources.hub_files import data_files
 
     files = data_files(args)
     wanted = args.validation_split if split == "validation" else "train"
@@ -149,20 +169,8 @@ def _of_hub(args: Any, split: str) -> ShardList:
     others = [location for location in locations if PurePosixPath(location).suffix.lower() not in KINDS]
     if others:
         raise ValueError(
-            f"base.dataset_name={args.dataset_name} has files such as {PurePosixPath(others[0]).name}, and "
+            f"base.dataset_name={args.dataset_name} has files such as {shown(PurePosixPath(others[0]).name)}, and "
             f"base.streaming: true reads {' and '.join(KINDS)}; set it to false"
         )
-    top = Path(args.dataset_name).expanduser().resolve()
-    for path in map(Path, locations) if top.is_dir() else ():
-        check_inside(path, top)
     shards = [Shard(location, "/".join(PurePosixPath(location).parts[-2:])) for location in locations]
     return ShardList(shards, args.dataset_name, {})
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    if not (folder / INDEX).is_file():
-        return {}
-    about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{folder / INDEX}: written by another version of diffloop; make the shards again")
-    return about

@@ -15,10 +15,11 @@ from datasets_lib.images.source import Source, changed, digest
 from datasets_lib.streaming import resume
 from datasets_lib.streaming.columns import ShardColumns, check_latents, find_features, posterior
 from datasets_lib.streaming.example_reader import ExampleReader, ShuffleBuffer
+from datasets_lib.streaming.index import INDEX
 from datasets_lib.streaming.order import ShardOrder
+from datasets_lib.streaming.raw_row import RawRow
 from datasets_lib.streaming.reader import StreamReader
-from datasets_lib.streaming.rows import RawRow
-from datasets_lib.streaming.shards import INDEX, ShardList, find_shards
+from datasets_lib.streaming.shards import ShardList, find_shards
 
 
 class Stream(StreamData):

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasets_lib.foreign import read_bytes, shown
+from datasets_lib.images.decode import open_image
+from datasets_lib.images.files import PICTURE_BYTES
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source
 from datasets_lib.sources.folder import EXTENSIONS
-from datasets_lib.streaming.rows import LABEL, LATENTS, MASK
+from datasets_lib.streaming.raw_row import LATENTS, MASK
+from datasets_lib.streaming.tar_rows import LABEL
 
 ROW_GROUP = 100  # examples of parquet, which are read together
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -29,14 +33,18 @@ def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) 
     found = {"image": source.images, MASK: source.masks} if latents is None else {}
     found |= {"text": source.captions, "label": source.labels}
     columns = {name: rows[row] for name, rows in found.items() if rows is not None}
-    columns |= {name: _file(columns[name]) for name in ("image", MASK) if name in columns}
+    columns |= {kind: _file(columns[kind], source.name(row)) for kind in ("image", MASK) if kind in columns}
     return columns if latents is None else {**columns, LATENTS: latents}
 
 
-def _file(image: Path | bytes | np.ndarray) -> bytes:
+def _file(image: Path | bytes | np.ndarray, name: str) -> bytes:
     if isinstance(image, Path):
-        return image.read_bytes()
+        return read_bytes(image, PICTURE_BYTES)  # a stream reads no larger ones
     if isinstance(image, bytes):
+        if len(image) > PICTURE_BYTES:
+            raise ValueError(
+                f"{shown(name)}: has {len(image):,} bytes, and a shard's picture at most {PICTURE_BYTES:,}"
+            )
         return image
     data = io.BytesIO()
     Image.fromarray(image).save(data, "PNG")
@@ -107,8 +115,8 @@ def _members(example: Columns) -> Iterator[tuple[str, bytes]]:
 def _end(data: bytes) -> str:
     """The end of a picture's name; png if Pillow does not know its format, as readers look at the content."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             end = (image.format or "").lower()
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         end = "png"
     return end if f".{end}" in EXTENSIONS else "png"

@@ -265,7 +265,7 @@ def test_without_a_network_the_cache_is_used(no_network, mnist, build, tmp_path)
 def test_a_folder_that_datasets_cannot_load(build, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_text("not parquet")
-    with pytest.raises(ValueError, match=r"base.dataset_name=.*data cannot be loaded .*base.train_data_dir=FOLDER"):
+    with pytest.raises(ValueError, match=r"data.train.parquet: cannot be read as parquet \(.*\); replace it"):
         build(tmp_path / "data")
 
 

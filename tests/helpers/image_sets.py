@@ -20,6 +20,7 @@ DEFAULTS = {
     "dataset": None,
     "dataset_args": {},
     "cache_dir": None,
+    "allow_outside": [],
     "image_column": None,
     "label_column": None,
     "caption_column": None,
@@ -42,7 +43,7 @@ DEFAULTS = {
     "random_flip": False,
     "background_color": "white",
     "bad_images": "error",
-    "max_image_pixels": 178956970,
+    "max_image_pixels": 64_000_000,
     "image_cache_mb": 512,
     "streaming": False,
 }

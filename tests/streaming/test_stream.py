@@ -19,7 +19,7 @@ from streams import COUNT, number_of, numbers, run_options, stream_of
 
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source
-from datasets_lib.streaming import rows as shard_rows
+from datasets_lib.streaming import tar_rows
 from datasets_lib.streaming.rows import read_rows
 from datasets_lib.streaming.shards import Shard
 from datasets_lib.streaming.stream import Stream
@@ -99,9 +99,7 @@ def test_members_of_other_kinds_are_never_read(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", {**others, "x.png": png(7), "../../y.png": png(8), "../../y.pkl": b"1"})
     before = sorted(path.name for path in tmp_path.parent.iterdir())
     seen = []
-    monkeypatch.setattr(
-        shard_rows, "_columns", lambda parts, own=shard_rows._columns: seen.append([*parts]) or own(parts)
-    )
+    monkeypatch.setattr(tar_rows, "_columns", lambda parts, own=tar_rows._columns: seen.append([*parts]) or own(parts))
     rows = list(read_rows(Shard(str(tmp_path / "a.tar"), "a.tar"), 0))
     assert [set(row.columns) for row in rows] == [{"image"}, {"image"}]
     assert seen == [["image"], ["image"]]
@@ -151,7 +149,7 @@ def test_members_that_are_links_are_missed(tmp_path):
 
 
 def test_tar_files_that_are_skipped_from_a_member_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shard_rows, "MEMBER_BYTES", 1000)
+    monkeypatch.setattr(tar_rows, "TEXT_BYTES", 1000)
     for name, member, message in (
         ("twice", {"y.jpg": png(1)}, "its member y.jpg is the second image of its example"),
         ("large", {"y.json": bytes(1001)}, "its member y.json has 1,001 bytes, more than 1,000"),

@@ -43,6 +43,7 @@ class BaseConfig(Section):
         # compared by their effect: the global batch size, the remaining learning rates, the data set's fingerprint
         "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
         "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
+        "allow_outside", "max_image_pixels",  # of a picture that is used, neither changes a pixel
         "validation_split", "class_data_dir",
         "shard_retries", "shuffle_buffer_resume",
     )  # fmt: skip
@@ -99,6 +100,7 @@ class BaseConfig(Section):
     train_data_dir: str | None = None  # folder of images with metadata.jsonl, .txt or class folders; or a .jsonl file
     dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
+    allow_outside: list[str] = field(default_factory=list)  # folders that links and paths in the data may lead to
     cache_dir: str | None = None  # where hub data sets are kept; null: the datasets library's folder
     encoder_cache_dir: str | None = None  # of what a task caches on disk; null: encoder-cache next to output_dir
     image_column: str | None = None  # null: found by type
@@ -122,7 +124,7 @@ class BaseConfig(Section):
     random_flip: bool = False  # mirror half of the examples in training
     background_color: str = "white"  # put behind transparent pixels if channels is not 4
     bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
-    max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 178956970  # larger images are refused; Pillow refuses more
+    max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 64_000_000  # larger images are refused
     image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
     streaming: bool = False  # read shards one after the other: .parquet or .tar files of train_data_dir or dataset_name
     shuffle_buffer_size: Positive | None = None  # with streaming: examples per reader to draw the next from; null: none
@@ -163,6 +165,8 @@ class BaseConfig(Section):
             yield "eval_classifier", problem
         if self.trigger_word is not None and not self.trigger_word.strip():
             yield "trigger_word", "must not be blank; null for none"
+        if not all(folder.strip() for folder in self.allow_outside):
+            yield "allow_outside", "must be a list of folders, such as [/shared/pictures]"
         if self.class_data_dir is not None and not (self.class_caption or "").strip():
             yield "class_caption", "must be the text of the pictures in class_data_dir, such as a photo of a dog"
         if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
@@ -187,6 +191,8 @@ class BaseConfig(Section):
             yield from self.without_effect(options, condition, holds)
         if self.dataset_args and self.dataset is None:  # its default is made by a factory
             yield "dataset_args", "has an effect with dataset only"
+        if self.allow_outside and self.dataset is not None and self.class_data_dir is None:
+            yield "allow_outside", "has an effect with train_data_dir, dataset_name and class_data_dir only"
         if self.tracker_project != "diffloop" and self.logger == "none":
             yield "tracker_project", "has no effect with logger: none"
 
