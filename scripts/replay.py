@@ -105,7 +105,9 @@ def describe(train_set: Any, keys: list[tuple[int, int]], batch: dict[str, Any])
     kind, column = ("pixels", "image") if "image" in batch else ("latents", "mean")
     for (slot, index), values in zip(keys, batch[column], strict=True):
         finite = "" if values.isfinite().all() else ", NOT FINITE"
-        print(f"    slot {slot}: {train_set.name(index)}, {kind} {values.min():.3g} to {values.max():.3g}{finite}")
+        print(
+            f"    slot {slot}: {shown(train_set.name(index))}, {kind} {values.min():.3g} to {values.max():.3g}{finite}"
+        )
 
 
 @command

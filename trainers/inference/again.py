@@ -61,7 +61,7 @@ def again(picture: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         arguments = _parsed(picture, module, words, settings["pinned"] | {"output_dir": Path(folder)})
         module.run(arguments)
-        made = Image.open(Path(folder) / file)
+        made = Image.open(Path(folder) / file, formats=["PNG"])
         save_picture(made, path, read_settings(Path(folder) / file))
     with Image.open(picture, formats=["PNG"]) as image:
         before, now = np.asarray(image), np.asarray(made)
