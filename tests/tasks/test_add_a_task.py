@@ -124,9 +124,9 @@ def test_scripts_draw_and_measure_it(trained, tmp_path, monkeypatch):
     """From the finished run alone: the held-out pictures, and the PSNR of all of them, with that of the low ones."""
     alone = tmp_path / "alone"
     shutil.copytree(trained, alone, ignore=shutil.ignore_patterns("checkpoint-*"))
-    call(monkeypatch, sample, alone, "--number", 2, "--output-dir", tmp_path / "drawn")
+    call(monkeypatch, sample, alone, "--number", 2, "--output-dir", tmp_path / "drawn", "--trust-code")
     assert Image.open(tmp_path / "drawn/triptychs/00001.png").size == (48, 16)
-    options = ["--features", "none", "--output-dir", tmp_path]
+    options = ["--features", "none", "--output-dir", tmp_path, "--trust-code"]
     call(monkeypatch, evaluate, alone, *options, "--batch-size", 7)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert set(found) == {"pictures", "psnr", "psnr_enlarged"}
