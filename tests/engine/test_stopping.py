@@ -181,7 +181,8 @@ def test_a_validation_that_was_interrupted_is_made_up(tiny_config, monkeypatch):
 
 
 @pytest.fixture
-def stopping():
+def stopping(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # whether or not nohup started the tests
     with StopSignals(1800.0) as found:
         yield found
         found.asked = 0  # the tests caught what it led to

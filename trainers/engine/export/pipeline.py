@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -62,8 +63,11 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
 
 def _refuse_not_finite(name: str, values: dict[str, Tensor]) -> None:
     """Raises ValueError for weights that are not finite, such as those of a checkpoint that somebody sent."""
-    for key, value in values.items():
-        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
+    floats = {key: value for key, value in values.items() if value.is_floating_point()}
+    sums = [value.sum(dtype=torch.float64) for value in floats.values()]
+    finite = torch.stack(sums).isfinite().tolist() if sums else []
+    for key, is_finite in zip(floats, finite, strict=True):
+        if not is_finite:
             raise ValueError(
                 f"the pipeline is not written: {name}.{shown(key)} is not finite; continue from an earlier checkpoint"
             )
