@@ -469,7 +469,7 @@ def merged_by_hand(family, loras):
     return total
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_merged_weights_and_pictures(files, tmp_path, monkeypatch, family):
     both, _ = files(family, "rslora", rank=4, alpha=6)  # 6 / sqrt(4) = 3
     unet, _ = files(family, "rslora", seed=1, only=("unet",), rank=9, alpha=3, unet=["to_q", "to_v"])  # 1

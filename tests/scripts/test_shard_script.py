@@ -225,7 +225,7 @@ def test_refusals(folder, tmp_path, capsys):
 # --- latents
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["webdataset", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_task_trains_from_shards_of_latents_without_the_pictures(vae, tmp_path, tiny_config, kind, capsys):
     output = tmp_path / "shards"
     config = f"configs/tests/{TASK}.json"

@@ -111,7 +111,8 @@ def test_it_resumes_exactly(trained, place):
     assert resumed["optimizer.safetensors"] == whole["optimizer.safetensors"]
 
 
-def test_the_printed_lines_load_and_enlarge(trained):
+def test_the_printed_lines_load_and_enlarge(trained, monkeypatch):
+    monkeypatch.chdir(trained.parent)  # a card holds the folder's name, and no path of this machine
     usage = re.search(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)[1]
     names = {"low": torch.rand(2, 1, 4, 4)}
     exec(usage, names)
