@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import stat
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def named_object(name: str) -> Any:
     if not colon:
         raise ValueError("it has no colon")
     package = module.partition(".")[0]
-    found = find_spec(package)
+    found = None if package in sys.modules else find_spec(package)  # __main__, or a module made in a notebook
     if found is not None and found.origin is None:
-        raise ImportError(f"the folder {package} has no __init__.py")
+        raise ImportError(f"the folder {package} has no __init__.py; add an empty one")
     return getattr(importlib.import_module(module), attribute)

@@ -38,10 +38,10 @@ CHOICES = {
 }
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, is_part: bool = False) -> None:
     """Raises ValueError or OSError for files that could hang a reader, fill the memory or name code; none is imported.
 
-    A hub name is no folder, and passes.
+    A hub name is no folder, and passes; a part of a pipeline has no parts.
     """
     if not folder.is_dir():
         return
@@ -53,8 +53,8 @@ def check_files(folder: Path) -> None:
     if (folder / ADAPTER).exists():  # transformers would load it, and the base model that it names instead of this one
         raise ValueError(f"{shown(folder / ADAPTER)}: an adapter beside a model's weights is not read; remove the file")
     index = folder / INDEX
-    for name in _components(read_config(index), index) if index.is_file() else ():
-        check_files(folder / name)
+    for name in _components(read_config(index), index) if index.is_file() and not is_part else ():
+        check_files(folder / name, is_part=True)
     for path in sorted(folder.glob("*.safetensors.index*.json")):
         _check_shards(path)
     for path in sorted(folder.glob("*config.json")):  # config.json, and those of schedulers, tokenizers, processors
@@ -119,17 +119,16 @@ def _components(index: dict[str, Any], path: Path) -> Iterator[str]:
     if not isinstance(name, str | None):
         raise ValueError(f"{shown(path)}: _class_name = {shown(name)} names code, which is not run")
     for part, value in index.items():
-        if not isinstance(value, list):
+        if not isinstance(value, list) or value[:1] == [None]:  # an option that is a list, or a part that is left out
             continue
         named = len(value) == 2 and all(isinstance(text, str | None) for text in value)
         library = getattr(pipelines, str(value[0]), None) if named else None  # such as stable_diffusion
         own = isinstance(library, ModuleType) and library.__name__.startswith("diffusers.")
-        if not named or not (own or value[0] in (None, "diffusers", "transformers")):
+        if not named or not (own or value[0] in ("diffusers", "transformers")):
             raise ValueError(
                 f"{shown(path)}: {shown(part)} = {shown(value)} must be [library, class] of diffusers or transformers; "
                 "code that a pipeline brings along is not run"
             )
         if not part.isidentifier():
             raise ValueError(f"{shown(path)}: {shown(part)} is no name of a part of a pipeline")
-        if value[0] is not None:
-            yield part
+        yield part

@@ -31,7 +31,7 @@ def read_model(
         with reading(kind, source, place):
             source = kind.download(source, use_safetensors=True, **wanted)
     folder = Path(source) / (subfolder or "")
-    check_files(folder)
+    _check_source(kind, source, place, " in safetensors format", options | {"subfolder": subfolder})
     options |= {"subfolder": subfolder} if subfolder else {}
     for network, own in _networks(kind, folder):
         _check_size(network, own, place)
@@ -46,11 +46,24 @@ def read_model(
 def read_part(kind: Any, source: str | Path, place: str | None = None, **options: Any) -> Any:
     """Reads what has no weights as `read_model` does: a tokenizer, a scheduler, a config."""
     place = shown(place or source)
-    check_files(Path(source))
+    _check_source(kind, source, place, "", options)
     with reading(kind, source, place, ""):
         found = kind.from_pretrained(source, **options)
     _check_read(found, place)
     return found
+
+
+def _check_source(kind: Any, source: str | Path, place: str, wanted: str, options: Mapping[str, Any]) -> None:
+    """Checks a folder's files, or the configs that a hub name leads to, which are downloaded before the weights."""
+    from huggingface_hub import snapshot_download
+
+    folder, subfolder = Path(source), options.get("subfolder") or ""
+    if not folder.is_dir():
+        names = [f"{subfolder and subfolder + '/'}*{end}" for end in (".json", ".txt")]
+        with reading(kind, source, place, wanted):
+            found = snapshot_download(str(source), revision=options.get("revision"), allow_patterns=names)
+        folder = Path(found)
+    check_files(folder / subfolder)
 
 
 @contextmanager

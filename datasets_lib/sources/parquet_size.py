@@ -70,5 +70,8 @@ def _leaf(array: Any) -> Any:
     import pyarrow
 
     while not isinstance(array, pyarrow.DictionaryArray):
+        if isinstance(array, pyarrow.ExtensionArray):
+            array = array.storage
+            continue
         array = array.field(0) if isinstance(array, pyarrow.StructArray) else array.values
     return array

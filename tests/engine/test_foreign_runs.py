@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from scripts import evaluate, replay, sample, shard, sweep
 from train import main, train
 from trainers.engine.checkpoint.manifest import DamagedCheckpoint, verify
 from trainers.engine.config.config import ConfigError, load_config
-from trainers.engine.run.files import sha256
+from trainers.engine.run.files import append_line, sha256
 
 EVIL = """
 from pathlib import Path
@@ -308,7 +309,7 @@ def test_files_of_a_checkpoint_that_are_none(run, file, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.jsonl", "README.md", "samples", "logs", "logs/diffloop", ".lock"]
+    "name", ["config.yaml", "metrics.jsonl", "README.md", "samples", "logs", "logs/diffloop", "logs/wandb", ".lock"]
 )
 def test_a_link_in_a_run_folder_is_refused_at_the_start(run, tmp_path, name, capsys):
     victim = tmp_path / "victim"
@@ -331,7 +332,7 @@ def test_a_lock_that_is_no_file_of_its_own(run, tmp_path, kind, capsys):
     {"hard link": lambda path: path.hardlink_to(victim), "pipe": os.mkfifo, "folder": os.mkdir}[kind](run / ".lock")
     options = [f"base.output_dir={run}", "base.checkpointing_steps=3", "base.resume_from_checkpoint=latest"]
     assert main([str(tiny("conditional_ddpm")), *options]) == 1
-    assert "Traceback" not in capsys.readouterr().err
+    assert ".lock in it is not a file of its own; remove it" in capsys.readouterr().err
     assert victim.read_text() == "mine"
 
 
@@ -446,22 +447,28 @@ def test_weights_that_are_not_finite_are_not_exported(run, capsys):
 def test_what_a_run_was_logged_as_does_not_write_into_its_card(run, capsys):
     """Names of metrics and of pictures in the folder of an earlier start."""
     (run / "metrics.jsonl").open("a").write(json.dumps({"step": 6, "a | b\n# Fake\n": 1.5}) + "\n")
+    (run / "metrics.jsonl").open("a").write(json.dumps({"step": 6, "huge": 10**400}) + "\n")
     (run / "samples" / "](x) <b>-step-000006.png").write_bytes(b"")
+    (run / "samples" / "draw-step-000006.png").symlink_to("/etc/passwd")
     options = [f"base.output_dir={run}", "base.checkpointing_steps=3", "base.resume_from_checkpoint=latest"]
     assert main([str(tiny("conditional_ddpm")), *options]) == 0
     card = (run / "README.md").read_text()
-    assert "Fake" not in card
-    assert "<b>" not in card
+    for text in ("Fake", "<b>", "draw-step", "huge"):
+        assert text not in card
 
 
 def test_left_overs_and_what_a_folder_holds_are_shown_escaped(run, capsys):
     (run / ".tmp-checkpoint-9-\x1b[2J").mkdir()
+    (run / ".tmp-0123456789abcdef").mkdir()  # no file of ours, and left alone
+    (run / "samples" / ".tmp-0123456789abcdef").write_text("left by a kill")
     (run / "a\nerror: fake").mkdir()
     config, folder = str(tiny("conditional_ddpm")), f"base.output_dir={run}"
     assert main([config, folder]) == 1
     captured = capsys.readouterr()
     assert "Removing .tmp-checkpoint-9-\\x1b[2J, left behind" in captured.out
     assert "a\\nerror: fake" in captured.err
+    assert not (run / "samples" / ".tmp-0123456789abcdef").exists()
+    assert (run / ".tmp-0123456789abcdef").is_dir()
 
 
 def test_the_id_of_a_service_is_not_read_through_a_link(run, tmp_path):
@@ -505,3 +512,52 @@ def test_the_folder_of_runs_is_on_no_import_path(tmp_path, file):
     found = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     paths = ast.literal_eval(found.stdout.splitlines()[-1])
     assert ROOT not in [Path(path).resolve() for path in paths if path], found.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/home/me/x/w.pt", "resnet50:/home/me/x/w.pt", "../me/x/w.pt", "~/x/w.pt", "file:///me/x/w.pt", "s=/me/x/w.pt"],
+)
+def test_a_path_in_a_card_is_its_last_part(text):
+    from trainers.engine.export.model_card import _without_paths
+
+    [found] = _without_paths({"a": [{"b": text}]})["a"]
+    assert found["b"].endswith("w.pt")
+    assert "me" not in found["b"]
+
+
+@pytest.mark.parametrize(
+    "text", ["and/or", "https://host/a/b", "configs/models/unet.json", "a photo / a drawing", "hf://datasets/a/b"]
+)
+def test_other_texts_of_a_card_stay(text):
+    from trainers.engine.export.model_card import _without_paths
+
+    assert _without_paths(text) == text
+
+
+def test_a_dry_run_does_not_empty_what_a_link_leads_to(tiny_config, tmp_path, capsys):
+    victim = tmp_path / "victim"
+    (victim / "sub").mkdir(parents=True)
+    (tmp_path / ".config-dry-run").symlink_to(victim)
+    assert main([str(tiny_config()), "--dry-run"]) == 1
+    assert "is a link, and a dry run empties its folder; remove it" in capsys.readouterr().err
+    assert (victim / "sub").is_dir()
+
+
+def test_a_dry_run_refuses_the_links_that_the_run_refuses(run, tmp_path, capsys):
+    shutil.rmtree(run / "samples")
+    (run / "samples").symlink_to(tmp_path)
+    options = [f"base.output_dir={run}", "base.resume_from_checkpoint=latest", "--dry-run"]
+    assert main([str(tiny("conditional_ddpm")), *options]) == 1
+    assert "samples is a link; replace it by what it leads to" in capsys.readouterr().err
+
+
+def test_a_line_is_written_whole_or_not_without_an_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_line(tmp_path / "lines", {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))  # as on a disk that becomes full
+    try:
+        with pytest.raises(OSError, match="lines cannot be written: .*File too large"):
+            append_line(tmp_path / "lines", {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -82,3 +82,18 @@ def test_output_returns_with_the_space(monkeypatch):
         disk.full = False
         print("written")
     assert disk.getvalue() == "written\n"
+
+
+class Gone(io.StringIO):
+    """A stream without a descriptor, whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, os.strerror(32))
+
+
+def test_a_stream_without_a_descriptor_may_go_too(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with lasting_output():
+        print("lost")
+        sys.stdout.writelines(["lost", "too"])
+        print("and this", flush=True)

@@ -10,6 +10,7 @@ from run_folders import steps_of
 from torch.utils.tensorboard import SummaryWriter
 
 from train import main
+from trainers.engine.checkpoint import writer
 from trainers.engine.checkpoint.manifest import verify
 from trainers.engine.config.config import find_trainer
 from trainers.engine.tracking import tensorboard_tracker, tracker
@@ -132,3 +133,19 @@ def test_metrics_that_cannot_be_written_save_first(run, tmp_path, monkeypatch):
         "metrics.jsonl cannot be written: No space left on device; 0 bytes are free; checkpoint-2 is written" in error
     )
     assert steps_of(tmp_path / "config") == [2]
+
+
+def test_a_folder_that_is_moved_while_a_checkpoint_is_written_keeps_it(tiny_config, tmp_path, monkeypatch, capsys):
+    stage = writer.stage
+
+    def then_moved(taken, folder):
+        staged = stage(taken, folder)
+        if taken.step == 4:
+            moved(folder)
+        return staged
+
+    monkeypatch.setattr(writer, "stage", then_moved)
+    assert main([str(tiny_config(**OPTIONS))]) == 1
+    assert "was moved to" in capsys.readouterr().err
+    assert 4 in steps_of(tmp_path / "elsewhere")
+    assert not list((tmp_path / "elsewhere").glob(".tmp-*"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def words(picture, *more):
 @pytest.mark.parametrize(
     "word",
     [f"[base].trainer_class={CODE}", f"base.trainer_class={CODE}", f"base.dataset={CODE}", f"[base][dataset]={CODE}",
-     "base.trainer_class=${base.run_name}", f"base.run_name={CODE}", "base.train_data_dir=/", "conditional_ddpm.vae=/x",
+     "base.trainer_class=${base.run_name}", f"base.run_name={CODE}", f"base.sampler={CODE}", "--number=" + "9" * 400, "base.train_data_dir=/", "conditional_ddpm.vae=/x",
      "base.dataset_args={a: 1}", f"base={{trainer_class: '{CODE}'}}", "conditional_ddpm.model_config=/etc/passwd",
      "base.output_dir=/tmp/x", "--trust-code", "--number=100001", "--steps=1e9", "--steps=nan", "--batch-size=100000", "--again=x.png", "--unknown"],
 )  # fmt: skip
@@ -121,6 +123,21 @@ def test_pinned_arguments_that_no_script_wrote(picture, script, pinned):
     save_picture(Image.open(picture), picture, settings)
     with pytest.raises(SystemExit, match="has other settings than those of this version's"):
         run_script(sample, "--again", picture)
+
+
+@pytest.mark.parametrize("name", ["/proc/kmsg", "/dev/zero", "/proc/../proc/kcore"])
+def test_files_of_the_kernel_are_not_hashed(picture, name):
+    forge(picture, files={name: "0" * 64})
+    with pytest.raises(SystemExit, match="has other settings than those"):
+        run_script(sample, "--again", picture)
+
+
+def test_a_picture_that_claims_to_be_huge(tmp_path):
+    data = bytearray(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0))
+    data += struct.pack(">I", zlib.crc32(bytes(data[12:])))
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(SystemExit, match="does not say how it was made"):
+        run_script(sample, "--again", tmp_path / "a.png")
 
 
 def test_a_picture_of_pipes_and_devices_does_not_hang(picture, tmp_path):

@@ -36,11 +36,9 @@ KINDS = {
 }  # fmt: skip
 MOST = {"number": 100_000, "steps": 10_000, "batch_size": 4096, "frames": 10_000, "max_side": 16_384}  # of arguments
 MOST_THREADS = 1024
-# options of a run whose values may be texts; others take numbers and null here, as texts could name code or files
-MAY_BE_TEXT = {
-    "sampler", "valid_classes", "validation_prompts", "negative_prompt", "classifier", "interpolation",
-    "background_color",
-}  # fmt: skip
+# options of a task whose values may be texts; others take numbers and null here, as texts could name code or files
+MAY_BE_TEXT = {"sampler", "valid_classes", "validation_prompts", "negative_prompt", "classifier"}
+KERNEL = ("/proc", "/sys", "/dev")  # whose files may have no end
 
 
 def again(picture: Path) -> Path:
@@ -55,9 +53,10 @@ def again(picture: Path) -> Path:
     for existing in (path, path.with_suffix(".json")):
         if (existing.exists() or existing.is_symlink()) and not is_ours(path):
             raise ValueError(f"{shown(existing)}: exists, and was not drawn by --again; move it away")
+    module = importlib.import_module(f"scripts.{script}")
+    _parsed(picture, module, words, settings["pinned"])  # before a file that it names is read
     check_files(picture, settings)
     torch.set_num_threads(settings["threads"])  # the order of sums depends on it
-    module = importlib.import_module(f"scripts.{script}")
     with tempfile.TemporaryDirectory() as folder:
         arguments = _parsed(picture, module, words, settings["pinned"] | {"output_dir": Path(folder)})
         module.run(arguments)
@@ -93,6 +92,7 @@ def _fits(settings: dict[str, Any]) -> bool:
     )
     plain = all(isinstance(name, str) and Path(name).name == name for name in pinned.get("names", []))
     files = all(isinstance(digest, str) for digest in settings["files"].values())
+    files = files and not any(str(Path(name).resolve()).startswith(KERNEL) for name in settings["files"])
     inside = not file.is_absolute() and ".." not in file.parts
     return fits and plain and files and inside and 0 < settings["threads"] <= MOST_THREADS
 
@@ -131,7 +131,8 @@ def _refused(arguments: argparse.Namespace) -> Iterator[str]:
     for section, values in given.items():
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
             items = value if isinstance(value, list) else [value]
-            harmless = (NOTHING, int, float, str) if name in MAY_BE_TEXT else (NOTHING, int, float)
+            may_be_text = section != "base" and name in MAY_BE_TEXT
+            harmless = (NOTHING, int, float, str) if may_be_text else (NOTHING, int, float)
             if not all(isinstance(item, harmless) for item in items):
                 yield f"{shown(section)}.{shown(name)}"
 
@@ -139,5 +140,5 @@ def _refused(arguments: argparse.Namespace) -> Iterator[str]:
 def _at_most(value: int | str, most: int) -> bool:
     try:
         return float(value) <= most  # not for NaN
-    except ValueError:
+    except (ValueError, OverflowError):
         return False

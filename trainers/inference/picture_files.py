@@ -69,7 +69,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         with Image.open(check_regular(path), formats=["PNG"]) as image:
             settings = json.loads(getattr(image, "text", {}).get(KEY) or "null")
-    except (OSError, ValueError, RecursionError):  # not a picture, or another program's text
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        Image.DecompressionBombError,
+    ):  # not a picture, or another program's text
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: does not say how it was made; give a PNG that diffloop's scripts wrote, unchanged")

@@ -119,7 +119,8 @@ class Saver:
             self.wait()
 
     def _seal(self) -> None:
-        writer.seal(self.staged.result())
+        staged = self.staged.result()
+        writer.seal((self.ctx.held.moved_to() or staged.parent) / staged.name)
 
     def _prune(self, intact_step: int) -> None:
         """Removes the oldest checkpoints beyond the limit, if the newest is of this step, and so known to be intact."""

@@ -20,13 +20,12 @@ class Trust(NamedTuple):
 
     source: str | None = None  # the file of a run that names code; None: the user's own configuration
     everything: bool = False  # --trust-code was given
-    named: frozenset[str] = frozenset()  # by the user's own command line
+    named: frozenset[str] = frozenset()  # "base.option=name" of the user's own command line
 
     @classmethod
     def of_run(cls, source: Path, trust_code: bool, overrides: Iterable[str] = ()) -> Trust:
         """The trust in a run's own files; `overrides` are words of the user's command line."""
-        named = {value for name, _, value in (text.partition("=") for text in overrides) if name.startswith("base.")}
-        return cls(str(source), trust_code, frozenset(named))
+        return cls(str(source), trust_code, frozenset(overrides))
 
     @classmethod
     def of_config(cls, path: Path, trust_code: bool, overrides: Iterable[str] = ()) -> Trust:
@@ -36,7 +35,7 @@ class Trust(NamedTuple):
     def problem(self, option: str, name: str | None) -> str | None:
         """Says why the code that base.trainer_class or base.dataset names is not imported; None if it may be."""
         ours = TRAINERS.values() if option == "trainer_class" else [name] if ":" not in str(name) else []
-        if name is None or self.source is None or name in (*ours, *self.named):
+        if name is None or self.source is None or name in ours or f"base.{option}={name}" in self.named:
             return None
         if self.everything:
             _say(f"--trust-code: {shown(self.source)} names the code base.{option} = {shown(name)}, which is imported")

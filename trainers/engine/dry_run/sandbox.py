@@ -15,7 +15,7 @@ from typing import TextIO
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, DryRun
-from trainers.engine.run.run_folder import LOCK, lock_folder, refuse_another_run
+from trainers.engine.run.run_folder import LOCK, lock_folder, refuse_another_run, refuse_links
 from trainers.engine.validation.metrics import LEAST_PICTURES
 
 PROMISE = f"the run's last {WARM_STEPS + TIMED_STEPS} steps, one validation, one save; nothing of it stays"
@@ -55,15 +55,18 @@ def _check_run_folder(output_dir: Path, base: BaseConfig) -> None:
         what = "is not a folder" if not nearest.is_dir() else "may not be written"
         raise OSError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
     if nearest == output_dir:
+        refuse_links(output_dir, base)
         refuse_another_run(output_dir, base)
 
 
 def _claim(folder: Path) -> TextIO | None:
     """Locks the folder, and removes what a killed dry run left there."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder}: is a link, and a dry run empties its folder; remove it")
     folder.mkdir(exist_ok=True)
     lock = lock_folder(folder)
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()

@@ -14,6 +14,7 @@ from torch import Tensor
 from datasets_lib.example import Example, ImageData
 from datasets_lib.foreign import shown
 from trainers.engine.encoders.rows_file import RowsFile, remove, write_rows
+from trainers.engine.run.files import write_text
 
 FORMAT = 2  # raise it when encoders' inputs, or the files here, change
 KEY_DIGITS = 32
@@ -123,7 +124,7 @@ def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path,
     if not folder.is_dir():
         try:
             folder.mkdir(parents=True)
-            (folder / "source.json").write_text(text, encoding="utf-8")
+            write_text(folder / "source.json", text)
         except OSError as error:  # such as a file in its place, or a link that leads nowhere
             raise OSError(f"{shown(folder)}: a cache cannot be made there ({shown(error)})") from None
     return folder, changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from trainers.engine.run.context import RunContext
 from trainers.engine.run.files import write_text
 from trainers.engine.tracking.tracker import Tracker
 
+# absolute, of a home folder, or from above, alone or after NAME: or NAME=; no URL
+LOCAL_PATH = re.compile(r"(?<![^\s:=,])(?:file:/*|~|\.\.?/|/(?!/))[^\s:=,]+")
 OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that do not describe the result
 
 
@@ -61,8 +64,7 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_paths(each) for each in value]
-    is_path = isinstance(value, str) and value.startswith(("/", "~", "file:"))
-    return Path(value).name if is_path else value
+    return LOCAL_PATH.sub(lambda found: Path(found[0]).name, value) if isinstance(value, str) else value
 
 
 def check_hub_login(push_to_hub: bool) -> None:

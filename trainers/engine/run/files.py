@@ -44,7 +44,7 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
     """Adds an object to a JSON-lines file, which is no link; raises OSError with the free space."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(path, flags, 0o666), "wb", buffering=0) as file:
+        with open(os.open(path, flags, 0o666), "wb") as file:  # buffered: it writes all, or raises
             file.write(f"{json.dumps(values)}\n".encode())
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}{_space(path)}") from None

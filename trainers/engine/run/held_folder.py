@@ -33,12 +33,14 @@ class HeldFolder:
             moved = self.path
         if self._is(moved):
             return moved
-        raise OSError(f"base.output_dir = {shown(self.path)}: was deleted during the run")
+        raise OSError(f"base.output_dir = {shown(self.path)}: was deleted during the run; start anew")
 
     def check(self) -> None:
         """Raises OSError if the folder's path leads elsewhere, or nowhere."""
         if (place := self.moved_to()) is not None:
-            raise OSError(f"base.output_dir = {shown(self.path)}: was moved to {shown(place)} during the run")
+            raise OSError(
+                f"base.output_dir = {shown(self.path)}: was moved to {shown(place)} during the run; continue there"
+            )
 
     def _is(self, path: Path) -> bool:
         try:

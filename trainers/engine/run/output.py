@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
@@ -22,6 +22,10 @@ class LastingStream:
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         self._try(lambda: self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         self._try(self.stream.flush)
@@ -41,8 +45,11 @@ class LastingStream:
             self._lead_nowhere()
 
     def _lead_nowhere(self) -> None:
-        with open(os.devnull, "wb") as nowhere:
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the stream is used
+        try:
             os.dup2(nowhere.fileno(), self.stream.fileno())
+        except OSError:  # a stream without a descriptor, such as a notebook's
+            self.stream = nowhere
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -47,7 +47,7 @@ def open_run_folder(accelerator: Accelerator, base: BaseConfig) -> Iterator[tupl
 
 def _take(base: BaseConfig, locks: ExitStack) -> None:
     output_dir = Path(base.output_dir)
-    _refuse_links(output_dir, base)
+    refuse_links(output_dir, base)
     lock = lock_folder(output_dir)
     if lock is not None:  # otherwise temporary files may belong to a live run
         locks.enter_context(lock)
@@ -55,10 +55,11 @@ def _take(base: BaseConfig, locks: ExitStack) -> None:
     refuse_another_run(output_dir, base)
 
 
-def _refuse_links(output_dir: Path, base: BaseConfig) -> None:
+def refuse_links(output_dir: Path, base: BaseConfig) -> None:
     """Raises ValueError for a link in the place of what a run writes: it could lead anywhere."""
     logs = Path(base.logging_dir, base.tracker_project)
     names = [*map(Path, (LOCK, SKIPPED_STEPS, SAMPLES, *RUN_FILES)), logs, *logs.parents[:-1]]
+    names.append(Path(base.logging_dir, "wandb"))
     for path in (output_dir / name for name in names):
         if path.is_symlink():
             raise ValueError(f"base.output_dir = {output_dir}: {path} is a link; replace it by what it leads to")
@@ -71,11 +72,16 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
     locked. Raises ValueError with the holder's pid and host if another run uses the folder.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = open(os.open(output_dir / LOCK, flags, 0o666), "r+", encoding="utf-8", errors="replace")  # noqa: SIM115
-    about = os.fstat(file.fileno())
+    wrong = f"{option} = {output_dir}: {LOCK} in it is not a file of its own; remove it"
+    try:
+        descriptor = os.open(output_dir / LOCK, flags, 0o666)
+    except IsADirectoryError:
+        raise ValueError(wrong) from None
+    about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:  # what is written into it must not change another file
-        file.close()
-        raise ValueError(f"{option} = {output_dir}: {LOCK} in it is not a file of its own; remove it")
+        os.close(descriptor)
+        raise ValueError(wrong)
+    file = open(descriptor, "r+", encoding="utf-8", errors="replace")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -98,11 +104,11 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
 
 def _sweep(output_dir: Path) -> None:
     """Removes temporary files of a run that died while writing; that we hold the lock shows that it is dead."""
-    for path in sorted(output_dir.iterdir()):
+    for path in sorted([*output_dir.iterdir(), *output_dir.glob(f"{SAMPLES}/.tmp-*")]):
         if LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             print(f"Removing {shown(path.name)}, left behind by a run that was killed", flush=True)
             shutil.rmtree(path)
-        elif path.name.startswith(PROBE) or LEFT_OVER_FILE.fullmatch(path.name):
+        elif (path.name.startswith(PROBE) or LEFT_OVER_FILE.fullmatch(path.name)) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 

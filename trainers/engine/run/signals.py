@@ -6,6 +6,7 @@ import faulthandler
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +68,13 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
             wanted = set(EXIT_CODES) - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set())
             self.handlers = {number: signal.signal(number, self._receive) for number in wanted}  # nohup ignores HUP
+        self.hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
+
+    def _swallowed(self, unraisable: Any) -> None:
+        """Keeps Python from printing that a __del__ or a callback swallowed a signal, which is remembered."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self.hook(unraisable)
 
     def join(self, accelerator: Accelerator) -> None:
         """Takes part in the agreement of the launched processes. Collective."""
@@ -83,6 +90,7 @@ class StopSignals:
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self.hook
         if kind is None or issubclass(kind, Exception):
             self.raise_if_asked()
 
@@ -156,6 +164,7 @@ class StopSignals:
         """
         if not self.agreed(wait=True):
             self.waits, self.ended = False, True
+            self.raise_if_asked()  # by a signal since the agreement
             faulthandler.cancel_dump_traceback_later()
             return
         save(self.steps_done)

@@ -77,9 +77,9 @@ class Tracker:
             return logged_at
         for line in read_lines(self.metrics_file):
             numbers = {k: math.nan if v is None else v for k, v in line.items() if k != "step" and METRIC.fullmatch(k)}
-            self.latest |= {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
+            self.latest |= {k: float(v) for k, v in numbers.items() if isinstance(v, (int, float)) and abs(v) < 1e300}
             logged_at |= dict.fromkeys(line, line["step"])
-        pictures = sorted(path for path in (self.output_dir / SAMPLES).glob("*.png") if GRID.fullmatch(path.name))
+        pictures = sorted(path for path in (self.output_dir / SAMPLES).glob("*.png") if _is_grid(path))
         self.grids = list({path.name.rpartition("-step-")[0]: path for path in pictures}.values())
         return logged_at
 
@@ -88,8 +88,10 @@ class Tracker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-        self.accelerator.end_training()  # leaves the process group
+        try:
+            self.close()
+        finally:
+            self.accelerator.end_training()  # leaves the process group
 
     def close(self) -> None:
         while self.trackers:
@@ -130,7 +132,7 @@ class Tracker:
         """Writes what is not worth a run: a failure is a warning, once, and counted."""
         try:
             write(*arguments)
-        except OSError as error:
+        except Exception as error:  # each service has its own
             self.lost_writes += 1
             if self.lost_writes == 1:
                 what = "pictures or a tracker's files cannot be written, and the run goes on without them"
@@ -162,3 +164,8 @@ class Tracker:
     def log_pipeline(self, names: list[str], metadata: dict[str, Any]) -> None:
         for tracker in self.trackers:
             self._optional(tracker.log_pipeline, [self.output_dir / name for name in names], metadata)
+
+
+def _is_grid(path: Path) -> bool:
+    """Whether a picture is one of an earlier start; a link could lead to a file that the card would publish."""
+    return bool(GRID.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
