@@ -26,7 +26,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import find_trainer
 from trainers.engine.dry_run.suggestions import out_of_resources
 from trainers.engine.validation.feature_networks import load_classifier
-from trainers.model_configs import read_config
+from trainers.model_configs import check_files, read_config
 from trainers.pretrained import read_model, reading
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -549,3 +549,42 @@ def test_classes_may_have_any_names(tmp_path):
     assert read_config(tmp_path / "config.json") == config
     (tmp_path / "config.json").write_text('{"a":' * 900 + "{}" + "}" * 900)
     assert read_config(tmp_path / "config.json").keys() == {"a"}
+
+
+def test_parts_that_lead_back_to_the_whole_are_read_once(tmp_path):
+    parts = {f"part_{number}": ["diffusers", "UNet2DModel"] for number in range(4)}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", **parts}))
+    for name in parts:
+        (tmp_path / name).symlink_to(".")
+    check_files(tmp_path)  # it returned after 4 ** 40 calls
+
+
+def test_an_index_may_hold_options_that_are_lists(tmp_path):
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "X", "safety_checker": [None, None], "a": [None, True]})
+    )
+    check_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map names code"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantized"),
+    ],
+)
+def test_a_single_network_of_the_hub_is_checked_before_it_is_read(tmp_path, monkeypatch, config, message):
+    """Its configs are downloaded first; the network itself is not asked for."""
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, allow_patterns))
+        (tmp_path / "vae").mkdir()
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda *arguments, **options: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=message):
+        read_model(UNet2DModel, "somebody/network", subfolder="vae")
+    assert asked == [("somebody/network", ["vae/*.json", "vae/*.txt"])]
