@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -349,7 +350,8 @@ def test_a_buffer_is_read_again_or_left_out_and_that_is_said(begun, tiny_config,
     capsys.readouterr()
     train(load_config(tiny_config("ddpm", "run", **begun)))
     rows = sum(buffer["rows"] for buffer in buffers)
-    assert f"stream: {rows} examples are read again for the shuffle buffers, about 0.0 s" in capsys.readouterr().out
+    said = rf"stream: {rows} examples are read again for the shuffle buffers, about \d+\.\d s"  # a busy machine's, too
+    assert re.search(said, capsys.readouterr().out)
     other = tiny_config("ddpm", "other", **begun, **{"base.shuffle_buffer_resume": "reshuffle"})
     train(load_config(other))
     text = "stream: the shuffle buffers begin empty: 4 examples that were read and not trained on are left out of this"
