@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Download:
-    """What holds for one answer with all its redirects: when it must have ended, and whom it may come from."""
+    """Holds the limits of one answer with all its redirects: when it must have ended, and whom it may come from."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.end = seconds, time.monotonic() + seconds
@@ -44,7 +44,7 @@ def is_public(address: str) -> bool:
 
 
 class TimedReads(io.RawIOBase):
-    """What a socket receives; each wait ends with the download's deadline, and none takes longer than the socket's."""
+    """Reads from a socket; each wait ends with the download's deadline, and none takes longer than the socket's."""
 
     def __init__(self, connected: socket.socket, download: Download) -> None:
         self.socket, self.download, self.longest = connected, download, connected.gettimeout()
@@ -89,22 +89,18 @@ def _connection(kind: type[HTTPConnection], download: Download, host: str, **opt
     return connection
 
 
-class TimedHttp(urllib.request.HTTPHandler):
+class TimedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens both schemes with the download's connections; being both, it takes the place of urllib's own handlers."""
+
     def __init__(self, download: Download) -> None:
         super().__init__()
         self.download = download
 
-    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(partial(_connection, HTTPConnection, self.download), request)
+    def http_open(self, req: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(partial(_connection, HTTPConnection, self.download), req)
 
-
-class TimedHttps(urllib.request.HTTPSHandler):
-    def __init__(self, download: Download) -> None:
-        super().__init__()
-        self.download = download
-
-    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(partial(_connection, HTTPSConnection, self.download), request)
+    def https_open(self, req: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(partial(_connection, HTTPSConnection, self.download), req)
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -120,4 +116,4 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 def opener(seconds: float) -> urllib.request.OpenerDirector:
     """Returns what opens one URL and reads its answer in at most this many seconds."""
     download = Download(seconds)
-    return urllib.request.build_opener(TimedHttp(download), TimedHttps(download), Redirects)
+    return urllib.request.build_opener(TimedHandler(download), Redirects)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_runs import EVIL, NAME, evil_copy
 from repository import ROOT, tiny
 from run_folders import steps_of
 from script_calls import run_script
@@ -24,13 +25,7 @@ from trainers.engine.checkpoint.manifest import DamagedCheckpoint, verify
 from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.run.files import append_line, sha256
 
-EVIL = """
-from pathlib import Path
-Path(__file__).with_name("ran").touch()
-class T: pass
-def build(args, split): return None
-"""
-CODE = "evil_run.evil:{0}"
+CODE = f"{NAME}:{{0}}"
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +37,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    """A copy of a finished run, in a folder that can be imported, with a module beside its files."""
-    folder = Path(shutil.copytree(trained, tmp_path / "evil_run"))
-    (folder / "evil.py").write_text(EVIL)
-    (folder / "__init__.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield folder
-    assert not (folder / "ran").exists()
+    with evil_copy(trained, tmp_path, monkeypatch) as folder:
+        yield folder
 
 
 def reseal(checkpoint):

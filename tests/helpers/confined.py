@@ -25,11 +25,16 @@ def confined(function, *arguments, seconds=20, more_bytes=1 << 30):
         process.join()
 
 
-def _run(pipe, function, arguments, more_bytes):
+def limit_memory(more_bytes):
+    """Lets this process take this much more address space."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     size = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def _run(pipe, function, arguments, more_bytes):
+    limit_memory(more_bytes)
     try:
         found = function(*arguments)
     except (ValueError, OSError) as error:

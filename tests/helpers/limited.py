@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -12,7 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+from confined import limit_memory
 
 
 def run_limited(function, *arguments, seconds=60, gigabytes=4):
@@ -39,8 +38,7 @@ def _call(log, gigabytes, function, arguments):
             os.dup2(file.fileno(), 2)
         logging.raiseExceptions = False  # libraries' handlers may hold a stream of a test that has ended
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
-        resource.setrlimit(resource.RLIMIT_AS, (used + (gigabytes << 30),) * 2)
+        limit_memory(gigabytes << 30)
         code = function(*arguments) or 0
     except SystemExit as end:
         print(end.code if isinstance(end.code, str) else "", file=sys.stderr)

@@ -7,9 +7,9 @@ import os
 import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
+from foreign_runs import NAME, evil_copy
 from PIL import Image
 from repository import tiny
 from script_calls import run_script
@@ -19,8 +19,7 @@ from train import train
 from trainers.engine.config.config import load_config
 from trainers.inference.picture_files import MARK, read_settings, save_picture
 
-EVIL = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
-CODE = "evil_run.evil:T"
+CODE = f"{NAME}:T"
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +30,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    folder = Path(shutil.copytree(trained, tmp_path / "evil_run"))
-    (folder / "evil.py").write_text(EVIL)
-    (folder / "__init__.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield folder
-    assert not (folder / "ran").exists()
+    with evil_copy(trained, tmp_path, monkeypatch) as folder:
+        yield folder
 
 
 @pytest.fixture

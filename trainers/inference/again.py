@@ -54,11 +54,11 @@ def again(picture: Path) -> Path:
         if (existing.exists() or existing.is_symlink()) and not is_ours(path):
             raise ValueError(f"{shown(existing)}: exists, and was not drawn by --again; move it away")
     module = importlib.import_module(f"scripts.{script}")
-    _parsed(picture, module, words, settings["pinned"])  # before a file that it names is read
+    arguments = _parsed(picture, module, words, settings["pinned"])  # before a file that it names is read
     check_files(picture, settings)
     torch.set_num_threads(settings["threads"])  # the order of sums depends on it
     with tempfile.TemporaryDirectory() as folder:
-        arguments = _parsed(picture, module, words, settings["pinned"] | {"output_dir": Path(folder)})
+        arguments.output_dir = Path(folder)
         module.run(arguments)
         made = Image.open(Path(folder) / file, formats=["PNG"])
         save_picture(made, path, read_settings(Path(folder) / file))

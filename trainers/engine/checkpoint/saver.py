@@ -69,16 +69,15 @@ class Saver:
         """
         self.wait()
         counts = self.state.nonfinite.state()
-        moves = self.folders.on_mains(self.ctx.held.moved_to)
+        name = f"checkpoint-{steps_done}"
+        moves, there = zip(*self.folders.on_mains(lambda: self._place_of(name)), strict=True)
         self.output_dir = moves[self.folders.number] or self.ctx.output_dir
-        final = self.output_dir / f"checkpoint-{steps_done}"
-        written = self.folders.on_mains(lambda: final.exists() and not final.is_symlink())
-        if self.state.nonfinite.gave_up or all(written):
+        if self.state.nonfinite.gave_up or all(there):
             return
         broken = find_not_finite(self.state.networks, self.state.ema, self.state.optimizer)
         if broken is not None:
             raise ValueError(
-                f"{final.name} is not written: {broken} is not finite; continue from the checkpoint before with "
+                f"{name} is not written: {broken} is not finite; continue from the checkpoint before with "
                 "a lower learning rate"
             )
         about, writes = self._about(steps_done, counts), self.folders.is_main
@@ -90,8 +89,14 @@ class Saver:
             self.wait()
             raise OSError(
                 f"base.output_dir = {self.ctx.output_dir}: was moved to {moved} during the run; "
-                f"{final.name} is there; continue with base.output_dir={moved} base.resume_from_checkpoint=latest"
+                f"{name} is there; continue with base.output_dir={moved} base.resume_from_checkpoint=latest"
             )
+
+    def _place_of(self, name: str) -> tuple[Path | None, bool]:
+        """Returns where this process's run folder was moved to, if it was, and whether the checkpoint is there."""
+        moved = self.ctx.held.moved_to()
+        final = (moved or self.ctx.output_dir) / name
+        return moved, final.exists() and not final.is_symlink()
 
     def wait(self) -> None:
         """Waits until every folder has the checkpoint's files, and seals it; raises OSError if one could not write."""

@@ -93,10 +93,15 @@ def _not_finite_here(networks: dict[str, nn.Module], ema: EMA | None, optimizer:
     for name, value in sharding.optimizer_state(networks, optimizer).items():
         parameter, _, key = name.rpartition(".")
         parts[f"{key} of {parameter}"] = value.tensor if isinstance(value, Part) else sharding.local(value)
+    return first_not_finite(parts)
+
+
+def first_not_finite(parts: Mapping[str, Tensor]) -> str | None:
+    """Returns the name of a tensor that holds NaN or infinity, or None; waits once for each device."""
     by_device: dict[torch.device, list[str]] = {}
     for name, part in parts.items():
         by_device.setdefault(part.device, []).append(name)
-    for listed in by_device.values():  # one wait per device, and sums: ten times as fast as checking each element
+    for listed in by_device.values():  # sums are ten times as fast as checking each element
         finite = torch.stack([parts[name].sum().isfinite() for name in listed]).tolist()
         for name in [name for name, is_finite in zip(listed, finite, strict=True) if not is_finite]:
             if not parts[name].isfinite().all():  # a sum of large numbers may overflow

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import shutil
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from datasets_lib.foreign import shown
 from trainers.base import MeasuresData, Trainer
-from trainers.engine.checkpoint.snapshot import TrainState, full_tensor
+from trainers.engine.checkpoint.snapshot import TrainState, first_not_finite, full_tensor
 from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.distributed.sharding import is_sharded, weight_of
 from trainers.engine.optim.ema import EMA
@@ -44,8 +43,13 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
     staging = output_dir / f".tmp-pipeline-{secrets.token_hex(4)}"
 
     def write() -> list[str]:
-        for name, values in weights.items():
-            _refuse_not_finite(name, values)
+        broken = first_not_finite(
+            {f"{name}.{key}": value for name, own in weights.items() for key, value in own.items()}
+        )
+        if broken is not None:  # such as of a checkpoint that somebody sent
+            raise ValueError(
+                f"the pipeline is not written: {shown(broken)} is not finite; continue from an earlier checkpoint"
+            )
         trainer.unwrapped = {name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()}
         try:
             trainer.save_pipeline(staging)
@@ -59,18 +63,6 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
         return names
 
     return run_on_main(ctx.accelerator, write)
-
-
-def _refuse_not_finite(name: str, values: dict[str, Tensor]) -> None:
-    """Raises ValueError for weights that are not finite, such as those of a checkpoint that somebody sent."""
-    floats = {key: value for key, value in values.items() if value.is_floating_point()}
-    sums = [value.sum(dtype=torch.float64) for value in floats.values()]
-    finite = torch.stack(sums).isfinite().tolist() if sums else []
-    for key, is_finite in zip(floats, finite, strict=True):
-        if not is_finite:
-            raise ValueError(
-                f"the pipeline is not written: {name}.{shown(key)} is not finite; continue from an earlier checkpoint"
-            )
 
 
 def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
