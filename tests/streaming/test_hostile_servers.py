@@ -28,6 +28,7 @@ def serve():
 
         def start(answer, host="127.0.0.1"):
             listening = open_ones.enter_context(socket.create_server((host, 0)))
+            open_ones.callback(listening.shutdown, socket.SHUT_RDWR)  # wakes accept(), which closing does not
             threading.Thread(target=accept, args=(listening, answer), daemon=True).start()
             return f"http://{host}:{listening.getsockname()[1]}/a.tar"
 
@@ -47,7 +48,9 @@ def handle(connection, answer):
     with connection, contextlib.suppress(OSError):
         asked = b""
         while b"\r\n\r\n" not in asked:
-            asked += connection.recv(65536)
+            asked += (received := connection.recv(65536))
+            if not received:  # the client has gone
+                return
         first, last = map(int, re.search(rb"bytes=(\d+)-(\d+)", asked).groups())
         answer(connection, first, last, asked.split()[1].decode())
 
