@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from marks import slow
 from repository import ROOT
 
 from scripts.benchmarks import bench, loop, scale
@@ -49,9 +50,7 @@ def test_each_table_has_a_module_a_place_and_a_row_of_the_readme(table):
     assert f"| `bench.py {table}" in (ROOT / "scripts/benchmarks/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "task", ["conditional_ddpm", *(pytest.param(t, marks=pytest.mark.slow) for t in ("vae", "lora"))]
-)
+@pytest.mark.parametrize("task", ["conditional_ddpm", *(slow(t) for t in ("vae", "lora"))])
 def test_both_sides_train_and_the_parts_are_a_step(tmp_path, task):
     found = loop.compared(task, "smallest", str(tmp_path), 3, 2)
     assert len(found["diffloop"]) == len(found["bare"]) == 3
@@ -81,7 +80,8 @@ def test_the_runs_that_are_measured(task, size, tmp_path):
     assert (run.base.max_train_steps, run.base.logging_steps) == (15 + 3 * 15, 15)
 
 
-@pytest.mark.parametrize("engine", ["one process", pytest.param("DDP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["one process", "DDP"])
 def test_what_processes_send_each_other_is_the_gradient_and_a_few_numbers(engine):
     run = scale.run(engine, "ddpm", 2, 1)
     row = scale.row([run], [run])

@@ -1,10 +1,11 @@
-"""One process against several, launched as users launch them. Every process runs one thread."""
+"""One process against several, which are forked here and launched as users do with --slow. Each has one thread."""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
+from marks import slow
 from processes import launch
 from repository import tiny
 from run_folders import final_state, forget_after, losses, read_metrics
@@ -19,10 +20,10 @@ COMMON = [
 TWO, ONE = ["base.train_batch_size=4"], ["base.train_batch_size=4", "base.gradient_accumulation_steps=2"]
 
 
-def run(folder, *options, processes, task="ddpm", forked=True):
+def run(folder, *options, processes, task="ddpm"):
     schedule = [f"{task}.lr_scheduler=cosine", f"{task}.lr_warmup_steps=2"]
     arguments = [tiny(task), f"base.output_dir={folder}", *COMMON, *schedule, *options]
-    done = launch(*arguments, processes=processes, forked=forked)
+    done = launch(*arguments, processes=processes)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -34,7 +35,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two") / "run", *TWO, processes=2, forked=False)
+    return run(tmp_path_factory.mktemp("two") / "run", *TWO, processes=2)
 
 
 def test_two_micro_batches_on_one_process_are_one_on_each_of_two(one, two):
@@ -76,7 +77,7 @@ def test_resume_on_another_number_of_processes(source, processes, options, one, 
     assert final_state(begun, STEPS) == final_state(one[0], STEPS)
 
 
-@pytest.mark.parametrize("splits", [[(4, 2), (1, 8)], pytest.param([(2, 4)], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("splits", [[(4, 2), (1, 8)], slow([(2, 4)])])
 def test_another_split_of_the_global_batch(splits, run_in_process, network_without_dropout):
     options = {"ddpm.model_config": network_without_dropout, "base.random_flip": True, "base.max_train_samples": 25}
     runs = [

@@ -14,6 +14,7 @@ import signal
 
 import pytest
 import torch
+from marks import slow
 from processes import start, wait_for
 from repository import tiny
 from run_folders import final_state, forget_after, logged_steps, read_metrics
@@ -23,10 +24,10 @@ from trainers import TRAINERS
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.config import find_trainer
 
-STEPS = 12
+STEPS, HALF = 8, 4  # in the middle of an epoch of three
 COMMON = [
     "base.resolution=24", "base.random_flip=true", "base.max_train_samples=25", "base.validation_split=0.02",
-    "base.checkpointing_steps=6", "base.valid_steps=6", f"base.max_train_steps={STEPS}", "base.train_batch_size=4",
+    f"base.checkpointing_steps={HALF}", f"base.valid_steps={HALF}", f"base.max_train_steps={STEPS}", "base.train_batch_size=4",
 ]  # fmt: skip
 ONE = ["base.gradient_accumulation_steps=2"]  # as many examples as on two processes
 ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 100}  # by default all of a small network stays whole
@@ -42,10 +43,6 @@ ENGINES = {
     "offload": (2, {"deepspeed": ZERO_3 | OFFLOAD}),
 }
 DIVIDED = ["FSDP2", "ZeRO-2", "ZeRO-3"]
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def but_one(always):
@@ -123,16 +120,15 @@ def test_a_run_is_that_of_one_process(engine, whole):
     """Losses, norms, rates and validations; the finished pipeline has the same files, keys, shapes and dtypes."""
     one, other = whole("one process")[0], whole(engine)[0]
     assert numbers(other) == pytest.approx(numbers(one), rel=1e-5)
-    assert numbers(other, "valid/loss").keys() == {(6, "valid/loss"), (12, "valid/loss")}
+    assert numbers(other, "valid/loss").keys() == {(HALF, "valid/loss"), (STEPS, "valid/loss")}
     assert files(other) == files(one)
     for file in (name for name in files(one) if name.endswith(".safetensors")):
         assert difference(other, one, file) < 1e-4
-    for file in ("unet/config.json", "checkpoint-12/unet_ema/config.json", "model_index.json"):
+    for file in ("unet/config.json", f"checkpoint-{STEPS}/unet_ema/config.json", "model_index.json"):
         assert (other / file).read_text() == (one / file).read_text()
 
 
-ALWAYS = {(engine, engine) for engine in DIVIDED}
-ALWAYS |= {("DDP", "FSDP2"), ("FSDP2", "ZeRO-3"), ("ZeRO-2", "one process")}
+ALWAYS = {("FSDP2", "ZeRO-3"), ("ZeRO-2", "ZeRO-2"), ("ZeRO-2", "one process")}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +138,9 @@ ALWAYS |= {("DDP", "FSDP2"), ("FSDP2", "ZeRO-3"), ("ZeRO-2", "one process")}
 def test_a_checkpoint_is_resumed_on_another_engine(engine, then, whole, tmp_path):
     """On the same one bit for bit, else up to the order of sums."""
     shutil.copytree(whole(engine)[0], tmp_path / "run")
-    forget_after(tmp_path / "run", 6)
+    forget_after(tmp_path / "run", HALF)
     _, text = run(tmp_path / "run", then, LATEST)
-    assert "resumed at 6" in text
+    assert f"resumed at {HALF}" in text
     assert numbers(tmp_path / "run") == pytest.approx(numbers(whole(then)[0]), rel=1e-5)
     if engine == then:
         assert final_state(tmp_path / "run", STEPS) == final_state(whole(then)[0], STEPS)
@@ -161,16 +157,16 @@ def test_the_pipeline_of_a_finished_run_is_written_again(engine, whole, tmp_path
     assert difference(folder, whole(engine)[0], weights) == 0
 
 
-@pytest.mark.parametrize("engine", but_one("ZeRO-3"))
+@pytest.mark.parametrize("engine", but_one("ZeRO-2"))
 @pytest.mark.parametrize("rank", [slow(0), 1])
 def test_one_rank_is_killed_in_a_save(rank, engine, whole, tmp_path):
     folder = tmp_path / "run"
     process, own = ENGINES[engine]
-    faults = own | {"slow_write": 2, "kill_in_save": [6, rank]}
-    arguments = [tiny("ddpm"), f"base.output_dir={folder}", *COMMON, "base.checkpointing_steps=3"]
+    faults = own | {"slow_write": 2, "kill_in_save": [HALF, rank]}
+    arguments = [tiny("ddpm"), f"base.output_dir={folder}", *COMMON, "base.checkpointing_steps=2"]
     assert start(*arguments, processes=process, faults=faults).wait(300) != 0
     sealed = list_checkpoints(folder)
-    assert [step for step, _ in sealed] in ([3], [6, 3])
+    assert [step for step, _ in sealed] in ([2], [HALF, 2])
     for _, path in sealed:
         verify(path)
     run(folder, engine, LATEST)
@@ -178,7 +174,7 @@ def test_one_rank_is_killed_in_a_save(rank, engine, whole, tmp_path):
     assert not list(folder.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("engine", but_one("FSDP2"))
+@pytest.mark.parametrize("engine", but_one("ZeRO-2"))
 def test_one_rank_gets_term(engine, whole, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     arguments = [tiny("ddpm"), f"base.output_dir={folder}", *COMMON]
@@ -196,12 +192,12 @@ def test_one_rank_gets_term(engine, whole, tmp_path):
 
 @pytest.mark.parametrize("engine", but_one("ZeRO-2"))
 def test_what_is_not_finite_on_one_rank_is_skipped_and_not_saved(engine, tmp_path):
-    folder, _ = run(tmp_path / "run", engine, nan_loss_at=[4, 1])
+    folder, _ = run(tmp_path / "run", engine, nan_loss_at=[3, 1])
     skipped = {step: value for (step, _), value in numbers(folder, "skipped").items()}
-    assert skipped == {step: float(step == 4) for step in range(1, STEPS + 1)}
+    assert skipped == {step: float(step == 3) for step in range(1, STEPS + 1)}
     assert math.isfinite(numbers(folder, "loss")[STEPS, "loss"])
-    _, text = run(tmp_path / "broken", engine, code=1, break_weight_at=[6, 1])
-    assert re.search(r"checkpoint-6 is not written: weight unet\.\S+ is not finite; continue from", text)
+    _, text = run(tmp_path / "broken", engine, code=1, break_weight_at=[HALF, 1])
+    assert re.search(rf"checkpoint-{HALF} is not written: weight unet\.\S+ is not finite; continue from", text)
     assert not list((tmp_path / "broken").glob("checkpoint-*"))
 
 
@@ -221,7 +217,7 @@ def test_what_deepspeed_cannot_train(tmp_path):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("engine", but_one("ZeRO-3"))
+@pytest.mark.parametrize("engine", but_one("ZeRO-2"))
 def test_accumulation_is_that_of_ddp(engine, network_without_dropout, tmp_path):
     """Two micro-batches of two on each of two processes."""
     options = ["base.train_batch_size=2", "base.gradient_accumulation_steps=2", "base.max_train_steps=6"]
@@ -256,7 +252,7 @@ def test_an_adapter_on_a_half_precision_base(engine, near, tmp_path):
     }
     losses = {each: list(numbers(folder, "loss").values()) for each, folder in runs.items()}
     assert losses[engine] == pytest.approx(losses["DDP"], rel=near)
-    saved = load_file(runs[engine] / "checkpoint-12" / "unet" / "trainable.safetensors")
+    saved = load_file(runs[engine] / f"checkpoint-{STEPS}" / "unet" / "trainable.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert all(".lora_" in key for key in saved)
     assert difference(runs[engine], runs["DDP"], "pytorch_lora_weights.safetensors") < 2e-2
@@ -284,6 +280,6 @@ def test_every_task_with_one_network(task, engine, tmp_path):
     # after a few steps Adam has made noise of a few sums as large as the rate; each first loss is before any step
     assert numbers(runs[engine])[1, "loss"] == pytest.approx(numbers(runs["DDP"])[1, "loss"], rel=1e-6)
     uninterrupted = final_state(runs[engine], STEPS)
-    forget_after(runs[engine], 6)
+    forget_after(runs[engine], HALF)
     run(runs[engine], engine, *options, LATEST, task=task)
     assert final_state(runs[engine], STEPS) == uninterrupted

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from marks import slow
 from processes import launch, start, wait_for
 from run_folders import final_state, forget_after, hidden, logged_steps, losses, steps_of
 from safetensors.torch import load_file, save_file
@@ -129,7 +130,7 @@ def test_old_checkpoints_of_a_finished_run_go_in_every_folder(again):
     assert [steps_of(again / name) for name in NAMES] == [[8, 6, 4], [8, 6, 4]]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_write_that_fails_in_one_folder(tmp_path, rank):
     error = error_of_both(tmp_path, "base.max_train_steps=40", fail_write=[4, rank])
     name = NAMES[rank]

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import tiny_models
 import torch
+from marks import slow
 from PIL import Image
 from processes import launch, start
 from run_folders import losses, read_metrics
@@ -87,7 +88,7 @@ def test_cached_and_uncached_training_are_the_same(run_in_process, options, fami
     )  # mean and logvar of ten pictures and their mirrored ones, and the held-out one
 
 
-@pytest.mark.parametrize("task", ["lora", "text_to_image"])
+@pytest.mark.parametrize("task", ["lora", slow("text_to_image")])
 def test_pictures_of_a_class_are_cached_too(run_in_process, options, captioned, task, tmp_path):
     (tmp_path / "class").mkdir()
     for number in range(3):

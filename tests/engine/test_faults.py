@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from marks import slow
 from processes import Forked, start, wait_for
 from repository import ROOT, tiny
 from run_folders import final_state, logged_steps, losses, read_metrics, steps_of
@@ -61,7 +62,7 @@ def uninterrupted(tmp_path_factory):
     return folder, seconds, int(output.rpartition(" lines")[0].split()[-1])
 
 
-@pytest.mark.parametrize("points", [4, *(pytest.param(points, marks=pytest.mark.slow) for points in (6, 50))])
+@pytest.mark.parametrize("points", [4, *(slow(points) for points in (6, 50))])
 def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
     """Half of the points by time, half at a line of the modules that write files."""
     whole, seconds, lines = uninterrupted
@@ -99,7 +100,7 @@ def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
     assert max(lost) <= 4  # checkpoints are two steps apart, and one may be in flight
 
 
-@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("step", [slow(6), 12])
 def test_kill_9_between_a_seal_and_the_removal_of_older_checkpoints(uninterrupted, tmp_path, step):
     """The run that is resumed removes what exceeds the limit, also if it was finished."""
     whole, folder = uninterrupted[0], tmp_path / "run"
@@ -114,7 +115,7 @@ def test_kill_9_between_a_seal_and_the_removal_of_older_checkpoints(uninterrupte
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_one_rank_of_two_is_killed_in_a_save(tmp_path, rank):
     folder = tmp_path / "run"
     faults = {"slow_write": 2, "kill_in_save": [4, rank]}

@@ -7,6 +7,7 @@ import time
 import weakref
 
 import pytest
+from marks import slow
 from processes import start, wait_for
 from run_folders import final_state, hidden, logged_steps, losses, read_metrics, steps_of
 
@@ -132,7 +133,7 @@ def test_only_the_writer_of_two_fails(tmp_path):
     assert hidden(tmp_path / "run") == [".lock"]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, slow(2)])
 def test_kill_9_while_a_checkpoint_is_written(tmp_path, processes):
     """The one in flight is lost, the one before is exact, and what is left behind is removed."""
     folder = tmp_path / "run"

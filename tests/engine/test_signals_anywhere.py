@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+from marks import slow
 from processes import start
 
 RUN = [
@@ -42,7 +43,7 @@ def stage(tmp_path_factory):
     return folder, seconds
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, slow(1000)])
 def test_no_term_is_lost_and_none_is_a_traceback(stage, tmp_path, count, capsys):
     """Before the handler is set the system ends the process, for which a shell has the same exit code."""
     folder, whole = stage

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from marks import slow
 from processes import start, wait_for
 from run_folders import final_state, logged_steps, losses, read_metrics
 
@@ -58,15 +59,16 @@ def launch(kind, moment, folder, log):
     options = [*RUN, *MOMENTS[moment], f"base.output_dir={folder}"]
     options += [f"base.gradient_accumulation_steps={2 // processes}"]
     launcher = ACCELERATE if kind == "accelerate" else None
-    process = start(*options, processes=processes, launcher=launcher, faults=faults, out=log, forked=False)
+    process = start(*options, processes=processes, launcher=launcher, faults=faults, out=log, forked=kind == "python")
     step = 3 if moment == "validation" else 2
     wait_for(lambda: step in logged_steps(folder), process)
     if moment == "save":
         wait_for(lambda: list(folder.glob(".tmp-checkpoint-3-*")), process)
     if moment == "validation":
         time.sleep(0.5)
-    ranks = [process.pid] if kind == "python" else children_of(process.pid)
-    return process, [pid for pid in ranks if b"faulty.py" in command_of(pid)]
+    if kind == "python":
+        return process, [process.pid]
+    return process, [pid for pid in children_of(process.pid) if b"faulty.py" in command_of(pid)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_one_rank_gets_a_signal(kind, number, moment, whole, tmp_path):
     check_resume(folder, whole, moment)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_run_whose_launcher_dies_ends(number, whole, tmp_path):
     """One-process `accelerate launch` forwards nothing: it dies and would leave the training behind."""
     folder = tmp_path / "run"

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
+from marks import slow
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -469,7 +470,7 @@ def merged_by_hand(family, loras):
     return total
 
 
-@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["sd1", slow("sdxl")])
 def test_merged_weights_and_pictures(files, tmp_path, monkeypatch, family):
     both, _ = files(family, "rslora", rank=4, alpha=6)  # 6 / sqrt(4) = 3
     unet, _ = files(family, "rslora", seed=1, only=("unet",), rank=9, alpha=3, unet=["to_q", "to_v"])  # 1

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -148,7 +149,7 @@ def test_inversion_of_a_gaussian(predicts, bound, spacing):
 
 
 @pytest.mark.parametrize(
-    ("family", "bound", "numbers"), [("sd1", 20.0, (40, 80)), ("sd2", 3.0, (10, 20))]
+    ("family", "bound", "numbers"), [slow("sd1", 20.0, (40, 80)), ("sd2", 3.0, (10, 20))]
 )  # fmt: skip
 def test_inversion_and_sampling_give_latents_back(loras, family, bound, numbers):
     """With guidance 1 and a picture's LoRA; the relative error is at most bound / steps.
@@ -287,7 +288,7 @@ def asked(unet):
     return unet(noisy, 500, embeds).sample
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.25, slow(0.5), slow(1.0)])
 def test_differences_are_mixed(loras, weight):
     """At 0.5 the difference of each weight is the mean of both LoRAs' differences, computed from the files."""
     morph = Morph(load_pipeline(model("sd1")), loras(), PROMPTS, 2, 0.0, False)
@@ -314,8 +315,10 @@ def test_a_dora_is_not_mixed(loras, tmp_path):
 # --- frames
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize(("attention", "adain"), [(0.0, False), (0.6, True)])
+@pytest.mark.parametrize(
+    ("family", "attention", "adain"),
+    [("sd1", 0.6, True), ("sdxl", 0.0, False), slow("sd1", 0.0, False), slow("sdxl", 0.6, True)],
+)
 def test_the_ends_are_the_reconstructions(loras, family, attention, adain):
     """What diffusers' pipeline draws from the noise, with one LoRA and without guidance."""
     morph = morph_of(loras(family), family, attention=attention, adain=adain)
@@ -370,7 +373,7 @@ def test_keys_and_values_of_self_attention_in_up_blocks_are_mixed(loras):
     assert not any(layer._forward_hooks for layer in morph.shared.layers)
 
 
-@pytest.mark.parametrize(("attention", "steps"), [(0.0, 0), (0.5, 2), (0.75, 4), (1.0, 5)])
+@pytest.mark.parametrize(("attention", "steps"), [(0.0, 0), (0.5, 2), slow(0.75, 4), slow(1.0, 5)])
 def test_attention_is_shared_in_the_first_steps(loras, monkeypatch, attention, steps):
     used, at = [], SharedAttention.at
     monkeypatch.setattr(SharedAttention, "at", lambda self, weight: (used.append(weight), at(self, weight))[1])
@@ -563,7 +566,7 @@ def test_the_autoencoder_stays_in_float32():
     assert pipeline.vae.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_given_loras_and_rescheduling(tmp_path, pictures, loras, monkeypatch, dtype):
     given = ["--lora-a", loras()[0], "--lora-b", loras()[1].parent, "--dtype", dtype, "--frames", 5, "--steps", 2]
     call(monkeypatch, model("sd1"), *pictures, "--output-dir", tmp_path / "plain", *given)
@@ -584,7 +587,7 @@ def test_given_loras_and_rescheduling(tmp_path, pictures, loras, monkeypatch, dt
     assert (weights["even"][0], weights["even"][-1]) == (0, 1)
 
 
-@pytest.mark.parametrize("file", ["morph.png", "frames/00003.png"])
+@pytest.mark.parametrize("file", [slow("morph.png"), "frames/00003.png"])
 def test_a_picture_is_drawn_again(tmp_path, pictures, loras, monkeypatch, capsys, file):
     """With the weights that rescheduling found, and the LoRA that was trained, neither of which is done once more."""
     lora = shutil.copy(loras()[1], tmp_path / "b.safetensors")

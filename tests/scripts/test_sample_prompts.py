@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -345,7 +346,7 @@ def test_a_pipeline_for_inpainting(call, tmp_path):
 # --- again
 
 
-@pytest.mark.parametrize("file", ["weight_0.5/00003.png", "weight_1.png", "lora_scales.png"])
+@pytest.mark.parametrize("file", ["weight_0.5/00003.png", slow("weight_1.png"), slow("lora_scales.png")])
 def test_a_picture_is_drawn_again(trained, call, tmp_path, monkeypatch, capsys, file):
     found = call(trained, *BOTH, "--number", 5, "--batch-size", 2, "--lora-scales", "0.5,1", "--seed", 7)
     path = once_more(monkeypatch, tmp_path / "out" / file)
@@ -368,7 +369,7 @@ def test_the_checkpoint_is_remembered(trained, call, tmp_path, monkeypatch):
     assert (call(trained, "--prompt", CAT, to="now")["samples/00000.png"] != found["samples/00000.png"]).any()
 
 
-@pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm", "vae"])
+@pytest.mark.parametrize("task", [slow("ddpm"), "conditional_ddpm", "vae"])
 def test_pictures_of_other_tasks_again(run_in_process, call, tmp_path, monkeypatch, task):
     folder = run_in_process(task=task, **{"base.validation_split": 0.02})
     found = call(folder, "--number", 5, "--batch-size", 2, "--seed", 2)

@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from PIL import Image
 from processes import environment
 from repository import ROOT
@@ -225,7 +226,7 @@ def test_refusals(folder, tmp_path, capsys):
 # --- latents
 
 
-@pytest.mark.parametrize("kind", ["webdataset", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["webdataset", slow("parquet")])
 def test_a_task_trains_from_shards_of_latents_without_the_pictures(vae, tmp_path, tiny_config, kind, capsys):
     output = tmp_path / "shards"
     config = f"configs/tests/{TASK}.json"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+from marks import slow
 from processes import launch
 from run_folders import final_state, forget_after, losses
 from shard_files import caption, png, write_parquet, write_shards, write_tar
@@ -286,7 +287,7 @@ def check_resume(tiny_config, folder, **more):
     "more",
     [
         {},
-        {"base.dataloader_num_workers": 2},
+        slow({"base.dataloader_num_workers": 2}),
         {"base.dataloader_num_workers": 3, "base.gradient_accumulation_steps": 2},
         {"base.dataloader_num_workers": 2, "base.shuffle_buffer_size": 4},
     ],
@@ -311,7 +312,7 @@ def test_one_worker_reads_what_none_does(folder, tiny_config):
     assert losses(runs[0]) == losses(runs[1])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [slow(0), 2])
 def test_two_processes_resume_exactly(folder, tiny_config, workers):
     options = run_options(folder, **{"base.dataloader_num_workers": workers})
     configs = {name: tiny_config("ddpm", name, **options) for name in ("whole", "cut")}

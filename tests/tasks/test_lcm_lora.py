@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+from marks import slow
 from processes import launch
 from run_folders import losses
 
@@ -313,7 +314,7 @@ def test_validation_in_quarters_of_the_time():
 # --- runs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [slow("sd1"), slow("sd2"), "sdxl"])
 def test_the_pipeline_with_the_file_draws_the_validations_picture(run_in_process, monkeypatch, family):
     drawn, original = [], validation.draw_samples
     monkeypatch.setattr(validation, "draw_samples", lambda *args: drawn.append(original(*args)) or drawn[-1])
@@ -364,6 +365,7 @@ def test_two_processes_are_two_micro_batches(tiny_config, tmp_path):
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_loss(run_in_process):
     """What is computed again in the backward pass has the adapter on."""
     off = {"lcm_lora.lora_dropout": 0.0, "lcm_lora.validation_prompts": []}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from marks import slow
 from processes import launch
 from run_folders import losses, read_metrics
 from safetensors import safe_open
@@ -260,7 +261,7 @@ def test_only_adapters_are_trained_and_the_base_stays_as_it_is(run_in_process):
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name or ".up" in name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [slow("sd1"), slow("sd2"), "sdxl"])
 def test_the_pipeline_with_the_file_draws_the_validations_picture(run_in_process, monkeypatch, family):
     """Alpha differs from the rank, the text encoders have adapters, and the averaged weights are what is exported."""
     drawn = []
@@ -444,6 +445,7 @@ def test_gradient_checkpointing_changes_no_loss(run_in_process):
     assert numbers[1] == pytest.approx(numbers[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_text_encoders_of_xl_on_two_processes(tiny_config, tmp_path):
     """Every adapter has a gradient; of the first text encoder's last layer nothing is read."""
     rates = {"unet": 1e-3, "text_encoder": 1e-3, "text_encoder_2": 1e-3}

@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
-from torchvision.models import get_model, vgg16
+from torchvision.models import get_model
+from torchvision.models.vgg import cfgs, make_layers
 
 from scripts.benchmarks.compare_autoencoders import research_loss
 from trainers.common.autoencoder import adversarial
@@ -98,7 +99,7 @@ def vgg16_file(tmp_path_factory):
     """Random weights of VGG16's convolutions, as a local file would hold them."""
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("weights") / "vgg16.safetensors"
-    save_file({f"features.{key}": value for key, value in vgg16().features.state_dict().items()}, path)
+    save_file({f"features.{key}": value for key, value in make_layers(cfgs["D"]).state_dict().items()}, path)
     return str(path)
 
 
@@ -109,7 +110,7 @@ def test_lpips_against_its_definition(vgg16_file):
     heads = torch.load(
         source.__file__.replace("lpips.py", "lpips_models/vgg.pth"), map_location="cpu", weights_only=True
     )
-    features = vgg16().features
+    features = make_layers(cfgs["D"])
     features.load_state_dict({k.removeprefix("features."): v for k, v in load_file(vgg16_file).items()})
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
 
