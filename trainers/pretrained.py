@@ -106,13 +106,14 @@ def _networks(kind: Any, folder: Path) -> Iterator[tuple[Any, Path]]:
 def _check_size(kind: Any, folder: Path, place: str) -> None:
     """Raises ValueError if a network would have more weights than its files can hold: its memory is not asked for."""
     import torch
+    from diffusers.models.modeling_utils import no_init_weights
     from safetensors import safe_open
 
     files = list(folder.glob("*.safetensors"))
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module) and files):
         return
     build: Any = kind
-    with reading(kind, folder, place), torch.device("meta"):
+    with reading(kind, folder, place), torch.device("meta"), no_init_weights():  # initialization is half of the time
         for path in files:
             safe_open(path, "pt")  # checks the header, whose tensors must lie within the file
         if hasattr(kind, "from_config"):  # of diffusers

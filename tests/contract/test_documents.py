@@ -131,6 +131,7 @@ def test_a_hub_name_that_cannot_be_had(tmp_path, capsys, monkeypatch):
     assert "Traceback" not in text
 
 
+@pytest.mark.slow  # tests/engine/test_stopping.py launches it by default
 def test_accelerate_launch_runs_the_command(tmp_path):
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command = [

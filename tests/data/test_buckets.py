@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from bucket_pictures import BUCKETS, SIZES, pictures
 from image_sets import assert_same, image_dataset, seeded, settings
+from marks import slow
 from PIL import Image
 from processes import launch
 from reports import section
@@ -398,7 +399,7 @@ def test_an_epoch_ends_after_whole_steps_and_batches_have_one_shape(run_in_proce
     assert "10 (2.0 epochs)" in printed
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [slow(0), 2])
 def test_a_resumed_run_is_the_same(run_in_process, options, workers):
     options |= {"base.center_crop": False, "base.image_cache_mb": 0}
     whole = run_in_process("whole", "text_to_image", **options)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bucket_pictures import BUCKETS, pictures
 from image_sets import Own, encoded, memory_source, random_images
+from marks import slow
 from resuming import RANDOM
 from run_folders import final_state, forget_after, losses
 
@@ -210,7 +211,7 @@ def test_batches_of_a_data_set_of_ones_own(stopping):
 # --- runs
 
 
-@pytest.mark.parametrize("task", ["ddpm", "conditional_ddpm"])
+@pytest.mark.parametrize("task", ["ddpm", slow("conditional_ddpm")])
 def test_a_run_is_the_same_with_and_without_the_cache(task, run_in_process):
     options = {**RANDOM, "base.validation_split": 0.02, "base.checkpointing_steps": 3}
     cached = run_in_process("cached", task, **options)

@@ -157,8 +157,9 @@ def test_the_pipeline_of_a_finished_run_is_written_again(engine, whole, tmp_path
     assert difference(folder, whole(engine)[0], weights) == 0
 
 
-@pytest.mark.parametrize("engine", but_one("ZeRO-2"))
-@pytest.mark.parametrize("rank", [slow(0), 1])
+@pytest.mark.slow  # test_faults.py kills ranks of DDP by default
+@pytest.mark.parametrize("engine", DIVIDED)
+@pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_is_killed_in_a_save(rank, engine, whole, tmp_path):
     folder = tmp_path / "run"
     process, own = ENGINES[engine]
@@ -236,10 +237,11 @@ def test_a_dora_reads_weights_outside_of_their_module(engine, tmp_path):
     assert numbers(runs[1]) == pytest.approx(numbers(runs[0]), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "near"),
     # autocast keeps norms in float32, FSDP2 does not; ZeRO-3 puts a linear of its own in torch's place
-    [("ZeRO-2", 1e-5), slow("ZeRO-3", 2e-3), slow("FSDP2", 2e-3)],
+    [("ZeRO-2", 1e-5), ("ZeRO-3", 2e-3), ("FSDP2", 2e-3)],
 )
 def test_an_adapter_on_a_half_precision_base(engine, near, tmp_path):
     """The frozen weights are in bf16, what is trained in float32: FSDP2 holds both in one group.

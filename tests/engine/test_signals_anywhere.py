@@ -15,7 +15,7 @@ from processes import start
 
 RUN = [
     "configs/tests/ddpm.json", "base.max_train_steps=6", "base.valid_steps=2", "base.validation_split=0.05",
-    "base.checkpointing_steps=2", "base.save_model_steps=3", "ddpm.ddpm_num_inference_steps=10",
+    "base.checkpointing_steps=2", "base.save_model_steps=3", "ddpm.ddpm_num_inference_steps=5",
 ]  # fmt: skip
 FINISHED = "The pipeline is in"
 

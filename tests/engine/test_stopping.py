@@ -95,7 +95,7 @@ MATRIX = [
 QUICK = [
     ("python", signal.SIGTERM, "training"),
     ("python", signal.SIGINT, "save"),
-    ("torchrun", signal.SIGUSR1, "validation"),
+    ("python", signal.SIGUSR1, "validation"),
 ]
 
 

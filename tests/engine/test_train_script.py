@@ -18,6 +18,7 @@ from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
+from marks import slow
 from PIL import Image
 from processes import wait_for
 from run_folders import losses, read_metrics
@@ -620,7 +621,7 @@ def test_only_the_blocks_that_a_network_names_are_compiled(run_in_process, monke
         run_in_process("other", **options)
 
 
-@pytest.mark.parametrize("task", ["ddpm", "vae"])
+@pytest.mark.parametrize("task", ["ddpm", slow("vae")])
 def test_channels_last_changes_no_names_and_few_bits(run_in_process, network_without_dropout, task):
     options = {"ddpm.model_config": network_without_dropout} if task == "ddpm" else {"vae.decoder_only": False}
     plain = run_in_process("plain", task, **options)

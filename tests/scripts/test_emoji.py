@@ -12,6 +12,7 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from fontTools.ttLib import TTFont
+from marks import slow
 from PIL import Image, ImageDraw
 from repository import ROOT
 from run_folders import read_metrics
@@ -128,7 +129,7 @@ TINY += ["base.valid_steps=2", "base.checkpointing_steps=2", "base.validation_sp
 NO_DOWNLOAD = ["vae.perceptual_loss=ms_ssim", "vae.adversarial_start_step=1", "base.resolution=64"]
 
 
-@pytest.mark.parametrize("name", ["vae_emoji", "vae_imagefolder"])
+@pytest.mark.parametrize("name", ["vae_emoji", slow("vae_imagefolder")])
 def test_configs_from_scratch_on_a_folder(name, pictures, tmp_path):
     options = [
         f"base.train_data_dir={pictures}",

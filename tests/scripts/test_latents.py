@@ -8,6 +8,7 @@ import shutil
 import diffusers
 import pytest
 import torch
+from marks import slow
 from PIL import Image
 from repository import ROOT
 from run_folders import losses, read_metrics
@@ -115,7 +116,7 @@ def in_latents(vae, tmp_path):
     return options
 
 
-@pytest.mark.parametrize("task", [TASK, "dit"])
+@pytest.mark.parametrize("task", [TASK, slow("dit")])
 def test_cached_and_uncached_training_are_the_same_to_the_bit(task, in_latents, run_in_process):
     eighths = {"base.max_train_samples": 40, "base.validation_split": 8 / 1797, "base.train_batch_size": 8}
     options = in_latents(task, **eighths, **{"base.random_flip": True})

@@ -312,6 +312,7 @@ def test_one_worker_reads_what_none_does(folder, tiny_config):
     assert losses(runs[0]) == losses(runs[1])
 
 
+@pytest.mark.parametrize("folder", ["parquet", slow("tar")], indirect=True)
 @pytest.mark.parametrize("workers", [slow(0), 2])
 def test_two_processes_resume_exactly(folder, tiny_config, workers):
     options = run_options(folder, **{"base.dataloader_num_workers": workers})

@@ -438,6 +438,7 @@ def test_the_scale_of_an_adapter():
         assert {m.scaling["default"] for m in unet.modules() if hasattr(m, "scaling")} == {scaling}
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_loss(run_in_process):
     plain = run_in_process("plain", "lora", **{"lora.lora_dropout": 0.0})
     saving = run_in_process("saving", "lora", **{"lora.lora_dropout": 0.0, "base.gradient_checkpointing": True})

@@ -164,11 +164,10 @@ def test_another_split_of_the_global_batch(run_in_process):
             **options,
             **{"base.train_batch_size": size, "base.gradient_accumulation_steps": 8 // size},
         )
-        for size in (8, 4, 2)
+        for size in (8, 2)
     ]
-    reference, *others = [[float.fromhex(value) for value in losses(folder).values()] for folder in runs]
-    for other in others:
-        assert other == pytest.approx(reference, rel=1e-5)
+    whole, split = [[float.fromhex(value) for value in losses(folder).values()] for folder in runs]
+    assert split == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(
