@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Lints, checks types and tests: scripts/test.sh [--slow] [pytest arguments]
-# On two workers, unless an argument does not begin with --, as -k and files do: a few tests start sooner without.
+# On three workers, as tests also wait, unless an argument does not begin with --, as -k and files do: a few tests
+# start sooner without.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
-workers=(-n 2 --dist loadfile)
+workers=(-n 3 --dist loadfile)
 for argument; do
     [[ $argument == --* ]] || workers=()
 done
