@@ -104,7 +104,7 @@ PASSIVE = {
     "base.save_model_steps": 4,
     "ddpm.valid_batch_size": 2,
     "ddpm.sampler": "ddim",
-    "ddpm.ddpm_num_inference_steps": 2,
+    "ddpm.ddpm_num_inference_steps": 3,
 }
 
 

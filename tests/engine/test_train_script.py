@@ -135,7 +135,7 @@ def test_the_pipeline_holds_the_averaged_weights_and_draws_the_validations_pictu
         assert torch.equal(tensor, averaged.state_dict()[name])
     assert any(not torch.equal(tensor, averaged.state_dict()[name]) for name, tensor in raw.state_dict().items())
     generators = SlotRandom(0, torch.arange(4), "sample").generators()
-    images = pipeline(batch_size=4, generator=generators, num_inference_steps=4, output_type="np").images
+    images = pipeline(batch_size=4, generator=generators, num_inference_steps=2, output_type="np").images
     torch.testing.assert_close(torch.from_numpy(images).permute(0, 3, 1, 2), drawn["last"], rtol=1e-4, atol=1e-5)
 
 

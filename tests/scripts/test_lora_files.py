@@ -118,7 +118,7 @@ def run_script(monkeypatch, script, *arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", [slow("sd1"), "sdxl"])
 def test_diffusers_reads_what_was_saved(files, family, kind):
     file, networks = files(family, kind)
     read = loaded(family, file)

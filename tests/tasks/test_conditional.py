@@ -161,7 +161,7 @@ def test_the_pipeline_draws_the_validations_pictures(run_in_process, monkeypatch
     pictures, labels, rng = drawn[-1]  # with averaged weights
     pipeline = ConditionalDDPMTrainer.load_pipeline(folder)
     rng.asked.clear()
-    settings = {"num_inference_steps": 4, "generator": rng.generators(), "output_type": "pt"}
+    settings = {"num_inference_steps": 2, "generator": rng.generators(), "output_type": "pt"}
     found = pipeline([str(label) for label in labels], Guidance(2.0, 0.3, (0.1, 5.0)), **settings).images
     torch.testing.assert_close(found, pictures, rtol=0, atol=1e-5)
     assert ClassConditionalPipeline.from_pretrained(folder).label_names == NAMES

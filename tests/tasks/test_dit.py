@@ -214,7 +214,7 @@ def test_the_pipeline_draws_the_validations_pictures(options, run_in_process, mo
     assert labels == list(range(10))
     pipeline = DiTTrainer.load_pipeline(folder)
     rng.asked.clear()
-    settings = {"num_inference_steps": 4, "generator": rng.generators(), "output_type": "pt"}
+    settings = {"num_inference_steps": 2, "generator": rng.generators(), "output_type": "pt"}
     guidance = Guidance(1.5, options.get("guidance_rescale", 0.0))
     found = pipeline([str(label) for label in labels], guidance, **settings).images
     torch.testing.assert_close(found, pictures, rtol=0, atol=1e-5)
@@ -255,9 +255,9 @@ def test_in_latents(run_in_process, tiny_config, tmp_path):
     trainer = load_trainer(open_run(folder), device="cpu")
     drawn = trainer.sample([{"label": number} for number in range(4)], SlotRandom(0, torch.arange(4)))["samples"]
     random = {"generator": SlotRandom(0, torch.arange(4)).generators()}
-    images = pipeline([0, 1, 2, 3], num_inference_steps=4, output_type="pt", **random).images
+    images = pipeline([0, 1, 2, 3], num_inference_steps=2, output_type="pt", **random).images
     torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-5)
     theirs = DiTPipeline(pipeline.transformer, pipeline.vae, DDIMScheduler.from_config(pipeline.scheduler.config))
     random = {"generator": SlotRandom(0, torch.arange(4)).generators()}
-    images = theirs([0, 1, 2, 3], 1.0, num_inference_steps=4, output_type="pt", **random).images
+    images = theirs([0, 1, 2, 3], 1.0, num_inference_steps=2, output_type="pt", **random).images
     torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-5)
