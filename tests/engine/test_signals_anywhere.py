@@ -1,4 +1,7 @@
-"""TERM at seeded random moments of a run, from its start to its export: none is lost, none ends in a traceback."""
+"""TERM at seeded random moments of a run, from its start to its export: none is lost, none ends in a traceback.
+
+The runs are forked with --slow too: what a process imports before it sets its handler is not what is tested.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import time
 
 import pytest
 from marks import slow
-from processes import start
+from processes import Forked
 
 RUN = [
     "configs/tests/ddpm.json", "base.max_train_steps=6", "base.valid_steps=2", "base.validation_split=0.05",
@@ -22,7 +25,7 @@ FINISHED = "The pipeline is in"
 
 def stopped(arguments, output, seconds):
     """(exit code, output, whether the run was still going on) of a run that gets TERM after some seconds."""
-    process = start(*arguments, out=output)
+    process = Forked(arguments, out=output)
     time.sleep(seconds)
     running = process.poll() is None
     if running:
@@ -36,7 +39,7 @@ def stage(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signals")
     for name in ("first", "run"):  # the first one waits for the server that is forked
         began = time.monotonic()
-        assert start(*RUN, f"base.output_dir={folder}/{name}", out=folder / "log").wait(120) == 0
+        assert Forked([*RUN, f"base.output_dir={folder}/{name}"], out=folder / "log").wait(120) == 0
         seconds = time.monotonic() - began
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(folder / "run" / name)

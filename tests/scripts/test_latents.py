@@ -241,7 +241,7 @@ def test_the_pipeline_holds_the_autoencoder_and_decodes(runs, vae):
     assert pipeline.unet.config.in_channels == 2
     trainer = load_trainer(open_run(runs[0]), device="cpu")
     generators = SlotRandom(0, torch.arange(4)).generators()
-    images = pipeline([0, 1, 2, 3], 1.5, num_inference_steps=4, generator=generators, output_type="pt").images
+    images = pipeline([0, 1, 2, 3], 1.5, num_inference_steps=2, generator=generators, output_type="pt").images
     drawn = trainer.sample([{"label": number} for number in range(4)], SlotRandom(0, torch.arange(4)))["samples"]
     assert images.shape == (4, 1, 16, 16)
     torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-5)

@@ -100,9 +100,9 @@ def test_a_flow_without_classes_trains_and_its_pipeline_draws_the_same(run_in_pr
     trainer = load_trainer(open_run(folder), device="cpu")
     drawn = trainer.sample([{}] * 3, SlotRandom(0, torch.arange(3)))["samples"]
     generators = SlotRandom(0, torch.arange(3)).generators()
-    images = pipeline(3, generators, num_inference_steps=4, output_type="pt").images
+    images = pipeline(3, generators, num_inference_steps=2, output_type="pt").images
     torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-5)
-    assert f'from_pretrained("{folder}")\npipeline(num_inference_steps=4)' in trainer.usage_of(folder)
+    assert f'from_pretrained("{folder}")\npipeline(num_inference_steps=2)' in trainer.usage_of(folder)
 
 
 @pytest.mark.parametrize("sampler", [None, "dpmsolver++"])
@@ -115,7 +115,7 @@ def test_a_flow_with_classes_and_guidance(sampler, run_in_process):
     trainer = load_trainer(open_run(folder), device="cpu")
     drawn = trainer.sample([{"label": 3}, {"label": 4}], SlotRandom(0, torch.arange(2)))["samples"]
     generators = SlotRandom(0, torch.arange(2)).generators()
-    arguments = {"num_inference_steps": 4, "generator": generators, "output_type": "pt"}
+    arguments = {"num_inference_steps": 2, "generator": generators, "output_type": "pt"}
     images = pipeline([3, 4], Guidance(1.5, interval=(0.1, 3.0)), **arguments).images
     torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-5)
 
