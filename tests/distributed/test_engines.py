@@ -191,7 +191,8 @@ def test_one_rank_gets_term(engine, whole, tmp_path):
     assert final_state(folder, STEPS) == final_state(whole(engine)[0], STEPS)
 
 
-@pytest.mark.parametrize("engine", but_one("ZeRO-2"))
+@pytest.mark.slow  # test_divergence.py does so with DDP by default
+@pytest.mark.parametrize("engine", DIVIDED)
 def test_what_is_not_finite_on_one_rank_is_skipped_and_not_saved(engine, tmp_path):
     folder, _ = run(tmp_path / "run", engine, nan_loss_at=[3, 1])
     skipped = {step: value for (step, _), value in numbers(folder, "skipped").items()}
@@ -218,7 +219,8 @@ def test_what_deepspeed_cannot_train(tmp_path):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("engine", but_one("ZeRO-2"))
+@pytest.mark.slow  # test_distributed.py accumulates with DDP by default
+@pytest.mark.parametrize("engine", DIVIDED)
 def test_accumulation_is_that_of_ddp(engine, network_without_dropout, tmp_path):
     """Two micro-batches of two on each of two processes."""
     options = ["base.train_batch_size=2", "base.gradient_accumulation_steps=2", "base.max_train_steps=6"]

@@ -73,7 +73,7 @@ def numbers(folder):
     return found + [v for line in read_metrics(folder, prefix="valid") for k, v in line.items() if "loss" in k]
 
 
-@pytest.mark.parametrize("family", [slow("sd1"), "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", slow("sdxl")])
 def test_cached_and_uncached_training_are_the_same(run_in_process, options, family, tmp_path):
     options = {**options, "text_to_image.pretrained_model_name_or_path": str(tiny_models.model(family))}
     plain = run_in_process("plain", "text_to_image", **options)

@@ -317,7 +317,7 @@ def test_a_dora_is_not_mixed(loras, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "attention", "adain"),
-    [("sd1", 0.6, True), ("sdxl", 0.0, False), slow("sd1", 0.0, False), slow("sdxl", 0.6, True)],
+    [("sd1", 0.6, True), slow("sdxl", 0.0, False), slow("sd1", 0.0, False), slow("sdxl", 0.6, True)],
 )
 def test_the_ends_are_the_reconstructions(loras, family, attention, adain):
     """What diffusers' pipeline draws from the noise, with one LoRA and without guidance."""
