@@ -50,7 +50,7 @@ def test_each_table_has_a_module_a_place_and_a_row_of_the_readme(table):
     assert f"| `bench.py {table}" in (ROOT / "scripts/benchmarks/README.md").read_text()
 
 
-@pytest.mark.parametrize("task", ["conditional_ddpm", *(slow(t) for t in ("vae", "lora"))])
+@pytest.mark.parametrize("task", ["conditional_ddpm", slow("vae"), slow("lora")])
 def test_both_sides_train_and_the_parts_are_a_step(tmp_path, task):
     found = loop.compared(task, "smallest", str(tmp_path), 3, 2)
     assert len(found["diffloop"]) == len(found["bare"]) == 3

@@ -51,11 +51,11 @@ def environment(changed):
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(changed or {})}
 
 
-def launch(*arguments, processes=1, env=None, timeout=300, forked=True):
+def launch(*arguments, processes=1, env=None, timeout=300):
     """The CompletedProcess of train.py."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        run = start(*arguments, processes=processes, env=env, out=out, err=err, forked=forked)
+        run = start(*arguments, processes=processes, env=env, out=out, err=err)
         try:
             code = run.wait(timeout)
         except subprocess.TimeoutExpired:

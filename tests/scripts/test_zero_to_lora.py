@@ -142,7 +142,6 @@ def test_all_stages_in_a_few_steps(runs, capsys):
     assert 0.9e6 < size < 1.6e6
 
 
-@pytest.mark.slow
 def test_few_steps_with_and_without_an_adapter(runs, tmp_path):
     """scripts/sweep.py: the base's options are its own, and its pictures of the last value are what others are compared with."""
     options = ["--vary", "steps=1,2", "--number", 12, "--output", tmp_path / "steps"]

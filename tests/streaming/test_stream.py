@@ -289,7 +289,7 @@ def check_resume(tiny_config, folder, **more):
         {},
         slow({"base.dataloader_num_workers": 2}),
         {"base.dataloader_num_workers": 3, "base.gradient_accumulation_steps": 2},
-        {"base.dataloader_num_workers": 1, "base.shuffle_buffer_size": 4},
+        {"base.dataloader_num_workers": 2, "base.shuffle_buffer_size": 4},
     ],
     ids=["no workers", "2 workers", "3 workers, accumulation", "a shuffle buffer"],
 )

@@ -438,7 +438,7 @@ def test_the_scale_of_an_adapter():
         assert {m.scaling["default"] for m in unet.modules() if hasattr(m, "scaling")} == {scaling}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_lcm_lora.py does so with adapters by default
 def test_gradient_checkpointing_changes_no_loss(run_in_process):
     plain = run_in_process("plain", "lora", **{"lora.lora_dropout": 0.0})
     saving = run_in_process("saving", "lora", **{"lora.lora_dropout": 0.0, "base.gradient_checkpointing": True})

@@ -62,17 +62,17 @@ class LPIPS(nn.Module):
         super().__init__()
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        held = None if file is None else read_weights("lpips", file)
+        held = {} if file is None else read_weights("lpips", file)
         try:
-            self.network = _LPIPS(net="vgg", pnet_rand=held is not None)
+            self.network = _LPIPS(net="vgg", pnet_rand=file is not None)
         except OSError as error:  # urllib's errors are OSErrors
             raise ValueError(
                 f"perceptual_loss = lpips: VGG16's weights cannot be downloaded ({error}); fetch vgg16-397923af.pth "
                 f"on a machine that is online and give it as lpips:FILE; allowed: {ALLOWED}"
             ) from None
-        if held is not None:
+        if file is not None:
             own = self.network.net.named_parameters()  # slice1.0.weight is features.0.weight in torchvision
-            put_weights(f"lpips:{file}", held, {f"features.{key.partition('.')[2]}": weight for key, weight in own})
+            put_weights("lpips", file, held, {f"features.{key.partition('.')[2]}": weight for key, weight in own})
 
     def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
         return self.network(_in_color(pictures), _in_color(others)).flatten()
@@ -96,7 +96,7 @@ class FeatureDistance(nn.Module):
         network = get_model(name, weights=None).eval()
         self.network = create_feature_extractor(network, _last_of_each_size(network, resolution))
         own = self.network.state_dict()  # without the classification head, which a file may lack
-        put_weights(f"{name}:{file}", held, own)
+        put_weights(name, file, held, own)
         preset = get_model_weights(name).DEFAULT.transforms()
         for key, values in (("mean", preset.mean), ("std", preset.std)):
             self.register_buffer(key, torch.tensor(values)[:, None, None])
@@ -148,9 +148,8 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_weights(spec: str, weights: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    """Copies weights to tensors, by their names; ValueError if one is missing or has another shape."""
-    network = spec.partition(":")[0].replace("lpips", "vgg16")
+def put_weights(name: str, file: str, weights: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    """Copies weights to tensors, by their names in the file; ValueError if one is missing or has another shape."""
     for key, tensor in own.items():
         found = weights.get(key)
         if key.endswith("num_batches_tracked"):  # missing in older files, and used only in training
@@ -158,7 +157,7 @@ def put_weights(spec: str, weights: Mapping[str, Any], own: Mapping[str, Tensor]
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else "missing"
             raise ValueError(
-                f"perceptual_loss = {spec}: not the weights of torchvision's {network}: "
+                f"perceptual_loss = {name}:{file}: not the weights of torchvision's {name.replace('lpips', 'vgg16')}: "
                 f"{key} is {shape}, expected {list(tensor.shape)}"
             )
         tensor.copy_(found)
