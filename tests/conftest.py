@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
 
 import processes
 import pytest
+import sklearn.datasets
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from repository import ROOT, tiny
@@ -24,6 +26,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     processes.launch_all = config.getoption("--slow")
+    sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # of each tiny run a twentieth
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_runs import EVIL, NAME, evil_copy
+from marks import slow
 from repository import ROOT, tiny
 from run_folders import steps_of
 from script_calls import run_script
@@ -495,7 +496,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("file", ["train.py", "scripts/sample.py"])
+@pytest.mark.parametrize("file", ["train.py", slow("scripts/sample.py")])
 def test_the_folder_of_runs_is_on_no_import_path(tmp_path, file):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", AS_PYTHON_STARTS_IT, str(ROOT / file)]

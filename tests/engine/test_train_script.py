@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from marks import slow
 from PIL import Image
 from processes import wait_for
+from repository import ROOT
 from run_folders import losses, read_metrics
 
 import datasets_lib
@@ -526,8 +527,9 @@ def train_and_draw(task, run_in_process, **options):
 
 @pytest.mark.parametrize("task", TRAINERS)
 def test_every_task_has_a_tiny_config_and_learns_and_draws(task, run_in_process):
-    """Over 40 steps on the same 8 examples the loss must fall clearly: the update goes the right way."""
-    folder = train_and_draw(task, run_in_process, **{"base.max_train_steps": 40, "base.logging_steps": 10})
+    """Over some steps on the same 8 examples the loss must fall clearly: the update goes the right way."""
+    steps = 40 if task in ("dit", "vae", "lora") else 20
+    folder = train_and_draw(task, run_in_process, **{"base.max_train_steps": steps, "base.logging_steps": steps // 4})
     first, *_, last = [line["loss"] for line in read_metrics(folder, prefix="loss")]
     assert last < 0.9 * first
     assert {"valid/loss", "valid_ema/loss"} <= read_metrics(folder, prefix="valid/")[-1].keys()
@@ -584,7 +586,7 @@ def test_compile_changes_no_names_and_few_bits(run_in_process, network_without_d
     DDPMPipeline.from_pretrained(compiled)
 
 
-def test_validation_and_saves_compile_nothing(run_in_process, monkeypatch):
+def test_validation_and_saves_compile_nothing(run_in_process, monkeypatch, tmp_path):
     """Other batch sizes, no gradients, eval mode, a config that is written: each would be another compilation."""
     graphs = []
 
@@ -594,7 +596,11 @@ def test_validation_and_saves_compile_nothing(run_in_process, monkeypatch):
 
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, backend=count))
+    settings = json.loads((ROOT / "configs/tests/models/unet2d.json").read_text())
+    one_level = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    (tmp_path / "network.json").write_text(json.dumps(settings | one_level))  # a compilation takes long
     options = {"base.compile": True, "base.valid_steps": 2, "base.max_train_steps": 4, "base.validation_split": 0.2}
+    options["ddpm.model_config"] = str(tmp_path / "network.json")
     folder = run_in_process(**options, **{"ddpm.valid_batch_size": 3, "base.checkpointing_steps": 1})
     assert "valid_ema/loss" in read_metrics(folder, prefix="valid")[-1]
     assert len(graphs) == 1, f"graphs for inputs {graphs}"
@@ -823,7 +829,11 @@ def test_an_error_of_another_process_names_it(tiny_config, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "polynomial", "one_cycle", "warmup_cosine", "cosine_with_min_lr", "cosine_with_restarts"]
+    "name",
+    [
+        *("polynomial", "one_cycle", "cosine_with_min_lr"),
+        *(slow("linear"), slow("warmup_cosine"), slow("cosine_with_restarts")),
+    ],
 )
 def test_rates_under_accumulation(name, run_in_process):
     from trainers.engine.optim.optimizer import learning_rate_schedule

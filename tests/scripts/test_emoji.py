@@ -150,7 +150,9 @@ def test_the_config_of_digits(tmp_path):
 def test_the_config_of_a_pretrained_decoder(pictures, tmp_path):
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(norm_num_groups=8, block_out_channels=(8,)).save_pretrained(tmp_path / "pretrained")
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = AutoencoderKL(norm_num_groups=8, block_out_channels=(8,) * 3, **levels)
+    vae.save_pretrained(tmp_path / "pretrained")
     options = [f"base.train_data_dir={pictures}", f"base.output_dir={tmp_path / 'run'}"]
     options += [f"vae.pretrained_model_name_or_path={tmp_path / 'pretrained'}", "base.gradient_accumulation_steps=2"]
     assert main(["configs/vae_decoder.yaml", *TINY, *NO_DOWNLOAD, *options]) == 0

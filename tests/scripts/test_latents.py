@@ -55,7 +55,7 @@ def encoded_digits(vae):
 
 
 def digits(split="train"):
-    options = {"channels": 1, "resolution": 16, "validation_split": 0.1, "num_epochs": 1}
+    options = {"channels": 1, "resolution": 16, "validation_split": 0.02, "num_epochs": 1}
     return datasets_lib.build(BaseConfig(dataset="digits", **options), split)
 
 
@@ -199,7 +199,7 @@ def runs(vae, tmp_path_factory):
     """A latent diffusion model trained on a data set of latents, and one that encodes on the fly."""
     folder = tmp_path_factory.mktemp("latent-diffusion")
     shared = [f"{TASK}.vae={vae}", f"{TASK}.model_config=null", "base.max_train_samples=null", "base.max_train_steps=3"]
-    shared += ["base.train_batch_size=20", "base.validation_split=0.1"]  # 180 held-out pictures in few batches
+    shared += ["base.train_batch_size=20", "base.validation_split=0.02"]  # 36 held-out pictures in few batches
     own = [f"base.dataset={__name__}:build_encoded", f"base.dataset_args.vae={vae}", f"{TASK}.num_classes=10"]
     for name, data in (("encoded", own), ("live", [])):
         assert main(["configs/tests/conditional_ddpm.json", f"base.output_dir={folder / name}", *shared, *data]) == 0

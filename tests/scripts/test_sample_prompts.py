@@ -111,7 +111,7 @@ def test_a_finished_run_is_its_base_with_its_file(trained, call):
     assert close(found["samples.png"], as_a_file["samples.png"])
 
 
-@pytest.mark.parametrize("objective", ["ddpm", "rectified_flow"])
+@pytest.mark.parametrize("objective", ["ddpm", slow("rectified_flow")])
 def test_a_run_of_a_whole_unet(run_in_process, call, objective):
     options = {"text_to_image.objective": objective}
     options |= {"text_to_image.noise_offset": 0.0} if objective == "rectified_flow" else {}

@@ -16,7 +16,7 @@ from marks import slow
 from processes import launch
 from run_folders import final_state, forget_after, losses
 from shard_files import caption, png, write_parquet, write_shards, write_tar
-from streams import COUNT, number_of, numbers, run_options, stream_of
+from streams import COUNT, KINDS, number_of, numbers, run_options, stream_of
 
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source
@@ -223,7 +223,14 @@ def test_epochs_have_orders_of_their_own(folder):
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
 
 
-@pytest.mark.parametrize("buffer", [None, 1, 4, 50])
+@pytest.mark.parametrize(
+    ("folder", "buffer"),
+    [
+        *(("parquet", None), ("tar", 1), ("tar", 4), ("parquet", 50)),
+        *(slow("tar", None), slow("parquet", 1), slow("parquet", 4), slow("tar", 50)),
+    ],
+    indirect=["folder"],
+)
 def test_a_reader_goes_on_from_every_position(folder, buffer):
     """Through JSON, as a checkpoint keeps it; with a buffer by reading again what was in it."""
     stream = stream_of(folder, shuffle_buffer_size=buffer).shard_for_rank(1, 2, 1)
@@ -283,20 +290,22 @@ def check_resume(tiny_config, folder, **more):
     return whole
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        slow({"base.dataloader_num_workers": 2}),
-        {"base.dataloader_num_workers": 3, "base.gradient_accumulation_steps": 2},
-        {"base.dataloader_num_workers": 2, "base.shuffle_buffer_size": 4},
-    ],
-    ids=["no workers", "2 workers", "3 workers, accumulation", "a shuffle buffer"],
-)
-def test_resume_is_exact(folder, tiny_config, more):
-    check_resume(tiny_config, folder, **more)
+READERS = {
+    "no workers": {},
+    "2 workers": {"base.dataloader_num_workers": 2},
+    "3 workers, accumulation": {"base.dataloader_num_workers": 3, "base.gradient_accumulation_steps": 2},
+    "a shuffle buffer": {"base.dataloader_num_workers": 2, "base.shuffle_buffer_size": 4},
+}
+QUICK = [("tar", "no workers"), ("parquet", "3 workers, accumulation"), ("tar", "a shuffle buffer")]
+MATRIX = [*QUICK, *(slow(*case) for case in itertools.product(KINDS, READERS) if case not in QUICK)]
 
 
+@pytest.mark.parametrize(("folder", "readers"), MATRIX, indirect=["folder"])
+def test_resume_is_exact(folder, tiny_config, readers):
+    check_resume(tiny_config, folder, **READERS[readers])
+
+
+@pytest.mark.parametrize("folder", ["tar", slow("parquet")], indirect=True)
 def test_without_the_position_the_runs_differ(folder, tiny_config, monkeypatch):
     """The comparison can fail."""
     monkeypatch.setattr(Stream, "go_on", lambda self, saved, process_index: [])
@@ -304,6 +313,7 @@ def test_without_the_position_the_runs_differ(folder, tiny_config, monkeypatch):
         check_resume(tiny_config, folder)
 
 
+@pytest.mark.parametrize("folder", ["parquet", slow("tar")], indirect=True)
 def test_one_worker_reads_what_none_does(folder, tiny_config):
     runs = [
         train(load_config(tiny_config("ddpm", f"{n}", **run_options(folder, **{"base.dataloader_num_workers": n}))))

@@ -10,6 +10,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from marks import slow
 from processes import start
 from run_folders import final_state, forget_after, losses
 from script_calls import run_script
@@ -158,6 +159,7 @@ def test_tasks_with_texts_or_classes_train_from_a_stream(tmp_path, tiny_config, 
     assert len(losses(run)) == json.loads(tiny_config(task).read_text())["base"]["max_train_steps"]
 
 
+@pytest.mark.parametrize("folder", ["tar", slow("parquet")], indirect=True)
 def test_a_dry_run_of_a_stream(folder, tiny_config, capsys):
     path = tiny_config(**run_options(folder, **{"base.dataloader_num_workers": 2}))
     assert main([str(path), "--dry-run"]) == 0

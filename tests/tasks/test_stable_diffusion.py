@@ -80,9 +80,15 @@ def drawn_by(pipeline, prompts, negative=None, **options):
 PROMPTS = ["a photo of a cat", "a handwritten three"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+UNGUIDED, RESCALED = {"guidance_scale": 1.0}, {"negative_prompt": "a dog", "guidance_rescale": 0.7}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"guidance_scale": 1.0}, {"negative_prompt": "a dog", "guidance_rescale": 0.7}]
+    ("family", "options"),
+    [
+        *(("sd1", {}), ("sd2", {}), ("sdxl", {}), ("sd1", RESCALED), ("sdxl", UNGUIDED)),
+        *(slow("sd1", UNGUIDED), slow("sd2", UNGUIDED), slow("sd2", RESCALED), slow("sdxl", RESCALED)),
+    ],
 )
 def test_pictures_are_those_of_the_pipeline(family, options):
     trainer = make(family=family, **options)
