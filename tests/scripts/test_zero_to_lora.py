@@ -39,9 +39,9 @@ def error(script, *arguments):
 
 
 def make_some(folder):
-    """The first 300 digits, for speed."""
+    """The first 150 digits, for speed."""
     digits = load_digits()
-    some = SimpleNamespace(images=digits.images[:300], target=digits.target[:300])
+    some = SimpleNamespace(images=digits.images[:150], target=digits.target[:150])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_digits, "load_digits", lambda: some)
         call(make_digits, folder)
@@ -60,7 +60,7 @@ def rows_of(folder):
 
 def test_a_digit_is_held_out_in_all_styles_or_in_none(digits):
     target = load_digits().target
-    for split, count in (("train", 240), ("validation", 60)):
+    for split, count in (("train", 120), ("validation", 30)):
         rows = [rows_of(digits / style / split) for style in STYLES]
         assert rows[0] == rows[1] == rows[2]
         assert len(rows[0]) == count
@@ -68,7 +68,7 @@ def test_a_digit_is_held_out_in_all_styles_or_in_none(digits):
             assert row["label"] == target[int(row["file_name"][:4])]
             assert row["text"] == f"a handwritten {make_digits.NAMES[row['label']]}"
     names = [{row["file_name"] for row in rows_of(digits / "plain" / split)} for split in ("train", "validation")]
-    assert len(names[0] | names[1]) == 300
+    assert len(names[0] | names[1]) == 150
 
 
 def test_styles(digits):
