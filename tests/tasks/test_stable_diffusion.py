@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -397,7 +398,8 @@ def test_a_checkpoint_of_stable_diffusions_shape():
     for p in trained:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    taken = snapshot({"unet": unet}, None, optimizer, {"step": 1}, True, {})
+    state = SimpleNamespace(networks={"unet": unet}, ema=None, optimizer=optimizer)
+    taken = snapshot(state, {"step": 1}, True, {})
     assert 3 * adapter < taken.num_bytes < 3.01 * adapter
 
 
