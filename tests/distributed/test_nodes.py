@@ -304,6 +304,7 @@ def check_whole(folder, root, whole):
     assert slots_of(root) == {step: list(range(8 * step, 8 * step + 8)) for step in range(8)}
 
 
+@pytest.mark.slow  # test_faults.py kills one by default
 def test_a_rank_is_lost_in_a_save(whole, tmp_path):
     """The other one seals its copy alone, and its host goes on from there alone, as an agent would start it."""
     noted = {"note_slots": f"{tmp_path}/slots"}

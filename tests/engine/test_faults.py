@@ -63,7 +63,7 @@ def uninterrupted(tmp_path_factory):
     return folder, seconds, int(output.rpartition(" lines")[0].split()[-1])
 
 
-@pytest.mark.parametrize("points", [4, slow(6), slow(50)])
+@pytest.mark.parametrize("points", [2, slow(6), slow(50)])
 def test_kill_9_at_random_points(uninterrupted, tmp_path, points, capsys):
     """Half of the points by time, half at a line of the modules that write files."""
     whole, seconds, lines = uninterrupted

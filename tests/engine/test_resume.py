@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from marks import slow
 from resuming import RANDOM, check_resume
 from run_folders import final_state, losses, read_metrics
 from safetensors.torch import save_file
@@ -52,7 +53,10 @@ def test_resume_is_exact_with_other_cadences_and_workers(tiny_config):
     assert final_state(rarely) == final_state(whole)
 
 
-@pytest.mark.parametrize("task", TRAINERS)
+ALWAYS = ("ddpm", "lora", "vae")  # one network, an adapter, two networks
+
+
+@pytest.mark.parametrize("task", [task if task in ALWAYS else slow(task) for task in TRAINERS])
 def test_every_task_resumes_exactly(task, tiny_config):
     check_resume(tiny_config, {"base.gradient_accumulation_steps": 2, "base.logging_steps": 1}, task=task)
 
