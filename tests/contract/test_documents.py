@@ -114,6 +114,7 @@ def test_the_articles_config_trains_on_a_local_data_set(local_mnist, tmp_path):
         "base.max_train_samples=4",
         "base.train_batch_size=2",
         "ddpm.ddpm_num_inference_steps=2",
+        "ddpm.valid_batch_size=1",
     ]
     assert main([str(document), *options, *smaller]) == 0
     assert [line["step"] for line in read_metrics(tmp_path / "run", prefix="loss")] == [2]

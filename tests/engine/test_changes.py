@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from marks import slow
 from repository import ROOT, tiny
 from run_folders import final_state, losses, read_metrics
 
@@ -60,7 +61,10 @@ ALTERING = {
 }
 
 
-@pytest.mark.parametrize("key", ALTERING)
+SIBLINGS = ("ddpm.lr_scheduler", "ddpm.snr_gamma", "ddpm.adam_beta1", "base.train_batch_size")  # others stay
+
+
+@pytest.mark.parametrize("key", [slow(key) if key in SIBLINGS else key for key in ALTERING])
 def test_what_alters_the_training_is_refused_unless_it_is_allowed(key, begun, capsys):
     folder, resume = begun
     before = (folder / "metrics.jsonl").read_text()

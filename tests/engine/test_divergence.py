@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from marks import slow
 from PIL import Image
 from processes import environment, launch
 from repository import ROOT
@@ -73,7 +74,7 @@ def test_an_infinite_loss_can_have_a_finite_gradient():
     assert weight.grad.isfinite()
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", [slow(kind) if kind == "infinite" else kind for kind in BROKEN])
 def test_a_step_that_is_not_finite_is_skipped_and_written_down(kind, break_loss, run_in_process):
     break_loss(BROKEN[kind])
     folder = run_in_process(**{"base.checkpointing_steps": 1, "base.gradient_accumulation_steps": 2})

@@ -586,6 +586,7 @@ def test_compile_changes_no_names_and_few_bits(run_in_process, network_without_d
     DDPMPipeline.from_pretrained(compiled)
 
 
+@pytest.mark.slow  # a compilation takes ten seconds
 def test_validation_and_saves_compile_nothing(run_in_process, monkeypatch, tmp_path):
     """Other batch sizes, no gradients, eval mode, a config that is written: each would be another compilation."""
     graphs = []

@@ -158,7 +158,7 @@ def call(monkeypatch, tmp_path, controlnets):
 OPTIONS = ["--strength", 0.7, "--guidance", 3, "--control-scale", 0.6, "--negative-prompt", "a dog", "--seed", 4]
 
 
-@pytest.mark.parametrize("family", [slow("sd1"), "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", slow("sdxl")])
 def test_pictures_are_the_pipelines(call, controlnets, pictures, tmp_path, family):
     lora = lora_file(tmp_path, family)
     found = call(family, pictures, *OPTIONS, "--lora", f"{lora}:0.8", "--save-edges")

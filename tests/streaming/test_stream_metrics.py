@@ -44,6 +44,7 @@ def in_checkpoint(run, step):
     )
 
 
+@pytest.mark.slow  # test_stream.py resumes two processes by default
 def test_two_processes_log_the_sum_and_go_on_from_it(folder, tiny_config, capsys):
     config = tiny_config("ddpm", "run", **run_options(folder, **OPTIONS, **{"base.logging_steps": 2}))
     run = config.with_suffix("")

@@ -174,9 +174,9 @@ def test_another_split_of_the_global_batch(run_in_process):
     "options",
     [
         {"base.gradient_checkpointing": True},
-        {"base.mixed_precision": "bf16"},
+        slow({"base.mixed_precision": "bf16"}),
         {"vae.adversarial_loss": "vanilla", "vae.reconstruction_loss": "l2", "vae.kl_warmup_steps": 4},
-        RECONSTRUCTION | {"vae.reconstruction_loss": "huber", "vae.huber_delta": 0.2, "vae.model_config": None},
+        slow(RECONSTRUCTION | {"vae.reconstruction_loss": "huber", "vae.huber_delta": 0.2, "vae.model_config": None}),
         {"base.resolution": 32, "base.channels": 3, "vae.model_config": None, "base.dataset": "digits"},
     ],
 )
