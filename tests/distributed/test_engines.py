@@ -179,7 +179,7 @@ def test_one_rank_is_killed_in_a_save(rank, engine, whole, tmp_path):
 def test_one_rank_gets_term(engine, whole, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     arguments = [tiny("ddpm"), f"base.output_dir={folder}", *COMMON]
-    process = Forked(arguments, 2, ENGINES[engine][1] | {"slow_steps": 0.3}, out=log)  # one rank is found
+    process = Forked(arguments, 2, ENGINES[engine][1] | {"slow_steps": 0.3}, out=log)  # torchrun would hide its ranks
     wait_for(lambda: 2 in logged_steps(folder), process)
     os.kill(process.ranks[1].pid, signal.SIGTERM)
     assert process.wait(300) == 143

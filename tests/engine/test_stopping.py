@@ -54,7 +54,7 @@ def command_of(pid):
 
 def launch(kind, moment, folder, log):
     """(the process, the pids of its ranks) of a run that has come to the moment."""
-    faults = {"slow_steps": 0.5 if kind == "accelerate" else 0.15}  # of a launcher the run must outlive the end
+    faults = {"slow_steps": 0.5 if kind == "accelerate" else 0.15}  # a dying launcher takes its time
     faults |= {"slow_write": 3} if moment == "save" else {}
     processes = 2 if kind == "torchrun" else 1
     options = [*RUN, *MOMENTS[moment], f"base.output_dir={folder}"]
