@@ -145,6 +145,7 @@ def test_keys_are_the_content(run_in_process, options, captioned, capsys, tmp_pa
 
     texts = 5 + 5 * 3 + 3 + 1  # one or three of each picture, the held-out one's, the empty one; the prompt is known
     assert count("first") == {"latents": 21, "text": texts}
+    assert count("again") == {"latents": 0, "text": 0}
     assert count("without_flips", **{"base.random_flip": False}) == {"latents": 0, "text": 0}
     shutil.copy(captioned / "0.png", captioned / "1.png")  # one file with other content: it is known already
     assert count("copied") == {"latents": 0, "text": 0}

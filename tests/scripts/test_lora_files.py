@@ -33,6 +33,7 @@ PATTERNS = {
     "text_encoder_2": {"rank_pattern": {"q_proj": 2}},
 }
 KINDS = {"patterns": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+CASES = [slow(kind) if kind == "rslora" else kind for kind in KINDS]
 
 
 def networks_of(family, pipeline=None):
@@ -117,7 +118,7 @@ def run_script(monkeypatch, script, *arguments):
 # files ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["patterns", slow("rslora"), "dora"])
+@pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("family", [slow("sd1"), "sdxl"])
 def test_diffusers_reads_what_was_saved(files, family, kind):
     file, networks = files(family, kind)
@@ -129,7 +130,7 @@ def test_diffusers_reads_what_was_saved(files, family, kind):
     assert all((mine - other).abs().max() > 1e-3 for mine, other in zip(outputs(networks), base, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["patterns", slow("rslora"), "dora", "no header"])
+@pytest.mark.parametrize("kind", [*CASES, "no header"])
 def test_scripts_load_what_diffusers_does(files, tmp_path, kind):
     file, _ = files("sdxl", kind if kind in KINDS else "patterns")
     if kind not in KINDS:
@@ -172,7 +173,7 @@ def test_a_file_says_whether_it_is_a_dora(files):
     assert not lora_files.read_lora(files("sd1", "patterns")[0]).is_dora
 
 
-@pytest.mark.parametrize("kind", ["patterns", slow("rslora"), "dora"])
+@pytest.mark.parametrize("kind", CASES)
 def test_load_lora_restores_every_weight(files, kind):
     file, networks = files("sdxl", kind)
     others = adapted("sdxl", kind, seed=1)
