@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.runs import DEVICE, beside, configured, examples_per_second, median_ratio, synchronize
 from trainers.base import Trainer
+from trainers.common.model_files import Grid
 from trainers.engine.config.config import RunConfig
 from trainers.engine.data import batches, prefetch, workers
 from trainers.engine.optim import ema, optimizer
@@ -82,13 +83,19 @@ def compared(task: str, size: str, folder: str, pairs: int, steps: int) -> dict[
 def bare_step(run: RunConfig, trainer: Trainer) -> Callable[[], None]:
     """A step of the bare loop over a copy of the trainer's network."""
     [network] = copy.deepcopy(list(trainer.unwrapped.values()))
+    vars(network).pop("forward", None)  # accelerate's in bf16, which would call the original
+    if run.base.compile:
+        getattr(network, "compile_repeated_blocks" if run.base.compile_repeated_blocks else "compile")()
     weights = [p for p in network.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in weights]
     adamw = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     loss = (vae_loss if run.task == "vae" else denoising_loss)(trainer, network)
+    in_bf16 = torch.autocast(DEVICE.type, torch.bfloat16, enabled=run.base.mixed_precision == "bf16")
 
     def step() -> None:
-        loss().backward()
+        with in_bf16:
+            value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         adamw.step()
         adamw.zero_grad()
@@ -101,25 +108,37 @@ def bare_step(run: RunConfig, trainer: Trainer) -> Callable[[], None]:
 
 def denoising_loss(trainer: Any, network: Any) -> Callable[[], Tensor]:
     """The squared error of the prediction on pictures, or on latents that are drawn in each step."""
-    size, text_width = trainer.base.train_batch_size, getattr(network.config, "cross_attention_dim", None)
-    side = trainer.base.resolution // (4 if text_width else 1)  # the autoencoder's factor
-    mean, deviation = torch.rand(2, size, network.config.in_channels, side, side, device=DEVICE) * 2 - 1
+    size, settings = trainer.base.train_batch_size, network.config
+    text_width, wide = settings.get("cross_attention_dim"), trainer.run.weight_dtype
+    grid = trainer.latents.grid if text_width else Grid(settings.in_channels, trainer.base.resolution)
+    mean, deviation = torch.rand(2, size, *grid.shape, device=DEVICE) * 2 - 1
     scheduler = trainer.learned.scheduler if text_width else trainer.scheduler
     velocity = trainer.config.prediction_type == "v_prediction"
     classes = trainer.num_classes
-    text = {"encoder_hidden_states": torch.randn(size, 16, text_width, device=DEVICE)} if text_width else {}
+    given: dict[str, Any] = {}
+    if text_width:
+        tokens = trainer.prompts.tokenizers[0].model_max_length
+        given["encoder_hidden_states"] = torch.randn(size, tokens, text_width, device=DEVICE, dtype=wide)
+    if settings.get("addition_embed_type") == "text_time":
+        pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
+        sizes = torch.full((size, 6), 512.0, device=DEVICE)
+        given["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(size, pooled, device=DEVICE, dtype=wide),
+            "time_ids": sizes,
+        }
 
     def loss() -> Tensor:
         clean = mean + deviation * torch.randn_like(mean) if text_width else mean
         noise = torch.randn_like(clean)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), device=DEVICE)
-        asked = dict(text)
+        asked = dict(given)
         if classes:
             hidden = torch.rand(size, device=DEVICE) < trainer.config.label_dropout
             asked["class_labels"] = torch.where(hidden, classes, torch.arange(size, device=DEVICE) % classes)
-        predicted = network(scheduler.add_noise(clean, noise, timesteps), timesteps, **asked).sample
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        predicted = network(noisy.to(wide) if text_width else noisy, timesteps, **asked).sample
         target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
-        return nn.functional.mse_loss(predicted, target)
+        return nn.functional.mse_loss(predicted.float(), target)
 
     return loss
 

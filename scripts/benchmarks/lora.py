@@ -1,7 +1,7 @@
 """A LoRA step on a network of Stable Diffusion 1.5's shape: without caches, with caches, and the UNet alone.
 
 Adapters of rank 16, pictures of 512 x 512, batch 1, each in its own process; on a GPU in bf16. The first call makes a
-base model with random weights, 3.7 GB in outputs/tests/sd1-whole.
+base model with random weights, 2 GB in outputs/tests/sd1-1-whole.
 """
 
 from __future__ import annotations

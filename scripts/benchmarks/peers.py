@@ -1,8 +1,8 @@
 """diffloop, the pip package denoising-diffusion-pytorch and a plain script, all with the package's network.
 
 Same digits, batch, precision and averaging, in turns. The package's loop is that of its documentation; the plain script
-is written like diffusers' examples: accelerate, EMAModel, a loss that is read in every step. Settings b add what else
-diffloop offers. Needs the package.
+is written like diffusers' examples: EMAModel, AdamW that is not fused, a loss that is read in every step. Settings b
+add what else diffloop offers. Needs the package.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from scripts.benchmarks.peer import CONFIG, Package, PeerConfig, build_unet, digits_of
+from scripts.benchmarks.plain import plain_step
 from scripts.benchmarks.runs import DEVICE, beside, configured, median_ratio
 from trainers.engine.config.config import RunConfig
 
@@ -59,7 +58,7 @@ def rates_of(setting: str, run: RunConfig) -> dict[str, list[float]]:
     package = Package(run, update_every=1, fp16=setting != "a" and DEVICE.type == "cuda")
     others: dict[str, Any] = {PACKAGE: lambda trainer: lambda: package.step(*next(batches))}
     if setting == "a":
-        others["plain script"] = lambda trainer: plain_step(run, batches)
+        others["plain script"] = lambda trainer: plain_side(run, batches)
     return beside(run, others)
 
 
@@ -71,28 +70,16 @@ def random_batches(run: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
         yield images[numbers], labels[numbers]
 
 
-def plain_step(run: RunConfig, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    accelerator, config = Accelerator(), cast(PeerConfig, run.config)  # shares its state with train()
+def plain_side(run: RunConfig, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    config, scheduler = cast(PeerConfig, run.config), DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     torch.manual_seed(run.base.seed)
-    unet = build_unet(config, config.label_dropout).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    averaged = EMAModel(unet.parameters(), decay=0.995)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    averaged.to(accelerator.device)
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    unet = build_unet(config, config.label_dropout).to(DEVICE).train()
 
-    def step() -> None:
+    def loss() -> Tensor:
         images, labels = next(batches)
         noise = torch.randn_like(images)
         timesteps = torch.randint(0, 1000, (len(images),), device=DEVICE)
-        with accelerator.accumulate(unet):
-            predicted = unet(scheduler.add_noise(2 * images - 1, noise, timesteps), timesteps, labels)
-            loss = torch.nn.functional.mse_loss(predicted, noise)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        averaged.step(unet.parameters())
-        loss.detach().item()  # these scripts show it in their progress bars
+        predicted = unet(scheduler.add_noise(2 * images - 1, noise, timesteps), timesteps, labels)
+        return torch.nn.functional.mse_loss(predicted, noise)
 
-    return step
+    return plain_step(unet, loss)

@@ -9,7 +9,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,10 @@ from trainers.engine.validation.validation import Validation
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where accelerate puts train()
 Look = Callable[[Validation, int], None]  # gets the number of steps that are done
+
+
+class Enough(Exception):
+    """Raised by a look: the run ends here, without its last save and its export."""
 
 
 def configured(config: str, folder: str, steps: int, overrides: Sequence[str] = (), windows: int = 1) -> RunConfig:
@@ -47,7 +52,7 @@ def examples_per_second(run: RunConfig, look: Look = lambda validation, steps_do
     `look` replaces validations, which the rates leave out: it is called before the first step and after each one.
     """
     looking = patch.multiple(Validation, make_up=look, after_step=look)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), looking:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), looking, suppress(Enough):
         train(run)
     AcceleratorState._reset_state(reset_partial_state=True)  # which is global: the next run starts with a new one
     GradientState._reset_state()
@@ -62,20 +67,24 @@ def logged(run: RunConfig, name: str) -> list[float]:
 def beside(run: RunConfig, others: Mapping[str, Callable[[Trainer], Callable[[], Any]]]) -> dict[str, list[float]]:
     """Examples per second of "diffloop" and of the others by windows of steps, in turns in one process.
 
-    The others make their step from the trainer before its first one; each does as many steps as train() has logged.
+    The others make their step from the trainer after the run's first window, so that it has the device to itself until
+    then; each does as many steps as train() has logged.
     """
-    window, made = run.base.logging_steps, {}
+    window, last, made = run.base.logging_steps, run.base.max_train_steps or 0, {}
     rates: dict[str, list[float]] = {name: [] for name in others}
 
     def take_turns(validation: Validation, steps_done: int) -> None:
-        validation.saver.wait()  # the thread that writes the last checkpoint would take time from the others
-        if steps_done == 0:
+        if steps_done == 0 or steps_done % window:
+            return
+        if steps_done == window:
             made.update({name: make(validation.trainer) for name, make in others.items()})
-        elif steps_done % window == 0:
-            for name, step in made.items():
-                rates[name].append(window * run.base.train_batch_size / seconds_of(step, window))
+        for name, step in made.items():
+            rates[name].append(window * run.base.train_batch_size / seconds_of(step, window))
+        if steps_done == last:
+            raise Enough
 
-    ours = examples_per_second(run, take_turns)
+    one_more = replace(run.base, max_train_steps=last + 1, checkpointing_steps=last + 1)  # a run saves after its last
+    ours = examples_per_second(run._replace(base=one_more), take_turns)
     return {"diffloop": ours} | {name: found[1:] for name, found in rates.items()}
 
 

@@ -27,6 +27,7 @@ ORDER = (
     "datasets_lib.streaming",
     "datasets_lib.report",
     "datasets_lib",
+    "trainers.version",
     "trainers.options",
     "trainers.model_configs",
     "trainers.pretrained",
@@ -63,6 +64,7 @@ ORDER = (
 )
 FOREIGN = "datasets_lib.foreign"  # what everybody shows, opens and reads with
 CONTRACT = (
+    "trainers.version",
     "trainers.options",
     "trainers.model_configs",
     "trainers.pretrained",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
+from trainers.version import VERSION
 from trainers.pretrained import read_model
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class AdapterTrainer(StableDiffusionTrainer):
             "alpha": f"{adapter['lora_alpha']:g}",
             "target_modules": str(self.targets()),
             "trigger_word": self.base.trigger_word or "",
-            "diffloop_version": version("diffloop"),
+            "diffloop_version": VERSION,
         }
 
     @classmethod

@@ -1,0 +1,82 @@
+"""Runs one section of gpu.py in this process, and writes its rows as they are found."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scripts.benchmarks.on_gpu.machine import about, clean_up
+
+Case = Callable[[], dict[str, Any]]  # a row's columns; "holds": whether what it checks is true
+
+
+class Asked(NamedTuple):
+    """What a section is asked for."""
+
+    folder: Path  # for its runs, removed at its end
+    device: str
+    tiny: bool
+    end: float  # by time.monotonic()
+
+
+class Skip(Exception):
+    """A row that cannot be measured here, with the reason."""
+
+
+def run(name: str, asked: Asked, out: Path) -> None:
+    """Calls the section's cases in their order until its time is over; a case that fails becomes a row that says so."""
+    module = f"scripts.benchmarks.on_gpu.{name}"
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Case] = {}
+    failure = outcome(lambda: found.update(importlib.import_module(module).cases(asked)) or {})
+    if failure:
+        found = {"the section": lambda: failure}
+    for case, measure in found.items():
+        began = time.monotonic()
+        row: dict[str, Any] = {"case": case}
+        if began > asked.end:
+            row["note"] = "not run: no time was left"
+        else:
+            row |= outcome(measure) | {"seconds": round(time.monotonic() - began, 1)}
+        clean_up()
+        rows.append(row)
+        print(f"  {name}: {row}", flush=True)
+        part = out / f".{name}.part"
+        part.write_text(json.dumps(about(name, asked.tiny) | {"rows": rows}, indent=1), encoding="utf-8")
+        part.rename(out / f"{name}.json")
+
+
+def outcome(measure: Case) -> dict[str, Any]:
+    try:
+        return measure()
+    except Skip as reason:
+        return {"note": f"skipped: {reason}"}
+    except Exception as error:
+        traceback.print_exc()
+        return {"holds": False, "note": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("section")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("device")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product, for runs that ask for it
+    with tempfile.TemporaryDirectory() as folder:
+        run(options.section, Asked(Path(folder), options.device, options.tiny, end), options.out)
+
+
+if __name__ == "__main__":
+    main()
