@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
-from trainers.version import VERSION
 from trainers.pretrained import read_model
+from trainers.version import VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
