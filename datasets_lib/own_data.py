@@ -16,6 +16,7 @@ ATTRIBUTES = ("random", "label_names", "highest_label", "encoded_by", "notes")
 OWN_TO_IT = {
     "center_crop": False, "random_flip": False, "interpolation": "bilinear", "background_color": "white",
     "trigger_word": None, "shuffle_tags": False, "bad_images": "error", "max_image_pixels": 64_000_000,
+    "convert_to_srgb": True,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all,
 from datasets_lib.images.source import Source
 from datasets_lib.images.transforms import resized_size
 
-DECODING = 1  # raise it when the pixels that come from a file change
+DECODING = 2  # raise it when the pixels that come from a file change
 T = TypeVar("T")
 
 
@@ -32,10 +32,11 @@ class Pictures:
     def __init__(self, source: Source, rows: list[int], args: Any) -> None:
         self.source, self.rows = source, rows
         self.reader = ImageReader(
-            sizes_of(args), args.channels, args.interpolation, args.background_color, args.max_image_pixels
-        )
-        # transparent pixels do not belong to a mask
-        self.mask_reader = dataclasses.replace(self.reader, channels=1, background_color="black")
+            sizes_of(args), args.channels, args.interpolation, args.background_color, args.max_image_pixels,
+            args.convert_to_srgb,
+        )  # fmt: skip
+        # transparent pixels do not belong to a mask, whose numbers are no colours
+        self.mask_reader = dataclasses.replace(self.reader, channels=1, background_color="black", convert_to_srgb=False)
         self.channels = args.channels + (source.masks is not None)
         # Flags in shared memory: workers report what they find, and none is counted twice.
         self.skips = args.bad_images == "skip"

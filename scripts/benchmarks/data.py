@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -31,14 +31,27 @@ from trainers.engine.run.clock import Clock
 from trainers.engine.run.context import DataSets
 from trainers.engine.run.signals import StopSignals
 
-IMAGES, SIDE, RESOLUTION, BATCH = 500, 512, 32, 64
+IMAGES, SIDE = 500, 512
+PHOTOGRAPHS, PHONE = 24, (4000, 3000)  # width, height
 READ_AHEAD = 2  # batches, of each worker
+
+
+class Files(NamedTuple):
+    """Pictures in a folder, the option that names it, and what is made of them."""
+
+    folder: str
+    option: str = "train_data_dir"
+    resolution: int = 32
+    batch: int = 64
+
+
 SOURCES = {
-    "jpeg folder": ("train_data_dir", "jpg"),
-    "png folder": ("train_data_dir", "png"),
-    "arrow": ("dataset_name", "arrow"),
-    "decoded cache": ("train_data_dir", "jpg"),
-    "latents cache": ("train_data_dir", "jpg"),
+    "jpeg folder": Files("jpg"),
+    "png folder": Files("png"),
+    "12-megapixel jpeg folder": Files("phone", resolution=512, batch=8),
+    "arrow": Files("arrow", "dataset_name"),
+    "decoded cache": Files("jpg"),
+    "latents cache": Files("jpg"),
 }
 WORKERS = {"decoded cache": (0,)}  # it never starts any; else 0, 1, 2
 # no real autoencoder, as none runs once its latents are cached: one number for 8 x 8 pixels
@@ -59,7 +72,7 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
         for source in SOURCES:
             for workers in WORKERS.get(source, (0, 1, 2)):
                 batches = stack.enter_context(closing(batches_of(source, workers, Path(folder))))
-                sides[source, workers] = partial(speed, batches, asked.seconds, 1 + READ_AHEAD * workers)
+                sides[source, workers] = partial(speed, source, batches, asked.seconds, 1 + READ_AHEAD * workers)
         found = in_turns(sides, asked.pairs)
     return [
         {
@@ -74,7 +87,7 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def write_pictures(folder: Path) -> None:
-    """The same smooth pictures as JPEG and PNG files, and the JPEG ones as arrow."""
+    """The same smooth pictures as JPEG and PNG files, and the JPEG ones as arrow; photographs of a phone's size."""
     import datasets  # slow to import, and the other tables need none of it
 
     rng = np.random.default_rng(0)
@@ -85,17 +98,31 @@ def write_pictures(folder: Path) -> None:
         picture = coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         picture.save(folder / "jpg" / f"{number:05}.jpg", quality=90)
         picture.save(folder / "png" / f"{number:05}.png")
+    (folder / "phone").mkdir()
+    for number in range(PHOTOGRAPHS):
+        photograph(number).save(folder / "phone" / f"{number:05}.jpg", quality=92)
     files = [{"bytes": path.read_bytes(), "path": None} for path in sorted((folder / "jpg").iterdir())]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": files}, features).save_to_disk(folder / "arrow")
 
 
+def photograph(number: int) -> Image.Image:
+    """One of scikit-learn's two photographs, enlarged, with the grain of a sensor, which is most of the file: 2 MB."""
+    from sklearn.datasets import load_sample_images
+
+    pictures = load_sample_images().images
+    large = Image.fromarray(pictures[number % len(pictures)]).resize(PHONE, Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(number).normal(0, 1, (PHONE[1], PHONE[0], 1))
+    return Image.fromarray((np.asarray(large) + grain).clip(0, 255).astype(np.uint8))
+
+
 def batches_of(source: str, workers: int, folder: Path) -> Generator[dict[str, Any]]:
     """Endless flipped training batches of a source, on the device; with latents if these are cached."""
-    place: dict[str, Any] = {SOURCES[source][0]: f"{folder}/{SOURCES[source][1]}"}
+    files = SOURCES[source]
+    place: dict[str, Any] = {files.option: f"{folder}/{files.folder}"}
     budget = 512 if source == "decoded cache" else 0  # MiB
     base = BaseConfig(
-        resolution=RESOLUTION, train_batch_size=BATCH, center_crop=True, random_flip=True, image_cache_mb=budget,
+        resolution=files.resolution, train_batch_size=files.batch, center_crop=True, random_flip=True, image_cache_mb=budget,
         dataloader_num_workers=workers, **place,
     )  # fmt: skip
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -103,7 +130,7 @@ def batches_of(source: str, workers: int, folder: Path) -> Generator[dict[str, A
     dataset: Any = datasets_lib.build(base, "train")
     examples, _ = fill_caches(accelerator, stages, base, DataSets(dataset, None))
     datasets_lib.prepare(examples, show_progress=False)
-    clock = Clock(len(examples), BATCH, 1, 1, max_train_steps=10**9)
+    clock = Clock(len(examples), files.batch, 1, 1, max_train_steps=10**9)
     batches: Any = training_batches(examples, clock, base, 0, accelerator.device, StopSignals(1800.0))
     with closing(batches):
         yield from map(stages.encode, batches)
@@ -117,11 +144,11 @@ def wait_for_workers() -> None:
         time.sleep(0.3)
 
 
-def speed(batches: Iterator[dict[str, Any]], seconds: float, warm_up: int) -> float:
+def speed(source: str, batches: Iterator[dict[str, Any]], seconds: float, warm_up: int) -> float:
     """Pictures per second, after the batches that were read ahead while another side was timed."""
     for _ in range(warm_up):
         next(batches)
     timer = Timer("next(batches)", globals={"batches": batches}, num_threads=torch.get_num_threads())
-    rate = BATCH / timer.blocked_autorange(min_run_time=seconds).mean
+    rate = SOURCES[source].batch / timer.blocked_autorange(min_run_time=seconds).mean
     wait_for_workers()
     return rate

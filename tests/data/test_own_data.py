@@ -171,6 +171,7 @@ def test_in_memory_needs_get_batch():
 SET = {
     "center_crop": True, "random_flip": True, "interpolation": "lanczos", "background_color": "black",
     "trigger_word": "sks", "shuffle_tags": True, "bad_images": "skip", "max_image_pixels": 100,
+    "convert_to_srgb": False,
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ DEFAULTS = {
     "background_color": "white",
     "bad_images": "error",
     "max_image_pixels": 64_000_000,
+    "convert_to_srgb": True,
     "image_cache_mb": 512,
     "streaming": False,
 }

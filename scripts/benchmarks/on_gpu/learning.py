@@ -14,7 +14,7 @@ from scripts.benchmarks.on_gpu.section import Asked, Case
 from scripts.benchmarks.runs import ROOT
 
 # of the CPU's seeds 0 and 1: the lower figure less the difference of the two
-QUICKSTART = {"class_accuracy": (0.991, 0.991)}
+QUICKSTART = {"class_accuracy": (0.991, 0.992)}
 ZERO_TO_LORA = {"styled": (1.0, 1.0), "styled_shape": (0.992, 0.996), "lora_accuracy": (0.994, 0.970)}
 
 

@@ -123,6 +123,7 @@ class BaseConfig(Section):
     center_crop: bool = False  # crop at the centre; false: at random in training
     random_flip: bool = False  # mirror half of the examples in training
     background_color: str = "white"  # put behind transparent pixels if channels is not 4
+    convert_to_srgb: bool = True  # pictures whose colour profile says other colours, such as a phone's Display P3
     bad_images: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or is replaced and counted
     max_image_pixels: Annotated[int, Bounds(1, 357913940)] = 64_000_000  # larger images are refused
     image_cache_mb: NonNegative = 512  # MiB; decode once and keep as uint8 a data set that fits; 0: never
