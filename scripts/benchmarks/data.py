@@ -122,8 +122,8 @@ def batches_of(source: str, workers: int, folder: Path) -> Generator[dict[str, A
     place: dict[str, Any] = {files.option: f"{folder}/{files.folder}"}
     budget = 512 if source == "decoded cache" else 0  # MiB
     base = BaseConfig(
-        resolution=files.resolution, train_batch_size=files.batch, center_crop=True, random_flip=True, image_cache_mb=budget,
-        dataloader_num_workers=workers, **place,
+        resolution=files.resolution, train_batch_size=files.batch, center_crop=True, random_flip=True,
+        image_cache_mb=budget, dataloader_num_workers=workers, **place,
     )  # fmt: skip
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     stages = FrozenEncoders({"latents": LATENTS} if source == "latents cache" else {}, accelerator.device)
