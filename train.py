@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import os
 import sys
@@ -69,6 +70,9 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         checkpoints = saver.Saver(ctx, state, tracking)
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
+        if not gc.isenabled():  # see _run
+            gc.freeze()
+            gc.enable()
         with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)  # if the run was stopped during a validation
             speed = meters.Speed()
@@ -111,6 +115,7 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
 
 def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
     """Builds both data sets and sets the run's clock; a dry run keeps a few examples and steps."""
+    from datasets_lib.example_checks import check_example
     from trainers.engine.data.batches import shard_for_rank
     from trainers.engine.run.context import DataSets
 
@@ -121,7 +126,7 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
     data = DataSets(train_set, validation_set)
     if dry_run is not None:
         data = dry_run.shorten(ctx, data)
-    datasets_lib.check_example(data.train.first_example(), base)
+    check_example(data.train.first_example(), base)
     ctx.stop.raise_if_asked()
     return data
 
@@ -182,6 +187,7 @@ def _run(options: argparse.Namespace) -> int:
         print(run.as_yaml(), end="")
         return 0
     try:
+        gc.disable()  # until the first step: looking through all that the libraries made was a tenth of the start
         if options.dry_run:
             return _dry_run(run)
         train(run)
@@ -194,6 +200,9 @@ def _run(options: argparse.Namespace) -> int:
             text = "the dry run was interrupted" if options.dry_run else interruption
             print(f"\n{text}", file=sys.stderr, flush=True)
         return interruption.code
+    finally:
+        gc.unfreeze()
+        gc.enable()
     return 0
 
 

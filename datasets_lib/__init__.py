@@ -11,15 +11,11 @@ from PIL import ImageColor
 
 from datasets_lib.checks import one_of
 from datasets_lib.example import DataSet, Example, ImageData
-from datasets_lib.example_checks import check_example
 from datasets_lib.foreign import named_object
 from datasets_lib.images import buckets
-from datasets_lib.own_data import adapted
-from datasets_lib.sources import class_images, folder, hub
 from datasets_lib.streaming import problems as stream_problems
-from datasets_lib.streaming import stream
 
-__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
+__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "prepare", "problems"]
 
 DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 
@@ -53,6 +49,9 @@ def build(args: Any, split: str) -> ImageData | None:
     Returns None for "validation" when `args.validation_split` is None. Raises ValueError for a setting that cannot be
     met and FileNotFoundError for data that is not there.
     """
+    from datasets_lib.sources import class_images, folder, hub  # not at the top: a config is checked without torch
+    from datasets_lib.streaming import stream
+
     one_of("split", split, ("train", "validation"))
     if split == "validation" and args.validation_split is None:
         return None
@@ -94,6 +93,8 @@ def _named_builder(name: str) -> Callable:
 
 
 def _call(builder: Callable, args: Any, split: str) -> ImageData | None:
+    from datasets_lib.own_data import adapted
+
     try:
         signature(builder).bind(args, split, **args.dataset_args)
     except TypeError as error:

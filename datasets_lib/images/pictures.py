@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.file_hashes import FileHashes, cache_directory
+from datasets_lib.foreign import shown
 from datasets_lib.images.buckets import Size, sizes_of
 from datasets_lib.images.decode import ImageError, ImageReader
 from datasets_lib.images.memory_cache import DecodedImages, Picture, decode_all, in_threads
@@ -46,6 +47,7 @@ class Pictures:
         self.decoded: DecodedImages | None = None
         self.sizes: dict[int, Size] = {}
         self.contents: dict[int, str] = {}
+        self.hashes = FileHashes(cache_directory(args))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,10 +123,11 @@ class Pictures:
         return self._read_mask(position, self.size(position))
 
     def content(self, position: int) -> str:
-        """Return the sha256 of a picture's file or array; it is read once."""
+        """Return the sha256 of a picture's file or array; a file is read if it has changed since the last start."""
         if position not in self.contents:
             with self._naming(position):
-                self.contents[position] = content(self._image(position))
+                image = self._image(position)
+                self.contents[position] = self.hashes.sha256(image) if isinstance(image, Path) else content(image)
         return self.contents[position]
 
     def key(self, position: int, flipped: bool) -> str:
@@ -194,11 +197,8 @@ class Pictures:
         return self.channels * math.prod(resized_size(size, self.reader.target(size)))
 
 
-def content(image: Path | bytes | np.ndarray) -> str:
-    """Return the sha256 of a file's bytes, or of an array's values and shape."""
-    if isinstance(image, Path):
-        with check_regular(image).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+def content(image: bytes | np.ndarray) -> str:
+    """Return the sha256 of bytes, or of an array's values and shape."""
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     shape = repr((image.dtype.str, image.shape)).encode()

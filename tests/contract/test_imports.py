@@ -18,6 +18,7 @@ HEAVY = ("diffusers", "transformers", "peft")
 # A file imports from its own room, and from those above its own in this list; a task from no other task.
 ORDER = (
     "datasets_lib.foreign",
+    "datasets_lib.file_hashes",
     "datasets_lib.checks",
     "datasets_lib.example",
     "datasets_lib.images",
@@ -64,6 +65,7 @@ ORDER = (
 )
 FOREIGN = "datasets_lib.foreign"  # what everybody shows, opens and reads with
 CONTRACT = (
+    "datasets_lib.file_hashes",
     "trainers.version",
     "trainers.options",
     "trainers.model_configs",
@@ -154,7 +156,7 @@ def test_tasks_and_the_contract_load_heavy_libraries_late(path):
 def test_a_config_is_checked_without_the_heavy_libraries():
     code = (
         "import sys; from train import main; code = main(['configs/tests/ddpm.json', 'base.seed=-1']);"
-        "print(code, [m for m in ('diffusers', 'transformers', 'peft', 'accelerate', 'datasets') if m in sys.modules])"
+        "print(code, [m for m in ('torch', 'diffusers', 'transformers', 'peft', 'accelerate', 'datasets') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "2 []"

@@ -19,12 +19,12 @@ from processes import launch, start, wait_for
 from run_folders import final_state, forget_after, hidden, logged_steps, losses, steps_of
 from safetensors.torch import load_file, save_file
 
+from datasets_lib.file_hashes import sha256
 from train import main
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
 from trainers.engine.config.errors import is_message
 from trainers.engine.distributed import collectives
 from trainers.engine.distributed.shared_folders import Folders, find_folders
-from trainers.engine.run.files import sha256
 from trainers.engine.run.run_folder import lock_folder
 
 COMMON = [

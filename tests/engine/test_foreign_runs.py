@@ -20,11 +20,12 @@ from repository import ROOT, tiny
 from run_folders import steps_of
 from script_calls import run_script
 
+from datasets_lib.file_hashes import sha256
 from scripts import evaluate, replay, sample, shard, sweep
 from train import main, train
 from trainers.engine.checkpoint.manifest import DamagedCheckpoint, verify
 from trainers.engine.config.config import ConfigError, load_config
-from trainers.engine.run.files import append_line, sha256
+from trainers.engine.run.files import append_line
 
 CODE = f"{NAME}:{{0}}"
 

@@ -20,6 +20,7 @@ DEFAULTS = {
     "dataset": None,
     "dataset_args": {},
     "cache_dir": None,
+    "encoder_cache_dir": "outputs/tests/encoder-cache",
     "allow_outside": [],
     "image_column": None,
     "label_column": None,

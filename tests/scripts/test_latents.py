@@ -15,6 +15,7 @@ from run_folders import losses, read_metrics
 from script_calls import run_script
 
 import datasets_lib
+from datasets_lib.example_checks import check_example
 from scripts import evaluate, replay, sample
 from train import main
 from trainers.common.autoencoder.latents import LatentSpace
@@ -68,7 +69,7 @@ def test_what_is_wrong_with_an_example_of_latents():
         ({"mean": zeros, "logvar": zeros / 0}, "an example's logvar holds NaN or infinity; every value must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            datasets_lib.check_example(example, BaseConfig())
+            check_example(example, BaseConfig())
 
 
 def space(vae, resolution=16):
@@ -255,7 +256,7 @@ def test_scripts_draw_from_latents_when_the_autoencoder_has_moved(runs, tmp_path
     saved["config"][TASK]["vae"] = "gone"
     state.write_text(json.dumps(saved))
     manifest = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
-    from trainers.engine.run.files import sha256
+    from datasets_lib.file_hashes import sha256
 
     manifest["state.json"] = [state.stat().st_size, sha256(state)]
     (folder / "checkpoint-3" / "manifest.json").write_text(json.dumps(manifest))

@@ -15,8 +15,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from datasets_lib.file_hashes import sha256
 from datasets_lib.foreign import check_regular, read_json, shown
-from trainers.engine.run.files import new_file, sha256, write_text
+from trainers.engine.run.files import new_file, write_text
 
 KEY = "diffloop"  # of the PNG's text chunk
 MARK = ".diffloop.json"  # lists the files that were drawn into a folder

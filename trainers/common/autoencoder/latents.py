@@ -9,16 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from datasets_lib.file_hashes import FileHashes, cache_directory
 from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
 from trainers.model_configs import read_config
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import AutoencoderKL
+    from torch import Tensor
 
 
 def vae_config(source: str) -> dict[str, Any] | None:
@@ -97,6 +97,8 @@ class LatentSpace:
     @property
     def vae_dtype(self) -> torch.dtype:
         """Read from the file, because diffusers' default for force_upcast is True."""
+        import torch
+
         return torch.float32 if self.settings.get("force_upcast") else self.dtype
 
     def load(self) -> AutoencoderKL:
@@ -119,7 +121,8 @@ class LatentSpace:
 
         def source() -> dict[str, Any]:
             folder = Path(self.source) / (find_subfolder(self.source, None) or "")
-            digest = files_digest(folder) if folder.is_dir() else self.digest
+            hashes = FileHashes(cache_directory(self.base))
+            digest = files_digest(folder, hash_of=hashes.sha256) if folder.is_dir() else self.digest
             return {"vae": digest, "variant": self.variant, "dtype": str(self.vae_dtype)}
 
         writes = (f"{column}mean", f"{column}logvar")
@@ -147,10 +150,12 @@ class LatentSpace:
     def scaled(self, latents: Tensor) -> Tensor:
         return (latents - (self.settings.get("shift_factor") or 0.0)) * self.settings.get("scaling_factor", 0.18215)
 
-    @torch.no_grad()
     def decode(self, scaled: Tensor) -> Tensor:
-        """Decodes to pixels [B, C, H, W] in [-1, 1], not clamped."""
-        return decode(self.vae.to(self.device), scaled)
+        """Decodes to pixels [B, C, H, W] in [-1, 1], not clamped; without gradients."""
+        import torch
+
+        with torch.no_grad():
+            return decode(self.vae.to(self.device), scaled)
 
 
 def images_of(batch: dict[str, Any]) -> Tensor:
@@ -162,10 +167,15 @@ def images_of(batch: dict[str, Any]) -> Tensor:
     return batch["image"]
 
 
-@torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:
-    """Encodes pictures in [-1, 1] to the posterior, in the network's precision; diffusers clamps the log-variance."""
-    posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    """Encodes pictures in [-1, 1] to the posterior, in the network's precision, without gradients.
+
+    diffusers clamps the log-variance.
+    """
+    import torch
+
+    with torch.no_grad():
+        posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     return {"mean": posterior.mean, "logvar": posterior.logvar}
 
 

@@ -6,20 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from trainers.base import BaseConfig
 from trainers.model_configs import read_config
 from trainers.pretrained import read_model, read_part
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DDPMScheduler, SchedulerMixin
+    from torch import Tensor
 
-Condition = dict[str, Tensor]  # a network's conditioning inputs: tensors [B, ...] by name
-Network = Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy [B, ...], timesteps, condition) -> prediction [B, ...]
+Condition: TypeAlias = "dict[str, Tensor]"  # a network's conditioning inputs: tensors [B, ...] by name
+Network: TypeAlias = (
+    "Callable[[Tensor, Tensor, Condition], Tensor]"  # (noisy [B, ...], timesteps, condition) -> prediction [B, ...]
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Guidance:
         self, network: Network, noisy: Tensor, timestep: Tensor, asked: Condition, none: Condition, sigma: float
     ) -> Tensor:
         """Predicts in one forward, of twice the batch if guidance acts; `none` is the condition to move away from."""
+        import torch
+
         scale = self.scale if self.interval is None or self.interval[0] < sigma <= self.interval[1] else 1.0
         if scale == 1.0:
             return network(noisy, timestep, asked)
@@ -72,6 +75,7 @@ class ClassifierGuidance:
         cls, run: str, scale: float, scheduler: DDPMScheduler, num_classes: int, device: torch.device
     ) -> ClassifierGuidance:
         """Loads a finished noisy_classifier run; ValueError if its classes or its noise differ from the model's."""
+        import torch
         from diffusers import DDPMScheduler, UNet2DModel
 
         place = f"classifier = {run}"
@@ -87,6 +91,8 @@ class ClassifierGuidance:
         return cls(lambda noisy, timestep: network(noisy, timestep).sample.mean((2, 3)), scale, scheduler)
 
     def guide(self, prediction: Tensor, noisy: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        import torch
+
         alpha_bar = self.alphas_cumprod[int(timestep)]
         a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if a == 0:

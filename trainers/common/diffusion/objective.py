@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainers.base import PositiveFloat, RandomSource, Section
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+    from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy [B, ...], timesteps [B]) -> prediction [B, ...]
+Predict: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"  # (noisy [B, ...], timesteps [B]) -> prediction [B, ...]
 
 
 @dataclass(kw_only=True)
@@ -63,6 +61,8 @@ class Timesteps:
 
     def draw(self, rng: RandomSource, name: str) -> Tensor:
         """Draws timesteps, [B]."""
+        import torch
+
         if self.cumulative is None:
             return self.low + rng.integers(name, self.high - self.low)
         drawn = rng.uniform(name)
@@ -131,6 +131,8 @@ class DDPMObjective:
 
     def weight(self, timesteps: Tensor) -> Tensor:
         """The min-SNR weight of each example, [B]; 1 without snr_gamma."""
+        import torch
+
         if self.snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
         from diffusers.training_utils import compute_snr
@@ -144,6 +146,8 @@ class DDPMObjective:
         self, power: float, predict: Predict, noisy: Tensor, noise: Tensor, timesteps: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds s^p times the network's error to the input and the target, equations 5 and 6 of arXiv 2312.00210."""
+        import torch
+
         with torch.no_grad():
             wrong = noise - predict(noisy, timesteps).float()
         _, s = signal_and_noise(self.scheduler, timesteps, noisy)
@@ -175,6 +179,8 @@ class RectifiedFlow:
         return masked_mean(error.square(), mask)
 
     def times(self, rng: RandomSource, prefix: str = "") -> Tensor:
+        import torch
+
         if self.part is not None:
             number, count = self.part
             return (number + rng.uniform(f"{prefix}time")) / count

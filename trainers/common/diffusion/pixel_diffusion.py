@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
 from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.guidance import noise_levels
@@ -141,6 +139,8 @@ class PixelDiffusionTrainer(Trainer):
 
     def clean(self, batch: dict[str, Any], rng: RandomSource) -> Tensor:
         """Returns the clean pictures or latents [B, c, h, w], to which noise is added."""
+        import torch
+
         if self.latents is None:
             return images_of(batch)
         latents = self.latents.draw(batch, rng)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    import torch
     from diffusers import SchedulerMixin
+    from torch import Tensor
 
 
 def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device) -> Tensor:

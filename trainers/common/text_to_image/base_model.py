@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from datasets_lib.file_hashes import sha256
 from datasets_lib.foreign import shown
 from trainers.common.model_files import files_digest
 from trainers.model_configs import INDEX, check_files, read_config
 from trainers.pretrained import read_model, read_part, reading
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
@@ -42,12 +42,19 @@ def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[
 class BaseModel:
     """The components of a pipeline; `option` names the option that locates it, for messages.
 
-    A hub name is downloaded without its safety checker, safetensors only. Raises FileNotFoundError if it cannot be
-    reached or read.
+    A hub name is downloaded without its safety checker, safetensors only; `hash_of` hashes a file. Raises
+    FileNotFoundError if it cannot be reached or read.
     """
 
-    def __init__(self, option: str, source: str, revision: str | None = None, variant: str | None = None) -> None:
-        self.option, self.source, self.variant = option, source, variant
+    def __init__(
+        self,
+        option: str,
+        source: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        hash_of: Callable[[Path], str] = sha256,
+    ) -> None:
+        self.option, self.source, self.variant, self.hash_of = option, source, variant, hash_of
         self.place = f"{option} = {source}"
         if not Path(source).is_dir() and (source.count("/") > 1 or source[0] in "./~"):
             raise FileNotFoundError(f"{option} = {source}: there is no such folder, and hub names read owner/name")
@@ -123,6 +130,7 @@ class BaseModel:
     def pipeline(self, **parts: Any) -> Any:
         """Builds diffusers' pipeline in float32 from `parts` (unet, vae, scheduler, text encoders) and the rest."""
         import diffusers
+        import torch
 
         own = [name for name in self.text_encoder_names if name not in parts]
         parts |= {name: self.text_encoder(name, torch.float32) for name in own}
@@ -140,7 +148,7 @@ class BaseModel:
 
     def digest(self, *names: str) -> str:
         """Hashes the files of components: 16 hex digits."""
-        return files_digest(*(self.folder / name for name in names))
+        return files_digest(*(self.folder / name for name in names), hash_of=self.hash_of)
 
 
 def check_tokenizer(place: str, tokenizer: Any, config: Any) -> None:

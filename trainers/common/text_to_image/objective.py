@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from trainers.common.diffusion.objective import DDPMObjective, ObjectiveOptions, RectifiedFlow, Timesteps
 from trainers.common.diffusion.sampling import build_sampler
 from trainers.common.text_to_image.base_model import BaseModel
@@ -71,6 +69,8 @@ def _check_prediction(task: str, config: StableDiffusionConfig, scheduler: DDPMS
 
 
 def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Timesteps:
+    import torch
+
     low, high = config.timestep_range or (0, total)
     if high > total:
         raise ValueError(f"{task}.timestep_range = {[low, high]}: the base model has {total} timesteps")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from trainers.base import CacheKind, Encoder
 from trainers.common.text_to_image.base_model import BaseModel, check_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
@@ -31,6 +32,8 @@ class Prompts:
 
     def embed(self, networks: Mapping[str, nn.Module], captions: list[str]) -> dict[str, Tensor]:
         """Runs the text encoders `networks`, by name."""
+        import torch
+
         tokens = []
         for tokenizer in self.tokenizers:
             options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
@@ -47,6 +50,7 @@ class Prompts:
 
         `default` is the caption of examples that have none.
         """
+        from torch import nn
 
         def build() -> nn.ModuleDict:
             return nn.ModuleDict({name: self.base_model.text_encoder(name, self.dtype) for name in self.names})
@@ -83,9 +87,13 @@ class Prompts:
 
 def size_conditions(sizes: Any, corners: Any, target: tuple[int, int]) -> Tensor:
     """Stable Diffusion XL's time_ids [B, 6]: original height and width, crop top and left, target height and width."""
+    import torch
+
     return torch.cat([sizes, corners, constant_rows(target, len(sizes), sizes.device)], dim=1)
 
 
 def constant_rows(values: tuple[int, ...], count: int, device: torch.device) -> Tensor:
     """Repeats values in rows, int64 [count, len(values)], filled on the device because a copy to it would wait."""
+    import torch
+
     return torch.stack([torch.full((count,), value, device=device) for value in values], dim=1)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from datasets_lib.file_hashes import FileHashes, cache_directory
 from trainers.base import Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.diffusion.guidance import Condition, Guidance
@@ -19,7 +17,9 @@ from trainers.common.text_to_image.prompt_requests import captions_and_labels, h
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, Prompts, constant_rows, size_conditions
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import SchedulerMixin, UNet2DConditionModel
+    from torch import Tensor, nn
 
     from trainers.base import DataSet, ImageData
     from trainers.common.text_to_image.clip_score import ClipScore
@@ -38,7 +38,8 @@ class StableDiffusionTrainer(Trainer):
         config = self.config
         option, source = f"{self.task}.pretrained_model_name_or_path", config.pretrained_model_name_or_path
         assert source is not None  # the config was checked
-        self.base_model = BaseModel(option, source, config.revision, config.variant)
+        hashes = FileHashes(cache_directory(self.base))
+        self.base_model = BaseModel(option, source, config.revision, config.variant, hashes.sha256)
         vae = (option, str(self.base_model.folder)) if config.vae is None else (f"{self.task}.vae", config.vae)
         variant, cached = config.variant if config.vae is None else None, config.cache_latents is not None
         place = *vae, self.base, self.device, self.weight_dtype, self.run.encoded_by, variant
@@ -110,6 +111,8 @@ class StableDiffusionTrainer(Trainer):
 
     def validation_metrics(self, batch: dict[str, Any], rng: RandomSource) -> dict[str, Tensor]:
         """Returns the unweighted loss at a timestep in each quarter of the time, and the mean of the four."""
+        import torch
+
         clean = self.latents.draw(batch, rng)
         ask, mask = self._asking(self._asked(batch, clean, rng)), self._mask(batch, clean)
         quarters = {
@@ -120,6 +123,8 @@ class StableDiffusionTrainer(Trainer):
 
     def _asked(self, batch: dict[str, Any], clean: Tensor, rng: RandomSource) -> Condition:
         """The condition of a batch: its captions, some of them dropped in training."""
+        import torch
+
         if EMBEDS in batch:
             embeds = {name: batch[name] for name in self.prompts.columns}
         else:
@@ -134,6 +139,8 @@ class StableDiffusionTrainer(Trainer):
 
     def embed(self, captions: list[str]) -> dict[str, Tensor]:
         """Embeds texts that are not a column of the batch."""
+        import torch
+
         if self.trains_text:
             return self.prompts.embed(self.modules, list(captions))
         found = [self.encoded("text", caption) for caption in captions]
@@ -141,6 +148,8 @@ class StableDiffusionTrainer(Trainer):
 
     def empty(self) -> dict[str, Tensor]:
         """Embeds the empty text (B = 1) as the pipeline does."""
+        import torch
+
         embeds = self.embed([""])
         return {n: torch.zeros_like(rows) for n, rows in embeds.items()} if self.base_model.zeros_for_empty else embeds
 
@@ -148,6 +157,8 @@ class StableDiffusionTrainer(Trainer):
         self, embeds: dict[str, Tensor], shape: torch.Size, batch: dict[str, Any], prefix: str = ""
     ) -> Condition:
         """Adds Stable Diffusion XL's sizes to embeddings: the examples' or, without any, those of a whole picture."""
+        import torch
+
         if not self.base_model.is_xl:
             return embeds
         target = shape[2] * self.latents.factor, shape[3] * self.latents.factor
@@ -159,6 +170,8 @@ class StableDiffusionTrainer(Trainer):
     @staticmethod
     def _mask(batch: dict[str, Any], clean: Tensor) -> Tensor | None:
         """The mask of a batch [B, 1, h, w] at the size of its latents, or None."""
+        from torch import nn
+
         if "mask" not in batch:
             return None
         return nn.functional.interpolate(batch["mask"], size=clean.shape[2:], mode="area")
@@ -203,6 +216,8 @@ class StableDiffusionTrainer(Trainer):
 
     def draw(self, requests: list[dict], generators: list[torch.Generator]) -> Tensor:
         """Draws pictures [N, 3, H, W] in [0, 1]; the pipeline draws the same from the same generators."""
+        import torch
+
         config = self.config
         noise = initial_noise(self.latents.grid.shape, generators, self.device)
         asked = self._condition(self.embed([request["prompt"] for request in requests]), noise.shape, {})
@@ -230,6 +245,8 @@ class StableDiffusionTrainer(Trainer):
 
     def _as_pictures(self, sample: Tensor) -> Tensor:
         """Decodes latents one at a time, because decoding needs more memory than all the rest."""
+        import torch
+
         pictures = torch.cat([to_unit_range(self.latents.decode(row[None])) for row in sample])
         self.latents.offload()
         return pictures

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from datasets_lib.file_hashes import sha256
 from datasets_lib.foreign import read_json, shown
 from trainers.engine.checkpoint.state_file import STATE, OtherVersion, read_state_file
-from trainers.engine.run.files import sha256
 from trainers.engine.run.run_folder import CHECKPOINT_NAME
 
 MANIFEST = "manifest.json"

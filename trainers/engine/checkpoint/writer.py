@@ -9,9 +9,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from datasets_lib.file_hashes import sha256
 from trainers.engine.checkpoint.manifest import MANIFEST
 from trainers.engine.checkpoint.snapshot import Snapshot
-from trainers.engine.run.files import flush, sha256, write_tensors, write_text
+from trainers.engine.run.files import flush, write_tensors, write_text
 from trainers.engine.run.run_folder import METRICS
 
 SPARE_BYTES = 1 << 20  # for headers, texts and the file system, besides the tensors

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import psutil
 
+from datasets_lib.file_hashes import cache_directory
 from trainers.engine.checkpoint.writer import SPARE_BYTES
 from trainers.engine.dry_run.plan import WARM_STEPS, DryRun
 from trainers.engine.encoders.cache import Cache
@@ -100,7 +101,7 @@ class Measured:
     def _missing(self, column: str) -> float:
         """The share of the values encoded here that the run's own cache lacks."""
         kind, base = column.rpartition("_")[2], self.run.base
-        directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
+        directory = cache_directory(base)
         here: set[str] = set()
         there: set[str] = set()
         for folder in (self.folder / "encoder-cache").glob(f"{kind}-*"):

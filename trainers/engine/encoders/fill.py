@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from datasets_lib.example import ImageData
+from datasets_lib.file_hashes import cache_directory
 from trainers.base import Encoder
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.collectives import run_on_all
@@ -125,7 +125,7 @@ def _opened(
     if encoder.cache == "memory":
         accelerator.print(said(len(wanted), "memory"))
         return Cache(None), list(wanted), list(range(accelerator.num_processes))
-    directory = Path(base.encoder_cache_dir or Path(base.output_dir).parent / "encoder-cache")
+    directory = cache_directory(base)
     kind = encoder.reads.rpartition("_")[2]  # pictures of the class are pictures
     folders = find_folders(accelerator, directory, "base.encoder_cache_dir")
     opened = folders.on_mains(lambda: folder_of(directory, kind, encoder.source()))

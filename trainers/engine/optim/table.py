@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import torch
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainers.base import TrainerConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
 
 ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")  # one process counts as DDP
 
@@ -37,6 +38,8 @@ def _adam_settings(config: TrainerConfig) -> dict[str, Any]:
 
 def _adamw(groups: list[dict[str, Any]], config: TrainerConfig, device: torch.device) -> Optimizer:
     """torch's, with fused kernels if they exist."""
+    import torch
+
     return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda", "mps"), **_adam_settings(config))
 
 
