@@ -70,9 +70,6 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
         checkpoints = saver.Saver(ctx, state, tracking)
         validation = Validation(ctx, trainer, state.ema, encoders, data, checkpoints, tracking)
         accelerator.print(console.start_block(ctx, trainer, state.networks, data.train))
-        if not gc.isenabled():  # see _run
-            gc.freeze()
-            gc.enable()
         with tracking, checkpoints, closing(micro_batches), progress.progress_bar(accelerator, clock) as bar:
             validation.make_up(clock.origin_step)  # if the run was stopped during a validation
             speed = meters.Speed()
@@ -115,7 +112,6 @@ def train(run: RunConfig, dry_run: DryRun | None = None) -> Path:
 
 def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
     """Builds both data sets and sets the run's clock; a dry run keeps a few examples and steps."""
-    from datasets_lib.example_checks import check_example
     from trainers.engine.data.batches import shard_for_rank
     from trainers.engine.run.context import DataSets
 
@@ -126,7 +122,7 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
     data = DataSets(train_set, validation_set)
     if dry_run is not None:
         data = dry_run.shorten(ctx, data)
-    check_example(data.train.first_example(), base)
+    datasets_lib.check_example(data.train.first_example(), base)
     ctx.stop.raise_if_asked()
     return data
 
@@ -147,6 +143,9 @@ def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState
     optimizer, meta_networks = prepare_networks(ctx.accelerator, trainer, networks, optimizer, ctx.run.base)
     ema = EMA(networks, config) if config.use_ema else None
     meter, nonfinite = Meter(ctx.accelerator), NonFiniteSteps(ctx)
+    if not gc.isenabled():  # see _run
+        gc.freeze()
+        gc.enable()
     return TrainState(networks, meta_networks, optimizer, ema, meter, nonfinite, data.train)
 
 

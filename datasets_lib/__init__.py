@@ -11,11 +11,12 @@ from PIL import ImageColor
 
 from datasets_lib.checks import one_of
 from datasets_lib.example import DataSet, Example, ImageData
+from datasets_lib.example_checks import check_example
 from datasets_lib.foreign import named_object
 from datasets_lib.images import buckets
 from datasets_lib.streaming import problems as stream_problems
 
-__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "prepare", "problems"]
+__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
 
 DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 

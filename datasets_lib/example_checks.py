@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from datasets_lib.images.buckets import Size, sizes_of
 
 
@@ -41,6 +39,8 @@ def check_example(example: Any, args: Any) -> None:
 
 
 def _check_latents(mean: Any, logvar: Any) -> None:
+    import torch
+
     for name, rows in (("mean", mean), ("logvar", logvar)):
         if not isinstance(rows, torch.Tensor) or rows.dtype != torch.float32 or rows.shape != mean.shape:
             found = f"{getattr(rows, 'dtype', type(rows).__name__)} {list(getattr(rows, 'shape', []))}"
@@ -52,6 +52,8 @@ def _check_latents(mean: Any, logvar: Any) -> None:
 def _check_pixels(
     name: str, image: Any, channels: int, sizes: Sequence[Size], source: str, formula: str, least: int
 ) -> None:
+    import torch
+
     if not isinstance(image, torch.Tensor) or image.dtype != torch.float32:
         found = getattr(image, "dtype", type(image).__name__)
         raise ValueError(f"an example's {name} must be a float32 tensor, got {found}")
@@ -67,6 +69,8 @@ def _check_pixels(
 
 
 def _check_pair(name: str, pair: Any, least: int) -> None:
+    import torch
+
     whole = isinstance(pair, torch.Tensor) and pair.dtype == torch.int64 and list(pair.shape) == [2]
     if not whole or pair.min() < least:
         raise ValueError(

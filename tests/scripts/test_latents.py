@@ -15,7 +15,6 @@ from run_folders import losses, read_metrics
 from script_calls import run_script
 
 import datasets_lib
-from datasets_lib.example_checks import check_example
 from scripts import evaluate, replay, sample
 from train import main
 from trainers.common.autoencoder.latents import LatentSpace
@@ -69,7 +68,7 @@ def test_what_is_wrong_with_an_example_of_latents():
         ({"mean": zeros, "logvar": zeros / 0}, "an example's logvar holds NaN or infinity; every value must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_example(example, BaseConfig())
+            datasets_lib.check_example(example, BaseConfig())
 
 
 def space(vae, resolution=16):
