@@ -17,7 +17,7 @@ from psutil import Process
 
 from scripts.benchmarks.loop import run_of
 from scripts.benchmarks.runs import examples_per_second, from_tests
-from scripts.benchmarks.watching import Messages, activations, gradients_of, held, loopback_bytes, states
+from scripts.benchmarks.watching import Messages, activations, gradients_of, held, loopback_bytes, memory_of, states
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.sandbox import is_main
 from trainers.engine.optim import optimizer as optimization
@@ -65,7 +65,8 @@ def measure(folder: str, engine: str, task: str, steps: str, *options: str) -> d
 
     def look_and_step(accelerator: Any, optimizer: Any, *rest: Any) -> Any:
         if len(times) == WARM_STEPS:
-            found["held"] = {"gradients": held(gradients_of(optimizer))}
+            bytes_of = memory_of if engine == "DDP" else held  # DDP's lie in its buckets
+            found["held"] = {"gradients": bytes_of(gradients_of(optimizer))}
         return step(accelerator, optimizer, *rest)
 
     with patch.object(optimization, "optimizer_step", look_and_step):

@@ -38,7 +38,7 @@ def run(engine: str, task: str, steps: int, threads: int) -> dict[str, Any]:
 
 def row(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[str, Any]:
     first = runs[0]
-    gradients = first["held"]["ddp_buckets"]  # which are reduced once
+    gradients = first["held"]["gradients"] if first["messages"] else 0  # which are reduced once
     ratios = [one["step_seconds"] / run["step_seconds"] for run, one in zip(runs, alone, strict=True)]
     return {
         "examples_per_second_each": statistics.median(run["batch"] / run["step_seconds"] for run in runs),

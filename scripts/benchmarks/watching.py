@@ -56,7 +56,8 @@ def states(modules: Iterable[nn.Module], optimizer: Any, ema: Any) -> dict[str, 
     copies = getattr(inner, "single_partition_of_fp32_groups", getattr(inner, "fp32_partitioned_groups_flat", []))
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
-    buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in wrappers]
+    beside = [wrapper for wrapper in wrappers if not wrapper.gradient_as_bucket_view]  # else the gradients lie in them
+    buckets = [wrapper._get_ddp_logging_data()["rebuilt_bucket_sizes"] for wrapper in beside]
     weights = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]
     return {
         "weights": held([*weights, *copies]),
@@ -74,6 +75,12 @@ def gradients_of(optimizer: Any) -> list[Tensor | None]:
     if hasattr(inner, "averaged_gradients"):  # ZeRO-2
         return [part for parts in inner.averaged_gradients.values() for part in parts or ()]
     return [p.grad for group in optimizer.param_groups for p in group["params"]]
+
+
+def memory_of(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the memory in which tensors lie, each piece once."""
+    storages = [local(tensor.detach()).untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def held(tensors: list[Tensor | None]) -> int:

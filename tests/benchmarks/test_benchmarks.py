@@ -92,7 +92,7 @@ def test_what_processes_send_each_other_is_the_gradient_and_a_few_numbers(engine
 
 
 def test_efficiency_is_by_process_and_pair():
-    held, messages = {"weights": 2**21, "ddp_buckets": 2**20}, {"all_reduce": 2**20 + 9}
+    held, messages = {"weights": 2**21, "gradients": 2**20}, {"all_reduce": 2**20 + 9}
     runs = [{"batch": 6, "step_seconds": s, "held": held, "messages": messages} for s in (1.0, 0.8, 2.0)]
     row = scale.row(runs, [{"step_seconds": seconds} for seconds in (1.0, 0.6, 1.4)])
     assert row == {

@@ -9,7 +9,12 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed import backends
@@ -28,7 +33,8 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps(base, launched)),
         mixed_precision=base.mixed_precision,
         kwargs_handlers=[
-            InitProcessGroupKwargs("gloo" if on_cpu else None, timeout=timedelta(seconds=base.collective_timeout))
+            InitProcessGroupKwargs("gloo" if on_cpu else None, timeout=timedelta(seconds=base.collective_timeout)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are held twice
         ],
     )
     backends.check_engine(accelerator)
