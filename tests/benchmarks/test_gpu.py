@@ -9,6 +9,7 @@ import tomllib
 from contextlib import redirect_stdout
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from repository import ROOT
@@ -87,6 +88,11 @@ def test_what_fails_or_has_no_time_is_a_row(tmp_path, monkeypatch, capsys):
     assert (rows["a"]["holds"], rows["a"]["note"]) == (False, "ValueError: too bad")
     assert rows["b"]["note"] == "skipped: bitsandbytes is not installed"
     assert rows["c"]["holds"]
+
+    def fills():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert section.outcome(fills) == {"note": "skipped: it does not fit into the card's memory"}
     rows = rows_of("correct", tmp_path, end=0)
     assert [row["note"] for row in rows.values()] == ["not run: no time was left"] * 3
     monkeypatch.setattr(correct, "cases", lambda asked: fails())
@@ -198,3 +204,7 @@ def test_correct_of_all_tasks(tmp_path, monkeypatch):
 def test_the_whole_command_on_a_cpu(tmp_path):
     assert gpu.main([str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "10"]) == 0
     assert {path.stem for path in tmp_path.glob("*.json")} == set(gpu.SECTIONS) - {"learning"}
+    assert gpu.main([str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "10", "--sections", "learning"]) == 0
+    rows = json.loads((tmp_path / "learning.json").read_text())["rows"]
+    assert [row["holds"] for row in rows] == [None, None]
+    assert ["lora_accuracy" in row["note"] for row in rows] == [False, True]

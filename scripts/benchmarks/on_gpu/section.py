@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from scripts.benchmarks.on_gpu.machine import about, clean_up
 
 Case = Callable[[], dict[str, Any]]  # a row's columns; "holds": whether what it checks is true
@@ -59,6 +61,8 @@ def outcome(measure: Case) -> dict[str, Any]:
         return measure()
     except Skip as reason:
         return {"note": f"skipped: {reason}"}
+    except torch.OutOfMemoryError:
+        return {"note": "skipped: it does not fit into the card's memory"}
     except Exception as error:
         traceback.print_exc()
         return {"holds": False, "note": f"{type(error).__name__}: {str(error)[:300]}"}
