@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import io
 import os
 import sys
@@ -143,9 +142,6 @@ def build_state(ctx: RunContext, trainer: Trainer, data: DataSets) -> TrainState
     optimizer, meta_networks = prepare_networks(ctx.accelerator, trainer, networks, optimizer, ctx.run.base)
     ema = EMA(networks, config) if config.use_ema else None
     meter, nonfinite = Meter(ctx.accelerator), NonFiniteSteps(ctx)
-    if not gc.isenabled():  # see _run
-        gc.freeze()
-        gc.enable()
     return TrainState(networks, meta_networks, optimizer, ema, meter, nonfinite, data.train)
 
 
@@ -186,7 +182,6 @@ def _run(options: argparse.Namespace) -> int:
         print(run.as_yaml(), end="")
         return 0
     try:
-        gc.disable()  # until the first step: looking through all that the libraries made was a tenth of the start
         if options.dry_run:
             return _dry_run(run)
         train(run)
@@ -199,9 +194,6 @@ def _run(options: argparse.Namespace) -> int:
             text = "the dry run was interrupted" if options.dry_run else interruption
             print(f"\n{text}", file=sys.stderr, flush=True)
         return interruption.code
-    finally:
-        gc.unfreeze()
-        gc.enable()
     return 0
 
 

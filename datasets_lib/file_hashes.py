@@ -14,7 +14,7 @@ from datasets_lib.foreign import check_regular
 
 FILE = "hashes.jsonl"
 SETTLED = 2.0  # seconds after a change; within them another one could leave the times as they are
-DIGITS = 64  # of a sha256
+DIGEST_BYTES = 32  # of a sha256
 
 
 def cache_directory(args: Any) -> Path:
@@ -46,9 +46,9 @@ class FileHashes:
         found: dict[str, list[Any]] = {}
         with suppress(OSError, UnicodeDecodeError):
             for line in check_regular(self.path).read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, TypeError):
+                with suppress(ValueError, TypeError, RecursionError):
                     name, *rest = json.loads(line)
-                    if len(rest) == 4 and isinstance(rest[-1], str) and len(rest[-1]) == DIGITS:
+                    if len(rest) == 4 and len(bytes.fromhex(rest[-1])) == DIGEST_BYTES:
                         found[name] = rest
         return found
 

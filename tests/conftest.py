@@ -9,11 +9,11 @@ from pathlib import Path
 
 import processes
 import pytest
-import sklearn.datasets
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from repository import ROOT, tiny
 
+from datasets_lib.sources import digits
 from train import train
 from trainers.engine.config.config import load_config
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     processes.launch_all = config.getoption("--slow")
-    sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # of each tiny run a twentieth
+    digits.read_digits = functools.cache(digits.read_digits)  # of each tiny run a twentieth
 
 
 def pytest_collection_modifyitems(config, items):

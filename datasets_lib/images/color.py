@@ -18,6 +18,8 @@ def profile_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or not 0 < len(profile) <= PROFILE_BYTES:
         return None
+    if image.mode == "L" and image.has_transparency_data:  # one grey stands for it, which another would not
+        return None
     return _transform(profile, _mode(image))
 
 
@@ -36,18 +38,17 @@ def _mode(image: Image.Image) -> str:
     return "RGB" if image.mode == "P" else image.mode
 
 
-@lru_cache(maxsize=32)  # the pictures of a camera have the same profile, byte for byte
+@lru_cache(maxsize=8)  # the pictures of a camera have the same profile, byte for byte
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     to = "RGBA" if mode == "RGBA" else "RGB"
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if mode not in SPACES or source.profile.xcolor_space.strip() != SPACES[mode]:
             return None
-        found = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, to)
+        found, colours = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, to), _colours(mode)
+        changed = np.asarray(convert(colours, found)).astype(int) - np.asarray(colours.convert(to))
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return None  # as viewers do: the picture itself is not broken
-    colours = _colours(mode)
-    changed = np.asarray(convert(colours, found)).astype(int) - np.asarray(colours.convert(to))
     return found if np.abs(changed).max() > ROUNDING else None
 
 

@@ -13,7 +13,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +36,14 @@ class Section(NamedTuple):
 
 # In the order of what they prove; a part of diffloop with something to prove adds its own.
 SECTIONS = {
-    "card_tests": Section(40, "Tests that need a card"),
+    "card_tests": Section(60, "Tests that need a card"),
     "correct": Section(80, "Correct"),
-    "speed": Section(170, "Speed against the limit"),
-    "knobs": Section(70, "What each knob is worth"),
-    "preflight": Section(60, "Truth of the dry run"),
+    "speed": Section(150, "Speed against the limit"),
+    "knobs": Section(60, "What each knob is worth"),
+    "preflight": Section(70, "Truth of the dry run"),
     "learning": Section(600, "Learning", by_default=False),
 }
-GRACE = 5.0  # seconds between TERM and KILL
+GRACE = 5.0  # seconds after which a section that is still busy is ended
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,22 +69,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_section(name: str, seconds: float, options: argparse.Namespace) -> str:
-    """Runs a section in a process group of its own, which is ended when its time is over; says how it ended."""
-    module, numbers = "scripts.benchmarks.on_gpu.section", [str(seconds), options.device]
-    command = [sys.executable, "-m", module, name, str(options.out), *numbers, *["--tiny"] * options.tiny]
+    """Runs a section in a process group, of which nothing is left when its time is over; says how it ended."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     environment |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": str(options.device == "cpu").lower()}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        code = process.wait(seconds + GRACE)  # it looks at the clock itself between its rows
-        return "done" if code == 0 else f"ended with exit code {code}"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        given = [name, str(options.out), folder, str(seconds), options.device, *["--tiny"] * options.tiny]
+        command = [sys.executable, "-m", "scripts.benchmarks.on_gpu.section", *given]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
         try:
-            process.wait(GRACE)
+            code = process.wait(seconds + GRACE)  # it looks at the clock itself between its rows
+            return "done" if code == 0 else f"ended with exit code {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        return "stopped"
+            return "stopped"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # children, too, which would use the card beside the next one
+            process.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:

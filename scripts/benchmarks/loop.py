@@ -83,11 +83,12 @@ def compared(task: str, size: str, folder: str, pairs: int, steps: int) -> dict[
 def bare_step(run: RunConfig, trainer: Trainer) -> Callable[[], None]:
     """A step of the bare loop over a copy of the trainer's network."""
     [network] = copy.deepcopy(list(trainer.unwrapped.values()))
-    vars(network).pop("forward", None)  # accelerate's in bf16, which would call the original
+    for name in ("forward", "_original_forward"):  # accelerate's in bf16: here autocast is around the loss, too
+        vars(network).pop(name, None)
     if run.base.compile:
         getattr(network, "compile_repeated_blocks" if run.base.compile_repeated_blocks else "compile")()
     weights = [p for p in network.parameters() if p.requires_grad]
-    averages = [p.detach().clone() for p in weights]
+    averages = [p.detach().clone() for p in weights] if run.config.use_ema else []
     adamw = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     loss = (vae_loss if run.task == "vae" else denoising_loss)(trainer, network)
     in_bf16 = torch.autocast(DEVICE.type, torch.bfloat16, enabled=run.base.mixed_precision == "bf16")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 import tomllib
 from contextlib import redirect_stdout
 
@@ -63,11 +62,10 @@ def test_speed_and_knobs(tmp_path):
 
 
 def test_preflight(tmp_path, monkeypatch):
-    def called(*arguments):
-        began, printed = time.perf_counter(), io.StringIO()
-        with redirect_stdout(printed):
+    def called(asked, script, *arguments):
+        with redirect_stdout(io.StringIO()) as printed:
             assert train.main(list(map(str, arguments))) == 0
-        return printed.getvalue(), time.perf_counter() - began
+        return printed.getvalue()
 
     monkeypatch.setattr(preflight, "called", called)
     [row] = rows_of("preflight", tmp_path).values()
@@ -92,7 +90,9 @@ def test_what_fails_or_has_no_time_is_a_row(tmp_path, monkeypatch, capsys):
     def fills():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert section.outcome(fills) == {"note": "skipped: it does not fit into the card's memory"}
+    note = "skipped: it does not fit into the card's memory"
+    assert section.outcome(lambda: section.if_it_fits(fills)) == {"note": note}
+    assert section.outcome(fills)["holds"] is False
     rows = rows_of("correct", tmp_path, end=0)
     assert [row["note"] for row in rows.values()] == ["not run: no time was left"] * 3
     monkeypatch.setattr(correct, "cases", lambda asked: fails())
@@ -123,7 +123,7 @@ def test_sections_share_the_minutes_and_the_tables_are_written(code, tmp_path, m
 
     monkeypatch.setattr(gpu, "run_section", run_section)
     assert gpu.main([str(tmp_path / "out")]) == code
-    assert called == [("card_tests", 40), ("correct", 80), ("speed", 170), ("knobs", 70), ("preflight", 60)]
+    assert called == [("card_tests", 60), ("correct", 80), ("speed", 150), ("knobs", 60), ("preflight", 70)]
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert text.startswith(
         "## Tests that need a card\n\n`c`, d: H, driver 1, CUDA 13, 2 cores, torch 2.\n\n| case | holds | ratio | note |"
@@ -132,7 +132,7 @@ def test_sections_share_the_minutes_and_the_tables_are_written(code, tmp_path, m
     assert ("| x | **no** |" in text) == (code == 1)
     called.clear()
     gpu.main([str(tmp_path / "out"), "--minutes", "1"])
-    assert called[:2] == [("card_tests", 40), ("correct", 60)]
+    assert called[:2] == [("card_tests", 60), ("correct", 60)]
     called.clear()
     gpu.main([str(tmp_path / "out"), "--sections", "learning", "--minutes", "6"])
     assert called == [("learning", 360)]
@@ -148,6 +148,23 @@ def test_a_section_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 60)
     options.out = tmp_path / "no folder"
     assert gpu.run_section("knobs", 0.01, options) == "ended with exit code 1"
+
+
+def test_a_script_ends_with_the_time_of_its_section(tmp_path):
+    late, early = (Asked(tmp_path, "cpu", True, end) for end in (0.0, float("inf")))
+    with pytest.raises(Skip, match=r"-c was stopped, as the section's time was over"):
+        section.called(late, "-c", "import time; time.sleep(60)")
+    with pytest.raises(RuntimeError, match=r"(?s)train.py ended with 2: .*no-such-config.json"):
+        section.called(early, "train.py", "no-such-config.json")
+
+
+def test_what_was_measured_when_the_time_was_over_is_said(tmp_path, monkeypatch):
+    def look():
+        rows = json.loads((tmp_path / "out" / "correct.json").read_text())["rows"]
+        return {"seen": [row.get("note") for row in rows]}
+
+    monkeypatch.setattr(correct, "cases", lambda asked: {"a": lambda: {"holds": True}, "b": look})
+    assert rows_of("correct", tmp_path)["b"]["seen"] == [None, "stopped: its time was over"]
 
 
 def test_differences_and_numbers():

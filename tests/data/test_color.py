@@ -80,6 +80,16 @@ def test_grey_pictures_with_a_curve_of_their_own():
     assert np.abs(found[..., 1] - grey.astype(int)).max() > 10
 
 
+def test_a_grey_that_stands_for_transparency():
+    """Its level would be another one: such a picture is taken as it is."""
+    grey = np.full((8, 8), 40, np.uint8)
+    grey[4:] = 90
+    options = {"transparency": 40, "icc_profile": profile(SRGB, 1.0, b"GRAY")}
+    found = read(ImageReader(((8, 8),), 3, "bilinear", "white", 64_000_000), grey, **options)
+    assert (found[:4] == 255).all()
+    assert (found[4:] == 90).all()
+
+
 def test_transparency_is_composited_in_srgb():
     red = np.zeros((8, 8, 4), np.uint8)
     red[..., :3], red[:4, :, 3] = numbers_of(np.full((8, 8, 3), (200, 40, 40), np.uint8), DISPLAY_P3), 255

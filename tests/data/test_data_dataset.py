@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import ExifTags, Image
 import datasets_lib
 from datasets_lib.images.decode import ImageReader
 from datasets_lib.images.source import select_rows
+from datasets_lib.sources import digits
 
 
 def build_with_a_method(args, split):
@@ -35,16 +37,32 @@ def test_digits_have_the_values_of_scikit_learn():
     from sklearn.datasets import load_digits
 
     dataset = datasets_lib.build(settings(dataset="digits", resolution=8, channels=1), "train")
-    digits = load_digits()
+    known = load_digits()
     assert len(dataset) == 1797
     assert dataset.label_names == list("0123456789")
     assert dataset.caption_note is not None
     for index in (0, 1000, 1796):
         example = dataset.get(index, None)
-        expected = np.rint(digits.images[index] * 255 / 16) / 127.5 - 1
+        expected = np.rint(known.images[index] * 255 / 16) / 127.5 - 1
         assert np.abs(example["image"][0].numpy() - expected).max() < 1e-6
-        assert example["label"] == digits.target[index]
+        assert example["label"] == known.target[index]
         assert example["caption"] == ""
+
+
+@pytest.mark.parametrize("listed", [None, [], PackageNotFoundError("scikit-learn")])
+def test_digits_are_the_same_where_the_librarys_file_is_not_found(listed, monkeypatch):
+    def files(name):
+        if isinstance(listed, Exception):
+            raise listed
+        return listed
+
+    here = digits.read_digits()
+    digits.read_digits.cache_clear()  # see conftest.py
+    monkeypatch.setattr(digits, "files", files)
+    there = digits.read_digits()
+    digits.read_digits.cache_clear()
+    assert (here[0] == there[0]).all()
+    assert here[1] == there[1]
 
 
 @pytest.mark.parametrize(("resolution", "channels"), [(8, 4), (32, 3), (60, 1)])

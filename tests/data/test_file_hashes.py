@@ -75,6 +75,8 @@ def test_a_change_a_moment_ago_is_not_remembered(tmp_path, read, monkeypatch):
         '["NAME", 1, 2, 3, "short"]',
         "[[], 1, 2, 3, 4]",
         "\x00" * 9,
+        "[" * 100_000,
+        f'["NAME", 1, 2, 3, "{"z" * 64}"]',
     ],
 )
 def test_lines_that_nobody_wrote_are_left_out(line, tmp_path, read):

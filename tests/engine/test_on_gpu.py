@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 import torch
@@ -102,7 +103,9 @@ def test_one_process_over_nccl_trains_as_without(engine, run_in_process, monkeyp
     options = {"base.deterministic": True, "base.checkpointing_steps": 3}
     alone = run_in_process("alone", **options)
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    launched |= {"MASTER_PORT": "29613"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launched |= {"MASTER_PORT": str(free.getsockname()[1])}
     if engine == "FSDP2":
         launched |= {
             "ACCELERATE_USE_FSDP": "true",

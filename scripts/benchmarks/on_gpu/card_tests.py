@@ -1,4 +1,4 @@
-"""The tests that are marked `cuda`, by pytest in a process of its own: a row for each."""
+"""The tests that are marked `cuda`, by pytest in a process of its own; those that did not pass are named."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from typing import Any
-from xml.etree import ElementTree
 
 from scripts.benchmarks.on_gpu.section import Asked, Case
 from scripts.benchmarks.runs import ROOT
+
+MARK = "pytest.mark.cuda"
 
 
 def cases(asked: Asked) -> dict[str, Case]:
@@ -19,16 +21,19 @@ def cases(asked: Asked) -> dict[str, Case]:
 
 
 def run(asked: Asked) -> dict[str, Any]:
-    report = asked.folder / "report.xml"
-    files = [
-        path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.cuda" in path.read_text("utf-8")
-    ]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", f"--junit-xml={report}", *map(str, files)]
-    seconds = max(asked.end - time.monotonic(), 1)
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
-    print(ended.stdout[-6000:], flush=True)
-    suite = ElementTree.parse(report).getroot()[0].attrib
-    failed = re.findall(r"^FAILED (\S+)", ended.stdout, re.MULTILINE)
-    counts = {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
-    note = ", ".join(f"{number} {name}" for name, number in counts.items()) + "".join(f"; {name}" for name in failed)
-    return {"holds": ended.returncode == 0, "note": note}
+    """What pytest says of each test as it ends, so that a stop loses only what was not run."""
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text(encoding="utf-8")]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "cuda", *map(str, files)]
+    left = max(asked.end - time.monotonic(), 1.0)
+    try:
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=left)
+        printed, passed, how = ended.stdout, ended.returncode == 0, ""
+    except subprocess.TimeoutExpired as stopped:
+        printed, passed, how = stopped.stdout or b"", False, "; stopped: its time was over"
+    text = printed.decode(errors="replace")
+    print(text[-8000:], flush=True)
+    results = re.findall(r"^\S*::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
+    counts = Counter(result.lower() for _, result in results)
+    bad = [name for name, result in results if result in ("FAILED", "ERROR")]
+    note = ", ".join(f"{number} {result}" for result, number in counts.items()) + how
+    return {"holds": passed, "note": note + "".join(f"; {name}" for name in bad)}

@@ -83,9 +83,9 @@ def bounded(found: float, bound: float) -> dict[str, Any]:
     return {"difference": found, "bound": bound, "holds": found <= bound}
 
 
-def exact_resume(runs: TinyRuns, task: str, deterministic: bool = True) -> dict[str, Any]:
+def exact_resume(runs: TinyRuns, task: str) -> dict[str, Any]:
     """Compares losses and the last checkpoint's files, bit by bit."""
-    whole, cut = cut_and_resumed(runs, task, deterministic)
+    whole, cut = cut_and_resumed(runs, task, True)
     final_state = from_tests("run_folders").final_state
     same = losses(cut) == losses(whole) and final_state(cut, STEPS) == final_state(whole, STEPS)
     return {"difference": difference(losses(cut), losses(whole)), "bound": 0.0, "holds": same}

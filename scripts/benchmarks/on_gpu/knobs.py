@@ -12,7 +12,7 @@ import torch
 
 from scripts.benchmarks.ablation import NotFused
 from scripts.benchmarks.bases import stable_diffusion
-from scripts.benchmarks.on_gpu.section import Asked, Case
+from scripts.benchmarks.on_gpu.section import Asked, Case, if_it_fits
 from scripts.benchmarks.on_gpu.speed import pictures
 from scripts.benchmarks.runs import Enough, configured, examples_per_second, logged
 
@@ -33,27 +33,27 @@ KNOBS: dict[str, list[str]] = {
 
 
 def cases(asked: Asked) -> dict[str, Case]:
-    size, resolution = ("smallest", 32) if asked.tiny else ("whole", 512)
-    options = [
-        *pictures(8, resolution), "base.center_crop=true", "base.train_batch_size=4", "text_to_image.caption_dropout=0",
-        "text_to_image.noise_offset=0", f"text_to_image.pretrained_model_name_or_path={stable_diffusion(size)}",
-    ]  # fmt: skip
+    options: list[str] = []
     found: dict[str, Case] = {}
     rates: list[float] = []
     for name, added in KNOBS.items():
-        if asked.tiny and "compile" in " ".join(added):
-            continue
         options = [*options, *added]
         fused = list(KNOBS).index(name) >= list(KNOBS).index("fused optimizer")
-        found[name] = partial(row, asked, name, options, fused, rates)
+        if not (asked.tiny and "base.compile=true" in added):
+            found[name] = partial(if_it_fits, partial(row, asked, name, options, fused, rates))
     return found
 
 
 def row(asked: Asked, name: str, options: list[str], fused: bool, rates: list[float]) -> dict[str, Any]:
-    folder = asked.folder / "".join(letter if letter.isalnum() else "-" for letter in name)
+    size, resolution = ("smallest", 32) if asked.tiny else ("whole", 512)
+    fixed = [
+        *pictures(8, resolution), "base.center_crop=true", "base.train_batch_size=4", "text_to_image.caption_dropout=0",
+        "text_to_image.noise_offset=0", f"text_to_image.pretrained_model_name_or_path={stable_diffusion(size)}",
+        "base.checkpointing_steps=1000",
+    ]  # fmt: skip
     window, windows = (1, 1) if asked.tiny else (WINDOW, WINDOWS)
-    options = [*options, "base.checkpointing_steps=1000"]
-    run = configured("configs/tests/text_to_image.json", str(folder), window, options, windows + 1)
+    place = "configs/tests/text_to_image.json", asked.run_folder(name)
+    run = configured(*place, window, [*fixed, *options], windows + 1)
 
     def look(validation: Any, steps_done: int) -> None:
         if steps_done == (1 + windows) * window:

@@ -46,6 +46,10 @@ def clean_up() -> None:
     """Gives back what the last row left on the card, and accelerate's state, which is global."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    free_memory()
+
+
+def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from functools import partial
 from typing import Any
 
-from scripts.benchmarks.on_gpu.section import Asked, Case
+from scripts.benchmarks.on_gpu.section import Asked, Case, called
 from scripts.benchmarks.on_gpu.speed import lora_options, pictures
-from scripts.benchmarks.runs import ROOT
 from trainers.engine.run.run_folder import METRICS, read_lines
 
 MEMORY, TIME = 0.05, 0.15  # of the run's own
@@ -24,24 +20,30 @@ def cases(asked: Asked) -> dict[str, Case]:
     if asked.tiny:
         return {"DDPM": partial(compared, asked, "ddpm", ["base.max_train_steps=40"])}
     cifar = [*pictures(10_000, 32), "base.mixed_precision=bf16", "ddpm.model_config=unet_cifar10"]
-    cifar += ["base.train_batch_size=128", "base.max_train_steps=150", "ddpm.valid_batch_size=16"]
-    lora = [*lora_options("whole", 512, 4), "lora.validation_prompts=[]", "base.max_train_steps=80"]
+    cifar += ["base.train_batch_size=128", "base.max_train_steps=100", "ddpm.valid_batch_size=16"]
+    lora = ["lora.validation_prompts=[]", "base.max_train_steps=60"]
     return {
         "DDPM of CIFAR-10's shape, batch 128": partial(compared, asked, "ddpm", cifar),
-        "LoRA SD 1.5, batch 4": partial(compared, asked, "lora", lora),
+        "LoRA SD 1.5, batch 4": partial(with_base, asked, lora),
     }
+
+
+def with_base(asked: Asked, options: list[str]) -> dict[str, Any]:
+    return compared(asked, "lora", [*lora_options("whole", 512, 4), *options])
 
 
 def compared(asked: Asked, task: str, options: list[str]) -> dict[str, Any]:
     folder = asked.folder / task
     arguments = [f"configs/tests/{task}.json", f"base.output_dir={folder}", *PLAIN, *options]
-    text, _ = called("--dry-run", *arguments)
+    text = called(asked, "train.py", "--dry-run", *arguments)
     said = {name: float(gib) for name, gib in re.findall(r"^  (\w+) +([\d.]+) GiB$", text, re.MULTILINE)}
     parts = re.search(r"^Time: (.*), from step 0$", text, re.MULTILINE)
     if not said or parts is None:
         raise ValueError(f"the dry run printed no memory or no time: {text[-300:]}")
     expected = sum(float(number) * UNITS[unit] for number, unit in re.findall(r"(\d+) (h|min|s)", parts[1]))
-    _, seconds = called(*arguments)
+    began = time.perf_counter()
+    called(asked, "train.py", *arguments)
+    seconds = time.perf_counter() - began
     peaks = [line["peak_memory_gib"] for line in read_lines(folder / METRICS) if "peak_memory_gib" in line]
     memory = max(peaks)
     off = said["steps"] / memory - 1, expected / seconds - 1
@@ -50,14 +52,3 @@ def compared(asked: Asked, task: str, options: list[str]) -> dict[str, Any]:
         "holds": None if asked.device == "cpu" else abs(off[0]) <= MEMORY and abs(off[1]) <= TIME,
         "note": f"memory {off[0]:+.1%}, time {off[1]:+.1%}",
     }  # fmt: skip
-
-
-def called(*arguments: str) -> tuple[str, float]:
-    """What train.py printed, and the seconds that it took; a failure is a RuntimeError with its end."""
-    began = time.perf_counter()
-    command = [sys.executable, "train.py", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - began
-    if ended.returncode:
-        raise RuntimeError(f"exit code {ended.returncode}: {(ended.stdout + ended.stderr)[-300:]}")
-    return ended.stdout, seconds

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.loop import bare_step, denoising_loss
-from scripts.benchmarks.on_gpu.machine import peak_flops
+from scripts.benchmarks.on_gpu.machine import free_memory, peak_flops
 from scripts.benchmarks.on_gpu.pictures import DATASET
-from scripts.benchmarks.on_gpu.section import Asked, Case
+from scripts.benchmarks.on_gpu.section import Asked, Case, if_it_fits
 from scripts.benchmarks.plain import plain_step
 from scripts.benchmarks.runs import (
     Enough,
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
     """A run to measure: its config, options, and the steps of a window."""
 
     config: str
-    options: list[str]
+    options: Callable[[], list[str]]  # which may make the base model
     window: int
     aim: tuple[float, float] | None = None  # images per second at least, GiB at most
 
@@ -60,16 +60,19 @@ def cases(asked: Asked) -> dict[str, Case]:
     found["a save of the whole fine-tune"] = partial(stall, asked, saving_shape(asked.tiny))
     if not asked.tiny:
         for name, compiled in (("LoRA SD 1.5, batch 1", BLOCKS), (ddpm, ["base.compile=true"])):
-            shape = shapes[name]._replace(options=[*shapes[name].options, *compiled])
+            shape = shapes[name]._replace(options=partial(_with, shapes[name].options, compiled))
             found[f"{name}, compiled"] = partial(measured, asked, f"{name} compiled", shape)
-    return found
+    return {name: partial(if_it_fits, case) for name, case in found.items()}
+
+
+def _with(options: Callable[[], list[str]], more: list[str]) -> list[str]:
+    return [*options(), *more]
 
 
 def tiny_shapes() -> dict[str, Shape]:
-    lora = lora_options("smallest", 32, 2)
     return {
-        "DDPM": Shape("configs/tests/ddpm.json", [*BF16], 2),
-        "LoRA": Shape("configs/tests/lora.json", lora, 2),
+        "DDPM": Shape("configs/tests/ddpm.json", lambda: BF16, 2),
+        "LoRA": Shape("configs/tests/lora.json", partial(lora_options, "smallest", 32, 2), 2),
     }
 
 
@@ -79,21 +82,21 @@ def real_shapes(asked: Asked) -> dict[str, Shape]:
     dit.write_text(json.dumps(DIT_XL_2), encoding="utf-8")
     cifar = [*pictures(10_000, 32), *BF16, "ddpm.model_config=unet_cifar10", "base.train_batch_size=128"]
     latents = [*pictures(2_000, 32, channels=4, classes=1000), *BF16, f"dit.model_config={dit}"]
+    latents += ["base.train_batch_size=64"]
+    lora, whole = "configs/tests/lora.json", "configs/tests/text_to_image.json"
     return {
-        "DDPM of CIFAR-10's shape, batch 128": Shape("configs/tests/ddpm.json", cifar, 30),
-        "LoRA SD 1.5, batch 1": Shape("configs/tests/lora.json", lora_options("whole", 512, 1), 20, (11.0, 3.0)),
-        "LoRA SD 1.5, batch 4": Shape("configs/tests/lora.json", lora_options("whole", 512, 4), 12),
-        "fine-tune SD 1.5, batch 16": Shape("configs/tests/text_to_image.json", whole_options(16), 6),
-        "fine-tune SD 1.5, batch 32": Shape("configs/tests/text_to_image.json", whole_options(32), 4, (75.0, math.inf)),
-        "DiT-XL/2 at 256 px (its latents), batch 64": Shape(
-            "configs/tests/dit.json", [*latents, "base.train_batch_size=64"], 8
-        ),
-        "LoRA SDXL 1024 px, batch 1": Shape("configs/tests/lora.json", lora_options("whole xl", 1024, 1), 8),
+        "DDPM of CIFAR-10's shape, batch 128": Shape("configs/tests/ddpm.json", lambda: cifar, 30),
+        "LoRA SD 1.5, batch 1": Shape(lora, partial(lora_options, "whole", 512, 1), 20, (11.0, 3.0)),
+        "LoRA SD 1.5, batch 4": Shape(lora, partial(lora_options, "whole", 512, 4), 12),
+        "fine-tune SD 1.5, batch 16": Shape(whole, partial(whole_options, 16), 6),
+        "fine-tune SD 1.5, batch 32": Shape(whole, partial(whole_options, 32), 4, (75.0, math.inf)),
+        "DiT-XL/2 at 256 px (its latents), batch 64": Shape("configs/tests/dit.json", lambda: latents, 8),
+        "LoRA SDXL 1024 px, batch 1": Shape(lora, partial(lora_options, "whole xl", 1024, 1), 8),
     }
 
 
 def saving_shape(tiny: bool) -> Shape:
-    options = whole_options(2, "smallest", 32) if tiny else whole_options(32)
+    options = partial(whole_options, 2, "smallest", 32) if tiny else partial(whole_options, 32)
     return Shape("configs/tests/text_to_image.json", options, 6)
 
 
@@ -126,8 +129,8 @@ def cached(task: str) -> list[str]:
 
 
 def run_of(asked: Asked, name: str, shape: Shape) -> RunConfig:
-    folder = asked.folder / "".join(letter if letter.isalnum() else "-" for letter in name)
-    return configured(shape.config, str(folder), shape.window, shape.options, 1 if asked.tiny else WINDOWS)
+    windows = 1 if asked.tiny else WINDOWS
+    return configured(shape.config, asked.run_folder(name), shape.window, shape.options(), windows)
 
 
 def measured(asked: Asked, name: str, shape: Shape) -> dict[str, Any]:
@@ -137,6 +140,7 @@ def measured(asked: Asked, name: str, shape: Shape) -> dict[str, Any]:
         with FlopCounterMode(display=False) as counter:  # of an eager step: it cannot see into compiled code
             bare_step(run._replace(base=replace(run.base, compile=False)), trainer)()
         flops[0] = counter.get_total_flops()
+        free_memory()
         return bare_step(run, trainer)
 
     rates = beside(run, {"bare": bare})
@@ -181,7 +185,9 @@ def beside_plain(asked: Asked, name: str, shape: Shape) -> dict[str, Any]:
 def stall(asked: Asked, shape: Shape) -> dict[str, Any]:
     """The step with the second save after it, less a normal step; the first one pays for the memory of the copy."""
     period, ends = shape.window, list[float]()
-    run = run_of(asked, "stall", shape._replace(options=[*shape.options, "base.checkpoints_total_limit=1"]))
+    run = run_of(
+        asked, "stall", shape._replace(options=partial(_with, shape.options, ["base.checkpoints_total_limit=1"]))
+    )
     run.base.checkpointing_steps, run.base.max_train_steps = period, 3 * period
 
     def look(validation: Any, steps_done: int) -> None:

@@ -34,7 +34,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
         mixed_precision=base.mixed_precision,
         kwargs_handlers=[
             InitProcessGroupKwargs("gloo" if on_cpu else None, timeout=timedelta(seconds=base.collective_timeout)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are held twice
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else there are two of each gradient
         ],
     )
     backends.check_engine(accelerator)
