@@ -160,3 +160,12 @@ def test_a_config_is_checked_without_the_heavy_libraries():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "2 []"
+
+
+@pytest.mark.slow
+def test_a_run_loads_no_library_that_it_does_not_use(tmp_path):
+    options = ["configs/tests/ddpm.json", f"base.output_dir={tmp_path / 'run'}", "base.max_train_steps=1"]
+    names = ("sklearn", "pandas", "datasets", "torchmetrics", "torch_fidelity", "wandb", "tensorboard", "matplotlib")
+    code = f"import sys; from train import main; code = main({options}); print(code, sorted(set({names}) & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "0 []"

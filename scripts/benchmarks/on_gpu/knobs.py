@@ -13,7 +13,7 @@ import torch
 from scripts.benchmarks.ablation import NotFused
 from scripts.benchmarks.bases import stable_diffusion
 from scripts.benchmarks.on_gpu.section import Asked, Case, if_it_fits
-from scripts.benchmarks.on_gpu.speed import pictures
+from scripts.benchmarks.on_gpu.shapes import pictures
 from scripts.benchmarks.runs import Enough, configured, examples_per_second, logged
 
 WINDOW, WINDOWS = 5, 2  # steps

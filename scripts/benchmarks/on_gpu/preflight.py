@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from scripts.benchmarks.on_gpu.section import Asked, Case, called
-from scripts.benchmarks.on_gpu.speed import lora_options, pictures
+from scripts.benchmarks.on_gpu.shapes import lora_options, pictures
 from trainers.engine.run.run_folder import METRICS, read_lines
 
 MEMORY, TIME = 0.05, 0.15  # of the run's own

@@ -21,6 +21,7 @@ from trainers.engine.run.run_folder import METRICS, read_lines
 
 TASKS = tuple(TRAINERS)
 STEPS = 8
+OTHER_KERNELS = 1e-4  # of losses: the same numbers in float32 by other kernels, or in another order
 # networks without dropout, which draws other numbers on another device
 PLAIN: dict[str, dict[str, Any]] = {"lora": {"lora_dropout": 0.0}, "lcm_lora": {"lora_dropout": 0.0}}
 
@@ -80,6 +81,10 @@ def difference(found: list[float], wanted: list[float]) -> float:
         raise ValueError(f"one run has {len(found)} steps and the other {len(wanted)}")
     scale = sum(map(abs, wanted)) / len(wanted)
     return max(abs(a - b) for a, b in zip(found, wanted, strict=True)) / scale
+
+
+def bounded(found: float, bound: float) -> dict[str, Any]:
+    return {"difference": found, "bound": bound, "holds": found <= bound}
 
 
 @contextmanager
