@@ -37,6 +37,8 @@ from trainers.engine.run.run_folder import SKIPPED_STEPS, read_lines
 TINY_TASKS: tuple[str, ...] = ("ddpm", "lora")
 # of the losses of 8 steps, relative to their mean
 BOUNDS = {"no": 1e-4, "bf16": 1e-2, "fp16": 2e-3}  # 1,000, 3 and 4 times what one rounding changes
+# its targets are the network's own predictions, so that a rounding grows with the steps: on a CPU to 0.09, from 0.003
+LCM_BF16 = 0.2
 STARTING_SCALE = 2.0**28  # of fp16's losses: overflows for some steps, which a run must not take for faults
 
 
@@ -70,7 +72,8 @@ def _on_cpu(runs: TinyRuns, task: str) -> list[float]:
 def beside_cpu(runs: TinyRuns, plain: Callable[[str], list[float]], task: str, precision: str) -> dict[str, Any]:
     options = runs.without_dropout(task) | {"base.mixed_precision": precision}
     found = runs.losses(task, f"{task}-{precision}", **options)
-    return bounded(difference(found, plain(task)), BOUNDS[precision])
+    bound = LCM_BF16 if (task, precision) == ("lcm_lora", "bf16") else BOUNDS[precision]
+    return bounded(difference(found, plain(task)), bound)
 
 
 def exact_resume(runs: TinyRuns, task: str) -> dict[str, Any]:
