@@ -8,8 +8,8 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -52,11 +52,23 @@ def examples_per_second(run: RunConfig, look: Look = lambda validation, steps_do
     `look` replaces validations, which the rates leave out: it is called before the first step and after each one.
     """
     looking = patch.multiple(Validation, make_up=look, after_step=look)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), looking, suppress(Enough):
+    with quiet(), looking, suppress(Enough):
         train(run)
-    AcceleratorState._reset_state(reset_partial_state=True)  # which is global: the next run starts with a new one
-    GradientState._reset_state()
+    reset_accelerate()
     return logged(run, "examples_per_second")[1:]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what is printed inside from the console."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def reset_accelerate() -> None:
+    """Forgets accelerate's state, which is global: the next run starts with a new one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def logged(run: RunConfig, name: str) -> list[float]:

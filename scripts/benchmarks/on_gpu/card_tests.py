@@ -21,7 +21,7 @@ def cases(asked: Asked) -> dict[str, Case]:
 
 
 def run(asked: Asked) -> dict[str, Any]:
-    """What pytest says of each test as it ends, so that a stop loses only what was not run."""
+    """Reads what pytest says of each test as it ends, so that a stop loses only what was not run."""
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "cuda", *map(str, files)]
     left = max(asked.end - time.monotonic(), 1.0)

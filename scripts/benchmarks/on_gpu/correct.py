@@ -29,9 +29,9 @@ from scripts.benchmarks.on_gpu.tiny_runs import (
 from scripts.benchmarks.runs import from_tests
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.config.errors import Interrupted
-from trainers.engine.distributed import launch
 from trainers.engine.optim import optimizer
 from trainers.engine.optim.nonfinite import NonFiniteSteps
+from trainers.engine.run import context
 from trainers.engine.run.run_folder import SKIPPED_STEPS, read_lines
 
 TINY_TASKS: tuple[str, ...] = ("ddpm", "lora")
@@ -147,7 +147,7 @@ def fp16(runs: TinyRuns, plain: Callable[[str], list[float]], task: str) -> dict
     """
     options = runs.without_dropout(task) | {"base.mixed_precision": "fp16"}
     found = difference(runs.losses(task, f"{task}-fp16", **options), plain(task))
-    original = launch.start_accelerator
+    original = context.start_accelerator
 
     def scaled(base: Any) -> Any:
         accelerator = original(base)
@@ -155,8 +155,7 @@ def fp16(runs: TinyRuns, plain: Callable[[str], list[float]], task: str) -> dict
         return accelerator
 
     with (
-        patch.object(launch, "start_accelerator", scaled),
-        patch("trainers.engine.run.context.start_accelerator", scaled),
+        patch.object(context, "start_accelerator", scaled),
         patch.object(NonFiniteSteps, "poison_if_nonfinite", nan_in_call(2)),
     ):
         folder = runs.train(task, f"{task}-fp16-overflow", **options, **{"base.max_train_steps": 3 * STEPS})

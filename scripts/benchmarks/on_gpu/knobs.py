@@ -1,4 +1,4 @@
-"""What each setting is worth on the card: a fine-tune of Stable Diffusion 1.5's shape, one setting more in each row."""
+"""Measures each setting on the card: a fine-tune of Stable Diffusion 1.5's shape, one setting more in each row."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+
+from scripts.benchmarks.runs import reset_accelerate
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
@@ -21,7 +22,7 @@ PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # dense bf16 FLOP/
 
 @cache
 def about(section: str, tiny: bool) -> dict[str, Any]:
-    """What a measurement depends on: command, date, card, driver, versions."""
+    """Describes a measurement: command, date, card, driver, versions."""
     versions = {"Python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -44,8 +45,7 @@ def driver() -> str:
 
 def clean_up() -> None:
     """Gives back what the last row left on the card, and accelerate's state, which is global."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     free_memory()
 
 

@@ -23,7 +23,7 @@ Case = Callable[[], dict[str, Any]]  # a row's columns; "holds": whether what it
 
 
 class Asked(NamedTuple):
-    """What a section is asked for."""
+    """A section's place, device, size and end."""
 
     folder: Path  # for its runs
     device: str
@@ -86,7 +86,7 @@ def if_it_fits(measure: Case) -> dict[str, Any]:
 
 
 def called(asked: Asked, *arguments: Any) -> str:
-    """What a script printed, in a process that ends with the section's time; RuntimeError with its end if it fails."""
+    """Returns what a script printed, in a process that ends with the section's time. RuntimeError if it fails."""
     command = [sys.executable, *map(str, arguments)]
     left = max(asked.end - time.monotonic(), 1.0)
     try:

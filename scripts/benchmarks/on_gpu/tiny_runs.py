@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from accelerate.state import AcceleratorState, GradientState
-
-from scripts.benchmarks.runs import ROOT, from_tests
+from scripts.benchmarks.runs import ROOT, from_tests, quiet, reset_accelerate
 from train import train
 from trainers import TRAINERS
 from trainers.engine.config.config import load_config
@@ -58,8 +55,11 @@ class TinyRuns:
 
     def train(self, task: str = "ddpm", name: str = "run", **values: Any) -> Path:
         """Trains, and returns the run's folder; nothing is printed."""
-        with quiet(), fresh_accelerate():
-            return train(load_config(self.config(task, name, **values)))
+        try:
+            with quiet():
+                return train(load_config(self.config(task, name, **values)))
+        finally:
+            reset_accelerate()
 
     def losses(self, task: str, name: str, **values: Any) -> list[float]:
         return losses(self.train(task, name, **values))
@@ -85,22 +85,6 @@ def difference(found: list[float], wanted: list[float]) -> float:
 
 def bounded(found: float, bound: float) -> dict[str, Any]:
     return {"difference": found, "bound": bound, "holds": found <= bound}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
-
-
-@contextmanager
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate's state is global: what runs inside, and what runs after it, start with a new one."""
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 @contextmanager
