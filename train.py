@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets_lib
+from datasets_lib.errors import FileError, UserError
 from datasets_lib.foreign import shown_lines
 from trainers.engine.config.config import RunConfig, describe, load_config
-from trainers.engine.config.errors import Interrupted, is_message
-from trainers.engine.config.files import ConfigError
+from trainers.engine.config.errors import Interrupted
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.output import lasting_output
 
@@ -176,7 +176,7 @@ def _run(options: argparse.Namespace) -> int:
             print("\n".join(describe(options.describe or None)))
             return 0
         run = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code)
-    except (ConfigError, FileNotFoundError) as error:
+    except UserError as error:
         return _fail(error, 2)
     if options.print_config:
         print(run.as_yaml(), end="")
@@ -185,9 +185,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.dry_run:
             return _dry_run(run)
         train(run)
-    except (ValueError, OSError) as error:
-        if not is_message(error):
-            raise
+    except UserError as error:
         return _fail(error, 1)
     except Interrupted as interruption:
         if interruption.text:
@@ -214,7 +212,7 @@ def _dry_run(run: RunConfig) -> int:
                 raise
         if not sandbox.is_main():
             if shortage is not None:
-                raise OSError(shortage.text)
+                raise FileError(shortage.text)
             return 0
         lines, fits = report.report(dry_run, shortage)
     print("\n".join(lines), flush=True)

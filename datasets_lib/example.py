@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from datasets_lib.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -56,7 +58,7 @@ class ImageData(DataSet):
 
     def bucket_of(self, index: int) -> int:
         """Returns a number that examples of one size share."""
-        raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
+        raise InputError("base.buckets = true: the data set has no bucket_of(index); set it to false")
 
     # in batches
     @property

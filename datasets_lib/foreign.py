@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from datasets_lib.errors import FileError, InputError
+
 SHOWN_CHARACTERS = 1000
 KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -44,7 +46,7 @@ def check_regular(path: Path) -> Path:
     """
     kind = stat.S_IFMT(path.stat().st_mode)
     if kind != stat.S_IFREG:
-        raise OSError(f"{shown(path)}: is {KINDS.get(kind, 'something else')}, not a regular file; remove it")
+        raise FileError(f"{shown(path)}: is {KINDS.get(kind, 'something else')}, not a regular file; remove it")
     return path
 
 
@@ -54,7 +56,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {limit:,} are read")
+        raise InputError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {limit:,} are read")
     return data
 
 
@@ -64,7 +66,7 @@ def read_json(path: Path, limit: int) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # json's own errors are ValueErrors
-        raise ValueError(f"{shown(path)}: cannot be read as JSON ({shown(error)})") from None
+        raise InputError(f"{shown(path)}: cannot be read as JSON ({shown(error)})") from None
 
 
 def named_object(name: str) -> Any:
@@ -75,7 +77,7 @@ def named_object(name: str) -> Any:
     """
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError("it has no colon")
+        raise InputError("it has no colon")
     package = module.partition(".")[0]
     found = None if package in sys.modules else find_spec(package)  # __main__, or a module made in a notebook
     if found is not None and found.origin is None:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 import datasets_lib
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import read_json
 from datasets_lib.images.files import TEXT_BYTES
 from datasets_lib.images.image_dataset import ImageDataset
@@ -43,12 +44,12 @@ def read_base(source: Path, overrides: list[str], trust_code: bool) -> BaseConfi
     """Reads section `base` of a configuration, or makes one for data; ValueError for options that do not fit."""
     if source.is_dir() or source.suffix == ".jsonl":
         if overrides:
-            raise ValueError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
+            raise InputError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
         return BaseConfig(train_data_dir=str(source))
     base = load_config(source, overrides, datasets_lib.problems, trust_code).base
     for option in ("streaming", "class_data_dir"):
         if getattr(base, option):
-            raise ValueError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
+            raise InputError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
     return base
 
 
@@ -75,7 +76,7 @@ def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Makes the folder; ValueError if it holds shards with other settings, or other files."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / SETTINGS).is_file() and any(path.name != LOCK for path in folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
+        raise InputError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
     keep_settings(folder / SETTINGS, settings)
 
 
@@ -142,7 +143,7 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
     if dataset is None:
         return
     if not isinstance(dataset, ImageDataset):
-        raise ValueError(f"base.dataset = {base.dataset}: holds no picture files to put into shards")
+        raise InputError(f"base.dataset = {base.dataset}: holds no picture files to put into shards")
     name = base.validation_split if isinstance(base.validation_split, str) else "validation"
     folder = options.output_dir if split == "train" else options.output_dir / name
     settings = settings_of(dataset, base, space, options)
@@ -171,9 +172,9 @@ def main() -> None:
     space = None
     if options.latents is not None:
         for problem in latents_problems(options.latents):
-            raise ValueError(f"--latents = {options.latents}: {problem}")
+            raise InputError(f"--latents = {options.latents}: {problem}")
         if base.buckets or base.random_flip:
-            raise ValueError("base.buckets and base.random_flip: latents are of unflipped pictures of one size")
+            raise InputError("base.buckets and base.random_flip: latents are of unflipped pictures of one size")
         space = LatentSpace("--latents", options.latents, base, accelerator.device, torch.float32)
     with ExitStack() as held:
         run_on_main(accelerator, lambda: lock(options.output_dir, held))

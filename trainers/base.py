@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from datasets_lib.errors import InputError
 from trainers.engine.config.base_options import BaseConfig
 from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from trainers.pretrained import read_model
@@ -217,7 +218,7 @@ class Trainer(ABC):
         if not isinstance(rates, dict):
             rates = dict.fromkeys(modules, rates)
         if set(rates) != set(modules):
-            raise ValueError(f"learning_rate = {rates}: needs one rate for each of the networks {', '.join(modules)}")
+            raise InputError(f"learning_rate = {rates}: needs one rate for each of the networks {', '.join(modules)}")
         return [
             {"name": name, "params": [p for p in module.parameters() if p.requires_grad], "lr": rates[name]}
             for name, module in modules.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.images.source import Source
 from datasets_lib.images.transforms import draw
 
@@ -17,7 +18,7 @@ class Captions:
     def __init__(self, source: Source, args: Any) -> None:
         self.texts, self.args = source.captions, args
         if self.texts is not None and args.caption:
-            raise ValueError(
+            raise InputError(
                 f"base.caption is {args.caption!r}, the text of a data set without captions, but {source.origin} has "
                 "captions; unset base.caption, put the text in front of each with base.trigger_word, or remove them"
             )

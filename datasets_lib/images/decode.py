@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.buckets import Size, best
 from datasets_lib.images.color import convert, profile_transform
@@ -25,7 +26,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # an MPO is opened as a
 FINER = 2.5  # at 2, pictures differ twice as much from those of all pixels, and few are decoded sooner
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """An image that cannot be used: broken, or larger than allowed."""
 
 
@@ -98,7 +99,7 @@ class ImageReader:
         for height, width in (size, resized_size(size, self.target(size))):
             if width * height > self.max_image_pixels:
                 image.close()
-                raise ValueError(
+                raise InputError(
                     f"it has {width} x {height} = {width * height} pixels, read or resized; {self._limit()}"
                 )
         return image
@@ -122,14 +123,14 @@ def open_image(source: Path | bytes) -> Image.Image:
     if isinstance(source, Path):
         return Image.open(check_regular(source), formats=FORMATS)
     if len(source) > PICTURE_BYTES:
-        raise ValueError(f"it has {len(source):,} bytes, and at most {PICTURE_BYTES:,} are read")
+        raise InputError(f"it has {len(source):,} bytes, and at most {PICTURE_BYTES:,} are read")
     return Image.open(io.BytesIO(source), formats=FORMATS)
 
 
 def read_picture(path: Path, mode: str = "RGB", background: str = "white") -> Image.Image:
-    """Return a whole image upright, in sRGB, as L or RGB; raise FileNotFoundError or ImageError with its name."""
+    """Return a whole image upright, in sRGB, as L or RGB; raise MissingFileError or ImageError with its name."""
     if not path.exists():
-        raise FileNotFoundError(f"{shown(path)}: there is no such picture")
+        raise MissingFileError(f"{shown(path)}: there is no such picture")
     try:
         with open_image(path) as image:
             image.load()
@@ -192,7 +193,7 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     """
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        raise ValueError("it holds NaN or infinity")
+        raise InputError("it holds NaN or infinity")
     scales = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     low, high = next(((0, scale) for scale in scales if low >= 0 and high <= scale), (low, high))
     wide = values.astype(np.float64)  # in place from here on: each copy of 64 million pixels takes half a GB

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData
 from datasets_lib.images.buckets import Size
 from datasets_lib.images.captions import Captions
@@ -25,7 +26,7 @@ class ImageDataset(ImageData):
 
     def __init__(self, source: Source, args: Any, split: str):
         if not len(source.images):
-            raise ValueError(f"the {split} set of {source.origin} has no images; check the data set")
+            raise InputError(f"the {split} set of {source.origin} has no images; check the data set")
         self.source, self.args = source, args
         self.rows = select_rows(len(source.images), args, split)
         self.fingerprint = digest(source.fingerprint, split, np.array(self.rows, dtype=np.int64).tobytes())

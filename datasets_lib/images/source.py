@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import TEXT_BYTES
 
@@ -60,7 +61,7 @@ def select_rows(count: int, args: Any, split: str) -> list[int]:
     if fraction is not None and not isinstance(fraction, str):
         held_out = max(1, round(fraction * count))
         if not 0 < fraction < 1 or held_out >= count:
-            raise ValueError(
+            raise InputError(
                 f"base.validation_split is {fraction} of {count} images; give a sub-folder or split, or a fraction "
                 "between 0 and 1 that leaves images to train on"
             )
@@ -72,7 +73,7 @@ def select_rows(count: int, args: Any, split: str) -> list[int]:
 def refuse_named_split(args: Any, origin: str, remedy: str = "give a fraction such as 0.1") -> None:
     """Raise a ValueError for a named validation split of data that has no such splits."""
     if isinstance(args.validation_split, str):
-        raise ValueError(
+        raise InputError(
             f"base.validation_split is {args.validation_split!r}, but {origin} has no named splits; {remedy}"
         )
 
@@ -99,13 +100,13 @@ def check_caption(caption: Any, place: str) -> str | list[str]:
     texts = caption if isinstance(caption, list) else [caption]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         found = shown(repr(caption))
-        raise ValueError(
+        raise InputError(
             f"{shown(place)} has no caption (found {found}); give it a text or a list of texts, or remove it"
         )
     try:
         size = sum(len(text.encode()) for text in texts)
     except UnicodeEncodeError:
-        raise ValueError(f"{shown(place)} has a caption with half of a character (a surrogate); mend it") from None
+        raise InputError(f"{shown(place)} has a caption with half of a character (a surrogate); mend it") from None
     if size > TEXT_BYTES:
-        raise ValueError(f"{shown(place)} has a caption of {size:,} bytes, and at most {TEXT_BYTES:,} are read")
+        raise InputError(f"{shown(place)} has a caption of {size:,} bytes, and at most {TEXT_BYTES:,} are read")
     return caption

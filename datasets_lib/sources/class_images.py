@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.example import ImageData
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import resolved
@@ -113,14 +114,14 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
     """
     folder = resolved(args.class_data_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
+        raise MissingFileError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, args.allow_outside, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
     known: Any = ()
     if args.train_data_dir is not None and isinstance(instances, ImageDataset):
         known = instances.source.images
     if twice := set(images) & {image for image in known if isinstance(image, Path)}:
-        raise ValueError(
+        raise InputError(
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {shown(min(twice))}, are "
             "examples of base.train_data_dir too; move it out of that folder"
         )

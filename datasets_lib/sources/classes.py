@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets_lib.checks import one_of
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 
 LABEL_DIGITS = 18  # as many always fit into an int64
@@ -37,7 +38,7 @@ def number_classes(
         for item in classes:
             if not str(item).isdecimal() or len(str(item)) > LABEL_DIGITS:
                 found = shown(repr(item))
-                raise ValueError(f"the class of an image in {folder} is {found}; those to train on have numbers")
+                raise InputError(f"the class of an image in {folder} is {found}; those to train on have numbers")
         return [int(item) for item in classes]
     for name in sorted({str(item) for item in classes}):
         one_of(f"the class of an image in {folder}", name, label_names)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_lib.checks import one_of
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import TEXT_BYTES, check_inside, is_inside, open_text, resolved
 from datasets_lib.images.image_dataset import ImageDataset
@@ -28,7 +29,7 @@ def build(args: Any, split: str) -> ImageDataset:
     first-level sub-folders are classes if there are two or more and every image is in one. Hidden files are ignored.
     """
     if args.image_column is not None:
-        raise ValueError(
+        raise InputError(
             f"base.image_column is {args.image_column!r}, but base.train_data_dir has no such columns; unset it, "
             "or load the folder with base.dataset_name"
         )
@@ -50,7 +51,7 @@ def read_list(file: Path, args: Any) -> Source:
 def read_source(top: Path, args: Any, split: str) -> Source:
     """Return the images, captions, labels and masks of a split of a folder."""
     if not top.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"base.train_data_dir: there is no folder {top}; give a folder that holds images, or a .jsonl file that "
             "lists them"
         )
@@ -62,7 +63,7 @@ def read_source(top: Path, args: Any, split: str) -> Source:
     else:
         for option in ("label_column", "mask_column"):
             if (column := getattr(args, option)) is not None:
-                raise ValueError(f"base.{option} is {column!r}, but there is no metadata in {top}; unset it")
+                raise InputError(f"base.{option} is {column!r}, but there is no metadata in {top}; unset it")
         captions = read_text_files(found, others, args.caption_column)
         listed = Listed(found, captions, class_folders(folder, found), None)
     images, classes = listed.images, listed.classes
@@ -73,7 +74,7 @@ def read_source(top: Path, args: Any, split: str) -> Source:
         if metadata is None and label_names is not None:
             classes = [image.relative_to(folder).parts[0] for image in images]
         if training.labels is not None and classes is None:
-            raise ValueError(f"the images in {folder} have no classes, and those to train on have; give them classes")
+            raise InputError(f"the images in {folder} have no classes, and those to train on have; give them classes")
     else:
         label_names = class_names(classes)
     labels = number_classes(classes, label_names, folder)
@@ -124,12 +125,12 @@ def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Pa
 def list_files(
     folder: Path, excluded: Path | None, top: Path, outside: Sequence[str], option: str = "train_data_dir"
 ) -> tuple[list[Path], list[Path]]:
-    """Return the images and the other files below a folder, in order; raise ValueError if there are no images."""
+    """Return the images and the other files below a folder, in order; raise InputError if there are no images."""
     files = list(walk(folder, excluded, top, outside))
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
     others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
     if not images:
-        raise ValueError(
+        raise InputError(
             f"there are no images in {folder}: looked there and in its sub-folders for {', '.join(EXTENSIONS)} and saw "
             f"{len(others)} other files; check base.{option}"
         )
@@ -186,7 +187,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str | list[str]] | None:
     """Return the text in the .txt file of each image, or None if no image has one."""
     if caption_column is not None:
-        raise ValueError(
+        raise InputError(
             f"base.caption_column is {caption_column!r}, but there is no {' or '.join(METADATA_FILES)} next to "
             f"{shown(images[0])} or above it; add one, or unset the option"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_lib.checks import find_column, one_of
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import PICTURE_BYTES, check_inside, resolved
 from datasets_lib.images.image_dataset import ImageDataset
@@ -47,7 +48,7 @@ def image_column(features: dict[str, Any], wanted: str | None) -> str:
         return one_of("base.image_column", wanted, features)
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
     if len(found) != 1:
-        raise ValueError(
+        raise InputError(
             f"there are {len(found)} columns of type Image among {', '.join(map(shown, features))}; name one in "
             "base.image_column"
         )
@@ -80,7 +81,7 @@ def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[s
     usable = [type(label) is int and 0 <= label <= LARGEST_LABEL for label in labels]
     wrong = None if all(usable) else usable.index(False)
     if wrong is not None:
-        raise ValueError(
+        raise InputError(
             f"column {column!r} has {shown(repr(labels[wrong]))} in row {wrong}; labels are integers of at least 0: "
             "name another column in base.label_column, or encode this one with datasets' class_encode_column"
         )
@@ -116,7 +117,7 @@ class EncodedImages:
         try:
             self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"base.{option} is {column!r}, whose {rows.features[column]} values are not images ({shown(error)}); "
                 f"the columns are: {', '.join(map(shown, rows.features))}"
             ) from error

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
 from datasets_lib.checks import find_column
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, check_caption
@@ -42,7 +43,7 @@ def read_metadata(metadata: Path, folder: Path, excluded: Path | None, images: l
 
     def belongs(path: Path, place: str) -> bool:
         if path not in present and path.is_relative_to(folder) and not (excluded and path.is_relative_to(excluded)):
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{place} names {shown(path)}, which is not there or no image; add the file or remove the row"
             )
         return path in present
@@ -87,12 +88,12 @@ def _read(
                 labels.append(label)
             elif args.label_column:
                 found = shown(repr(label))
-                raise ValueError(f"{place} has no class (found {found}); give it a name, or a number of at least 0")
+                raise InputError(f"{place} has no class (found {found}); give it a name, or a number of at least 0")
         if mask_column is not None:
             masks.append(_path(file, place, row, (mask_column,), args.allow_outside))
             _check_file(masks[-1], file.parent, place, args.allow_outside)
     if not images:
-        raise ValueError(f"{file} names no image in {folder}; give each image a row with its {names[0]}")
+        raise InputError(f"{file} names no image in {folder}; give each image a row with its {names[0]}")
     # a column that was not asked for may have gaps: for a task without classes that is no mistake
     complete = label_column is not None and len(labels) == len(images)
     return Listed(images, captions if column else None, labels if complete else None, masks if mask_column else None)
@@ -113,7 +114,7 @@ def _csv_rows(lines: Iterator[str], file: Path) -> Iterator[dict]:
     try:
         yield from rows
     except csv.Error as error:
-        raise ValueError(f"{shown(file)} cannot be read after line {rows.line_num} ({shown(error)}); mend it") from None
+        raise InputError(f"{shown(file)} cannot be read after line {rows.line_num} ({shown(error)}); mend it") from None
 
 
 def _json_rows(lines: Iterator[str], file: Path) -> Iterator[dict]:
@@ -123,7 +124,7 @@ def _json_rows(lines: Iterator[str], file: Path) -> Iterator[dict]:
             row = json.loads(line)
         if not isinstance(row, dict):
             found = shown(repr(line.strip()))
-            raise ValueError(
+            raise InputError(
                 f"row {number} of {shown(file)} has the line {found}, which is not a JSON object that can be read; "
                 "write one object a line"
             )
@@ -133,11 +134,11 @@ def _json_rows(lines: Iterator[str], file: Path) -> Iterator[dict]:
 def _path(file: Path, place: str, row: dict, names: tuple[str, ...], outside: Sequence[str]) -> Path:
     name = next((row[column] for column in names if row.get(column)), None)
     if not isinstance(name, str):
-        raise ValueError(f"{place} has no {' or '.join(map(shown, names))}; name the file relative to {file.parent}")
+        raise InputError(f"{place} has no {' or '.join(map(shown, names))}; name the file relative to {file.parent}")
     relative = PurePosixPath(name)
     leaves = relative.is_absolute() or ".." in relative.parts
     if leaves and not is_inside(file.parent / relative, outside):
-        raise ValueError(
+        raise InputError(
             f"{place} names {shown(repr(name))}, which leads out of the folder; "
             f"put the image below {file.parent} and name it relative to that"
         )
@@ -148,8 +149,8 @@ def _check_file(path: Path, folder: Path, place: str, outside: Sequence[str]) ->
     try:
         check_regular(check_inside(path, folder, outside))
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{place} names {shown(path)}, which is not there; add the file or remove the row"
         ) from None
     except (ValueError, OSError) as error:
-        raise ValueError(f"{place}: {shown(error)}") from None
+        raise InputError(f"{place}: {shown(error)}") from None

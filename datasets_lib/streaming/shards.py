@@ -10,6 +10,7 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
 from datasets_lib.images.source import refuse_named_split
@@ -84,7 +85,7 @@ def find_shards(args: Any, split: str) -> ShardList:
     if top.is_file() and top.suffix == ".txt":
         return _of_list(top, args)
     if not top.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"base.train_data_dir: there is no folder {top}; with base.streaming give a folder of "
             f"{' or '.join(KINDS)} files, or a .txt file with a URL or path in each line"
         )
@@ -99,11 +100,11 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
         named = top / one_of(f"base.validation_split (a sub-folder of {top})", held_out, folders)
         folder, excluded = (named, None) if split == "validation" else (top, named)
     if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
-        raise ValueError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
+        raise InputError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
     files = walk(folder, excluded, top, args.allow_outside)
     found = [check_regular(path) for path in files if path.suffix.lower() in KINDS]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"there are no {' or '.join(KINDS)} files in {folder}, and base.streaming: true reads such shards; check "
             "base.train_data_dir, or make some with scripts/shard.py"
         )
@@ -117,10 +118,10 @@ def _of_list(file: Path, args: Any) -> ShardList:
         lines = [(number, line.strip()) for number, line in enumerate(lines_of(opened, file), 1) if line[0] != "#"]
         shards = [_listed(line, number, file, args.allow_outside) for number, line in lines if line]
     if not shards:
-        raise ValueError(f"{file} lists no shards; give a URL or a path in each line")
+        raise InputError(f"{file} lists no shards; give a URL or a path in each line")
     for shard, count in Counter(shards).items():
         if count > 1:
-            raise ValueError(
+            raise InputError(
                 f"{file} lists {shown(shard.name)} {count} times; an epoch has each shard once: keep one line"
             )
     return ShardList(shards, str(file), read_index(file.parent, args.allow_outside))
@@ -135,7 +136,7 @@ def _listed(line: str, number: int, file: Path, outside: Sequence[str]) -> Shard
             check_regular(Path(shard.location))
         except (FileNotFoundError, NotADirectoryError):
             found = shown(repr(line))
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{file} lists {found}, and there is no such file; correct or remove the line"
             ) from None
     return shard
@@ -145,7 +146,7 @@ def _url(line: str, number: int, file: Path) -> Shard:
     try:
         parts = urlsplit(line)
     except ValueError:  # its text may show a user and password
-        raise ValueError(f"{file} has a URL in line {number} that cannot be read; correct the line") from None
+        raise InputError(f"{file} has a URL in line {number} that cannot be read; correct the line") from None
     one_of(f"the scheme of a URL in {file}", parts.scheme, SCHEMES)
     return Shard(line, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
 
@@ -154,7 +155,7 @@ def _path(line: str, file: Path, outside: Sequence[str]) -> Shard:
     path, leaves = file.parent / line, PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts
     if leaves and not is_inside(path, outside):
         found = shown(repr(line))
-        raise ValueError(f"{file} lists {found}, which leads out of its folder; give a path below {file.parent}")
+        raise InputError(f"{file} lists {found}, which leads out of its folder; give a path below {file.parent}")
     check_inside(path, file.parent, outside)
     return Shard(str(path), line if leaves else path.relative_to(file.parent).as_posix())
 
@@ -168,7 +169,7 @@ def _of_hub(args: Any, split: str) -> ShardList:
     locations = files[one_of(f"{option} of {args.dataset_name}", wanted, files)]
     others = [location for location in locations if PurePosixPath(location).suffix.lower() not in KINDS]
     if others:
-        raise ValueError(
+        raise InputError(
             f"base.dataset_name={args.dataset_name} has files such as {shown(PurePosixPath(others[0]).name)}, and "
             f"base.streaming: true reads {' and '.join(KINDS)}; set it to false"
         )

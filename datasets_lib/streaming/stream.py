@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData, StreamData
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.image_dataset import ImageDataset
@@ -54,11 +55,11 @@ class Stream(StreamData):
             check_latents(args, self.origin, about)
 
     def __len__(self) -> int:
-        raise ValueError(self._without("are not counted, and this needs their number"))
+        raise InputError(self._without("are not counted, and this needs their number"))
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Raise ValueError: a stream is read in its own order."""
-        raise ValueError(self._without("have no numbers, and this asks for one of them"))
+        raise InputError(self._without("have no numbers, and this asks for one of them"))
 
     def _without(self, what: str) -> str:
         return f"base.streaming = true: the examples of {self.origin} {what}; set it to false"
@@ -79,11 +80,11 @@ class Stream(StreamData):
         return self._examples(0, 1, {}).next(None)
 
     def shard_for_rank(self, process_index: int, num_processes: int, workers: int) -> Stream:
-        """Return the stream with the readers of one process; raise ValueError if there are more readers than shards."""
+        """Return the stream with the readers of one process; raise InputError if there are more readers than shards."""
         own = max(workers, 1)
         count = own * num_processes
         if count > len(self.shards):
-            raise ValueError(
+            raise InputError(
                 f"{self.origin} has {len(self.shards)} shards, and {num_processes} processes with {own} readers each "
                 f"(base.dataloader_num_workers = {workers}) need {count}, one each; lower "
                 "base.dataloader_num_workers, start fewer processes, or make more shards: scripts/shard.py --shard-size"
@@ -138,7 +139,7 @@ class Stream(StreamData):
         return self.skipped_before[0] + shards, self.skipped_before[1] + images
 
     def held(self, count: float = math.inf) -> HeldExamples:
-        """Return at most `count` of the first examples; raise ValueError if all are wanted and a shard is broken."""
+        """Return at most `count` of the first examples; raise InputError if all are wanted and a shard is broken."""
         reader = self._rows(0, 1, {})
         rows: list[RawRow] = []
         for place, row in reader:
@@ -146,7 +147,7 @@ class Stream(StreamData):
                 break
             rows.append(row)
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
-            raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
+            raise InputError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
         return HeldExamples(self, rows)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import read_bytes, shown
 from datasets_lib.images.decode import open_image
 from datasets_lib.images.files import PICTURE_BYTES
@@ -42,7 +43,7 @@ def _file(image: Path | bytes | np.ndarray, name: str) -> bytes:
         return read_bytes(image, PICTURE_BYTES)  # a stream reads no larger ones
     if isinstance(image, bytes):
         if len(image) > PICTURE_BYTES:
-            raise ValueError(
+            raise InputError(
                 f"{shown(name)}: has {len(image):,} bytes, and a shard's picture at most {PICTURE_BYTES:,}"
             )
         return image

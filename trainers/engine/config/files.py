@@ -10,11 +10,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datasets_lib.errors import InputError, MissingFileError
+
 MAX_FILE_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000  # after aliases are expanded
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """Lists all problems of a configuration, one per line."""
 
     def __init__(self, *problems: str) -> None:
@@ -26,7 +28,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a mapping; raises FileNotFoundError, or ConfigError if it is too large, malformed or no mapping."""
     if not path.is_file():
         searched = f"(searched {path.resolve()})"
-        raise FileNotFoundError(f"config file {path} does not exist {searched}; see configs/ for examples")
+        raise MissingFileError(f"config file {path} does not exist {searched}; see configs/ for examples")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}")
     kind = "JSON" if path.suffix == ".json" else "YAML"
@@ -44,14 +46,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"found duplicate key {name}")
+            raise InputError(f"found duplicate key {name}")
     return dict(pairs)
 
 
 def _read_yaml(text: str) -> Any:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None and _expanded_size(node, {}) > MAX_YAML_NODES:
-        raise ValueError(f"its aliases expand to more than {MAX_YAML_NODES} values; write them out")
+        raise InputError(f"its aliases expand to more than {MAX_YAML_NODES} values; write them out")
     loaded = OmegaConf.create(text) if text.strip() else None  # reads 1e-4 as a number, which plain PyYAML does not
     return OmegaConf.to_container(loaded) if loaded is not None else None
 
