@@ -6,11 +6,13 @@ import importlib
 import json
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.errors import FileError, InputError
+from datasets_lib.errors import FileError, InputError, MissingFileError, UserError
 
 SHOWN_CHARACTERS = 1000
 KINDS = {
@@ -39,12 +41,26 @@ def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the system says about a file that it cannot read into a FileError, or a MissingFileError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(f"{shown(path)}: there is no such file; check the name") from None
+    except OSError as error:
+        raise FileError(f"{shown(path)}: cannot be read ({error.strerror or error}); check its permissions") from None
+
+
 def check_regular(path: Path) -> Path:
     """Returns the path of a regular file; opening a pipe would wait for ever, and a device may have no end.
 
-    Raises FileNotFoundError if it is not there, and OSError for anything else.
+    Raises MissingFileError if it is not there, and FileError for anything else.
     """
-    kind = stat.S_IFMT(path.stat().st_mode)
+    with reading(path):
+        kind = stat.S_IFMT(path.stat().st_mode)
     if kind != stat.S_IFREG:
         raise FileError(f"{shown(path)}: is {KINDS.get(kind, 'something else')}, not a regular file; remove it")
     return path
@@ -53,7 +69,7 @@ def check_regular(path: Path) -> Path:
 def read_bytes(path: Path, limit: int) -> bytes:
     """Reads a regular file of at most `limit` bytes; raises OSError for others, ValueError for a larger one."""
     check_regular(path)
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise InputError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {limit:,} are read")

@@ -34,6 +34,7 @@ from trainers.common.lora.files import (
     write_tensors,
 )
 from trainers.common.lora.header import SETTINGS_KEY, peft_settings
+from trainers.engine.run.files import make_folder
 from trainers.inference.command import command
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="a new .safetensors file")
     parser.add_argument("--to", choices=("kohya", "diffusers"), required=True)
     options = parser.parse_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output.parent)
     convert(options.input, options.output, options.to)
     print(f"{options.to} format: {options.output}")
 

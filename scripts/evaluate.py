@@ -32,7 +32,7 @@ from trainers.engine.config.trust import Trust
 from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.workers import SlotExamples
 from trainers.engine.encoders.stages import FrozenEncoders
-from trainers.engine.run.files import new_file, write_text
+from trainers.engine.run.files import make_folder, new_file, write_text
 from trainers.engine.validation.feature_networks import load_classifier, load_features
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import mean_over
@@ -219,7 +219,7 @@ def main() -> None:
     task = of_run(arguments) if arguments.real is None else of_folders(arguments)
     metrics, picture = evaluate(task, arguments)
     folder = arguments.output_dir or task.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     infinite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]  # JSON has only null
     text = json.dumps(metrics | dict.fromkeys(infinite), indent=1)
     write_text(folder / "metrics.json", text)

@@ -34,7 +34,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.distributed.collectives import run_on_all, run_on_main
-from trainers.engine.run.files import flush, write_text
+from trainers.engine.run.files import flush, make_folder, write_text
 from trainers.engine.run.run_folder import LOCK, lock_folder
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, keep_settings, positive
@@ -66,7 +66,7 @@ def settings_of(dataset: ImageDataset, base: BaseConfig, space: LatentSpace | No
 
 def lock(folder: Path, held: ExitStack) -> None:
     """Makes the folder, and locks it until `held` is closed; ValueError if another call has locked it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = lock_folder(folder, "--output-dir")
     if file is not None:
         held.enter_context(file)
@@ -74,7 +74,7 @@ def lock(folder: Path, held: ExitStack) -> None:
 
 def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Makes the folder; ValueError if it holds shards with other settings, or other files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not (folder / SETTINGS).is_file() and any(path.name != LOCK for path in folder.iterdir()):
         raise InputError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
     keep_settings(folder / SETTINGS, settings)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from datasets_lib.errors import InputError
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.run.files import new_file, write_text
+from trainers.engine.run.files import make_folder, new_file, write_text
 from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import evaluation_requests
@@ -141,7 +141,7 @@ def main() -> None:
     add_sampling_arguments(parser)
     arguments = parser.parse_intermixed_args()
     name, rows, pictures = arguments.vary.partition("=")[0], [], []
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.output.parent)
     for row, drawn in sweep(arguments):
         rows.append(row)
         pictures.append(drawn[:SHOWN].expand(-1, max(3, drawn.shape[1]), -1, -1))

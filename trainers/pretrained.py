@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.errors import InputError
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import shown
 from trainers.model_configs import INDEX, check_files, numbers_in, read_config
 
@@ -81,7 +81,7 @@ def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safete
                 f"{kind.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
             )
         what = f"no {kind.__name__}{wanted} could be read"
-        found = FileNotFoundError(f"{place}: {what}; {advice} ({reason})")
+        found = MissingFileError(f"{place}: {what}; {advice} ({reason})")
         if isinstance(error, MemoryError) or "allocate memory" in reason:
             found.errno = errno.ENOMEM  # for the dry run, which then suggests what needs less
         raise found from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.foreign import check_regular, reading, shown
 
 # at most, of what is read into memory at once
 PICTURE_BYTES = 64 << 20  # a picture or latents in a shard
@@ -24,7 +24,7 @@ def open_text(path: Path, limit: int, newline: str | None = None) -> Iterator[IO
     if (size := check_regular(path).stat().st_size) > limit:
         raise InputError(f"{shown(path)}: has {size:,} bytes, and at most {limit:,} are read")
     try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
+        with reading(path), path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{shown(path)} is not UTF-8 text ({error}); save it as UTF-8") from error

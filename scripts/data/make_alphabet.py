@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from datasets_lib.errors import InputError, MissingFileError
+from trainers.engine.run.files import make_folder
 from trainers.inference.command import check_new, command
 
 SUFFIXES = {".ttf", ".otf", ".ttc", ".otc"}
@@ -112,7 +113,7 @@ def write_split(folder: Path, members: list[tuple[Face, list[Image.Image]]], let
         names.add(font)
         for letter, picture in zip(letters, pictures, strict=True):
             name = f"{letter}/{font}.png"
-            (folder / letter).mkdir(parents=True, exist_ok=True)
+            make_folder(folder / letter)
             picture.save(folder / name)
             rows.append({"file_name": name, "label": letter, "font": font})
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.file_hashes import sha256
 from datasets_lib.foreign import check_regular, read_json, shown
-from trainers.engine.run.files import new_file, write_text
+from trainers.engine.run.files import make_folder, new_file, write_text
 
 KEY = "diffloop"  # of the PNG's text chunk
 MARK = ".diffloop.json"  # lists the files that were drawn into a folder
@@ -50,7 +50,7 @@ def as_pil(image: Tensor) -> Image.Image:
 
 def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     """Writes a PNG with its settings in it, and next to it as .json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(KEY, write_settings(path.with_suffix(".json"), settings))
     with new_file(path) as file:
@@ -114,7 +114,7 @@ def output_folder(folder: Path, reads: Iterable[str | Path] = ()) -> Iterator[Pa
         raise InputError(f"--output-dir {folder}: holds other files; choose a new folder")
     if links := [path for path in folder.rglob("*") if path.is_symlink()]:
         raise InputError(f"--output-dir {folder}: holds the link {shown(links[0])}; remove it, or choose a new folder")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.absolute().parent)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as made:
         try:
             yield Path(made)
@@ -131,7 +131,7 @@ def _replace(folder: Path, made: Path) -> None:
         if not (folder / name).is_dir():
             (folder / name).unlink(missing_ok=True)
     for name in files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((folder / name).parent)
         (made / name).replace(folder / name)
     for parent in sorted({parent for name in old for parent in name.parents[:-1]}, reverse=True):
         if (folder / parent).is_dir() and not any((folder / parent).iterdir()):

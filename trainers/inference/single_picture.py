@@ -14,7 +14,7 @@ from trainers.common.lora.training import AdapterConfig
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.engine.config.config import check_config
 from trainers.engine.config.files import read_config_file
-from trainers.engine.run.files import new_file
+from trainers.engine.run.files import make_folder, new_file
 from trainers.inference.fitting import Fitted
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lora_single_image.yaml"
@@ -50,7 +50,7 @@ def single_picture_lora(
     run = check_config(document, arguments.overrides, datasets_lib.problems)
     if isinstance(run.config, AdapterConfig) and run.config.use_dora:
         raise InputError("lora.use_dora: the weights of a DoRA are no sum that can be mixed; leave it out")
-    (folder / "picture").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "picture")
     with new_file(folder / "picture" / f"{name}.png") as file:
         picture.square.save(file, "PNG")
     return train(run)

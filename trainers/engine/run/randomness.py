@@ -8,8 +8,6 @@ import math
 import torch
 from torch import Tensor
 
-from datasets_lib.errors import InputError
-
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -82,7 +80,7 @@ class SlotRandom:
     def _bits(self, name: str, count: int) -> Tensor:
         """[B, count] int64, uniform over all 64 bits."""
         if name in self.asked:
-            raise InputError(f"the draw {name!r} was asked for twice in one step; give every draw its own name")
+            raise ValueError(f"the draw {name!r} was asked for twice in one step; give every draw its own name")
         self.asked.add(name)
         example = mix(self.spread + _signed(key_of(self.seed, self.stream, name)))
         element = torch.arange(1, count + 1, device=example.device) * _signed(GOLDEN)
