@@ -119,6 +119,8 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
         train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
     ctx.clock, train_set = shard_for_rank(ctx.accelerator, base, train_set)
     data = DataSets(train_set, validation_set)
+    if ctx.run.config.reads_captions:
+        datasets_lib.check_captions(*data)
     if dry_run is not None:
         data = dry_run.shorten(ctx, data)
     datasets_lib.check_example(data.train.first_example(), base)

@@ -17,7 +17,17 @@ from datasets_lib.foreign import named_object
 from datasets_lib.images import buckets
 from datasets_lib.streaming import problems as stream_problems
 
-__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
+__all__ = [
+    "DATASETS",
+    "DataSet",
+    "Example",
+    "ImageData",
+    "build",
+    "check_captions",
+    "check_example",
+    "prepare",
+    "problems",
+]
 
 DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 
@@ -66,6 +76,13 @@ def build(args: Any, split: str) -> ImageData | None:
     if dataset is not None and split == "train" and args.class_data_dir is not None:
         return class_images.with_prior(dataset, args)
     return dataset
+
+
+def check_captions(*datasets: ImageData | None) -> None:
+    """Raise InputError for a data set with what looks like captions and is not read, for tasks that read them."""
+    for dataset in datasets:
+        if dataset is not None and dataset.caption_problem is not None:
+            raise InputError(dataset.caption_problem)
 
 
 def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int | None = None) -> dict[str, float]:

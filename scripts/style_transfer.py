@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.images.decode import read_picture
-from datasets_lib.sources.folder import EXTENSIONS
+from datasets_lib.images.formats import EXTENSIONS, is_picture
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.command import command, positive
@@ -48,7 +48,7 @@ def pictures_of(paths: list[str]) -> list[Path]:
     """Lists files, and those in folders by name; FileNotFoundError for a path without pictures."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in EXTENSIONS)
+        inside = sorted(file for file in path.glob("*") if is_picture(file.name))
         if not path.is_file() and not inside:
             raise MissingFileError(f"{path}: is no picture, and no folder with any ({', '.join(EXTENSIONS)})")
         found += inside or [path]

@@ -76,6 +76,7 @@ class RunInfo:
     total_steps: int | None = None  # None: loaded for inference
     label_names: list[str] | None = None  # of the data set's classes
     highest_label: int | None = None  # in the data set, if known
+    no_labels: str | None = None  # why the data set has none, if it knows
     captions: list[str] | None = None  # some captions of the training set
     encoded_by: str | None = None  # digest of the network that made the data set's latents
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 
-from datasets_lib.errors import InputError
+from datasets_lib.errors import InputError, UserError
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import TEXT_BYTES
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of Unicode
 LARGEST_LABEL = (1 << 63) - 1  # of an int64
 
 
@@ -43,13 +45,20 @@ class Source:
     captions: list[str | list[str]] | None = None
     notes: list[str] = field(default_factory=list)
     masks: Rows | None = None
+    repeats: list[int] | None = None  # how often each comes in an epoch; None: once
+    trigger_words: list[str | None] | None = None  # of each row; None: that of the run
+    no_labels: str | None = None  # why there are none, where that may surprise
+    unread: Sequence[str] = ()  # what looks like captions, where none were found
     names: Sequence[str] | None = None  # of images that are no files
 
     def name(self, row: int) -> str:
         """Return what an error message calls the image of a row."""
         if self.names is not None:
             return self.names[row]
-        image = self.images[row]
+        try:
+            image = self.images[row]
+        except UserError:  # a file that is not there
+            image = None
         return str(image) if isinstance(image, Path) else f"row {row} of {self.origin}"
 
 
@@ -68,6 +77,13 @@ def select_rows(count: int, args: Any, split: str) -> list[int]:
     if split == "validation":
         return sorted(order[:held_out] if held_out else order)
     return sorted(order[held_out:][: args.max_train_samples])
+
+
+def repeated(rows: Sequence[int], repeats: list[int] | None) -> Sequence[int]:
+    """Return the place of each example's row among the rows: each as often as it comes in an epoch."""
+    if repeats is None:
+        return range(len(rows))
+    return [place for place, row in enumerate(rows) for _ in range(repeats[row])]
 
 
 def refuse_named_split(args: Any, origin: str, remedy: str = "give a fraction such as 0.1") -> None:
@@ -95,14 +111,22 @@ def digest(*parts: Any) -> str:
     return content.hexdigest()[:16]
 
 
+def _is_visible(text: str) -> bool:
+    """Whether a text has more than blanks and characters without a width, such as U+200B."""
+    return bool(text.strip()) and (text.isascii() or any(unicodedata.category(char) not in INVISIBLE for char in text))
+
+
 def check_caption(caption: Any, place: str) -> str | list[str]:
     """Return the caption, a text or a list of texts; raise a ValueError naming `place` if any is missing."""
     texts = caption if isinstance(caption, list) else [caption]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or not all(isinstance(text, str) and _is_visible(text) for text in texts):
         found = shown(repr(caption))
         raise InputError(
             f"{shown(place)} has no caption (found {found}); give it a text or a list of texts, or remove it"
         )
+    if any("\0" in text for text in texts):
+        found = shown(repr(caption[:20]))
+        raise InputError(f"{shown(place)} has a caption that is no text ({found}...); save it as UTF-8")
     try:
         size = sum(len(text.encode()) for text in texts)
     except UnicodeEncodeError:

@@ -15,8 +15,9 @@ from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import changed, digest
 from datasets_lib.images.transforms import draw
-from datasets_lib.sources.folder import as_source, list_files
+from datasets_lib.sources.folder import as_source
 from datasets_lib.sources.metadata import Listed
+from datasets_lib.sources.walk import list_files
 
 PREFIX = "class_"
 
@@ -37,6 +38,7 @@ class PriorDataset(ImageData):
         self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.args.caption!r}"]
         self.label_names, self.highest_label = instances.label_names, instances.highest_label
         self.encoded_by, self.caption_note = instances.encoded_by, instances.caption_note
+        self.no_labels, self.caption_problem = instances.no_labels, instances.caption_problem
 
     def __len__(self) -> int:
         return len(self.instances)

@@ -12,9 +12,10 @@ from typing import Any
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import check_regular, read_bytes, read_json, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside
+from datasets_lib.images.formats import EXTENSIONS
 from datasets_lib.sources.arrow_size import check_plain
-from datasets_lib.sources.folder import EXTENSIONS, walk
 from datasets_lib.sources.parquet_size import check_unpacked
+from datasets_lib.sources.walk import walk
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # which `datasets` reads first
 CARD_BYTES, JSON_BYTES = 1 << 20, 16 << 20

@@ -14,7 +14,7 @@ from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
 from datasets_lib.images.source import refuse_named_split
-from datasets_lib.sources.folder import walk
+from datasets_lib.sources.walk import walk
 from datasets_lib.streaming.http_file import open_url
 from datasets_lib.streaming.index import INDEX, SETTINGS, read_index
 

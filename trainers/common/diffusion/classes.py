@@ -19,6 +19,8 @@ def count_classes(task: str, trainer: Trainer, num_classes: int | None) -> int:
     Raises ValueError if they disagree, if neither is given, or if the data set has a label beyond the count.
     """
     named, highest = len(trainer.run.label_names or []), trainer.run.highest_label
+    if trainer.run.no_labels and not named and highest is None:
+        raise InputError(f"{task} needs labels, and the data set has none: {trainer.run.no_labels}")
     if named and num_classes and named != num_classes:
         raise InputError(f"{task}.num_classes = {num_classes}: the data set names {named} classes; set it to null")
     if not (named or num_classes):

@@ -140,7 +140,7 @@ class KeyedExamples(ImageData):
         self.whole, self.keys = whole, keys
         self.fingerprint, self.random, self.notes = whole.fingerprint, whole.random, whole.notes
         self.label_names, self.highest_label = whole.label_names, whole.highest_label
-        self.encoded_by, self.caption_note = whole.encoded_by, whole.caption_note
+        self.encoded_by, self.caption_note, self.no_labels = whole.encoded_by, whole.caption_note, whole.no_labels
 
     def __len__(self) -> int:
         return len(self.whole)

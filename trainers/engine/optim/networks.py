@@ -39,6 +39,7 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, data: 
         total_steps=clock.total_steps,
         label_names=data.train.label_names,
         highest_label=max((label for label in labels if label is not None), default=None),
+        no_labels=data.train.no_labels,
         captions=None if texts is None else list(islice(dict.fromkeys(islice(texts, 1000)), SHOWN_CAPTIONS)),
         encoded_by=data.train.encoded_by,
     )
