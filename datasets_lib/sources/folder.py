@@ -19,7 +19,7 @@ from datasets_lib.sources.folder_repeats import numbered_folders, proposal
 from datasets_lib.sources.mask_files import masks_of, split_masks
 from datasets_lib.sources.metadata import Listed, find_metadata, read_metadata, read_pairs
 from datasets_lib.sources.splits import split_folder, training_folder
-from datasets_lib.sources.text_files import ENDINGS, read_text_files, unread_files
+from datasets_lib.sources.text_files import ENDINGS, count_text_files, read_text_files, unread_files
 from datasets_lib.sources.walk import by_ending, list_files
 
 EXPECTED = (*ENDINGS, ".md", ".jsonl", ".csv", ".parquet")  # beside pictures, which no note counts
@@ -103,6 +103,8 @@ def _listed(
         left_out = len(set(images) - set(listed.images) - set(listed.masks or ()))
         if left_out:
             notes.append(f"{left_out} of {len(found)} images in {folder} are not in {origin}: left out")
+        if texts := count_text_files(images, others):
+            notes.append(f"{texts:,} text files with the names of images are not read: {origin} comes first")
     else:
         origin = "sub-folders"
         for option in ("label_column", "mask_column", "repeats_column"):

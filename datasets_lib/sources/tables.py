@@ -36,7 +36,7 @@ def read_table(file: Path) -> list[Row]:
 
 
 def _csv_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
-    header = next(lines, "")
+    header = next(filter(str.strip, lines), "")
     delimiter = _delimiter(header, file)
     rows = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     with _long_fields():
@@ -84,14 +84,24 @@ def _json_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
     for number, line in enumerate(filter(str.strip, lines), 1):
         row = None
         with contextlib.suppress(ValueError, RecursionError):  # no JSON, a number of thousands of digits; nested deeply
-            row = json.loads(line)
+            found = json.loads(line)
+            # more colons than keys: one may be there twice; to look always is three times as slow
+            doubtful = isinstance(found, dict) and line.count(":") > len(found)
+            row = json.loads(line, object_pairs_hook=_without_doubles) if doubtful else found
         if not isinstance(row, dict):
             found = shown(repr(line.strip()))
             raise InputError(
                 f"row {number} of {shown(file)} has the line {found}, which is not a JSON object that can be read; "
-                "write one object a line"
+                "write one object a line, with each key once"
             )
         yield Row(row, f"row {number} of {file}")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -99,13 +109,13 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    check_unpacked(file)
     try:
+        check_unpacked(file)
         schema = parquet.read_schema(file)
         names = [field.name for field in schema if _is_plain(field.type)]
         rows = parquet.read_table(file, columns=names).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{shown(file)}: cannot be read as parquet ({shown(error)}); make it again") from None
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"{shown(file)}: {shown(error)}") from None
     yield from (Row(row, f"row {number} of {file}") for number, row in enumerate(rows, 1))
 
 

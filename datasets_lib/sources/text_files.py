@@ -32,7 +32,7 @@ def read_text_files(
             f"{shown(images[0])} or above it; add one, or unset the option"
         )
     found = caption_files(others)
-    files = [found.get(str(image)) or found.get(str(image.with_suffix(""))) for image in images]
+    files = _files_of(images, found)
     if fallback is None and not any(files):
         return None, []
     captions: list[str | list[str]] = []
@@ -45,6 +45,16 @@ def read_text_files(
     unused = [path for path in others if path.suffix.lower() in ENDINGS and found[_without_ending(path)] != path]
     notes = [f"{len(unused):,} text files such as {shown(unused[0])} are not read: .txt comes first"] if unused else []
     return captions, notes
+
+
+def _files_of(images: list[Path], found: dict[str, Path]) -> list[Path | None]:
+    return [found.get(str(image)) or found.get(str(image.with_suffix(""))) for image in images]
+
+
+def count_text_files(images: list[Path], others: list[Path]) -> int:
+    """How many images have a text file."""
+    found = caption_files(others)
+    return sum(path is not None for path in _files_of(images, found)) if found else 0
 
 
 def caption_files(others: list[Path]) -> dict[str, Path]:
