@@ -177,8 +177,8 @@ class EncodedImages:
             if path.exists():
                 return check_inside(path, self.folder, self.outside)
         raise MissingFileError(
-            f"column {self.column!r} of row {row} names {shown(repr(name))}, which is not in {self.folder}, nor beside a "
-            "table there; add the file, or make the data set again with the pictures in it"
+            f"column {self.column!r} of row {row} names {shown(repr(name))}, which is not in {self.folder}, nor beside "
+            "a table there; add the file, or make the data set again with the pictures in it"
         )
 
     @cached_property

@@ -15,8 +15,8 @@ from PIL import Image
 
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
-from trainers.engine.config.config import parse_overrides
 from trainers.engine.config.files import ConfigError
+from trainers.engine.config.overrides import parse_overrides
 from trainers.inference.picture_files import check_files, is_ours, read_settings, save_picture
 
 NOTHING = type(None)

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from trainers.engine.config.eval_networks import classifier_problem, features_problem
-from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section
+from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section, Seed
 
 OF_CAPTIONS = (
     "caption_lines",
@@ -23,6 +23,9 @@ OF_CAPTIONS = (
     "class_caption",
 )
 DATA_SOURCES = ("dataset_name", "train_data_dir", "dataset")
+FOLDERS = (
+    "output_dir", "train_data_dir", "dataset_name", "dataset", "class_data_dir", "cache_dir", "encoder_cache_dir",
+)  # fmt: skip
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -61,7 +64,7 @@ class BaseConfig(Section):
     trainer_class: str | None = None  # "package.module:Class" of a task outside the repository
     resume_from_checkpoint: str | bool | None = None  # latest (or true), a name like checkpoint-500, a path; null: no
     allow_changes: list[str] = field(default_factory=list)  # on resume: options, dataset or global_batch_size to accept
-    seed: NonNegative = 0  # of weights, data order, noise and pictures
+    seed: Seed = 0  # of weights, data order, noise and pictures
     num_epochs: Positive | None = None  # passes over the data; exactly one of it and max_train_steps
     max_train_steps: Positive | None = None  # optimizer steps; exactly one of it and num_epochs
     train_batch_size: Positive = 16  # examples per process and micro-batch
@@ -166,8 +169,9 @@ class BaseConfig(Section):
 
     def _malformed(self) -> Iterator[tuple[str, str]]:
         logging_dir = PurePosixPath(self.logging_dir)
-        if not self.output_dir.strip():
-            yield "output_dir", "must name a folder"
+        for name in FOLDERS:
+            if not str("-" if getattr(self, name) is None else getattr(self, name)).strip():
+                yield name, "must not be blank (an unset variable of the shell?)"
         if logging_dir.is_absolute() or ".." in logging_dir.parts or not logging_dir.parts:
             yield "logging_dir", "must be a relative path below output_dir, such as logs"
         if self.hub_model_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.hub_model_id):

@@ -11,7 +11,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets_lib.errors import InputError, MissingFileError
+from datasets_lib.foreign import reading
 
+ENDINGS = (".json", ".yaml", ".yml")
+OTHERS = {
+    ".jsonc": "write it without comments as .json, or as .yaml",
+    ".json5": "write it without comments as .json, or as .yaml",
+    ".toml": "scripts/import_config.py makes a config of one of kohya's",
+    ".py": "a config is data, not a program",
+}
 MAX_FILE_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000  # after aliases are expanded
 
@@ -25,21 +33,38 @@ class ConfigError(InputError):
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Reads a mapping; raises FileNotFoundError, or ConfigError if it is too large, malformed or no mapping."""
-    if not path.is_file():
-        searched = f"(searched {path.resolve()})"
-        raise MissingFileError(f"config file {path} does not exist {searched}; see configs/ for examples")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}")
-    kind = "JSON" if path.suffix == ".json" else "YAML"
+    """Reads a mapping from a file or pipe; raises MissingFileError, or ConfigError for what is no config."""
+    text = _read_text(path)
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
         document = json.loads(text, object_pairs_hook=_no_duplicates) if kind == "JSON" else _read_yaml(text)
     except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read as {kind}: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds {type(document).__name__}; it must hold two sections, `base` and the task's")
     return document
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        inside = ", ".join(sorted(each.name for each in path.iterdir() if each.suffix in ENDINGS)[:5]) or "none"
+        raise ConfigError(f"{path} is a folder; give a config file (in it: {inside})")
+    if not path.exists():
+        raise MissingFileError(
+            f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
+        )
+    ending = path.suffix.lower()
+    if ending not in (*ENDINGS, ""):
+        advice = f"; {OTHERS[ending]}" if ending in OTHERS else ""
+        raise ConfigError(f"{path}: a config's name ends in {', '.join(ENDINGS)}{advice}")
+    with reading(path), path.open("rb") as file:  # a pipe, such as <(command), has no size
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} has too many bytes; a config has at most {MAX_FILE_BYTES}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
