@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from datasets_lib.foreign import shown
 
 TRAIN = ("train", "training")
 HELD_OUT = ("test", "testing", "val", "valid", "validation")
+
+
+def split_of(file: Path, top: Path) -> str | None:
+    """Return the split that a file's folders or the beginning of its name say, such as `train-00000-of-2.parquet`."""
+    parts = file.relative_to(top).parts
+    for name in (*parts[:-1], re.split("[-_.]", parts[-1])[0]):
+        if name.lower() in (*TRAIN, *HELD_OUT):
+            return name
+    return None
 
 
 def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Path | None]:

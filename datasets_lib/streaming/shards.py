@@ -14,6 +14,7 @@ from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
 from datasets_lib.images.source import refuse_named_split
+from datasets_lib.sources.splits import TRAIN, split_of
 from datasets_lib.sources.walk import walk
 from datasets_lib.streaming.http_file import open_url
 from datasets_lib.streaming.index import INDEX, SETTINGS, read_index
@@ -72,6 +73,7 @@ class ShardList(NamedTuple):
     shards: list[Shard]
     origin: str
     about: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def find_shards(args: Any, split: str) -> ShardList:
@@ -95,21 +97,55 @@ def find_shards(args: Any, split: str) -> ShardList:
 def _of_folder(top: Path, args: Any, split: str) -> ShardList:
     held_out = args.validation_split
     folder, excluded = top, None
+    files = _shards_below(top, None, top, args)
+    splits = {path: split_of(path, top) for path in files}
     if held_out is not None:
         folders = sorted(path.name for path in top.iterdir() if path.is_dir())
-        named = top / one_of(f"base.validation_split (a sub-folder of {top})", held_out, folders)
-        folder, excluded = (named, None) if split == "validation" else (top, named)
+        named = sorted({*folders, *filter(None, splits.values())})
+        one_of(
+            f"base.validation_split (a sub-folder of {top}, or a split that its shards' names tell)", held_out, named
+        )
+        if held_out in folders:
+            folder, excluded = (top / held_out, None) if split == "validation" else (top, top / held_out)
+            files = _shards_below(folder, excluded, top, args)
     if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
         raise InputError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
-    files = walk(folder, excluded, top, args.allow_outside)
-    found = [check_regular(path) for path in files if path.suffix.lower() in KINDS]
+    found, notes = files, list[str]()
+    if split == "train":
+        found, notes = _of_training(files, splits, top, held_out)
+    elif folder == top:
+        found = [path for path in files if splits[path] == held_out]
     if not found:
         raise InputError(
             f"there are no {' or '.join(KINDS)} files in {folder}, and base.streaming: true reads such shards; check "
             "base.train_data_dir, or make some with scripts/shard.py"
         )
     shards = [Shard(str(path), path.relative_to(folder).as_posix()) for path in found]
-    return ShardList(shards, str(folder), read_index(folder, args.allow_outside))
+    return ShardList(shards, str(folder), read_index(folder, args.allow_outside), tuple(notes))
+
+
+def _shards_below(folder: Path, excluded: Path | None, top: Path, args: Any) -> list[Path]:
+    """The shards; a table beside a tar of the same name tells of its members, as img2dataset writes it."""
+    files = list(walk(folder, excluded, top, args.allow_outside))
+    found = [check_regular(path) for path in files if path.suffix.lower() in KINDS]
+    tars = {path.with_suffix("") for path in found if path.suffix.lower() == ".tar"}
+    return [path for path in found if path.suffix.lower() == ".tar" or path.with_suffix("") not in tars]
+
+
+def _of_training(
+    files: list[Path], splits: dict[Path, str | None], top: Path, held_out: str | None
+) -> tuple[list[Path], list[str]]:
+    """The shards that are of no split to hold out, and a note on the others; InputError if there are none."""
+    others = {path: name for path in files if (name := splits[path]) is not None and name.lower() not in TRAIN}
+    rest, counts = [path for path in files if path not in others], Counter(others.values())
+    if others and not rest:
+        named = ", ".join(f"{shown(name)} ({count:,})" for name, count in counts.items())
+        raise InputError(
+            f"base.train_data_dir = {top} has shards of the splits {named} alone, which nobody trains on; give "
+            "the folder of the training shards, or rename them"
+        )
+    left = [f"{count:,} shards of {shown(name)}" for name, count in counts.items() if name != held_out]
+    return rest, [f"not read: {', '.join(left)}; name a split in base.validation_split"] if left else []
 
 
 def _of_list(file: Path, args: Any) -> ShardList:

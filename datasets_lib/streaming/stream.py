@@ -29,7 +29,7 @@ class Stream(StreamData):
     first_reader, reader_count = 0, 1  # of this process, of all
 
     def __init__(self, found: ShardList, args: Any) -> None:
-        self.shards, self.origin, about = found
+        self.shards, self.origin, about, notes = found
         self.skips_images = args.bad_images == "skip"
         # each row becomes a data set, of which every picture is wanted
         self.args = changed(args, max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
@@ -45,7 +45,7 @@ class Stream(StreamData):
         sizes = [shard.size for shard in self.shards]
         self.fingerprint = digest(names, sizes, sorted(features), self.label_names)
         count = "" if None in known else f", {sum(record['examples'] for record in known if record):,} examples"
-        self.notes = [f"a stream of {len(self.shards):,} shards{count}; its epochs are not counted"]
+        self.notes = [f"a stream of {len(self.shards):,} shards{count}; its epochs are not counted", *notes]
         if self.records and None in known:
             self.notes.append(
                 f"{known.count(None):,} of them are not in {INDEX}, and are read too: name a sub-folder to hold out in "
