@@ -12,10 +12,12 @@ import pytest
 import torch
 from marks import slow
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tiny_models import lora_file, model
 
 from scripts import merge_lora, sample, style_transfer
+from trainers.common.lora.files import read_about
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.picture_files import read_settings
@@ -190,6 +192,25 @@ def test_pictures_are_the_pipelines(call, controlnets, pictures, tmp_path, famil
         ).images[0]
         assert found[f"{stem}.png"].shape == (image.height, image.width, 3)
         assert np.abs(found[f"{stem}.png"] - drawn * 255).max() <= 1
+
+
+def test_a_lora_trained_with_clip_skip(call, pictures, tmp_path, monkeypatch):
+    """As with a text encoder that lacks its last layer, for the negative prompt, too."""
+    plain = lora_file(tmp_path)
+    skipped = tmp_path / "skipped.safetensors"
+    save_file(load_file(plain), skipped, metadata=read_about(plain) | {"clip_skip": "1"})
+    found = call("sd1", pictures / "disc.png", *OPTIONS, "--lora", skipped)["disc.png"]
+    whole = call("sd1", pictures / "disc.png", *OPTIONS, "--lora", plain, to="whole")["disc.png"]
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(model("sd1"))
+    encoder = getattr(pipeline.text_encoder, "text_model", pipeline.text_encoder).encoder
+    encoder.layers, pipeline.text_encoder.config.num_hidden_layers = encoder.layers[:-1], 1
+    pipeline.save_pretrained(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "tokenizer")
+    shutil.copytree(model("sd1") / "tokenizer", tmp_path / "base" / "tokenizer")
+    monkeypatch.setattr(sys.modules[__name__], "model", lambda family: tmp_path / "base")
+    cut = call("sd1", pictures / "disc.png", *OPTIONS, "--lora", plain, to="cut")["disc.png"]
+    assert np.abs(found - cut).max() <= 1
+    assert np.abs(found - whole).max() > 1
 
 
 def test_every_option_acts(call, pictures, monkeypatch):

@@ -40,7 +40,7 @@ class StableDiffusionConfig(TrainerConfig):
     vae: str | None = None  # another AutoencoderKL, such as one made for half precision; null: the base model's
 
     max_caption_tokens: Literal[75, 150, 225] = 75  # of a caption, read in chunks of 75; longer ones are cut
-    clip_skip: Positive | None = None  # last layers of text encoders left out: 1 is kohya's and A1111's 2; null: none
+    clip_skip: Positive | None = None  # text encoder layers left out: 1 is kohya's and A1111's 2; null: none, XL's 2
     caption_dropout: Fraction = 0.0  # fraction of training examples whose caption is hidden, for guidance; 0.1 is usual
     prediction_type: Literal["epsilon", "v_prediction"] | None = None  # what the UNet predicts; null: the base model's
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1

@@ -121,7 +121,8 @@ class Prompts:
         limit, lost = self.settings.chunks * (tokenizer.model_max_length - MARKS), 0
         first: str | None = None
         for start in range(0, len(captions), 10_000):
-            for ids in tokenizer(captions[start : start + 10_000], add_special_tokens=False).input_ids:
+            several = captions[start : start + 10_000]
+            for ids in tokenizer(several, add_special_tokens=False, verbose=False).input_ids:  # no warnings of length
                 if len(ids) > limit:
                     lost += 1
                     first = first or tokenizer.batch_decode([ids[limit:]])[0]
