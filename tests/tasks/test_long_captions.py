@@ -252,7 +252,7 @@ def test_a_run_resumes_exactly(tiny_config):
 @pytest.mark.slow
 def test_two_processes_are_two_micro_batches(tiny_config, tmp_path):
     """DDP waits for no adapter without a gradient."""
-    rates = {name: 1e-3 for name in ("unet", "text_encoder", "text_encoder_2")}
+    rates = dict.fromkeys(("unet", "text_encoder", "text_encoder_2"), 0.001)
     options = {"lora.validation_prompts": [], "lora.train_text_encoder": True, "lora.learning_rate": rates}
     options |= {"lora.pretrained_model_name_or_path": str(tiny_models.model("sdxl-long")), "base.train_batch_size": 2}
     config = tiny_config("lora", **RUN | options | {"base.max_train_steps": 4})
