@@ -120,15 +120,18 @@ def test_one_chunk_is_what_the_pipeline_embeds(family, clip_skip):
         assert not torch.equal(found[EMBEDS], embedded(prompts_of(family), [CAT, DOG])[EMBEDS])
 
 
-def test_chunks_are_those_of_the_tokenizer():
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # of Stable Diffusion 1, and of 2 and XL
+def test_chunks_are_those_of_the_tokenizer(pad):
     """Which makes them itself, with all that is left over in rows of their own."""
     tokenizer = prompts_of("sd1-long").tokenizers[0]
+    tokenizer.pad_token = pad
     options = {"truncation": True, "max_length": 77, "padding": "max_length", "return_overflowing_tokens": True}
     rows = tokenizer(LONG, return_tensors="pt", **options).input_ids
     assert torch.equal(tokenize(tokenizer, [LONG], 3), rows)
     assert torch.equal(tokenize(tokenizer, [LONG], 2), rows[:2])
     assert torch.equal(tokenize(tokenizer, [LONG], 1), rows[:1])
     empty = tokenize(tokenizer, [""], 1)
+    assert empty[0, 2:].tolist() == [tokenizer.convert_tokens_to_ids(pad)] * 75
     assert torch.equal(tokenize(tokenizer, [CAT], 3), torch.cat([tokenize(tokenizer, [CAT], 1), empty, empty]))
 
 
