@@ -448,6 +448,12 @@ def test_mistakes(tiny_config, tmp_path, capsys):
     assert "lora.clip_skip = 12: the text encoder has 12 layers; give at most 11" in capsys.readouterr().err
 
 
+def test_a_negative_clip_skip(call, capsys):
+    with pytest.raises(SystemExit):
+        call("run", "--clip-skip", -1)
+    assert "argument --clip-skip: -1: must be at least 0" in capsys.readouterr().err
+
+
 def test_a_half_precision_text_encoder_behind_accelerate():
     """Whose outputs are float32, and whose weights are not."""
     prompts = prompts_of("sd1-long", 75, 1)

@@ -33,7 +33,9 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--negative-prompt", metavar="TEXT", help="text that guidance moves away from")
     group.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="default weight: 1; can be repeated")
     group.add_argument("--lora-scales", metavar="A,B,...", help="draw a column for each, scaling the LoRAs' weights")
-    group.add_argument("--clip-skip", type=not_negative, metavar="LAYERS", help="last text encoder layers to skip")
+    group.add_argument(
+        "--clip-skip", type=not_negative, metavar="LAYERS", help="last text encoder layers to skip; 0: none"
+    )
     group.add_argument("--image", metavar="FILE", help="picture to inpaint, at its own size")
     group.add_argument("--mask", metavar="FILE", help="white where the picture is redrawn; same size")
     group.add_argument("--strength", type=float, help="of inpainting, in (0, 1]; default: 1, from pure noise")
