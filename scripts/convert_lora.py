@@ -14,7 +14,7 @@ import argparse
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +33,8 @@ from trainers.common.lora.files import (
     write_lora,
     write_tensors,
 )
-from trainers.common.lora.header import SETTINGS_KEY, peft_settings
+from trainers.common.lora.header import SETTINGS_KEY, peft_settings, text_settings
+from trainers.common.text_to_image.prompts import TextSettings
 from trainers.engine.run.files import make_folder
 from trainers.inference.command import command
 
@@ -107,7 +108,14 @@ def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     [(rank, _)], [(alpha, _)] = ranks.most_common(1), alphas.most_common(1)
     usual = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
     kept = {key: value for key, value in lora.about.items() if key != SETTINGS_KEY}  # with it diffusers reads no alpha
-    return tensors, usual | base | kept
+    return tensors, usual | base | _of_texts(lora.about, sdxl) | kept
+
+
+def _of_texts(about: Mapping[str, str], sdxl: bool) -> dict[str, str]:
+    """Returns kohya's spelling of how texts were embedded; its clip skip counts from 1, and is none of SDXL's."""
+    settings = text_settings("INPUT", about) or TextSettings()
+    skipped = {} if sdxl or settings.clip_skip is None else {"ss_clip_skip": str(settings.clip_skip + 1)}
+    return skipped | ({"ss_max_token_length": str(settings.max_caption_tokens)} if settings.chunks > 1 else {})
 
 
 def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> LoraFile:

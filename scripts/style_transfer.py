@@ -34,6 +34,7 @@ from trainers.inference.lora_pipeline import (
 from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
 from trainers.inference.prompted_drawing import SAMPLERS, use_sampler
 from trainers.inference.saved_run import find_device
+from trainers.inference.text_embedding import prompt_arguments, settings_of_loras
 from trainers.model_configs import check_files
 from trainers.pretrained import read_model
 
@@ -107,16 +108,20 @@ def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any
 
 
 def restyle(
-    pipeline: Any, image: Image.Image, edges: Image.Image, number: int, arguments: argparse.Namespace
+    pipeline: Any,
+    asked: dict[str, Any],
+    image: Image.Image,
+    edges: Image.Image,
+    number: int,
+    arguments: argparse.Namespace,
 ) -> Image.Image:
-    """Redraws a picture with the noise of its number."""
+    """Redraws a picture with the noise of its number; `asked` are the pipeline's arguments for the prompts."""
     drawn = pipeline(
-        arguments.prompt,
+        **asked,
         image=image,
         control_image=edges,
         height=image.height,
         width=image.width,
-        negative_prompt=arguments.negative_prompt,
         strength=arguments.strength,
         guidance_scale=arguments.guidance,
         controlnet_conditioning_scale=arguments.control_scale,
@@ -167,6 +172,8 @@ def run(arguments: argparse.Namespace) -> str:
         pipeline = build(arguments, loras)
         if arguments.max_side < pipeline.vae_scale_factor:
             raise InputError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
+        texts, guided = settings_of_loras(read), arguments.guidance > 1
+        asked = prompt_arguments(pipeline, [arguments.prompt], arguments.negative_prompt, guided, texts)
         progress = tqdm(files, desc="pictures", disable=len(files) == 1)
         for number, file, name in zip(numbers, progress, names, strict=True):
             image = fitted(read_picture(file), pipeline.vae_scale_factor, arguments.max_side)
@@ -174,7 +181,7 @@ def run(arguments: argparse.Namespace) -> str:
             settings = settings_of(["style_transfer", *arguments.words], [file, *read], pipeline.device)
             settings |= {"pinned": {"only": number, "pictures": [str(file)], "names": [name]}}
             settings |= {"size": list(image.size), "options": {name: getattr(arguments, name) for name in OPTIONS}}
-            made = {f"{name}.png": restyle(pipeline, image, edges, number, arguments)}
+            made = {f"{name}.png": restyle(pipeline, asked, image, edges, number, arguments)}
             made |= {f"edges/{name}.png": edges} if arguments.save_edges else {}
             for target, picture in made.items():
                 save_picture(picture, folder / target, settings | {"file": target})

@@ -62,7 +62,8 @@ class LCMLoRATrainer(AdapterTrainer):
         "settings = pipeline.scheduler.config\n"
         "pipeline.scheduler = LCMScheduler.from_config(settings, original_inference_steps={num_ddim_timesteps})\n"
         'pipeline.load_lora_weights("{output_dir}")\n'
-        'pipeline("a prompt", num_inference_steps=4, guidance_scale=1.0).images[0].save("sample.png")'
+        '{prepared}pipeline("a prompt"{clip_skip}, num_inference_steps=4, guidance_scale=1.0)'
+        '.images[0].save("sample.png")'
     )
 
     def build_objective(self) -> Learned:

@@ -52,9 +52,13 @@ class LoRATrainer(AdapterTrainer):
         return networks
 
     def _unused(self, name: str, encoder: PreTrainedModel) -> str | None:
-        """Returns a pattern of the unused layer: the last one of Stable Diffusion XL's first text encoder.
+        """Returns a pattern of the last layers, if no embedding depends on them.
 
-        An adapter there would get no gradient, and DDP would wait for it.
+        An adapter there would get no gradient, and DDP would wait for it. Stable Diffusion XL never reads the last
+        layer of its first text encoder, and always pools the last one of its second.
         """
-        last = encoder.config.num_hidden_layers - 1
-        return rf".*layers\.{last}\..*" if self.base_model.is_xl and name == "text_encoder" else None
+        layers, unused = encoder.config.num_hidden_layers, self.config.clip_skip or 0
+        if self.base_model.is_xl:
+            unused = unused + 1 if name == "text_encoder" else 0
+        numbers = "|".join(str(number) for number in range(layers - unused, layers))
+        return rf".*layers\.({numbers})\..*" if unused else None

@@ -54,7 +54,7 @@ class TextToImageTrainer(StableDiffusionTrainer):
     usage = (
         "from diffusers import DiffusionPipeline\n"
         'pipeline = DiffusionPipeline.from_pretrained("{output_dir}")\n'
-        'pipeline("a prompt").images[0].save("sample.png")'
+        '{prepared}pipeline("a prompt"{clip_skip}).images[0].save("sample.png")'
     )
 
     def build_objective(self) -> Learned:
@@ -70,6 +70,9 @@ class TextToImageTrainer(StableDiffusionTrainer):
         widths = [sum(settings["hidden_size"] for settings in encoders)]
         widths += [encoders[-1]["projection_dim"]] if self.base_model.is_xl else []
         return {"unet": build_unet(self.config.model_config, self.latents.grid, *widths)}
+
+    def usage_of(self, location: str | Path) -> str:
+        return self.usage.format(**vars(self.config) | self.prompts.usage() | {"output_dir": location})
 
     def save_pipeline(self, output_dir: Path) -> None:
         self.pipeline().save_pretrained(output_dir)

@@ -28,7 +28,7 @@ def option(path, override, name=None):
 
 TYPED = (
     "a #1 cat", "#1", "a: b", "[a, b]", "{a: b}", "12:30", "1e-4", "true", "no", "~", "@home", "*x", "&y", "!z", "%",
-    "a, b", '"quoted"', "it's", " two  blanks ", "- item", "? x", "| y", "> z", "'", "`", "0x10", "2026-01-01", "日本 #2",
+    "a, b", 'say "x"', "it's", " two  blanks ", "- item", "? x", "| y", "> z", "'", "`", "0x10", "2026-01-01", "日本 #2",
     "a\tb", "a=b", "\\n",
 )  # fmt: skip
 
@@ -37,6 +37,11 @@ TYPED = (
 def test_a_text_is_taken_as_it_was_typed(write, typed):  # noqa: F811
     assert option(write(LORA), f"base.trigger_word={typed}") == typed
     assert option(write(LORA), f"base.caption={typed}") == typed
+
+
+@pytest.mark.parametrize("typed", ['"a #1: cat"', "'a #1: cat'"])
+def test_quotes_around_a_whole_text_do_not_belong_to_it(write, typed):  # noqa: F811
+    assert option(write(LORA), f"base.trigger_word={typed}") == "a #1: cat"
 
 
 def test_null_of_an_option_that_may_be_null(write):  # noqa: F811

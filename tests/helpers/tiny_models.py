@@ -11,22 +11,29 @@ import os
 import secrets
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "outputs" / "tests"
 CAPTIONS = ["a photo of a cat", "a photo of a dog", "a handwritten three", "sks, tag one, tag two"]
 TEXT_WIDTH = 32
+LONG = {"length": 77, "layers": 3}
 
 VERSION = 1  # raise it when what is made here changes
 
 
 def model(family):
-    """The folder of "sd1", "sd2" (v prediction), "sdxl" or "clip"; made where it is not there."""
+    """The folder of "sd1", "sd2" (v prediction), "sdxl" or "clip"; made where it is not there.
+
+    "sd1-long" and "sdxl-long" have the length of the real ones' text encoders, 77 tokens, and three layers or more.
+    """
     folder = FOLDER / f"{family}-{VERSION}"
     if not folder.is_dir():
         staging = FOLDER / f".tmp-{family}-{secrets.token_hex(4)}"
-        {"sd1": _sd1, "sd2": _sd2, "sdxl": _sdxl, "clip": _clip}[family](staging)
+        makers = {"sd1": _sd1, "sd2": _sd2, "sdxl": _sdxl, "clip": _clip}
+        makers |= {"sd1-long": partial(_sd1, **LONG), "sdxl-long": partial(_sdxl, **LONG)}
+        makers[family](staging)
         try:
             staging.rename(folder)
         except OSError:  # another process was faster
@@ -49,12 +56,12 @@ def lora_file(folder, family="sd1", seed=0, **settings):
     return save_lora(folder, {"unet": unet}, {})
 
 
-def _sd1(folder):
+def _sd1(folder, **text):
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     unet = _unet(cross_attention_dim=TEXT_WIDTH, attention_head_dim=2)
     scheduler = PNDMScheduler(**_NOISE, skip_prk_steps=True, steps_offset=1)
-    _save_sd(StableDiffusionPipeline, unet, scheduler, folder)
+    _save_sd(StableDiffusionPipeline, unet, scheduler, folder, **text)
 
 
 def _sd2(folder):
@@ -65,18 +72,19 @@ def _sd2(folder):
     _save_sd(StableDiffusionPipeline, unet, scheduler, folder)
 
 
-def _save_sd(pipeline, unet, scheduler, folder):
-    tokenizer, text_encoder = _text(folder / "tokenizer", "CLIPTextModel")
+def _save_sd(pipeline, unet, scheduler, folder, **text):
+    tokenizer, text_encoder = _text(folder / "tokenizer", "CLIPTextModel", **text)
     parts = {"vae": _vae(), "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
     made = pipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     _save(made, folder)
 
 
-def _sdxl(folder):
+def _sdxl(folder, length=16, layers=2):
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    tokenizer, text_encoder = _text(folder / "tokenizer", "CLIPTextModel")
-    tokenizer_2, text_encoder_2 = _text(folder / "tokenizer_2", "CLIPTextModelWithProjection")
+    tokenizer, text_encoder = _text(folder / "tokenizer", "CLIPTextModel", length, layers)
+    more = layers + (layers > 2)  # the real ones differ, too
+    tokenizer_2, text_encoder_2 = _text(folder / "tokenizer_2", "CLIPTextModelWithProjection", length, more)
     unet = _unet(
         cross_attention_dim=2 * TEXT_WIDTH,
         attention_head_dim=[2, 4],
@@ -146,7 +154,7 @@ def _vae(**settings):
     )
 
 
-def _text(folder, kind):
+def _text(folder, kind, length=16, layers=2):
     import torch
     import transformers
 
@@ -155,8 +163,8 @@ def _text(folder, kind):
     from scripts.data.make_base import build_text_encoder, write_tokenizer
 
     torch.manual_seed(2 if kind == "CLIPTextModel" else 3)
-    tokenizer = write_tokenizer(folder, CAPTIONS, max_length=16)
-    encoder = build_text_encoder(tokenizer, TEXT_WIDTH, layers=2)
+    tokenizer = write_tokenizer(folder, CAPTIONS, max_length=length)
+    encoder = build_text_encoder(tokenizer, TEXT_WIDTH, layers=layers)
     if kind == "CLIPTextModelWithProjection":
         encoder = transformers.CLIPTextModelWithProjection(encoder.config)
     return tokenizer, encoder
@@ -180,5 +188,5 @@ def _save(pipeline, folder):
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    for family in ("sd1", "sd2", "sdxl", "clip"):
+    for family in ("sd1", "sd2", "sdxl", "clip", "sd1-long", "sdxl-long"):
         print(model(family))

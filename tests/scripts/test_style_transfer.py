@@ -12,10 +12,12 @@ import pytest
 import torch
 from marks import slow
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tiny_models import lora_file, model
 
 from scripts import merge_lora, sample, style_transfer
+from trainers.common.lora.files import read_about
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.picture_files import read_settings
@@ -192,6 +194,25 @@ def test_pictures_are_the_pipelines(call, controlnets, pictures, tmp_path, famil
         assert np.abs(found[f"{stem}.png"] - drawn * 255).max() <= 1
 
 
+def test_a_lora_trained_with_clip_skip(call, pictures, tmp_path, monkeypatch):
+    """As with a text encoder that lacks its last layer, for the negative prompt, too."""
+    plain = lora_file(tmp_path)
+    skipped = tmp_path / "skipped.safetensors"
+    save_file(load_file(plain), skipped, metadata=read_about(plain) | {"clip_skip": "1"})
+    found = call("sd1", pictures / "disc.png", *OPTIONS, "--lora", skipped)["disc.png"]
+    whole = call("sd1", pictures / "disc.png", *OPTIONS, "--lora", plain, to="whole")["disc.png"]
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(model("sd1"))
+    encoder = getattr(pipeline.text_encoder, "text_model", pipeline.text_encoder).encoder
+    encoder.layers, pipeline.text_encoder.config.num_hidden_layers = encoder.layers[:-1], 1
+    pipeline.save_pretrained(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "tokenizer")
+    shutil.copytree(model("sd1") / "tokenizer", tmp_path / "base" / "tokenizer")
+    monkeypatch.setattr(sys.modules[__name__], "model", lambda family: tmp_path / "base")
+    cut = call("sd1", pictures / "disc.png", *OPTIONS, "--lora", plain, to="cut")["disc.png"]
+    assert np.abs(found - cut).max() <= 1
+    assert np.abs(found - whole).max() > 1
+
+
 def test_every_option_acts(call, pictures, monkeypatch):
     others = (("--strength", 1), ("--guidance", 4), ("--control-scale", 0), ("--negative-prompt", "x"), ("--seed", 5))
     before = call("sd1", pictures / "disc.png", *OPTIONS)
@@ -306,7 +327,7 @@ def test_another_sampler(call, controlnets, pictures):
 
 
 WRONG = [
-    (["none.png"], "none.png: is no picture, and no folder with any (.bmp, .gif, .jpeg, .jpg"),
+    (["none.png"], "none.png: is no picture, and no folder with any (.avif, .avifs, .bmp"),
     (["NOTES"], "notes.txt: cannot be read as a picture (cannot identify image file"),
     (["DISC", "--strength", "0"], "--strength 0: must be above 0 and at most 1"),
     (["DISC", "--strength", "0.3"], "--strength 0.3: leaves none of 3 steps; raise it or --steps"),

@@ -560,7 +560,8 @@ def test_captions_that_are_too_long_are_counted():
     assert end == " ".join(["cat"] * 6)  # 14 fit beside the marks of beginning and end
     pictures = type("Data", (), {"captions": lambda self: [long], "caption_note": None})()
     [note] = make().notes(pictures)
-    assert note == f"1 captions are longer than the text encoder's 16 tokens: the first loses {end!r}"
+    found = f"1 captions are longer than the text encoder's 16 tokens: the first loses {end!r}"
+    assert note == f"{found}; text_to_image.max_caption_tokens: 150 or 225 keeps more"
 
 
 def test_data_without_captions_is_told(run_in_process, capsys):

@@ -44,6 +44,14 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """Argument type: an integer of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return number
+
+
 def check_new(path: Path) -> None:
     """Raises ValueError if the path exists."""
     if path.exists():

@@ -21,6 +21,7 @@ from trainers.common.lora.loading import check_fit
 from trainers.common.text_to_image.prompts import EMBEDS, POOLED, size_conditions
 from trainers.inference.inversion import ddim_schedulers, invert, picture_latents, slerp, with_statistics_between
 from trainers.inference.lora_pipeline import add_loras
+from trainers.inference.text_embedding import embed_prompts, settings_of_loras
 
 
 class Morph:
@@ -39,6 +40,7 @@ class Morph:
         self.names = list(add_loras(pipeline, [(lora, 1.0) for lora in loras]))
         self.shared = SharedAttention(self.unet) if attention else None
         self.shared_steps = round(attention * steps)
+        self.texts = settings_of_loras(loras)
         self.asked = [self._embed(number, prompt) for number, prompt in enumerate(prompts)]
 
     def mix(self, weight: float) -> None:
@@ -99,6 +101,8 @@ class Morph:
     def _embed(self, number: int, prompt: str) -> dict[str, Tensor]:
         """Embeds a picture's prompt with its own LoRA, which may also adapt the text encoders."""
         self.mix(number)
+        if self.texts is not None:
+            return embed_prompts(self.pipeline, [prompt], self.texts)
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         found = self.pipeline.encode_prompt(prompt, device=self.pipeline.device, **options)
         return {EMBEDS: found[0]} | ({POOLED: found[2]} if hasattr(self.pipeline, "text_encoder_2") else {})

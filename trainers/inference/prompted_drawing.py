@@ -18,7 +18,9 @@ from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.consistency import lcm_scheduler
 from trainers.common.diffusion.sampling import build_sampler, trained_with
 from trainers.common.lora.files import ddim_timesteps
+from trainers.common.text_to_image.prompts import TextSettings, clip_skip_problem
 from trainers.inference.lora_pipeline import check_finite, check_negative_prompt, check_strength, weigh_loras
+from trainers.inference.text_embedding import prompt_arguments
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -63,7 +65,13 @@ class PromptSettings(Section):
     guidance_rescale: Fraction = 0.0
     negative_prompt: str | None = None
     clip_skip: int | None = None  # last layers of the text encoders to leave out
+    max_caption_tokens: int | None = None  # what a run or LoRA was trained with; None: diffusers embeds the prompts
     lora_scales: list[float] | None = None  # draw each picture with the LoRAs' weights times each of these
+
+    @property
+    def texts(self) -> TextSettings | None:
+        """How prompts are embedded; None: as diffusers does, which applies clip_skip to no negative prompt."""
+        return None if self.max_caption_tokens is None else TextSettings(self.max_caption_tokens, self.clip_skip)
 
 
 class PromptedPipeline:
@@ -118,9 +126,8 @@ class PromptedPipeline:
     def _skip_layers(self, skipped: int) -> None:
         """Prepares the text encoders for clip_skip; ValueError if they have too few layers."""
         encoders = [part for name, part in self.modules.items() if name.startswith("text_encoder")]
-        layers = min(encoder.config.num_hidden_layers for encoder in encoders)
-        if skipped >= layers:
-            raise InputError(f"--clip-skip {skipped}: the text encoder has {layers} layers; give at most {layers - 1}")
+        if problem := clip_skip_problem(skipped, [encoder.config.num_hidden_layers for encoder in encoders]):
+            raise InputError(f"--clip-skip {skipped}: {problem}")
         for encoder in encoders:
             if not hasattr(encoder, "text_model"):  # diffusers reads it, and transformers 5 lacks it
                 object.__setattr__(encoder, "text_model", encoder)  # as a module it would contain itself
@@ -144,8 +151,8 @@ class PromptedPipeline:
         settings, count = self.settings, len(requests)
         asked = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "clip_skip")}
         asked |= {"guidance_rescale": settings.guidance_rescale} if settings.guidance_rescale else {}
-        asked["prompt"] = [request["prompt"] for request in requests]
-        asked["negative_prompt"] = None if settings.negative_prompt is None else [settings.negative_prompt] * count
+        prompts, guided = [request["prompt"] for request in requests], settings.guidance_scale > 1
+        asked |= prompt_arguments(self.pipeline, prompts, settings.negative_prompt, guided, settings.texts)
         asked |= dict(zip(("height", "width"), self._size(), strict=True))
         if self.inpainting is not None:  # one copy each, or the first generator would encode for all
             asked |= {"image": [self.inpainting.image] * count, "mask_image": [self.inpainting.mask] * count}

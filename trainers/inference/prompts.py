@@ -16,10 +16,11 @@ from trainers.common.lora.files import ADAPTER
 from trainers.common.text_to_image.prompt_requests import prompt_requests
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.inference.arguments import pipeline_options, trainer_of
-from trainers.inference.command import positive
+from trainers.inference.command import not_negative
 from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_loras
 from trainers.inference.prompted_drawing import Inpainting, PromptedPipeline, PromptSettings, for_pipelines, use_sampler
 from trainers.inference.saved_run import SavedRun, find_device
+from trainers.inference.text_embedding import settings_of_loras
 
 ARGUMENTS = (
     "prompt", "prompts", "negative_prompt", "lora", "lora_scales", "clip_skip", "image", "mask", "strength",
@@ -33,7 +34,9 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--negative-prompt", metavar="TEXT", help="text that guidance moves away from")
     group.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help="default weight: 1; can be repeated")
     group.add_argument("--lora-scales", metavar="A,B,...", help="draw a column for each, scaling the LoRAs' weights")
-    group.add_argument("--clip-skip", type=positive, metavar="LAYERS", help="last text encoder layers to skip")
+    group.add_argument(
+        "--clip-skip", type=not_negative, metavar="LAYERS", help="last text encoder layers to skip; 0: none"
+    )
     group.add_argument("--image", metavar="FILE", help="picture to inpaint, at its own size")
     group.add_argument("--mask", metavar="FILE", help="white where the picture is redrawn; same size")
     group.add_argument("--strength", type=float, help="of inpainting, in (0, 1]; default: 1, from pure noise")
@@ -101,7 +104,8 @@ Loaded = tuple[Any, dict[str, float], dict[str, Any], list[str]]
 def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing:
     """Prepares drawing with the pipeline of a saved run, or else of `arguments.path`."""
     loras, inpainting = parse_loras(arguments.lora), inpainting_of(arguments)
-    asked: dict[str, Any] = {"clip_skip": arguments.clip_skip, "lora_scales": scales_of(arguments)}
+    asked: dict[str, Any] = {"lora_scales": scales_of(arguments)}
+    asked |= {} if arguments.clip_skip is None else {"clip_skip": arguments.clip_skip or None}
     asked |= {} if arguments.negative_prompt is None else {"negative_prompt": arguments.negative_prompt}
     pipeline, weights, known, prompts = _of_pipeline(arguments, loras) if saved is None else _of_run(arguments, saved)
     weights |= add_loras(pipeline, loras)
@@ -119,9 +123,12 @@ def _of_pipeline(arguments: argparse.Namespace, loras: list[tuple[Path, float]])
     prompts = prompts_of(arguments)
     if prompts is None:
         raise InputError(f"{arguments.path}: is a pipeline; say what to draw with --prompt or --prompts")
-    settings, pipeline = pipeline_options(arguments, PromptSettings), load_pipeline(arguments.path)
+    settings, files = pipeline_options(arguments, PromptSettings), [path for path, _ in loras]
+    if texts := settings_of_loras(files, arguments.clip_skip):
+        settings |= texts._asdict()
+    pipeline = load_pipeline(arguments.path)
     if settings.get("sampler") is not None:
-        use_sampler(pipeline, settings["sampler"], [path for path, _ in loras])
+        use_sampler(pipeline, settings["sampler"], files)
     return pipeline, {}, settings, prompts
 
 

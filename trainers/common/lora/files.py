@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import shown
-from trainers.common.lora.header import Settings, header_options, of_module, peft_settings
+from trainers.common.lora.header import Settings, header_number, header_options, of_module, peft_settings
 
 if TYPE_CHECKING:
     from diffusers.loaders import PeftAdapterMixin
@@ -179,13 +179,7 @@ def read_about(path: Path) -> dict[str, str]:
 
 def ddim_timesteps(path: Path) -> int | None:
     """Reads from a file's header for how many DDIM timesteps an LCM's LoRA was made; None if it does not say."""
-    text = read_about(path).get("num_ddim_timesteps")
-    if text is None:
-        return None
-    if re.fullmatch("[1-9][0-9]{0,3}", text) is None:
-        found = f"num_ddim_timesteps = {shown(text)} in its header"
-        raise InputError(f"{find_lora(path)}: {found} must be an integer from 1 to 9999")
-    return int(text)
+    return header_number(str(find_lora(path)), read_about(path), "num_ddim_timesteps")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

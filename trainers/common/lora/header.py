@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
+from trainers.common.text_to_image.prompts import CAPTION_TOKENS, TextSettings
 
 SETTINGS_KEY = "lora_adapter_metadata"  # diffusers' entry of the header: JSON of "network.option"
 MODULE = re.compile(r"\^?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)  # ^: the whole name, not its end
@@ -87,6 +88,24 @@ def _number_problem(option: str, value: Any) -> str | None:
         return None if is_rank else "a rank must be an integer of at least 1"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return None if is_number and 0 < value <= sys.float_info.max else "an alpha must be positive and finite"
+
+
+def header_number(file: str, about: Mapping[str, str], name: str) -> int | None:
+    """Reads a number of training from the header, None if it does not say; ValueError for no number from 1 to 9999."""
+    text = about.get(name)
+    if text is not None and re.fullmatch("[1-9][0-9]{0,3}", text) is None:
+        raise InputError(f"{file}: {name} = {shown(text)} in its header must be an integer from 1 to 9999")
+    return None if text is None else int(text)
+
+
+def text_settings(file: str, about: Mapping[str, str]) -> TextSettings | None:
+    """Returns how texts were embedded in training, None if the header does not say; ValueError for wrong values."""
+    found = {name: header_number(file, about, name) for name in TextSettings._fields}
+    tokens = found["max_caption_tokens"] or CAPTION_TOKENS[0]
+    if tokens not in CAPTION_TOKENS:
+        allowed = ", ".join(map(str, CAPTION_TOKENS))
+        raise InputError(f"{file}: max_caption_tokens = {tokens} in its header must be one of {allowed}")
+    return TextSettings(tokens, found["clip_skip"]) if any(found.values()) else None
 
 
 def of_module(patterns: Mapping[str, Any]) -> Callable[[str], Any]:

@@ -69,7 +69,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         "from diffusers import DiffusionPipeline\n"
         "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
         'pipeline.load_lora_weights("{output_dir}")\n'
-        'pipeline("a prompt").images[0].save("sample.png")'
+        '{prepared}pipeline("a prompt"{clip_skip}).images[0].save("sample.png")'
     )
 
     def build_networks(self) -> dict[str, nn.Module]:
@@ -126,7 +126,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         config, place = self.config, f'"{self.config.pretrained_model_name_or_path}"'
         for name in ("revision", "variant"):
             place += f', {name}="{getattr(config, name)}"' if getattr(config, name) else ""
-        return self.usage.format(**vars(config) | {"base_model": place, "output_dir": location})
+        return self.usage.format(**vars(config) | self.prompts.usage() | {"base_model": place, "output_dir": location})
 
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.lora.files import save_lora
@@ -135,15 +135,16 @@ class AdapterTrainer(StableDiffusionTrainer):
 
     def about(self) -> dict[str, str]:
         """Returns the texts of the file's header."""
-        adapter = self.adapter()
+        adapter, config = self.adapter(), self.config
         return {
             "base_model": self.base_model.source,
-            "base_revision": self.config.revision or "",
-            "base_variant": self.config.variant or "",
+            "base_revision": config.revision or "",
+            "base_variant": config.variant or "",
             "rank": str(adapter["r"]),
             "alpha": f"{adapter['lora_alpha']:g}",
             "target_modules": str(self.targets()),
             "trigger_word": self.base.trigger_word or "",
+            **{name: str(value) for name, value in config.texts.unusual().items()},
             "diffloop_version": VERSION,
         }
 

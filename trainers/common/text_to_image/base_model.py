@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,15 @@ def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[
     if lacking:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         yield f"has no {', '.join(lacking)}; a Stable Diffusion pipeline's folder is needed, found {found}"
+
+
+def text_layers(source: str | None) -> list[int]:
+    """Reads the numbers of layers of a local folder's text encoders, as far as their configs say them."""
+    found = []
+    for path in [Path(source or "") / name / "config.json" for name in TEXT_ENCODERS]:
+        with suppress(OSError, ValueError):  # what is wrong with it is said when the encoder is read
+            found.append(read_config(path).get("num_hidden_layers"))
+    return [number for number in found if isinstance(number, int)]
 
 
 class BaseModel:

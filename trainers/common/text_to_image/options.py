@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 from trainers.base import BaseConfig, CacheKind, TrainerConfig
 from trainers.common.autoencoder.latents import cache_problems, latents_problems
-from trainers.common.text_to_image.base_model import base_model_problems
+from trainers.common.text_to_image.base_model import base_model_problems, text_layers
+from trainers.common.text_to_image.prompts import TextSettings, clip_skip_problem
 from trainers.options import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end")
@@ -38,6 +39,8 @@ class StableDiffusionConfig(TrainerConfig):
     variant: str | None = None  # of its weight files, such as fp16; null: none
     vae: str | None = None  # another AutoencoderKL, such as one made for half precision; null: the base model's
 
+    max_caption_tokens: Literal[75, 150, 225] = 75  # of a caption, read in chunks of 75; longer ones are cut
+    clip_skip: Positive | None = None  # text encoder layers left out: 1 is kohya's and A1111's 2; null: none, XL's 2
     caption_dropout: Fraction = 0.0  # fraction of training examples whose caption is hidden, for guidance; 0.1 is usual
     prediction_type: Literal["epsilon", "v_prediction"] | None = None  # what the UNet predicts; null: the base model's
     snr_gamma: PositiveFloat | None = None  # min-SNR loss weights, 5 is usual; null: every timestep weighs 1
@@ -74,6 +77,8 @@ class StableDiffusionConfig(TrainerConfig):
             yield from (("vae", problem) for problem in latents_problems(self.vae))
         if self.revision is not None and Path(self.pretrained_model_name_or_path or "").is_dir():
             yield "revision", "has an effect with a name on the hub only, and this is a folder"
+        if skipped := clip_skip_problem(self.clip_skip, text_layers(self.pretrained_model_name_or_path)):
+            yield "clip_skip", skipped
         yield from self._objective_problems()
         yield from self._timestep_problems()
         yield from self._cache_problems(base)
@@ -86,6 +91,10 @@ class StableDiffusionConfig(TrainerConfig):
         yield from self.without_effect(("clip_score_model",), "pictures, and validation_prompts is empty", drawn)
         with_prior = base.class_data_dir is not None
         yield from self.without_effect(("prior_loss_weight",), "base.class_data_dir", with_prior)
+
+    @property
+    def texts(self) -> TextSettings:
+        return TextSettings(self.max_caption_tokens, self.clip_skip)
 
     def parts_needed(self) -> tuple[str, ...]:
         """Returns the folders that the base model must have."""

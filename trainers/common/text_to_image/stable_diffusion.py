@@ -45,7 +45,7 @@ class StableDiffusionTrainer(Trainer):
         variant, cached = config.variant if config.vae is None else None, config.cache_latents is not None
         place = *vae, self.base, self.device, self.weight_dtype, self.run.encoded_by, variant
         self.latents = LatentSpace(*place, offloaded=cached)
-        self.prompts = Prompts(self.base_model, self.device, self.weight_dtype)
+        self.prompts = Prompts(self.base_model, self.device, self.weight_dtype, config.texts)
         self.learned = self.build_objective()
         if config.clip_score_model is not None:
             from trainers.common.text_to_image.clip_score import ClipScore
@@ -87,13 +87,7 @@ class StableDiffusionTrainer(Trainer):
 
     def notes(self, train_set: ImageData) -> list[str]:
         """Notes data without captions, and captions that are too long for the text encoder."""
-        found, texts = [train_set.caption_note], train_set.captions()
-        lost, end = (0, None) if texts is None else self.prompts.truncated(texts)
-        if lost:
-            limit = self.prompts.tokenizers[0].model_max_length
-            found.append(
-                f"{lost:,} captions are longer than the text encoder's {limit} tokens: the first loses {end!r}"
-            )
+        found = [train_set.caption_note, *self.prompts.notes(train_set.captions())]
         return [note for note in found if note]
 
     # --- training

@@ -61,12 +61,18 @@ def with_typed_texts(
         if not equals or section not in schemas or key not in (known := options(schemas[section])):
             continue
         kind = known[key].kind
-        is_null = given[section][key] is None and typed.lower() != "null"  # an empty text, ~
-        if _takes_text(kind) and (is_null or not _is_another(given[section][key], kind)):
-            given[section][key] = typed
+        value = given[section][key]
+        is_null = value is None and typed.lower() != "null"  # an empty text, ~
+        if _takes_text(kind) and (is_null or not _is_another(value, kind)):
+            given[section][key] = value if isinstance(value, str) and _is_quoted(typed) else typed
         elif not typed.strip():
             problems.append(f"{name} = : has no value (an unset variable of the shell?); write null for none")
     return given, problems
+
+
+def _is_quoted(typed: str) -> bool:
+    """Whether a text is in quotes as a whole, as programs write it: they do not belong to it."""
+    return len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "\"'"
 
 
 def _takes_text(kind: Any) -> bool:
