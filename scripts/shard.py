@@ -47,7 +47,7 @@ def read_base(source: Path, overrides: list[str], trust_code: bool) -> BaseConfi
             raise InputError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
         return BaseConfig(train_data_dir=str(source))
     base = load_config(source, overrides, datasets_lib.problems, trust_code).base
-    for option in ("streaming", "class_data_dir"):
+    for option in ("streaming", "has_class_images"):
         if getattr(base, option):
             raise InputError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
     return base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -78,6 +78,7 @@ class RunInfo:
     highest_label: int | None = None  # in the data set, if known
     no_labels: str | None = None  # why the data set has none, if it knows
     captions: list[str] | None = None  # some captions of the training set
+    class_captions: Sequence[str] = ()  # all captions of its pictures of the class
     encoded_by: str | None = None  # digest of the network that made the data set's latents
 
 

@@ -143,7 +143,7 @@ class AdapterTrainer(StableDiffusionTrainer):
             "rank": str(adapter["r"]),
             "alpha": f"{adapter['lora_alpha']:g}",
             "target_modules": str(self.targets()),
-            "trigger_word": self.base.trigger_word or "",
+            "trigger_word": ", ".join(self.base.trigger_words),
             **{name: str(value) for name, value in config.texts.unusual().items()},
             "diffloop_version": VERSION,
         }
