@@ -104,9 +104,7 @@ def _classes(concepts: list[Concept], sources: list[Source]) -> list[str | int] 
 def _check_masks(sources: list[Source]) -> None:
     without = [source for source in sources if source.masks is None]
     if without and len(without) < len(sources):
-        raise InputError(
-            f"{shown(without[0].origin)} has no masks, and other folders of base.train_data_dir have; add them"
-        )
+        raise InputError(f"{shown(without[0].origin)} has no masks, and other folders of base.train_data_dir have some")
 
 
 def _check_doubles(sources: list[Source]) -> None:
