@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from datasets_lib.foreign import shown_lines
 from trainers.engine.config.config import RunConfig, describe, load_config
 from trainers.engine.config.errors import Interrupted, is_message
 from trainers.engine.config.files import ConfigError
+from trainers.engine.config.json_schema import config_schema
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.output import lasting_output
 
@@ -158,9 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="estimate the run's time, memory and disk space from a few steps"
     )
     parser.add_argument("--describe", nargs="?", const="", metavar="TYPE", help="list the tasks, or a task's options")
+    parser.add_argument(
+        "--schema", nargs="?", const="", metavar="TYPE", help="print the JSON Schema of a task's configs, or of all"
+    )
     add_trust_argument(parser)
     options = parser.parse_intermixed_args(arguments)
-    if options.describe is None and options.config is None:
+    if options.describe is None and options.schema is None and options.config is None:
         parser.error("a CONFIG is needed; configs/ holds examples, --describe lists the tasks")
     with lasting_output():
         try:
@@ -174,6 +179,9 @@ def _run(options: argparse.Namespace) -> int:
     try:
         if options.describe is not None:
             print("\n".join(describe(options.describe or None)))
+            return 0
+        if options.schema is not None:
+            print(json.dumps(config_schema(options.schema or None), indent=1))
             return 0
         run = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code)
     except (ConfigError, FileNotFoundError) as error:
