@@ -17,8 +17,9 @@ import datasets_lib
 from datasets_lib.foreign import shown_lines
 from trainers.engine.config.config import RunConfig, describe, load_config
 from trainers.engine.config.errors import Interrupted, is_message
-from trainers.engine.config.files import ConfigError
 from trainers.engine.config.json_schema import config_schema
+from trainers.engine.config.new_config import write_new_config
+from trainers.engine.config.schema import UNDECIDED
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.output import lasting_output
 
@@ -163,9 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--schema", nargs="?", const="", metavar="TYPE", help="print the JSON Schema of a task's configs, or of all"
     )
+    parser.add_argument(
+        "--new", nargs=2, metavar=("TYPE", "FILE"), help="write a YAML config of a task that says what is to be decided"
+    )
     add_trust_argument(parser)
     options = parser.parse_intermixed_args(arguments)
-    if options.describe is None and options.schema is None and options.config is None:
+    if all(given is None for given in (options.describe, options.schema, options.new, options.config)):
         parser.error("a CONFIG is needed; configs/ holds examples, --describe lists the tasks")
     with lasting_output():
         try:
@@ -183,8 +187,12 @@ def _run(options: argparse.Namespace) -> int:
         if options.schema is not None:
             print(json.dumps(config_schema(options.schema or None), indent=1))
             return 0
+        if options.new is not None:
+            return _write_new_config(*options.new)
         run = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
+        if not is_message(error):
+            raise
         return _fail(error, 2)
     if options.print_config:
         print(run.as_yaml(), end="")
@@ -202,6 +210,12 @@ def _run(options: argparse.Namespace) -> int:
             text = "the dry run was interrupted" if options.dry_run else interruption
             print(f"\n{text}", file=sys.stderr, flush=True)
         return interruption.code
+    return 0
+
+
+def _write_new_config(task: str, file: str) -> int:
+    write_new_config(task, Path(file))
+    print(f"{file}: written; change what says {UNDECIDED}, then: python train.py {file} --print-config")
     return 0
 
 

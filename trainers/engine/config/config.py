@@ -18,7 +18,7 @@ from trainers import TRAINERS
 from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.config.files import ConfigError, read_config_file
-from trainers.engine.config.schema import coerce, describe_kind, nearest, options
+from trainers.engine.config.schema import UNDECIDED, coerce, describe_kind, nearest, options
 from trainers.engine.config.trust import OWN, Trust
 from trainers.engine.optim.table import optimizer_problem
 
@@ -87,6 +87,8 @@ def check_config(
         of_task.append(("optimizer", problem))
     # rules about several options would only repeat the problem of one of them
     wrong = {problem.split(" = ")[0] for problem in problems}
+    groups = [{f"{name}.{option}" for option in group} for name in schemas for group in schemas[name].exclusive]
+    wrong = wrong.union(*(group for group in groups if group & wrong))
     for name, section, found in (("base", base, of_base), (task, config, of_task)):
         for option, reason in found:
             if f"{name}.{option}" not in wrong:
@@ -197,6 +199,9 @@ def _check_section(section: str, values: dict, schemas: Schemas) -> tuple[dict[s
     for key, value in values.items():
         if key not in known:
             problems += _unknown_option(section, str(key), value, schemas)
+            continue
+        if value == UNDECIDED:
+            problems.append(f"{section}.{key} = {_show(value)}: is to be decided: {known[key].comment}")
             continue
         try:
             checked[key] = coerce(value, known[key].kind)

@@ -19,6 +19,7 @@ from trainers.options import Section
 
 # of the types without further parts
 WORDS = {type(None): "null", str: "text", bool: "true or false", int: "an integer", float: "a number"}
+UNDECIDED = "CHANGE ME"  # in the place of a value, in a config that `train.py --new` wrote
 
 
 class Option(NamedTuple):
