@@ -561,6 +561,9 @@ def test_captions_that_are_too_long_are_counted():
     pictures = type("Data", (), {"captions": lambda self: [long], "caption_note": None})()
     [note] = make().notes(pictures)
     assert note == f"1 captions are longer than the text encoder's 16 tokens: the first loses {end!r}"
+    endless = type("Data", (), {"captions": lambda self: ["cat " * 10_000], "caption_note": None})()
+    [note] = make().notes(endless)
+    assert note.partition("the first loses ")[2] == repr(("cat " * 20) + " ...")
 
 
 def test_data_without_captions_is_told(run_in_process, capsys):

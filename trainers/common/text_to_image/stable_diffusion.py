@@ -90,6 +90,7 @@ class StableDiffusionTrainer(Trainer):
         lost, end = (0, None) if texts is None else self.prompts.truncated(texts)
         if lost:
             limit = self.prompts.tokenizers[0].model_max_length
+            end = f"{str(end)[:80]} ..." if len(str(end)) > 80 else end
             found.append(
                 f"{lost:,} captions are longer than the text encoder's {limit} tokens: the first loses {end!r}"
             )
