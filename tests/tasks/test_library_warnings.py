@@ -21,6 +21,7 @@ from trainers.common.diffusion.consistency import lcm_scheduler
 from trainers.common.diffusion.sampling import _fresh, build_sampler, denoise
 from trainers.engine.config.base_options import BaseConfig
 from trainers.inference.lora_pipeline import add_loras, cast, load_pipeline
+from trainers.pretrained import read_model
 
 FLOAT32 = "There are modules in UNet2DConditionModel that should be kept in float32: "
 
@@ -89,6 +90,15 @@ def test_a_pipeline_gets_its_precision_by_the_name_that_diffusers_wants(monkeypa
     load_pipeline("base")
     assert asked[0]["torch_dtype"] == torch.float32
     assert "dtype" not in asked[0]
+
+
+def test_a_pipeline_without_a_safety_checker_is_not_told_of_one():
+    texts, pipeline = hear(lambda: load_pipeline(str(model("sdxl"))))
+    assert (texts, type(pipeline).__name__) == ([], "StableDiffusionXLPipeline")
+    texts, _ = hear(lambda: read_model(diffusers.DiffusionPipeline, model("sdxl"), safety_chequer=None))
+    assert [text.partition(" are not")[0] for text in texts] == ["Keyword arguments {'safety_chequer': None}"]
+    pipeline = load_pipeline(str(model("sd1")))
+    assert (pipeline.safety_checker, pipeline.config.requires_safety_checker) == (None, False)
 
 
 def test_a_second_adapter_is_no_surprise(tmp_path, monkeypatch):
