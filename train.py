@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
@@ -17,9 +16,8 @@ import datasets_lib
 from datasets_lib.foreign import shown_lines
 from trainers.engine.config.config import RunConfig, describe, load_config
 from trainers.engine.config.errors import Interrupted, is_message
-from trainers.engine.config.json_schema import config_schema
+from trainers.engine.config.json_schema import schema_text
 from trainers.engine.config.new_config import write_new_config
-from trainers.engine.config.schema import UNDECIDED
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.output import lasting_output
 
@@ -161,12 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="estimate the run's time, memory and disk space from a few steps"
     )
     parser.add_argument("--describe", nargs="?", const="", metavar="TYPE", help="list the tasks, or a task's options")
-    parser.add_argument(
-        "--schema", nargs="?", const="", metavar="TYPE", help="print the JSON Schema of a task's configs, or of all"
-    )
-    parser.add_argument(
-        "--new", nargs=2, metavar=("TYPE", "FILE"), help="write a YAML config of a task that says what is to be decided"
-    )
+    parser.add_argument("--schema", nargs="?", const="", metavar="TYPE", help="print the JSON Schema of configs")
+    parser.add_argument("--new", nargs=2, metavar=("TYPE", "FILE"), help="write a YAML config to begin with")
     add_trust_argument(parser)
     options = parser.parse_intermixed_args(arguments)
     if all(given is None for given in (options.describe, options.schema, options.new, options.config)):
@@ -185,10 +179,11 @@ def _run(options: argparse.Namespace) -> int:
             print("\n".join(describe(options.describe or None)))
             return 0
         if options.schema is not None:
-            print(json.dumps(config_schema(options.schema or None), indent=1))
+            print(schema_text(options.schema or None))
             return 0
         if options.new is not None:
-            return _write_new_config(*options.new)
+            print(write_new_config(*options.new))
+            return 0
         run = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code)
     except (ValueError, OSError) as error:
         if not is_message(error):
@@ -210,12 +205,6 @@ def _run(options: argparse.Namespace) -> int:
             text = "the dry run was interrupted" if options.dry_run else interruption
             print(f"\n{text}", file=sys.stderr, flush=True)
         return interruption.code
-    return 0
-
-
-def _write_new_config(task: str, file: str) -> int:
-    write_new_config(task, Path(file))
-    print(f"{file}: written; change what says {UNDECIDED}, then: python train.py {file} --print-config")
     return 0
 
 

@@ -92,6 +92,13 @@ def test_a_task_outside_the_repository(tmp_path):
     assert load_config(path).base.trainer_class == "trainers.ddpm:DDPMTrainer"
 
 
+def test_without_the_schemas_none_is_named(tmp_path, monkeypatch):
+    """As in an installation that has the packages and no configs."""
+    monkeypatch.setattr("trainers.engine.config.new_config.SCHEMAS", tmp_path)
+    assert main(["--new", "vae", str(tmp_path / "new.yaml")]) == 0
+    assert (tmp_path / "new.yaml").read_text().startswith("# vae: Trains an AutoencoderKL")
+
+
 @pytest.mark.parametrize(
     ("task", "name", "message"),
     [

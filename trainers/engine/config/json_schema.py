@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -43,6 +44,11 @@ def config_schema(task: str | None = None) -> Schema:
     if task is None:  # a section per task, all of them known, so that their names are completed; one is to be there
         schema |= {"required": ["base"], "oneOf": [{"required": [name]} for name in sections]}
     return schema
+
+
+def schema_text(task: str | None) -> str:
+    """Returns the schema as JSON, as it stands in a file."""
+    return json.dumps(config_schema(task), indent=1)
 
 
 def section_schema(section: type[Section], description: str) -> Schema:

@@ -30,12 +30,13 @@ OF_TASK = (
 )  # fmt: skip
 
 
-def write_new_config(task: str, path: Path) -> None:
-    """Writes the YAML config of a task, or of a "package.module:Class".
+def write_new_config(task: str, file_name: str) -> str:
+    """Writes the YAML config of a task, or of a "package.module:Class"; returns what to do with it.
 
     Raises ConfigError if there is no such task, ValueError for another ending, FileNotFoundError without the folder,
     FileExistsError for a file that is there.
     """
+    path = Path(file_name)
     if path.suffix not in ENDINGS:
         raise ValueError(f"{shown(path)}: must end in {' or '.join(ENDINGS)}; JSON has no room for the comments")
     if not path.absolute().parent.is_dir():
@@ -46,6 +47,7 @@ def write_new_config(task: str, path: Path) -> None:
             file.write(text)
     except FileExistsError:
         raise FileExistsError(f"{shown(path)}: exists, and is not overwritten; choose another name") from None
+    return f"{shown(path)}: written; change what says {UNDECIDED}, then: python train.py {shown(path)} --print-config"
 
 
 def _lines(task: str, path: Path) -> Iterator[str]:
