@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets_lib
+from datasets_lib.errors import FileError, UserError
 from datasets_lib.foreign import shown_lines
-from trainers.engine.config.config import RunConfig, describe, load_config
-from trainers.engine.config.errors import Interrupted, is_message
+from trainers.engine.config.config import RunConfig, load_config
+from trainers.engine.config.describe import describe
+from trainers.engine.config.errors import Interrupted
 from trainers.engine.config.json_schema import schema_text
 from trainers.engine.config.new_config import write_new_config
 from trainers.engine.config.trust import add_trust_argument
@@ -120,6 +122,8 @@ def load_data(ctx: RunContext, dry_run: DryRun | None) -> DataSets:
         train_set, validation_set = datasets_lib.build(base, "train"), datasets_lib.build(base, "validation")
     ctx.clock, train_set = shard_for_rank(ctx.accelerator, base, train_set)
     data = DataSets(train_set, validation_set)
+    if ctx.run.config.reads_captions:
+        datasets_lib.check_captions(*data)
     if dry_run is not None:
         data = dry_run.shorten(ctx, data)
     datasets_lib.check_example(data.train.first_example(), base)
@@ -185,9 +189,7 @@ def _run(options: argparse.Namespace) -> int:
             print(write_new_config(*options.new))
             return 0
         run = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code)
-    except (ValueError, OSError) as error:
-        if not is_message(error):
-            raise
+    except UserError as error:
         return _fail(error, 2)
     if options.print_config:
         print(run.as_yaml(), end="")
@@ -196,9 +198,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.dry_run:
             return _dry_run(run)
         train(run)
-    except (ValueError, OSError) as error:
-        if not is_message(error):
-            raise
+    except UserError as error:
         return _fail(error, 1)
     except Interrupted as interruption:
         if interruption.text:
@@ -225,7 +225,7 @@ def _dry_run(run: RunConfig) -> int:
                 raise
         if not sandbox.is_main():
             if shortage is not None:
-                raise OSError(shortage.text)
+                raise FileError(shortage.text)
             return 0
         lines, fits = report.report(dry_run, shortage)
     print("\n".join(lines), flush=True)

@@ -10,13 +10,24 @@ from typing import Any, Literal, overload
 from PIL import ImageColor
 
 from datasets_lib.checks import one_of
+from datasets_lib.errors import InputError
 from datasets_lib.example import DataSet, Example, ImageData
 from datasets_lib.example_checks import check_example
 from datasets_lib.foreign import named_object
 from datasets_lib.images import buckets
 from datasets_lib.streaming import problems as stream_problems
 
-__all__ = ["DATASETS", "DataSet", "Example", "ImageData", "build", "check_example", "prepare", "problems"]
+__all__ = [
+    "DATASETS",
+    "DataSet",
+    "Example",
+    "ImageData",
+    "build",
+    "check_captions",
+    "check_example",
+    "prepare",
+    "problems",
+]
 
 DATASETS = {"digits": "datasets_lib.sources.digits:build"}
 
@@ -67,6 +78,13 @@ def build(args: Any, split: str) -> ImageData | None:
     return dataset
 
 
+def check_captions(*datasets: ImageData | None) -> None:
+    """Raise InputError for a data set with what looks like captions and is not read, for tasks that read them."""
+    for dataset in datasets:
+        if dataset is not None and dataset.caption_problem is not None:
+            raise InputError(dataset.caption_problem)
+
+
 def prepare(*datasets: ImageData | None, show_progress: bool, num_classes: int | None = None) -> dict[str, float]:
     """Decode images ahead if they fit `image_cache_mb`, and limit labels; once, before loader workers start.
 
@@ -87,7 +105,7 @@ def _named_builder(name: str) -> Callable:
     try:
         return named_object(target)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"base.dataset is {name!r}, which cannot be imported ({error}); give package.module:build, "
             "with the package installed or its folder on PYTHONPATH"
         ) from error
@@ -100,7 +118,7 @@ def _call(builder: Callable, args: Any, split: str) -> ImageData | None:
         signature(builder).bind(args, split, **args.dataset_args)
     except TypeError as error:
         accepted = ", ".join(list(signature(builder).parameters)[2:]) or "none"
-        raise ValueError(
+        raise InputError(
             f"base.dataset_args is {args.dataset_args}, which base.dataset={args.dataset} does not take ({error}); "
             f"its arguments: {accepted}"
         ) from error
@@ -112,7 +130,7 @@ def _call(builder: Callable, args: Any, split: str) -> ImageData | None:
     if not lacking and not isinstance(dataset.fingerprint, str):
         lacking = ["a fingerprint that is text"]
     if lacking:
-        raise ValueError(
+        raise InputError(
             f"base.dataset={args.dataset} returned a {type(dataset).__name__} without {', '.join(lacking)}; "
             "a data set has __len__, get(index, generator) and fingerprint, a text that changes with its content, and "
             "for base.buckets bucket_of(index), a number that examples of one size share"

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 
 
@@ -21,7 +22,7 @@ def one_of(option: str, value: Any, allowed: Iterable, *other_forms: str) -> Any
     nearest = difflib.get_close_matches(shown(value), names, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     choices = ", ".join([*names, *other_forms]) or "(there are none)"
-    raise ValueError(f"{shown(option)} is {shown(repr(value))}; it must be one of: {choices}{hint}")
+    raise InputError(f"{shown(option)} is {shown(repr(value))}; it must be one of: {choices}{hint}")
 
 
 def find_column(option: str, wanted: str | None, columns: Iterable[str], common: Iterable[str]) -> str | None:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from datasets_lib.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,6 +38,8 @@ class ImageData(DataSet):
     random: bool = True  # whether get() uses its generator
     label_names: list[str] | None = None
     highest_label: int | None = None  # if it is known
+    no_labels: str | None = None  # why it has none, where that may surprise
+    caption_problem: str | None = None  # what looks like captions and is not read, for tasks that read them
     encoded_by: str | None = None  # digest of the network that made the latents
     notes: Sequence[str] = ()  # lines for the start of a run
     picture_columns: tuple[str, ...] = ()  # columns whose pictures image() knows, for caches
@@ -56,7 +60,7 @@ class ImageData(DataSet):
 
     def bucket_of(self, index: int) -> int:
         """Returns a number that examples of one size share."""
-        raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
+        raise InputError("base.buckets = true: the data set has no bucket_of(index); set it to false")
 
     # in batches
     @property

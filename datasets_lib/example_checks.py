@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.images.buckets import Size, sizes_of
 
 
@@ -13,7 +14,7 @@ def check_example(example: Any, args: Any) -> None:
     encoded = isinstance(example, dict) and {"mean", "logvar"} <= example.keys()
     if not encoded and not (isinstance(example, dict) and "image" in example):
         found = sorted(example) if isinstance(example, dict) else type(example).__name__
-        raise ValueError(
+        raise InputError(
             f"an example must be a dict with the key 'image', or 'mean' and 'logvar' of latents, got {found}; see the "
             "data set's get()"
         )
@@ -31,11 +32,11 @@ def check_example(example: Any, args: Any) -> None:
             _check_pair(key, example[key], least)
     label = example.get("label", 0)
     if type(label) is not int or label < 0:
-        raise ValueError(f"an example's label must be an int of at least 0, got {label!r} ({type(label).__name__})")
+        raise InputError(f"an example's label must be an int of at least 0, got {label!r} ({type(label).__name__})")
     for name in ("caption", "class_caption"):
         caption = example.get(name, "")
         if not isinstance(caption, str):
-            raise ValueError(f"an example's {name} must be a str, got {caption!r} ({type(caption).__name__})")
+            raise InputError(f"an example's {name} must be a str, got {caption!r} ({type(caption).__name__})")
 
 
 def _check_latents(mean: Any, logvar: Any) -> None:
@@ -44,9 +45,9 @@ def _check_latents(mean: Any, logvar: Any) -> None:
     for name, rows in (("mean", mean), ("logvar", logvar)):
         if not isinstance(rows, torch.Tensor) or rows.dtype != torch.float32 or rows.shape != mean.shape:
             found = f"{getattr(rows, 'dtype', type(rows).__name__)} {list(getattr(rows, 'shape', []))}"
-            raise ValueError(f"an example's mean and logvar must be float32 tensors of one shape, {name} is {found}")
+            raise InputError(f"an example's mean and logvar must be float32 tensors of one shape, {name} is {found}")
         if not torch.isfinite(rows).all():
-            raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
+            raise InputError(f"an example's {name} holds NaN or infinity; every value must be finite")
 
 
 def _check_pixels(
@@ -56,16 +57,16 @@ def _check_pixels(
 
     if not isinstance(image, torch.Tensor) or image.dtype != torch.float32:
         found = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"an example's {name} must be a float32 tensor, got {found}")
+        raise InputError(f"an example's {name} must be a float32 tensor, got {found}")
     expected = [[channels, *size] for size in sizes]
     if list(image.shape) not in expected:
         shapes = " or ".join(map(str, expected))
-        raise ValueError(f"an example's {name} has shape {list(image.shape)}, expected {shapes} from {source}")
+        raise InputError(f"an example's {name} has shape {list(image.shape)}, expected {shapes} from {source}")
     if not torch.isfinite(image).all():
-        raise ValueError(f"an example's {name} holds NaN or infinity; every value must be finite")
+        raise InputError(f"an example's {name} holds NaN or infinity; every value must be finite")
     low, high = image.min().item(), image.max().item()
     if low < least or high > 1:
-        raise ValueError(f"an example's {name} has values from {low:g} to {high:g}, expected [{least}, 1]: {formula}")
+        raise InputError(f"an example's {name} has values from {low:g} to {high:g}, expected [{least}, 1]: {formula}")
 
 
 def _check_pair(name: str, pair: Any, least: int) -> None:
@@ -73,7 +74,7 @@ def _check_pair(name: str, pair: Any, least: int) -> None:
 
     whole = isinstance(pair, torch.Tensor) and pair.dtype == torch.int64 and list(pair.shape) == [2]
     if not whole or pair.min() < least:
-        raise ValueError(
+        raise InputError(
             f"an example's {name} must be an int64 tensor of 2 numbers of at least {least}, vertical and horizontal, "
             f"got {pair!r}"
         )

@@ -6,9 +6,13 @@ import importlib
 import json
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from datasets_lib.errors import FileError, InputError, MissingFileError, UserError
 
 SHOWN_CHARACTERS = 1000
 KINDS = {
@@ -42,24 +46,38 @@ def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the system says about a file that it cannot read into a FileError, or a MissingFileError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(f"{shown(path)}: there is no such file; check the name") from None
+    except OSError as error:
+        raise FileError(f"{shown(path)}: cannot be read ({error.strerror or error}); check its permissions") from None
+
+
 def check_regular(path: Path) -> Path:
     """Returns the path of a regular file; opening a pipe would wait for ever, and a device may have no end.
 
-    Raises FileNotFoundError if it is not there, and OSError for anything else.
+    Raises MissingFileError if it is not there, and FileError for anything else.
     """
-    kind = stat.S_IFMT(path.stat().st_mode)
+    with reading(path):
+        kind = stat.S_IFMT(path.stat().st_mode)
     if kind != stat.S_IFREG:
-        raise OSError(f"{shown(path)}: is {KINDS.get(kind, 'something else')}, not a regular file; remove it")
+        raise FileError(f"{shown(path)}: is {KINDS.get(kind, 'something else')}, not a regular file; remove it")
     return path
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """Reads a regular file of at most `limit` bytes; raises OSError for others, ValueError for a larger one."""
     check_regular(path)
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {limit:,} are read")
+        raise InputError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {limit:,} are read")
     return data
 
 
@@ -69,7 +87,7 @@ def read_json(path: Path, limit: int) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # json's own errors are ValueErrors
-        raise ValueError(f"{shown(path)}: cannot be read as JSON ({shown(error)})") from None
+        raise InputError(f"{shown(path)}: cannot be read as JSON ({shown(error)})") from None
 
 
 def named_object(name: str) -> Any:
@@ -80,7 +98,7 @@ def named_object(name: str) -> Any:
     """
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError("it has no colon")
+        raise InputError("it has no colon")
     package = module.partition(".")[0]
     found = None if package in sys.modules else find_spec(package)  # __main__, or a module made in a notebook
     if found is not None and found.origin is None:

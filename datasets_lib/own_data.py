@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import DataSet, Example, ImageData
 from datasets_lib.images.source import changed, select_rows
 
@@ -83,7 +84,7 @@ def adapted(inner: DataSet, args: Any, split: str) -> OwnData:
     honoured = getattr(inner, "options", ())
     ignored = [name for name, usual in OWN_TO_IT.items() if getattr(args, name) != usual and name not in honoured]
     if ignored:
-        raise ValueError(
+        raise InputError(
             f"base.{ignored[0]} = {getattr(args, ignored[0])}: base.dataset={args.dataset} returned a "
             f"{type(inner).__name__} that does not say that it honours it; leave it out, or name it in its `options`, "
             f'such as options = ("{ignored[0]}",)'

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from trainers.common.lora.files import (
     LoraFile,
@@ -33,6 +34,7 @@ from trainers.common.lora.files import (
     write_tensors,
 )
 from trainers.common.lora.header import SETTINGS_KEY, peft_settings
+from trainers.engine.run.files import make_folder
 from trainers.inference.command import command
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
@@ -58,12 +60,12 @@ BASES = {  # by the width of the captions' embeddings
 def convert(source: Path, output: Path, wanted: str) -> None:
     """Writes `source`, a file or folder, in the `wanted` format; ValueError if it is no LoRA in the other one."""
     if output.suffix != ".safetensors" or output.exists():
-        raise ValueError(f"{output}: must be a new file with the ending .safetensors")
+        raise InputError(f"{output}: must be a new file with the ending .safetensors")
     file = find_lora(source)
     about = read_about(file)
     state = read_tensors(file)
     if any(key.startswith(STARTS[wanted]) for key in state):
-        raise ValueError(f"{file}: is in the {wanted} format already")
+        raise InputError(f"{file}: is in the {wanted} format already")
     staging = output.with_name(f".tmp-{secrets.token_hex(4)}-{output.name}")
     try:
         if wanted == "kohya":
@@ -91,12 +93,12 @@ def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
         for module, rank in lora.ranks(network).items():
             words, alpha = module.replace(".", "_"), scalings[module] * rank
             if not _is_known(words):
-                raise ValueError(f"{shown(module)} is no module of Stable Diffusion's networks that is known here")
+                raise InputError(f"{shown(module)} is no module of Stable Diffusion's networks that is known here")
             name = f"lora_{tags[network]}_{words}"
             tensors |= {f"{name}.{new}": state[f"{module}.{old}"] for old, new in SUFFIXES.items()}
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
             if not tensors[f"{name}.alpha"].isfinite():
-                raise ValueError(f"{network}.{module}: its alpha, {alpha:g}, is too large for the kohya format")
+                raise InputError(f"{network}.{module}: its alpha, {alpha:g}, is too large for the kohya format")
             if f"{module}.lora_magnitude_vector" in state:
                 ones = [1] * (state[f"{module}.lora_A.weight"].dim() - 1)
                 tensors[f"{name}.dora_scale"] = state[f"{module}.lora_magnitude_vector"].reshape(-1, *ones)
@@ -113,19 +115,19 @@ def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) ->
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if KOHYA.fullmatch(key) is None:
-            raise ValueError(
+            raise InputError(
                 f"{file}: {shown(key)} is no tensor of a LoRA in kohya's format; nothing else is converted"
             )
         name, _, suffix = key.partition(".")
         modules.setdefault(name, {})[suffix] = value
     if not modules:
-        raise ValueError(f"{file}: holds no tensor")
+        raise InputError(f"{file}: holds no tensor")
     lora = LoraFile({}, {}, about)
     alphas: dict[str, dict[str, float]] = {}
     for name, (network, module) in module_names(modules).items():
         parts = modules[name]
         if not {"lora_down.weight", "lora_up.weight"} <= parts.keys():
-            raise ValueError(f"{file}: {shown(name)} needs lora_down.weight and lora_up.weight")
+            raise InputError(f"{file}: {shown(name)} needs lora_down.weight and lora_up.weight")
         own = lora.tensors.setdefault(network, {})
         pair = {f"{module}.{new}": parts[old] for new, old in SUFFIXES.items()}
         check_modules(file, network, pair)
@@ -137,7 +139,7 @@ def to_diffusers(file: Path, state: dict[str, Tensor], about: dict[str, str]) ->
     for network, own in lora.tensors.items():
         doras = sum(key.endswith("magnitude_vector") for key in own)
         if doras not in (0, len(alphas[network])):
-            raise ValueError(f"{file}: {doras} of {len(alphas[network])} modules of {network} have a dora_scale")
+            raise InputError(f"{file}: {doras} of {len(alphas[network])} modules of {network} have a dora_scale")
         lora.settings[network] = peft_settings(lora.ranks(network), alphas[network], doras > 0, rslora=False)
     return lora
 
@@ -146,14 +148,14 @@ def _magnitude(name: str, parts: dict[str, Tensor]) -> Tensor:
     """Returns peft's magnitude vector, [out] or [1, out, 1, 1], of a scale [out, 1, ...] or [out]."""
     scale, up = parts["dora_scale"], parts["lora_up.weight"]
     if scale.dim() == 0 or scale.shape[0] != scale.numel() or len(scale) != len(up):
-        raise ValueError(f"{name}.dora_scale is {list(scale.shape)}; one number per output is wanted, {len(up)} in all")
+        raise InputError(f"{name}.dora_scale is {list(scale.shape)}; one number per output is wanted, {len(up)} in all")
     return scale.flatten() if up.dim() == 2 else scale.reshape(1, -1, 1, 1)
 
 
 def _alpha(name: str, value: Tensor) -> float:
     if value.numel() != 1 or not value.item() > 0:
         found = shown(value.tolist()) if value.numel() <= 1 else list(value.shape)
-        raise ValueError(f"{name}.alpha is {found}; one positive number is wanted")
+        raise InputError(f"{name}.alpha is {found}; one positive number is wanted")
     return float(value)
 
 
@@ -165,17 +167,17 @@ def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     # SD and SDXL have two layers per block; of a file with both kinds of names diffusers keeps one
     mapped = _maybe_map_sgm_blocks_to_diffusers(dict(originals), SimpleNamespace(layers_per_block=2))
     if len(mapped) != len(originals):
-        raise ValueError("names of the original SDXL network and of diffusers' are mixed: no such file is converted")
+        raise InputError("names of the original SDXL network and of diffusers' are mixed: no such file is converted")
     found = {}
     for name, original in mapped.items():
         _, tag, rest = name.split("_", 2)
         if tag == "unet" and not _is_known(rest):
             rest = _from_original(name)
         if not _is_known(rest):
-            raise ValueError(f"{shown(original)} is no module of Stable Diffusion's networks that is known here")
+            raise InputError(f"{shown(original)} is no module of Stable Diffusion's networks that is known here")
         found[original] = NETWORKS[tag], ".".join(PART.findall(rest))
     if len(set(found.values())) != len(found):
-        raise ValueError("two names mean the same module")
+        raise InputError("two names mean the same module")
     return found
 
 
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="a new .safetensors file")
     parser.add_argument("--to", choices=("kohya", "diffusers"), required=True)
     options = parser.parse_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output.parent)
     convert(options.input, options.output, options.to)
     print(f"{options.to} format: {options.output}")
 

@@ -23,6 +23,7 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 import datasets_lib
+from datasets_lib.errors import InputError
 from datasets_lib.images.decode import read_picture
 from trainers.base import Trainer
 from trainers.engine.config.base_options import BaseConfig
@@ -31,7 +32,7 @@ from trainers.engine.config.trust import Trust
 from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.workers import SlotExamples
 from trainers.engine.encoders.stages import FrozenEncoders
-from trainers.engine.run.files import new_file, write_text
+from trainers.engine.run.files import make_folder, new_file, write_text
 from trainers.engine.validation.feature_networks import load_classifier, load_features
 from trainers.engine.validation.grids import grid_of
 from trainers.engine.validation.means import mean_over
@@ -117,7 +118,7 @@ class Task(NamedTuple):
 def of_run(arguments: argparse.Namespace) -> Task:
     """Compares pictures that a run draws with the data that it was trained on."""
     if arguments.held_out is not None:
-        raise ValueError("--held-out: has an effect with --real only; a run has its own validation set")
+        raise InputError("--held-out: has an effect with --real only; a run has its own validation set")
     saved = saved_run_of(arguments)
     trainer = trainer_of(arguments, saved)
     trainer.base.buckets = False  # pictures of one size are compared
@@ -125,7 +126,7 @@ def of_run(arguments: argparse.Namespace) -> Task:
     requests = evaluation_requests(trainer, arguments.number or 1000, held_out)
     if not requests:
         without = " without base.validation_split" if trainer.draws_held_out and held_out is None else ""
-        raise ValueError(f"task {saved.task} draws no pictures{without}")
+        raise InputError(f"task {saved.task} draws no pictures{without}")
     of_task: OfTask = []
     drawn = drawn_pictures(trainer, requests, held_out, arguments.seed, arguments.batch_size, of_task)
     originals = [request["example"] for request in requests] if "example" in requests[0] else None
@@ -140,7 +141,7 @@ def of_folders(arguments: argparse.Namespace) -> Task:
     names = [name for name in (*OPTIONS, "weights", "number", "seed") if getattr(arguments, name)]
     without_effect = [*arguments.overrides, *(f"--{name.replace('_', '-')}" for name in names)]
     if without_effect:
-        raise ValueError(f"{' '.join(without_effect)}: has no effect with --real")
+        raise InputError(f"{' '.join(without_effect)}: has no effect with --real")
     first = data_folder(folder, 8)
     side = min(read_picture(first.source.images[first.rows[0]]).size)
     pictures, train_set = data_folder(folder, side), data_folder(real, side)
@@ -148,7 +149,7 @@ def of_folders(arguments: argparse.Namespace) -> Task:
     for other, place in ((pictures, folder), (held_out, arguments.held_out)):
         named = None if other is None else other.label_names
         if named and train_set.label_names and named != train_set.label_names:
-            raise ValueError(f"{place} and {real}: have other classes; name their sub-folders alike")
+            raise InputError(f"{place} and {real}: have other classes; name their sub-folders alike")
     drawn = pictures_of(pictures, list(range(len(pictures))), arguments.batch_size)
     output_dir = folder.absolute().parent / f"{folder.name}-evaluation"
     return Task(drawn, train_set, held_out, find_device(arguments.device), output_dir, [], {}, None)
@@ -212,13 +213,13 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     trust = Trust(everything=arguments.trust_code)
     if problem := features_problem(arguments.features) or trust.program_problem(arguments.features):
-        raise ValueError(f"--features {arguments.features}: {problem}")
+        raise InputError(f"--features {arguments.features}: {problem}")
     if arguments.judge and (problem := classifier_problem(arguments.judge) or trust.program_problem(arguments.judge)):
-        raise ValueError(f"--judge {arguments.judge}: {problem}")
+        raise InputError(f"--judge {arguments.judge}: {problem}")
     task = of_run(arguments) if arguments.real is None else of_folders(arguments)
     metrics, picture = evaluate(task, arguments)
     folder = arguments.output_dir or task.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     infinite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]  # JSON has only null
     text = json.dumps(metrics | dict.fromkeys(infinite), indent=1)
     write_text(folder / "metrics.json", text)

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 import datasets_lib
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.example import StreamData
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.report.statistics import Line, caption_lines, column_lines, label_lines, picture_lines, scan
@@ -62,13 +63,13 @@ def report(dataset: Any, tokenizer: Any | None, show_progress: bool) -> tuple[li
 def load_tokenizer(folder: str) -> Any:
     """Returns a tokenizer from a local folder, such as MODEL/tokenizer."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--tokenizer: there is no folder {Path(folder).resolve()}; give MODEL/tokenizer")
+        raise MissingFileError(f"--tokenizer: there is no folder {Path(folder).resolve()}; give MODEL/tokenizer")
     from transformers import AutoTokenizer
 
     try:
         return read_part(AutoTokenizer, folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--tokenizer: {folder} holds no tokenizer ({error}); give MODEL/tokenizer") from None
+        raise InputError(f"--tokenizer: {folder} holds no tokenizer ({error}); give MODEL/tokenizer") from None
 
 
 def sheet_of(dataset: Any, indices: list[int]) -> Image.Image:
@@ -88,7 +89,7 @@ def main() -> None:
     add_trust_argument(parser)
     options = parser.parse_intermixed_args()
     if options.output.suffix.lower() != ".png" or not options.output.parent.is_dir():
-        raise ValueError(f"--output: {options.output} must be a .png file in a folder that exists")
+        raise InputError(f"--output: {options.output} must be a .png file in a folder that exists")
     base = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code).base
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     bad = 0

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from trainers.engine.run.files import new_file
+from trainers.engine.run.files import make_folder, new_file
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, keep_settings, positive
 from trainers.inference.lora_pipeline import load_pipeline
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the others count up")
     options = parser.parse_args()
     state = PartialState()
-    options.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(options.folder)
     if state.is_main_process:
         names = ("base", "prompt", "steps", "resolution", "seed", "dtype")
         keep_settings(options.folder / SETTINGS, {name: getattr(options, name) for name in names})

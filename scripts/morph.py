@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets_lib.errors import InputError
 from datasets_lib.images.decode import read_picture
 from trainers.common.autoencoder.options import perceptual_problem
 from trainers.common.autoencoder.perceptual import load_perceptual
@@ -52,16 +53,16 @@ def side_of(base: BaseModel) -> int:
 def check(arguments: argparse.Namespace) -> BaseModel:
     """Returns the base; raises ValueError or FileNotFoundError, before any training, for arguments that do not fit."""
     if not 0 <= arguments.attention <= 1:
-        raise ValueError(f"--attention {arguments.attention}: must be a fraction of the steps, from 0 to 1")
+        raise InputError(f"--attention {arguments.attention}: must be a fraction of the steps, from 0 to 1")
     if arguments.attention and not round(arguments.attention * arguments.steps):
-        raise ValueError(f"--attention {arguments.attention}: is none of {arguments.steps} steps; raise it, or give 0")
+        raise InputError(f"--attention {arguments.attention}: is none of {arguments.steps} steps; raise it, or give 0")
     if arguments.frames < 3:
-        raise ValueError(f"--frames {arguments.frames}: leaves none between the two ends; give at least 3")
+        raise InputError(f"--frames {arguments.frames}: leaves none between the two ends; give at least 3")
     given = [Path(lora) for lora in (arguments.lora_a, arguments.lora_b) if lora]
     if len(given) == 2 and not (arguments.seed is arguments.config is None and not arguments.overrides):
-        raise ValueError("--seed, --config and overrides are for training, and both LoRAs are given; leave them out")
+        raise InputError("--seed, --config and overrides are for training, and both LoRAs are given; leave them out")
     for problem in base_model_problems(arguments.base, ("unet", "vae", "text_encoder", "tokenizer")):
-        raise ValueError(f"BASE = {arguments.base}: {problem}")
+        raise InputError(f"BASE = {arguments.base}: {problem}")
     base = BaseModel("BASE", arguments.base)
     ddim_schedulers(base.sampler, arguments.steps)
     for lora in given:
@@ -80,10 +81,10 @@ def perceptual(spec: str, side: int) -> nn.Module:
     """Loads the distance by which frames are spaced; ValueError if it cannot be loaded."""
     try:
         if problem := perceptual_problem(spec, 3, side):
-            raise ValueError(problem)
+            raise InputError(problem)
         return load_perceptual(spec, side)
     except ValueError as error:
-        raise ValueError(f"--reschedule {spec}: {error}") from None
+        raise InputError(f"--reschedule {spec}: {error}") from None
 
 
 def draw(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import datasets_lib
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from trainers.common.diffusion.sampling import to_unit_range
 from trainers.engine.checkpoint.load import put_weights, read_weights
@@ -45,10 +46,10 @@ def find_slots(folder: Path, step: int, micro_batch_size: int) -> tuple[range, i
             return _slots_of(line, folder)
     states = [read_state_file(path) for _, path in list_checkpoints(folder)]
     if not states:
-        raise ValueError(f"{folder}: step {step} was not skipped, and there is no checkpoint to count its slots from")
+        raise InputError(f"{folder}: step {step} was not skipped, and there is no checkpoint to count its slots from")
     nearest = min(states, key=lambda state: (state["step"] >= step, abs(state["step"] - step)))
     if not 1 <= step <= nearest["total_steps"]:
-        raise ValueError(f"{folder}: step {step} is not one of its steps, 1 to {nearest['total_steps']}")
+        raise InputError(f"{folder}: step {step} is not one of its steps, 1 to {nearest['total_steps']}")
     size = nearest["global_batch_size"]
     first = nearest["slot"] + (step - 1 - nearest["step"]) * size
     return range(first, first + size), micro_batch_size
@@ -59,7 +60,7 @@ def _slots_of(line: dict[str, Any], folder: Path) -> tuple[range, int]:
     match line:
         case {"slots": [int(first), int(end)], "micro_batch_size": int(size)} if 0 < size <= end - first <= MOST_SLOTS:
             return range(first, end), size
-    raise ValueError(f"{folder / SKIPPED_STEPS}: {shown(line)}: is not a line that a run writes; remove it")
+    raise InputError(f"{folder / SKIPPED_STEPS}: {shown(line)}: is not a line that a run writes; remove it")
 
 
 def replay(run: RunConfig, folder: Path, step: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from datasets_lib.errors import InputError
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.engine.validation.grids import grid_of, labelled_grid
 from trainers.engine.validation.metrics import spread
@@ -48,7 +49,7 @@ def sample(drawing: Drawing, batches: list[list[int]], seed: int, gif: bool) -> 
             if drawer.frames:
                 frames.append(torch.stack([drawer.frames[n] for n in spread(len(drawer.frames), GIF_FRAMES)]))
     if gif and not frames:
-        raise ValueError("--gif: this task's sampler shows no steps")
+        raise InputError("--gif: this task's sampler shows no steps")
     return {name: torch.cat(images) for name, images in found.items()}, torch.cat(frames, 1) if frames else None
 
 
@@ -65,7 +66,7 @@ def of_task(arguments: argparse.Namespace, saved: SavedRun) -> Drawing:
             print(f"without held-out pictures: {error}", file=sys.stderr)
     requests = trainer.sample_requests(held_out)[: arguments.number]
     if not requests:
-        raise ValueError(f"task {saved.task} draws no pictures")
+        raise InputError(f"task {saved.task} draws no pictures")
     options = dataclasses.asdict(trainer.config)
     return Drawing(trainer, requests, options, class_names=saved.label_names, held_out=held_out)
 
@@ -110,7 +111,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> str:
     """Draws and writes the pictures that the arguments ask for; returns a line that says so."""
     if arguments.gif and arguments.lora_scales is not None:
-        raise ValueError("--gif: shows one scale; leave out --lora-scales")
+        raise InputError("--gif: shows one scale; leave out --lora-scales")
     saved = None if is_pipeline(arguments.path) else saved_run_of(arguments)
     if saved is None or issubclass(saved.trainer_class, StableDiffusionTrainer):
         drawing = of_prompts(arguments, saved)

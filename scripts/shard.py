@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 import datasets_lib
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import read_json, shown
 from datasets_lib.images.files import TEXT_BYTES
 from datasets_lib.images.image_dataset import ImageDataset
@@ -33,7 +34,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.distributed.collectives import run_on_all, run_on_main
-from trainers.engine.run.files import flush, write_text
+from trainers.engine.run.files import flush, make_folder, write_text
 from trainers.engine.run.run_folder import LOCK, lock_folder
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, keep_settings, positive
@@ -45,14 +46,14 @@ def read_base(source: Path, overrides: list[str], trust_code: bool) -> BaseConfi
     """Reads section `base` of a configuration, or makes one for data; ValueError for options that do not fit."""
     if source.is_dir() or source.suffix == ".jsonl":
         if overrides:
-            raise ValueError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
+            raise InputError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
         return BaseConfig(train_data_dir=str(source))
     if not source.exists():
-        raise FileNotFoundError(f"{shown(source)}: there is neither a folder nor a configuration of this name")
+        raise MissingFileError(f"{shown(source)}: there is neither a folder nor a configuration of this name")
     base = load_config(source, overrides, datasets_lib.problems, trust_code).base
     for option in ("streaming", "class_data_dir"):
         if getattr(base, option):
-            raise ValueError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
+            raise InputError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
     return base
 
 
@@ -75,7 +76,7 @@ def settings_of(dataset: ImageDataset, base: BaseConfig, space: LatentSpace | No
 
 def lock(folder: Path, held: ExitStack) -> None:
     """Makes the folder, and locks it until `held` is closed; ValueError if another call has locked it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = lock_folder(folder, "--output-dir")
     if file is not None:
         held.enter_context(file)
@@ -83,9 +84,9 @@ def lock(folder: Path, held: ExitStack) -> None:
 
 def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Makes the folder; ValueError if it holds shards with other settings, or other files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not (folder / SETTINGS).is_file() and any(path.name != LOCK for path in folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
+        raise InputError(f"{folder}: is not empty, and scripts/shard.py did not write it; choose a new folder")
     keep_settings(folder / SETTINGS, settings)
 
 
@@ -153,7 +154,7 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
     if dataset is None:
         return
     if not isinstance(dataset, ImageDataset):
-        raise ValueError(f"base.dataset = {base.dataset}: holds no picture files to put into shards")
+        raise InputError(f"base.dataset = {base.dataset}: holds no picture files to put into shards")
     name = base.validation_split if isinstance(base.validation_split, str) else "validation"
     folder = options.output_dir if split == "train" else options.output_dir / name
     settings = settings_of(dataset, base, space, options)
@@ -184,9 +185,9 @@ def main() -> None:
     space = None
     if options.latents is not None:
         for problem in latents_problems(options.latents):
-            raise ValueError(f"--latents = {options.latents}: {problem}")
+            raise InputError(f"--latents = {options.latents}: {problem}")
         if base.buckets or base.random_flip:
-            raise ValueError("base.buckets and base.random_flip: latents are of unflipped pictures of one size")
+            raise InputError("base.buckets and base.random_flip: latents are of unflipped pictures of one size")
         space = LatentSpace("--latents", options.latents, base, accelerator.device, torch.float32)
     with ExitStack() as held:
         run_on_main(accelerator, lambda: lock(options.output_dir, held))

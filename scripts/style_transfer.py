@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.images.decode import read_picture
-from datasets_lib.sources.folder import EXTENSIONS
+from datasets_lib.images.formats import EXTENSIONS, is_picture
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.command import command, positive
@@ -47,9 +48,9 @@ def pictures_of(paths: list[str]) -> list[Path]:
     """Lists files, and those in folders by name; FileNotFoundError for a path without pictures."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in EXTENSIONS)
+        inside = sorted(file for file in path.glob("*") if is_picture(file.name))
         if not path.is_file() and not inside:
-            raise FileNotFoundError(f"{path}: is no picture, and no folder with any ({', '.join(EXTENSIONS)})")
+            raise MissingFileError(f"{path}: is no picture, and no folder with any ({', '.join(EXTENSIONS)})")
         found += inside or [path]
     return found
 
@@ -59,7 +60,7 @@ def fitted(image: Image.Image, multiple: int, max_side: int) -> Image.Image:
     scale = min(1.0, max_side / max(image.size))
     if min(image.size) * scale < multiple / 2:
         size = f"{image.width} x {image.height} pixels"
-        raise ValueError(f"--max-side {max_side}: leaves too little of a picture of {size}; raise it")
+        raise InputError(f"--max-side {max_side}: leaves too little of a picture of {size}; raise it")
     sides = [max(1, min(round(side * scale / multiple), max_side // multiple)) * multiple for side in image.size]
     return ImageOps.fit(image, (sides[0], sides[1]), Image.Resampling.LANCZOS)
 
@@ -77,11 +78,11 @@ def read_controlnet(name: str) -> Any:
         check_files(Path(name))
         kind = ControlNetModel.load_config(name).get("_class_name")
         if kind != "ControlNetModel":
-            raise ValueError(f"it is a {kind}")
+            raise InputError(f"it is a {kind}")
         return read_model(ControlNetModel, name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--controlnet {name}: cannot be read as a ControlNet ({reason})") from None
+        raise InputError(f"--controlnet {name}: cannot be read as a ControlNet ({reason})") from None
 
 
 def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any:
@@ -91,12 +92,12 @@ def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any
     device = find_device(arguments.device)
     controlnet, base = read_controlnet(arguments.controlnet), load_pipeline(arguments.base)
     if base.unet.config.in_channels != base.vae.config.latent_channels:
-        raise ValueError(f"{arguments.base}: is a base for inpainting; give an ordinary one")
+        raise InputError(f"{arguments.base}: is a base for inpainting; give an ordinary one")
     for name in ("cross_attention_dim", "block_out_channels"):
         own, wanted = controlnet.config[name], base.unet.config[name]
         if own != wanted:
             found = f"has {name} = {own}, BASE {wanted}; give one for the same family"
-            raise ValueError(f"--controlnet {arguments.controlnet}: {found}")
+            raise InputError(f"--controlnet {arguments.controlnet}: {found}")
     pipeline = AutoPipelineForImage2Image.from_pipe(base, controlnet=controlnet)
     add_loras(pipeline, loras)
     if arguments.sampler is not None:
@@ -155,7 +156,7 @@ def run(arguments: argparse.Namespace) -> str:
     check_negative_prompt(arguments.negative_prompt, arguments.guidance)
     for name in ("guidance", "control_scale"):
         if not 0 <= (value := getattr(arguments, name)) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: must be at least 0")
     loras, files = parse_loras(arguments.lora), pictures_of(arguments.pictures)
     names = [Path(name).name for name in arguments.names or names_of(files)]
     numbers = range(len(files)) if arguments.only is None else [arguments.only]
@@ -165,7 +166,7 @@ def run(arguments: argparse.Namespace) -> str:
             read_picture(file)
         pipeline = build(arguments, loras)
         if arguments.max_side < pipeline.vae_scale_factor:
-            raise ValueError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
+            raise InputError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
         progress = tqdm(files, desc="pictures", disable=len(files) == 1)
         for number, file, name in zip(numbers, progress, names, strict=True):
             image = fitted(read_picture(file), pipeline.vae_scale_factor, arguments.max_side)

@@ -25,9 +25,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
+from datasets_lib.errors import InputError
 from scripts.evaluate import drawn_pictures
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.run.files import new_file, write_text
+from trainers.engine.run.files import make_folder, new_file, write_text
 from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import evaluation_requests
@@ -56,7 +57,7 @@ def points(arguments: argparse.Namespace) -> list[argparse.Namespace]:
         changes = [(value, {name: value}) for value in values.split(",") if value]
     if not changes:
         wanted = "guidance=, classifier_scale= or steps=A,B,..., or checkpoint for a run with checkpoints"
-        raise ValueError(f"--vary {arguments.vary}: must be {wanted}")
+        raise InputError(f"--vary {arguments.vary}: must be {wanted}")
     found = []
     for (value, changed), (kind, side) in itertools.product(changes, sides(arguments)):
         point = argparse.Namespace(**vars(arguments) | changed | side, value=value, kind=kind)
@@ -91,9 +92,9 @@ def sweep(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Tenso
         trainer = trainer_of(chosen[number], saved_run_of(chosen[number]))
         requests = evaluation_requests(trainer, arguments.number, sets[1])
         if not requests:
-            raise ValueError(f"{arguments.path}: its task draws no pictures")
+            raise InputError(f"{arguments.path}: its task draws no pictures")
         if real.labels is None or "label" not in requests[0]:
-            raise ValueError(f"{arguments.path}: has no classes; only pictures drawn by class can be recognised")
+            raise InputError(f"{arguments.path}: has no classes; only pictures drawn by class can be recognised")
         return describe(drawn_pictures(trainer, requests, None, arguments.seed, arguments.batch_size), trainer.device)
 
     last = max((number for number, point in enumerate(chosen) if point.kind == "base"), default=None)
@@ -140,7 +141,7 @@ def main() -> None:
     add_sampling_arguments(parser)
     arguments = parser.parse_intermixed_args()
     name, rows, pictures = arguments.vary.partition("=")[0], [], []
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.output.parent)
     for row, drawn in sweep(arguments):
         rows.append(row)
         pictures.append(drawn[:SHOWN].expand(-1, max(3, drawn.shape[1]), -1, -1))

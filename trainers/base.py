@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import in_quotes
 from trainers.engine.config.base_options import BaseConfig
 from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
@@ -76,6 +77,7 @@ class RunInfo:
     total_steps: int | None = None  # None: loaded for inference
     label_names: list[str] | None = None  # of the data set's classes
     highest_label: int | None = None  # in the data set, if known
+    no_labels: str | None = None  # why the data set has none, if it knows
     captions: list[str] | None = None  # some captions of the training set
     encoded_by: str | None = None  # digest of the network that made the data set's latents
 
@@ -218,7 +220,7 @@ class Trainer(ABC):
         if not isinstance(rates, dict):
             rates = dict.fromkeys(modules, rates)
         if set(rates) != set(modules):
-            raise ValueError(f"learning_rate = {rates}: needs one rate for each of the networks {', '.join(modules)}")
+            raise InputError(f"learning_rate = {rates}: needs one rate for each of the networks {', '.join(modules)}")
         return [
             {"name": name, "params": [p for p in module.parameters() if p.requires_grad], "lr": rates[name]}
             for name, module in modules.items()

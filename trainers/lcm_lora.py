@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from datasets_lib.errors import InputError
 from trainers.base import BaseConfig, NonNegativeFloat, Positive, PositiveFloat
 from trainers.common.diffusion.objective import Timesteps
 from trainers.common.lora.training import ATTENTION, AdapterConfig, AdapterTrainer
@@ -73,7 +74,7 @@ class LCMLoRATrainer(AdapterTrainer):
         try:
             objective = ConsistencyObjective(scheduler, config.w_min, config.w_max, huber_c)
         except ValueError as error:
-            raise ValueError(f"{self.task}.{error} ({config.pretrained_model_name_or_path})") from None
+            raise InputError(f"{self.task}.{error} ({config.pretrained_model_name_or_path})") from None
         quarters = [
             ConsistencyObjective(scheduler, config.w_min, config.w_max, starts=part)
             for part in Timesteps(0, config.num_ddim_timesteps).parts(QUARTERS)

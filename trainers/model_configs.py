@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import check_regular, read_json, shown
 
 INDEX = "model_index.json"
@@ -49,9 +50,9 @@ def check_files(folder: Path, is_part: bool = False) -> None:
         if path.suffix in READ and path.exists():  # a link may lead nowhere
             check_regular(path)
         if path.suffix in READ[:2] and path.exists() and path.stat().st_size > TEXT_BYTES:
-            raise ValueError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {TEXT_BYTES:,} are read")
+            raise InputError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {TEXT_BYTES:,} are read")
     if (folder / ADAPTER).exists():  # transformers would load it, and the base model that it names instead of this one
-        raise ValueError(f"{shown(folder / ADAPTER)}: an adapter beside a model's weights is not read; remove the file")
+        raise InputError(f"{shown(folder / ADAPTER)}: an adapter beside a model's weights is not read; remove the file")
     index = folder / INDEX
     for name in _components(read_config(index), index) if index.is_file() and not is_part else ():
         check_files(folder / name, is_part=True)
@@ -69,16 +70,16 @@ def _check_shards(path: Path) -> None:
     names = set(map(str, shards.values())) if isinstance(shards, dict) else {""}
     for name in sorted(names):
         if not name or name != Path(name).name:
-            raise ValueError(f"{shown(path)}: weight_map must name files beside it, found {shown(name) or 'none'}")
+            raise InputError(f"{shown(path)}: weight_map must name files beside it, found {shown(name) or 'none'}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a config, a JSON object; OSError or ValueError for anything else, and for values that are refused."""
     found = read_json(path, CONFIG_BYTES)
     if not isinstance(found, dict):
-        raise ValueError(f"{shown(path)}: must hold a JSON object, found {shown(type(found).__name__)}")
+        raise InputError(f"{shown(path)}: must hold a JSON object, found {shown(type(found).__name__)}")
     for problem in _config_problems(found):
-        raise ValueError(f"{shown(path)}: {problem}")
+        raise InputError(f"{shown(path)}: {problem}")
     return found
 
 
@@ -117,7 +118,7 @@ def _components(index: dict[str, Any], path: Path) -> Iterator[str]:
 
     name = index.get("_class_name")
     if not isinstance(name, str | None):
-        raise ValueError(f"{shown(path)}: _class_name = {shown(name)} names code, which is not run")
+        raise InputError(f"{shown(path)}: _class_name = {shown(name)} names code, which is not run")
     for part, value in index.items():
         if not isinstance(value, list) or value[:1] == [None]:  # an option that is a list, or a part that is left out
             continue
@@ -125,10 +126,10 @@ def _components(index: dict[str, Any], path: Path) -> Iterator[str]:
         library = getattr(pipelines, str(value[0]), None) if named else None  # such as stable_diffusion
         own = isinstance(library, ModuleType) and library.__name__.startswith("diffusers.")
         if not named or not (own or value[0] in ("diffusers", "transformers")):
-            raise ValueError(
+            raise InputError(
                 f"{shown(path)}: {shown(part)} = {shown(value)} must be [library, class] of diffusers or transformers; "
                 "code that a pipeline brings along is not run"
             )
         if not part.isidentifier():
-            raise ValueError(f"{shown(path)}: {shown(part)} is no name of a part of a pipeline")
+            raise InputError(f"{shown(path)}: {shown(part)} is no name of a part of a pipeline")
         yield part

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from datasets_lib.errors import InputError
 from trainers.base import Positive, RandomSource, Trainer
 from trainers.common.autoencoder.latents import images_of
 from trainers.common.diffusion.classes import count_classes, labels_of
@@ -83,7 +84,7 @@ class NoisyClassifierTrainer(Trainer):
         return []
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
-        raise ValueError("noisy_classifier draws no pictures; give its folder to conditional_ddpm.classifier")
+        raise InputError("noisy_classifier draws no pictures; give its folder to conditional_ddpm.classifier")
 
     def save_pipeline(self, output_dir: Path) -> None:
         self.raw("classifier").save_pretrained(output_dir / "classifier")

@@ -22,15 +22,17 @@ class Bounds:
         return above and value <= self.high
 
     def __str__(self) -> str:
+        low, high = (str(end) if isinstance(end, int) else f"{end:.10g}" for end in (self.low, self.high))
         if self.high == math.inf:
-            return f"{'above' if self.open_low else 'at least'} {self.low:.10g}"
-        return f"in {'(' if self.open_low else '['}{self.low:.10g}, {self.high:.10g}]"
+            return f"{'above' if self.open_low else 'at least'} {low}"
+        return f"in {'(' if self.open_low else '['}{low}, {high}]"
 
 
 Positive = Annotated[int, Bounds(1)]
 NonNegative = Annotated[int, Bounds(0)]
 PositiveFloat = Annotated[float, Bounds(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
+Seed = Annotated[int, Bounds(0, 2**64 - 1)]  # what torch's generators take
 Fraction = Annotated[float, Bounds(0, 1)]
 
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import shown
 from trainers.model_configs import INDEX, check_files, numbers_in, read_config
 
@@ -91,7 +92,7 @@ def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safete
                 f"{kind.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
             )
         what = f"no {kind.__name__}{wanted} could be read"
-        found = FileNotFoundError(f"{place}: {what}; {advice} ({reason})")
+        found = MissingFileError(f"{place}: {what}; {advice} ({reason})")
         if isinstance(error, MemoryError) or "allocate memory" in reason:
             found.errno = errno.ENOMEM  # for the dry run, which then suggests what needs less
         raise found from None
@@ -134,7 +135,7 @@ def _check_size(kind: Any, folder: Path, place: str) -> None:
     weights, held = sum(value.numel() for value in network.parameters()), sum(path.stat().st_size for path in files)
     if weights > held:
         found = f"its config makes a network of {weights:,} weights, and its files have {held:,} bytes"
-        raise ValueError(f"{place}: {found}; take a folder whose files belong together")
+        raise InputError(f"{place}: {found}; take a folder whose files belong together")
 
 
 def _check_read(part: Any, place: str) -> None:
@@ -146,11 +147,11 @@ def _check_read(part: Any, place: str) -> None:
 
     for name, weights in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
         if weights.is_meta:
-            raise ValueError(f"{place}: the weights of {type(part).__name__} lack {shown(name)}")
+            raise InputError(f"{place}: the weights of {type(part).__name__} lack {shown(name)}")
     config = getattr(part, "config", None)
     for name, option in inspect.signature(type(part).__init__).parameters.items():
         if isinstance(option.default, int | float) and isinstance(config, Mapping):
             value = config.get(name)
             if value is not None and any(map(math.isnan, numbers_in(value, strict=True))):
                 found = f"{name} = {shown(value)} in the config of {type(part).__name__}"
-                raise ValueError(f"{place}: {found} must be a number, or a list of numbers")
+                raise InputError(f"{place}: {found} must be a number, or a list of numbers")

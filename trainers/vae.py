@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.errors import InputError
 from trainers.base import MeasuresData, RandomSource
 from trainers.common.autoencoder.latents import images_of
 from trainers.common.autoencoder.options import VAEConfig, build_autoencoder, latent_grid, load_autoencoder
@@ -58,7 +59,7 @@ class VAETrainer(MeasuresData):
             return {"vae": vae}
         start = config.adversarial_start_step
         if self.run.total_steps is not None and start >= self.run.total_steps:
-            raise ValueError(
+            raise InputError(
                 f"vae.adversarial_start_step = {start}: must be below the run's {self.run.total_steps} steps"
             )
         shape = self.base.channels, config.discriminator_layers, config.discriminator_channels

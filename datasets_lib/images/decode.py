@@ -8,24 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.buckets import Size, best
 from datasets_lib.images.color import convert, profile_transform
 from datasets_lib.images.files import PICTURE_BYTES
+from datasets_lib.images.formats import FORMATS, formats_of
 from datasets_lib.images.transforms import FILTERS, resized, resized_size, to_tensor
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# The documented formats alone: Pillow would hand an EPS to ghostscript, and decode an ICO before its size is known.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # an MPO is opened as a JPEG
+TEXT_BYTES = 16 << 20  # of a text or colour profile in a PNG, unpacked: print profiles have more than Pillow's 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = TEXT_BYTES, 4 * TEXT_BYTES
 
 FINER = 2.5  # at 2, pictures differ twice as much from those of all pixels, and few are decoded sooner
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """An image that cannot be used: broken, or larger than allowed."""
 
 
@@ -98,7 +100,7 @@ class ImageReader:
         for height, width in (size, resized_size(size, self.target(size))):
             if width * height > self.max_image_pixels:
                 image.close()
-                raise ValueError(
+                raise InputError(
                     f"it has {width} x {height} = {width * height} pixels, read or resized; {self._limit()}"
                 )
         return image
@@ -108,6 +110,8 @@ class ImageReader:
             return f"it is empty or in no known image format ({', '.join(FORMATS)})"
         if isinstance(error, Image.DecompressionBombError):
             return f"{error}; {self._limit()}"
+        if "MAX_TEXT" in str(error):
+            return f"a text or colour profile in it unpacks to more than {TEXT_BYTES:,} bytes; save it without metadata"
         return _text(error)
 
     def _limit(self) -> str:
@@ -120,16 +124,16 @@ def open_image(source: Path | bytes) -> Image.Image:
     Raises ValueError for bytes of a table or an archive that are too many for a picture.
     """
     if isinstance(source, Path):
-        return Image.open(check_regular(source), formats=FORMATS)
+        return Image.open(check_regular(source), formats=formats_of(source))
     if len(source) > PICTURE_BYTES:
-        raise ValueError(f"it has {len(source):,} bytes, and at most {PICTURE_BYTES:,} are read")
-    return Image.open(io.BytesIO(source), formats=FORMATS)
+        raise InputError(f"it has {len(source):,} bytes, and at most {PICTURE_BYTES:,} are read")
+    return Image.open(io.BytesIO(source), formats=tuple(FORMATS))
 
 
 def read_picture(path: Path, mode: str = "RGB", background: str = "white") -> Image.Image:
-    """Return a whole image upright, in sRGB, as L or RGB; raise FileNotFoundError or ImageError with its name."""
+    """Return a whole image upright, in sRGB, as L or RGB; raise MissingFileError or ImageError with its name."""
     if not path.exists():
-        raise FileNotFoundError(f"{shown(path)}: there is no such picture")
+        raise MissingFileError(f"{shown(path)}: there is no such picture")
     try:
         with open_image(path) as image:
             image.load()
@@ -192,7 +196,7 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     """
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        raise ValueError("it holds NaN or infinity")
+        raise InputError("it holds NaN or infinity")
     scales = (1, 255, 65535) if values.dtype.kind == "f" else (65535,)
     low, high = next(((0, scale) for scale in scales if low >= 0 and high <= scale), (low, high))
     wide = values.astype(np.float64)  # in place from here on: each copy of 64 million pixels takes half a GB

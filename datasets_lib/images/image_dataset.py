@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData
 from datasets_lib.images.buckets import Size
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.pictures import Pictures
-from datasets_lib.images.source import Source, digest, select_rows
+from datasets_lib.images.source import Source, digest, repeated, select_rows
 from datasets_lib.images.transforms import View, draw, draw_view, mirror, normalize, scale
 
 
@@ -25,18 +26,21 @@ class ImageDataset(ImageData):
 
     def __init__(self, source: Source, args: Any, split: str):
         if not len(source.images):
-            raise ValueError(f"the {split} set of {source.origin} has no images; check the data set")
+            raise InputError(f"the {split} set of {source.origin} has no images; check the data set")
         self.source, self.args = source, args
-        self.rows = select_rows(len(source.images), args, split)
+        rows = select_rows(len(source.images), args, split)
+        self.training = split == "train"
+        self.places = repeated(rows, source.repeats if self.training else None)  # of examples among the pictures
+        self.rows = [rows[place] for place in self.places]
         self.fingerprint = digest(source.fingerprint, split, np.array(self.rows, dtype=np.int64).tobytes())
         self.label_names = source.label_names
         self.highest_label = max(source.labels) if source.labels else None
         self.notes = source.notes
         self.texts = Captions(source, args)
-        self.caption_note = self.texts.note
+        self.caption_note, self.caption_problem = self.texts.note, self.texts.problem
+        self.no_labels = source.no_labels
 
-        self.pictures = Pictures(source, self.rows, args)
-        self.training = split == "train"
+        self.pictures = Pictures(source, rows, args)
         self.random = self._is_random()
 
     def __len__(self) -> int:
@@ -48,10 +52,10 @@ class ImageDataset(ImageData):
 
     def bucket_of(self, index: int) -> int:
         """Return the number of an example's size among the reader's; the first call reads every picture's header."""
-        return self.pictures.buckets[index]
+        return self.pictures.buckets[self.places[index]]
 
     def name(self, index: int) -> str:
-        return self.pictures.name(index)
+        return self.pictures.name(self.places[index])
 
     def prepare(self, show_progress: bool = True) -> None:
         """Decode everything if it fits `args.image_cache_mb`, per process; broken images are treated as in `get`."""
@@ -62,8 +66,9 @@ class ImageDataset(ImageData):
         """Return the data set with these examples alone, decoded ahead only if the whole would be."""
         few = copy.copy(self)
         few.rows = [self.rows[index] for index in indices]
+        few.places = range(len(few.rows))
         few.pictures = Pictures(self.source, few.rows, self.args)
-        few.pictures.cache_bytes = self.pictures.cache_bytes * len(few) // len(self)
+        few.pictures.cache_bytes = self.pictures.cache_bytes * len(few) // len(self.pictures)
         return few
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
@@ -71,7 +76,7 @@ class ImageDataset(ImageData):
 
         "original_size" is that of the upright image; "crop_top_left" is in the resized one.
         """
-        position, (pixels, size) = self.pictures.read(index)
+        position, (pixels, size) = self.pictures.read(self.places[index])
         view, example = self._draw(position, size, generator)
         return {**self._scaled(view.cut(pixels)), **_with_tensors(example)}
 
@@ -82,7 +87,7 @@ class ImageDataset(ImageData):
     def get_batch(self, indices: Sequence[int], generators: Sequence[torch.Generator | None]) -> dict[str, Any]:
         """Return "pixels", uint8 [B, C, H, W], and "flipped", bool [B], instead of "image" and "mask"."""
         assert self.pictures.decoded is not None  # `in_memory` says so
-        places = [self.pictures.find(index) for index in indices]
+        places = [self.pictures.find(self.places[index]) for index in indices]
         pairs = zip(places, generators, strict=True)
         views, examples = zip(*[self._draw(place, self.pictures.size(place), own) for place, own in pairs], strict=True)
         batch = {name: _column([example[name] for example in examples]) for name in examples[0]}
@@ -99,24 +104,24 @@ class ImageDataset(ImageData):
 
     def without_image(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Return the example without its image, which is decoded once only if broken ones are replaced."""
-        position = self.pictures.find(index)
+        position = self.pictures.find(self.places[index])
         view, example = self._draw(position, self.pictures.size(position), generator)
         if self.source.masks is not None:
             example["mask"] = scale(view.cut(self.pictures.mask(position)), 255)
         return {**_with_tensors(example), "flipped": view.flipped}
 
     def image(self, index: int, flipped: bool, column: str = "image") -> torch.Tensor:
-        _, (pixels, size) = self.pictures.read(index)
+        _, (pixels, size) = self.pictures.read(self.places[index])
         view = draw_view(size, self.pictures.reader.target(size), None)._replace(flipped=flipped)
         return normalize(view.cut(pixels[: self.pictures.reader.channels]))
 
     def image_keys(self, index: int, column: str = "image") -> tuple[str, ...]:
-        position = self.pictures.find(index)
+        position = self.pictures.find(self.places[index])
         return tuple(self.pictures.key(position, flipped) for flipped in (False, True)[: 1 + self._flips])
 
     def captions(self, column: str = "caption") -> Iterator[str]:
         """Yield every caption; one with shuffled tags once, in their order."""
-        return self.texts.all(self.rows)
+        return self.texts.all(self.pictures.rows)
 
     @property
     def _flips(self) -> bool:
@@ -129,7 +134,7 @@ class ImageDataset(ImageData):
         view = draw_view(size, self.pictures.reader.target(size), None if self.args.center_crop else generator)
         if self.args.random_flip and generator is not None:
             view = view._replace(flipped=bool(draw(2, generator)))
-        row = self.rows[position]
+        row = self.pictures.rows[position]
         example: dict[str, Any] = {"caption": self.texts.draw(row, generator)}
         if self.source.labels is not None:
             example["label"] = self.source.labels[row]

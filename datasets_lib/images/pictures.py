@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.file_hashes import FileHashes, cache_directory
 from datasets_lib.foreign import shown
 from datasets_lib.images.buckets import Size, sizes_of
@@ -105,7 +106,7 @@ class Pictures:
         if len(self.reader.sizes) > 1:
             height, width = self.reader.sizes[self.buckets[index]]
             which += f" in the bucket of {width} x {height} (width x height) pixels"
-        raise ValueError(f"none of the {number} images of {which} can be read; check the data set")
+        raise InputError(f"none of the {number} images of {which} can be read; check the data set")
 
     def size(self, position: int) -> Size:
         """Return (height, width) of the upright picture before resizing; nothing is decoded."""
@@ -182,7 +183,7 @@ class Pictures:
                 raise
             self.bad[position] = True
             if self.bad_count > max(1, len(self) // 10):
-                raise ValueError(
+                raise InputError(
                     f"{self.bad_count} of {len(self)} images cannot be read, and base.bad_images=skip replaces 10 % "
                     f"at most; the last: {error}"
                 ) from error

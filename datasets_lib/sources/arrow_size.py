@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datasets_lib.errors import InputError
+
 REPEATING = ("dictionary", "run_end_encoded", "binary_view", "string_view", "list_view", "large_list_view")
 
 
@@ -21,11 +23,11 @@ def check_plain(path: Path) -> None:
             messages = pyarrow.ipc.MessageReader.open_stream(source)
             schema = pyarrow.ipc.read_schema(messages.read_next_message())
             if any(_repeats(field.type) for field in schema):
-                raise ValueError("has columns that repeat their values; save it with plain ones")
+                raise InputError("has columns that repeat their values; save it with plain ones")
             if any(map(_is_packed, _batches(messages))):
-                raise ValueError("is packed (compressed); save it as it is")
+                raise InputError("is packed (compressed); save it as it is")
     except (OSError, StopIteration, pyarrow.ArrowException, struct.error) as error:
-        raise ValueError(f"cannot be read as arrow ({str(error) or 'it is empty'}); replace it") from None
+        raise InputError(f"cannot be read as arrow ({str(error) or 'it is empty'}); replace it") from None
 
 
 def _repeats(kind: Any) -> bool:

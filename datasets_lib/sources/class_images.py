@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.example import ImageData
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import changed, digest
 from datasets_lib.images.transforms import draw
-from datasets_lib.sources.folder import as_source, list_files
+from datasets_lib.sources.folder import as_source
 from datasets_lib.sources.metadata import Listed
+from datasets_lib.sources.walk import list_files
 
 PREFIX = "class_"
 
@@ -36,6 +38,7 @@ class PriorDataset(ImageData):
         self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.args.caption!r}"]
         self.label_names, self.highest_label = instances.label_names, instances.highest_label
         self.encoded_by, self.caption_note = instances.encoded_by, instances.caption_note
+        self.no_labels, self.caption_problem = instances.no_labels, instances.caption_problem
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -113,14 +116,14 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
     """
     folder = resolved(args.class_data_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
+        raise MissingFileError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, args.allow_outside, "class_data_dir")
     source = as_source(Listed(images, None, None, None), folder, None, None, [])
     known: Any = ()
     if args.train_data_dir is not None and isinstance(instances, ImageDataset):
         known = instances.source.images
     if twice := set(images) & {image for image in known if isinstance(image, Path)}:
-        raise ValueError(
+        raise InputError(
             f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {shown(min(twice))}, are "
             "examples of base.train_data_dir too; move it out of that folder"
         )

@@ -6,35 +6,44 @@ It may also be a JSON-lines file that lists images.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.checks import one_of
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
-from datasets_lib.images.files import TEXT_BYTES, check_inside, is_inside, open_text, resolved
+from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import Source, check_caption, digest, refuse_named_split
-from datasets_lib.sources.classes import class_folders, class_names, number_classes
-from datasets_lib.sources.metadata import METADATA_FILES, Listed, find_metadata, read_metadata, read_pairs
+from datasets_lib.images.source import Source, digest, refuse_named_split
+from datasets_lib.sources.classes import class_folders, class_names, class_of, number_classes, same_but_for_case
+from datasets_lib.sources.folder_repeats import numbered_folders, proposal
+from datasets_lib.sources.mask_files import masks_of, split_masks
+from datasets_lib.sources.metadata import Listed, find_metadata, read_metadata, read_pairs
+from datasets_lib.sources.splits import split_folder, training_folder
+from datasets_lib.sources.text_files import ENDINGS, count_text_files, read_text_files, unread_files
+from datasets_lib.sources.walk import by_ending, list_files
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+EXPECTED = (*ENDINGS, ".md", ".jsonl", ".csv", ".parquet")  # beside pictures, which no note counts
 
 
 def build(args: Any, split: str) -> ImageDataset:
     """Build the data set of `args.train_data_dir`; a named validation split is the sub-folder of that name.
 
-    Captions come from metadata.jsonl or metadata.csv, else from .txt files with the images' names. Without metadata,
+    Captions come from metadata.jsonl, .csv or .parquet, else from text files with the images' names. Without metadata,
     first-level sub-folders are classes if there are two or more and every image is in one. Hidden files are ignored.
     """
     if args.image_column is not None:
-        raise ValueError(
+        raise InputError(
             f"base.image_column is {args.image_column!r}, but base.train_data_dir has no such columns; unset it, "
             "or load the folder with base.dataset_name"
         )
+    return ImageDataset(read_folder(args, split), args, split)
+
+
+def read_folder(args: Any, split: str) -> Source:
+    """Return what a folder, or a JSON-lines file, has for a split."""
     top = resolved(args.train_data_dir)
-    is_list = top.suffix == ".jsonl" and top.is_file()
-    return ImageDataset(read_list(top, args) if is_list else read_source(top, args, split), args, split)
+    is_list = top.suffix.lower() == ".jsonl" and top.is_file()
+    return read_list(top, args) if is_list else read_source(top, args, split)
 
 
 def read_list(file: Path, args: Any) -> Source:
@@ -42,7 +51,7 @@ def read_list(file: Path, args: Any) -> Source:
     refuse_named_split(args, f"base.train_data_dir={file}")
     listed = read_pairs(file, args)
     label_names = class_names(listed.classes)
-    notes = [_class_note(str(file), label_names)] if label_names else []
+    notes = _class_notes(str(file), label_names)
     labels = number_classes(listed.classes, label_names, file.parent)
     return as_source(listed, file.parent, labels, label_names, notes)
 
@@ -50,43 +59,88 @@ def read_list(file: Path, args: Any) -> Source:
 def read_source(top: Path, args: Any, split: str) -> Source:
     """Return the images, captions, labels and masks of a split of a folder."""
     if not top.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"base.train_data_dir: there is no folder {top}; give a folder that holds images, or a .jsonl file that "
             "lists them"
         )
     folder, excluded = split_folder(top, args.validation_split, split)
     found, others = list_files(folder, excluded, top, args.allow_outside)
-    metadata = find_metadata(folder, top, args.allow_outside)
-    if metadata is not None:
-        listed = read_metadata(metadata, folder, excluded, found, args)
-    else:
-        for option in ("label_column", "mask_column"):
-            if (column := getattr(args, option)) is not None:
-                raise ValueError(f"base.{option} is {column!r}, but there is no metadata in {top}; unset it")
-        captions = read_text_files(found, others, args.caption_column)
-        listed = Listed(found, captions, class_folders(folder, found), None)
-    images, classes = listed.images, listed.classes
+    notes: list[str] = []
+    if not isinstance(args.validation_split, str):
+        folder, notes = training_folder(top, found)
+        if folder != top:
+            found, others = list_files(folder, None, top, args.allow_outside)
+    listed, origin, own_notes = _listed(found, others, folder, excluded, top, args)
+    notes += own_notes
+    classes = listed.classes
     if split == "validation" and isinstance(args.validation_split, str):
         # A held-out folder may lack a class, so the numbers are always those of the training folder.
         training = read_source(top, args, "train")
         label_names = training.label_names
-        if metadata is None and label_names is not None:
-            classes = [image.relative_to(folder).parts[0] for image in images]
+        if origin == "sub-folders" and label_names is not None:
+            classes = [class_of(image, folder) for image in listed.images]
         if training.labels is not None and classes is None:
-            raise ValueError(f"the images in {folder} have no classes, and those to train on have; give them classes")
+            raise InputError(f"the images in {folder} have no classes, and those to train on have; give them classes")
     else:
         label_names = class_names(classes)
     labels = number_classes(classes, label_names, folder)
-    origin = "sub-folders" if metadata is None else metadata.name
-    notes = [_class_note(f"the {origin} of {folder}", label_names)] if label_names else []
-    left_out = len(set(found) - set(images) - set(listed.masks or ()))
-    if metadata is not None and left_out:
-        notes.append(f"{left_out} of {len(found)} images in {folder} are not in {metadata.name}: left out")
+    notes += _class_notes(f"the {origin} of {folder}", label_names)
     return as_source(listed, folder, labels, label_names, notes)
 
 
-def _class_note(origin: str, names: list[str]) -> str:
-    return f"classes from {shown(origin)}: {', '.join(map(shown, names))}"
+def _listed(
+    found: list[Path], others: list[Path], folder: Path, excluded: Path | None, top: Path, args: Any
+) -> tuple[Listed, str, list[str]]:
+    """What is known of the images, where it is from, and notes."""
+    images, masks = split_masks(found)
+    tables, notes = find_metadata(others, folder, top, args.allow_outside)
+    numbered = numbered_folders(images, folder) if args.folder_repeats else None
+    if tables:
+        listed, more = read_metadata(tables, folder, excluded, found, args)
+        notes += more
+        origin = ", ".join(os.path.relpath(table, folder) for table in tables) if len(tables) > 1 else tables[0].name
+        masks = {stem: mask for stem, mask in masks.items() if mask not in listed.images}
+        left_out = len(set(images) - set(listed.images) - set(listed.masks or ()))
+        if left_out:
+            notes.append(f"{left_out} of {len(found)} images in {folder} are not in {origin}: left out")
+        if texts := count_text_files(images, others):
+            notes.append(f"{texts:,} text files with the names of images are not read: {origin} comes first")
+    else:
+        origin = "sub-folders"
+        for option in ("label_column", "mask_column", "repeats_column"):
+            if (column := getattr(args, option)) is not None:
+                raise InputError(f"base.{option} is {column!r}, but there is no metadata in {top}; unset it")
+        names = None if numbered is None else [numbered[image].name for image in images]
+        captions, more = read_text_files(images, others, names, args)
+        notes += more
+        classes, no_labels = class_folders(folder, images)
+        unread = [] if captions else unread_files(images, others)
+        listed = Listed(images, captions, names or classes, None, None, no_labels, unread)
+    if numbered is not None:
+        once = listed.repeats or [1] * len(listed.images)
+        listed = listed._replace(repeats=[n * numbered[i].repeats for n, i in zip(once, listed.images, strict=True)])
+    elif (line := proposal(images, folder)) is not None:
+        notes.append(line)
+    if args.mask_files:
+        listed = listed._replace(masks=masks_of(listed.images, masks))
+    elif masks and listed.masks is None:
+        notes.append(
+            f"{len(masks):,} masks such as {shown(next(iter(masks.values())))} are not used: set base.mask_files"
+        )
+    return listed, origin, [*notes, *_passed_over(others)]
+
+
+def _passed_over(others: list[Path]) -> list[str]:
+    files = [path for path in others if path.suffix.lower() not in EXPECTED]
+    return [f"passed over, as no pictures that are read: {by_ending(files)}"] if files else []
+
+
+def _class_notes(origin: str, names: list[str] | None) -> list[str]:
+    if not names:
+        return []
+    pairs = same_but_for_case(names)
+    more = f"; these differ by case alone: {', '.join(map(shown, pairs))}" if pairs else ""
+    return [f"classes from {shown(origin)}: {', '.join(map(shown, names))}{more}"]
 
 
 def as_source(
@@ -95,109 +149,21 @@ def as_source(
     """Return the images of a folder as rows; their paths below it and their sizes are its fingerprint."""
     masks = [] if listed.masks is None else [name_and_size(mask, folder) for mask in listed.masks]
     files = [name_and_size(image, folder) for image in listed.images]
-    fingerprint = digest(files, labels, listed.captions, *masks)
+    repeats = [] if listed.repeats is None else [listed.repeats]
+    fingerprint = digest(files, labels, listed.captions, *masks, *repeats)
     return Source(
-        listed.images, str(folder), fingerprint, labels, label_names, listed.captions, notes, masks=listed.masks
-    )
+        listed.images, str(folder), fingerprint, labels, label_names, listed.captions, notes, masks=listed.masks,
+        repeats=listed.repeats, no_labels=listed.no_labels, unread=listed.unread,
+    )  # fmt: skip
 
 
 def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
     """Return the path below a folder and the size in bytes, but no time: a copied folder is the same data.
 
-    Raises OSError for what is no regular file.
+    A link that leads nowhere has none: it is a broken image. Raises FileError for what is no regular file.
     """
     # a mask may be outside the folder of a split
-    return Path(os.path.relpath(path, folder)).as_posix(), check_regular(path).stat().st_size
-
-
-def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Path | None]:
-    """Return the folder of a split, and the sub-folder to leave out of it."""
-    if not isinstance(validation_split, str):
-        return top, None
-    folders = sorted(path.name for path in top.iterdir() if path.is_dir() and path.name != "train")
-    held_out = top / one_of(f"base.validation_split (a sub-folder of {top})", validation_split, folders)
-    if split == "validation":
-        return held_out, None
-    return (top / "train", None) if (top / "train").is_dir() else (top, held_out)
-
-
-def list_files(
-    folder: Path, excluded: Path | None, top: Path, outside: Sequence[str], option: str = "train_data_dir"
-) -> tuple[list[Path], list[Path]]:
-    """Return the images and the other files below a folder, in order; raise ValueError if there are no images."""
-    files = list(walk(folder, excluded, top, outside))
-    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
-    if not images:
-        raise ValueError(
-            f"there are no images in {folder}: looked there and in its sub-folders for {', '.join(EXTENSIONS)} and saw "
-            f"{len(others)} other files; check base.{option}"
-        )
-    return images, others
-
-
-def walk(folder: Path, excluded: Path | None, top: Path, outside: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield the files below a folder in order, except hidden ones; ValueError for a link that leads out of `top`.
-
-    A link to a folder in `top` is not followed, as its files come anyway; one to a folder below `outside` is.
-    """
-    waiting, seen = [folder], set()
-    while waiting:  # os.walk of Python 3.11 calls itself for each level
-        parent = waiting.pop()
-        if parent.is_symlink():
-            check_inside(parent, top, outside)
-        files, folders = [], []
-        for path, is_folder, is_link in _entries(parent):
-            if path == excluded:
-                continue
-            if is_link:
-                check_inside(path, top, outside)
-            if not is_folder:
-                files.append(path)
-            elif not is_link:
-                folders.append(path)
-            elif not is_inside(path, [top]) and (target := path.resolve()) not in seen:  # links may lead in a circle
-                seen.add(target)
-                folders.append(path)
-        yield from files
-        waiting += reversed(folders)
-
-
-def _entries(folder: Path) -> list[tuple[Path, bool, bool]]:
-    """The files and folders in a folder that are not hidden: whether each leads to a folder, and whether it is a link.
-
-    A folder that this user may not list has none.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError:
-        return []
-    return [(Path(entry.path), _is_folder(entry), entry.is_symlink()) for entry in found]
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
-
-
-def read_text_files(images: list[Path], others: list[Path], caption_column: str | None) -> list[str | list[str]] | None:
-    """Return the text in the .txt file of each image, or None if no image has one."""
-    if caption_column is not None:
-        raise ValueError(
-            f"base.caption_column is {caption_column!r}, but there is no {' or '.join(METADATA_FILES)} next to "
-            f"{shown(images[0])} or above it; add one, or unset the option"
-        )
-    texts = {path.with_suffix(""): path for path in others if path.suffix == ".txt"}
-    if not any(image.with_suffix("") in texts for image in images):
-        return None
-    captions = []
-    for image in images:
-        text = None
-        if (path := texts.get(image.with_suffix(""))) is not None:
-            with open_text(path, TEXT_BYTES) as file:
-                text = file.read().strip()
-        captions.append(check_caption(text, f"image {shown(image)} (its text file: {shown(image.stem)}.txt)"))
-    return captions
+    name = Path(os.path.relpath(path, folder)).as_posix()
+    if path.is_symlink() and not path.exists():
+        return name, 0
+    return name, check_regular(path).stat().st_size

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from datasets_lib.checks import find_column, one_of
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.errors import FileError, InputError, MissingFileError
+from datasets_lib.foreign import read_bytes, shown
 from datasets_lib.images.files import PICTURE_BYTES, check_inside, resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, Source, check_caption, digest
 from datasets_lib.sources.hub_files import file_folders, load
+from datasets_lib.sources.metadata import repeats_of
+from datasets_lib.sources.walk import walk
+
+LABEL_COLUMNS = ("label", "labels", "class", "target")  # which may hold classes as integers
+TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl")
+TAR_CAPTION, TAR_LABEL = "txt", "cls"  # columns that `datasets` makes of a tar's members
 
 
 def build(args: Any, split: str) -> ImageDataset:
@@ -29,14 +37,21 @@ def read_source(args: Any, split: str) -> Source:
         rows = splits[one_of(f"the training split of {args.dataset_name}", "train", splits)]
     masked = mask_column(rows.features, args.mask_column)
     column = image_column({name: kind for name, kind in rows.features.items() if name != masked}, args.image_column)
-    labels, label_names, notes = read_labels(rows, args.label_column)
+    labels, label_names, no_labels = read_labels(rows, args.label_column)
     captions = read_captions(rows, args.caption_column, args.dataset_name)
+    repeats = read_repeats(rows, args.repeats_column, args.dataset_name)
+    unread = [] if captions else unread_columns(rows.features, column)
     folder, *outside = file_folders(args)
     images = EncodedImages(rows, column, "image_column", folder, outside)
     masks = None if masked is None else EncodedImages(rows, masked, "mask_column", folder, outside)
     sampled = [*images.some_bytes(), *(() if masks is None else masks.some_bytes())]
-    fingerprint = digest(len(rows), sorted(rows.features), label_names, labels, captions, *sampled)
-    return Source(images, args.dataset_name, fingerprint, labels, label_names, captions, notes, masks)
+    counted = [] if repeats is None else [repeats]
+    fingerprint = digest(len(rows), sorted(rows.features), label_names, labels, captions, *sampled, *counted)
+    notes = [f"no labels: {no_labels}"] if no_labels else []
+    return Source(
+        images, args.dataset_name, fingerprint, labels, label_names, captions, notes, masks, repeats,
+        no_labels=no_labels, unread=unread,
+    )  # fmt: skip
 
 
 def image_column(features: dict[str, Any], wanted: str | None) -> str:
@@ -47,7 +62,7 @@ def image_column(features: dict[str, Any], wanted: str | None) -> str:
         return one_of("base.image_column", wanted, features)
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
     if len(found) != 1:
-        raise ValueError(
+        raise InputError(
             f"there are {len(found)} columns of type Image among {', '.join(map(shown, features))}; name one in "
             "base.image_column"
         )
@@ -64,32 +79,58 @@ def mask_column(features: dict[str, Any], wanted: str | None) -> str | None:
     return "mask" if "mask" in found and len(found) > 1 else None
 
 
-def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[str] | None, list[str]]:
-    """Return labels, their names and notes, from the column asked for or the only one of type ClassLabel."""
+def read_labels(rows: Any, wanted: str | None) -> tuple[list[int] | None, list[str] | None, str | None]:
+    """Return labels, their names, and why there are none: of the column asked for or the only one of type ClassLabel.
+
+    In tar files of the hub, integers in the column `cls` are labels, as when they are streamed.
+    """
     from datasets import ClassLabel
 
     found = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    if not found and TAR_LABEL in rows.features and _is_integer(rows.features[TAR_LABEL]):
+        found = [TAR_LABEL]
     if wanted is None and len(found) != 1:
-        return (
-            None,
-            None,
-            [f"no labels: name one of {', '.join(map(shown, found))} in base.label_column"] if found else [],
-        )
+        integers = [name for name in LABEL_COLUMNS if name in rows.features and _is_integer(rows.features[name])]
+        named = ", ".join(map(shown, found or integers))
+        return None, None, f"name {'one of ' if len(found) > 1 else ''}{named} in base.label_column" if named else None
     column = found[0] if wanted is None else one_of("base.label_column", wanted, rows.features)
     labels = _values(rows, column)
     usable = [type(label) is int and 0 <= label <= LARGEST_LABEL for label in labels]
     wrong = None if all(usable) else usable.index(False)
     if wrong is not None:
-        raise ValueError(
+        raise InputError(
             f"column {column!r} has {shown(repr(labels[wrong]))} in row {wrong}; labels are integers of at least 0: "
             "name another column in base.label_column, or encode this one with datasets' class_encode_column"
         )
-    return labels, getattr(rows.features[column], "names", None), []
+    return labels, getattr(rows.features[column], "names", None), None
+
+
+def _is_integer(feature: Any) -> bool:
+    return "int" in str(getattr(feature, "dtype", ""))
+
+
+def read_repeats(rows: Any, column: str | None, origin: str) -> list[int] | None:
+    """Return how often each row comes in an epoch, from the column asked for."""
+    if column is None:
+        return None
+    one_of("base.repeats_column", column, rows.features)
+    return [repeats_of(value, f"row {row} of {origin}") for row, value in enumerate(_values(rows, column))]
+
+
+def unread_columns(features: dict[str, Any], image: str) -> list[str]:
+    """Describes columns of texts that are not read, one of which may hold captions; not those of tar files' keys."""
+    texts = [name for name, kind in features.items() if _is_text(kind) and name != image and not name.startswith("__")]
+    return [f"column {shown(repr(name))} of texts" for name in texts]
+
+
+def _is_text(feature: Any) -> bool:
+    kind = getattr(feature, "feature", feature)  # of a list
+    return getattr(kind, "dtype", None) in ("string", "large_string")
 
 
 def read_captions(rows: Any, wanted: str | None, origin: str) -> list[str | list[str]] | None:
     """Return the captions of the column asked for, or of the first with a common name; None if there is none."""
-    column = find_column("base.caption_column", wanted, rows.features, CAPTION_COLUMNS)
+    column = find_column("base.caption_column", wanted, rows.features, (*CAPTION_COLUMNS, TAR_CAPTION))
     if column is None:
         return None
     return [
@@ -116,7 +157,7 @@ class EncodedImages:
         try:
             self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"base.{option} is {column!r}, whose {rows.features[column]} values are not images ({shown(error)}); "
                 f"the columns are: {', '.join(map(shown, rows.features))}"
             ) from error
@@ -127,15 +168,34 @@ class EncodedImages:
     def __getitem__(self, row: int) -> Path | bytes:
         image = self.rows[row][self.column] or {}
         data, path = image.get("bytes"), image.get("path")
-        if data is None and path:
-            return check_inside(self.folder / path, self.folder, self.outside)
-        return data or b""
+        return self._find(path, row) if data is None and path else data or b""
+
+    def _find(self, name: str, row: int) -> Path:
+        """The file of a row, in the folder of the data set or beside one of its tables."""
+        inside = check_inside(self.folder / name, self.folder, self.outside)
+        for path in (inside, *(folder / name for folder in self.table_folders)):
+            if path.exists():
+                return check_inside(path, self.folder, self.outside)
+        raise MissingFileError(
+            f"column {self.column!r} of row {row} names {shown(repr(name))}, which is not in {self.folder}, nor beside "
+            "a table there; add the file, or make the data set again with the pictures in it"
+        )
+
+    @cached_property
+    def table_folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        files = walk(self.folder, None, self.folder, self.outside)
+        return sorted({path.parent for path in files if path.suffix.lower() in TABLES} - {self.folder})
 
     def some_bytes(self) -> Iterator[bytes]:
-        """Yield the content of up to eight images spread over the rows, enough to tell one data set from another."""
+        """Yield the content of up to eight images spread over the rows, enough to tell one data set from another.
+
+        One that cannot be read has none, as it is named where it is used.
+        """
         for row in range(0, len(self), -(-len(self) // 8)):
-            image = self[row]
-            if isinstance(image, Path):
-                with check_regular(image).open("rb") as file:
-                    image = file.read(PICTURE_BYTES)
-            yield image
+            try:
+                image = self[row]
+                yield read_bytes(image, PICTURE_BYTES) if isinstance(image, Path) else image
+            except FileError:
+                yield b""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import resolved
 from datasets_lib.sources.local_layout import LayoutError, check_contents, check_files, check_layout, is_saved
@@ -87,7 +88,7 @@ def _found(args: Any) -> Iterator[str]:
     except LayoutError:
         raise
     except Exception as error:
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        kind = MissingFileError if isinstance(error, OSError) else InputError
         cause = error.__cause__ or error  # `datasets` says no more than that it failed
         raise kind(
             f"base.dataset_name={args.dataset_name} cannot be loaded ({type(cause).__name__}: {shown(cause)}). It is "

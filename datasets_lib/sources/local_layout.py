@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import check_regular, read_bytes, read_json, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside
+from datasets_lib.images.formats import EXTENSIONS
 from datasets_lib.sources.arrow_size import check_plain
-from datasets_lib.sources.folder import EXTENSIONS, walk
 from datasets_lib.sources.parquet_size import check_unpacked
+from datasets_lib.sources.walk import walk
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # which `datasets` reads first
 CARD_BYTES, JSON_BYTES = 1 << 20, 16 << 20
@@ -28,7 +30,7 @@ STARS = 3  # in one name of a pattern: more of them take very long to compare
 KINDS = (".arrow", ".csv", ".json", ".jsonl", ".parquet", *EXTENSIONS)
 
 
-class LayoutError(ValueError):
+class LayoutError(InputError):
     """A folder that is not given to `datasets`."""
 
 
@@ -83,7 +85,7 @@ def check_contents(splits: dict[str, list[str]], format: str) -> None:
 
 def _check_text(path: Path) -> None:
     if (size := path.stat().st_size) > METADATA_BYTES:
-        raise ValueError(f"has {size:,} bytes, and at most {METADATA_BYTES:,} are read")
+        raise InputError(f"has {size:,} bytes, and at most {METADATA_BYTES:,} are read")
 
 
 CHECKS = {"arrow": check_plain, "parquet": check_unpacked, **dict.fromkeys(("csv", "json", "jsonl"), _check_text)}
@@ -100,7 +102,7 @@ def _check_saved(folder: Path, outside: Sequence[str]) -> None:
         files = _member(state, "_data_files", place / STATE)
         names = [file.get("filename") if isinstance(file, dict) else None for file in files]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{shown(place / STATE)}: its _data_files must each have a filename; save the data again")
+            raise InputError(f"{shown(place / STATE)}: its _data_files must each have a filename; save the data again")
         paths = [check_regular(check_inside(place / name, folder, outside)) for name in names]
         check_contents({"": [str(path) for path in paths]}, "arrow")
 
@@ -108,7 +110,7 @@ def _check_saved(folder: Path, outside: Sequence[str]) -> None:
 def _member(found: Any, key: str, path: Path) -> list[Any]:
     value = found.get(key) if isinstance(found, dict) else None
     if not isinstance(value, list) or (key == "splits" and not all(isinstance(name, str) for name in value)):
-        raise ValueError(f"{shown(path)}: has no list of {key}; save the data again")
+        raise InputError(f"{shown(path)}: has no list of {key}; save the data again")
     return value
 
 
@@ -135,27 +137,27 @@ def _read_card(path: Path) -> Any:
         for event in yaml.parse(text):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEPTH:  # ten aliases can stand for a billion texts
-                raise ValueError(f"it has aliases (*name), or is nested more than {DEPTH} deep")
+                raise InputError(f"it has aliases (*name), or is nested more than {DEPTH} deep")
         return yaml.safe_load(text)
     except Exception as error:  # YAML has many
-        raise ValueError(f"{shown(path)}: its settings cannot be read ({shown(error)}); mend or remove it") from None
+        raise InputError(f"{shown(path)}: its settings cannot be read ({shown(error)}); mend or remove it") from None
 
 
 def _check_config(config: dict[Any, Any], folder: Path, outside: Sequence[str]) -> None:
     if others := [str(option) for option in config if option not in OPTIONS]:
-        raise ValueError(
+        raise InputError(
             f"the card of {shown(folder)} has the option {shown(others[0])}, which is not read; it may have "
             f"{', '.join(OPTIONS)}"
         )
     base = folder / str(config.get("data_dir") or "")
     for pattern in (str(base), *_texts(config.get("data_files"))):
         if "://" in pattern or "::" in pattern or not is_inside(base / pattern, (folder, *outside)):
-            raise ValueError(
+            raise InputError(
                 f"the card of {shown(folder)} names {shown(repr(pattern))}, which leads out of the folder; name files "
                 "in it, or add the folder that it leads to to base.allow_outside"
             )
         if max(name.count("*") for name in pattern.split("/")) > STARS:
-            raise ValueError(
+            raise InputError(
                 f"the card of {shown(folder)} names {shown(repr(pattern))}; give at most {STARS} stars in a name"
             )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from datasets_lib.errors import InputError
+
 UNPACKED_BYTES = 1 << 30  # of a row group at most, unless the file has so many that it is no trick
 UNPACKED_RATIO = 64  # of a row group to its bytes in the file, then
 COUNTED_ROWS = 32  # at once
@@ -32,7 +34,7 @@ def check_unpacked(path: Path) -> None:
             for number in range(metadata.num_row_groups):
                 _check_group(file, number, texts)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"cannot be read as parquet ({error}); replace it") from None
+        raise InputError(f"cannot be read as parquet ({error}); replace it") from None
 
 
 def _check_group(file: Any, number: int, texts: list[str]) -> None:
@@ -42,7 +44,7 @@ def _check_group(file: Any, number: int, texts: list[str]) -> None:
     if size <= limit:
         size += sum(_bytes_of(file, number, name, group.num_rows, limit) for name in texts)
     if size > limit:
-        raise ValueError(
+        raise InputError(
             f"row group {number} would take {size:,} bytes of memory, and may take {limit:,}; make the file again with "
             "fewer rows in a group"
         )

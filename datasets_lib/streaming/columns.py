@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from datasets_lib.checks import find_column, one_of
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, Source, check_caption
 from datasets_lib.sources.hub import image_column, mask_column
@@ -59,12 +60,12 @@ class ShardColumns:
         if isinstance(label, str) and self.label_names:
             return self.label_names.index(one_of(f"the class of {row.name}", label, self.label_names))
         if type(label) is not int or not 0 <= label <= LARGEST_LABEL:
-            raise ValueError(
+            raise InputError(
                 f"{row.name} has the label {shown(repr(label))} in column {self.label!r}; labels are integers of at "
                 "least 0: name another column in base.label_column, or make the shards with scripts/shard.py"
             )
         if self.num_classes is not None and label >= self.num_classes:
-            raise ValueError(
+            raise InputError(
                 f"{row.name} has the label {label} in column {self.label!r}, and there are {self.num_classes} classes, "
                 "numbered from 0: raise num_classes, or mend the shard"
             )
@@ -83,7 +84,7 @@ def find_features(shards: list[Shard], origin: str, option: str) -> dict[str, An
         except Exception as error:  # every format and file system has its own
             last = f"{shown(shard.name)}: {shard.without_secrets(error)}"
     tried = min(len(shards), TRIED_SHARDS)
-    raise ValueError(f"none of the first {tried} shards of {origin} can be read; the last: {last}; check base.{option}")
+    raise InputError(f"none of the first {tried} shards of {origin} can be read; the last: {last}; check base.{option}")
 
 
 def check_latents(args: Any, origin: str, about: dict[str, Any]) -> None:
@@ -91,12 +92,12 @@ def check_latents(args: Any, origin: str, about: dict[str, Any]) -> None:
     for option in ("resolution", "channels"):
         asked, found = getattr(args, option), about.get(option, getattr(args, option))
         if asked != found:
-            raise ValueError(
+            raise InputError(
                 f"{origin}: latents of pictures with {option} {found}, and base.{option} is {asked}; make them equal, "
                 "or make the shards again"
             )
     if args.random_flip:
-        raise ValueError("base.random_flip = true: latents cannot be mirrored; set it to false")
+        raise InputError("base.random_flip = true: latents cannot be mirrored; set it to false")
 
 
 def posterior(row: RawRow) -> dict[str, torch.Tensor]:
@@ -108,7 +109,7 @@ def posterior(row: RawRow) -> dict[str, torch.Tensor]:
         tensors = load(row.columns.get(LATENTS) or b"")
         return {name: tensors[name].float() for name in ("mean", "logvar")}
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{row.name}: its latents cannot be read ({error}); make the shards again") from None
+        raise InputError(f"{row.name}: its latents cannot be read ({error}); make the shards again") from None
 
 
 def _label_column(features: dict[str, Any], wanted: str | None) -> str | None:
@@ -128,7 +129,7 @@ def _encoded(value: Any, row: RawRow) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None and isinstance(value, dict) and value.get("path"):
         path = shown(repr(value["path"]))
-        raise ValueError(f"{row.name} names the file {path} and does not hold it; make shards that hold their files")
+        raise InputError(f"{row.name} names the file {path} and does not hold it; make shards that hold their files")
     if not isinstance(data, bytes | None):
-        raise ValueError(f"{row.name} has no picture but {type(data).__name__}; name its column in base.image_column")
+        raise InputError(f"{row.name} has no picture but {type(data).__name__}; name its column in base.image_column")
     return data or b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.images.decode import ImageError
 from datasets_lib.images.source import digest
 from datasets_lib.streaming.order import Place
@@ -92,7 +93,7 @@ class ExampleReader:
         print(f"WARNING: {error}: skipped", flush=True)
         read = self.reader.rows_read
         if self.bad_images > max(FEW_BAD, read // 10):
-            raise ValueError(
+            raise InputError(
                 f"{self.bad_images} of {read} images cannot be read, and base.bad_images=skip allows 10 % at most; "
                 f"the last: {error}"
             ) from error

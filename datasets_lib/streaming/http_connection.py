@@ -12,6 +12,8 @@ from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from datasets_lib.errors import FileError
+
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -35,7 +37,7 @@ class Download:
         if self.began_public is None:
             self.began_public = public
         if self.began_public and not public:
-            raise OSError(f"the server redirects to {address}, an address that is not public")
+            raise FileError(f"the server redirects to {address}, an address that is not public")
 
 
 def is_public(address: str) -> bool:
@@ -109,7 +111,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: urllib.request.Request, *rest: Any) -> urllib.request.Request | None:
         scheme = urlsplit(rest[-1]).scheme
         if scheme not in (req.type, "https"):
-            raise OSError(f"the server redirects from {req.type} to {scheme}, which is not followed")
+            raise FileError(f"the server redirects from {req.type} to {scheme}, which is not followed")
         return super().redirect_request(req, *rest)
 
 

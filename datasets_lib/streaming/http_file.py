@@ -10,6 +10,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from datasets_lib.errors import FileError
 from datasets_lib.streaming.http_connection import opener
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class HttpFile(io.RawIOBase):
         with self._request(0, 0) as response:
             _, _, size = response.headers.get("Content-Range", "").partition("/")
         if response.status != 206 or not size.isdecimal() or len(size) > SIZE_DIGITS:
-            raise OSError("the server does not serve parts of files (no answer 206 to a Range)")
+            raise FileError("the server does not serve parts of files (no answer 206 to a Range)")
         self.size = int(size)
 
     def _request(self, first: int, last: int) -> HTTPResponse:
@@ -47,9 +48,9 @@ class HttpFile(io.RawIOBase):
         try:
             return opener(TIMEOUT_SECONDS + (last - first + 1) / SLOWEST).open(request, timeout=TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
-            raise OSError(f"the server answers {error.code} {error.reason}") from None  # the error holds the URL
+            raise FileError(f"the server answers {error.code} {error.reason}") from None  # the error holds the URL
         except HTTPException as error:
-            raise OSError(f"the server's answer cannot be read ({type(error).__name__}: {error})") from None
+            raise FileError(f"the server's answer cannot be read ({type(error).__name__}: {error})") from None
 
     def _read(self, first: int, wanted: int) -> bytes:
         """Downloads a part; raises OSError if the server sends another one, or more."""
@@ -57,13 +58,13 @@ class HttpFile(io.RawIOBase):
         with self._request(first, last) as response:
             found = response.headers.get("Content-Range", "")
             if not found.startswith(f"bytes {first}-{last}/"):
-                raise OSError(f"the server sent the part {found!r} and was asked for bytes {first}-{last}")
+                raise FileError(f"the server sent the part {found!r} and was asked for bytes {first}-{last}")
             try:
                 part = response.read(wanted + 1)
             except HTTPException as error:
-                raise OSError(f"the server's answer cannot be read ({type(error).__name__})") from None
+                raise FileError(f"the server's answer cannot be read ({type(error).__name__})") from None
         if len(part) != wanted:
-            raise OSError(f"the server sent {len(part)} of {wanted} bytes" + " and more" * (len(part) > wanted))
+            raise FileError(f"the server sent {len(part)} of {wanted} bytes" + " and more" * (len(part) > wanted))
         return part
 
     def readable(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import read_json, shown
 from datasets_lib.images.files import check_inside
 from datasets_lib.images.source import LARGEST_LABEL
@@ -16,17 +17,17 @@ INDEX_BYTES = 256 << 20  # a million shards take a hundred
 
 
 def read_index(folder: Path, outside: Iterable[str]) -> dict[str, Any]:
-    """Return the index of a folder, {} if it has none; raise ValueError for one that cannot be."""
+    """Return the index of a folder, {} if it has none; raise InputError for one that cannot be."""
     path = folder / INDEX
     if not path.exists():
         return {}
     about = read_json(check_inside(path, folder, outside), INDEX_BYTES)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{shown(path)}: written by another version of diffloop; make the shards again")
+        raise InputError(f"{shown(path)}: written by another version of diffloop; make the shards again")
     wrong = [name for name, holds in VALUES.items() if name in about and not holds(about[name])]
     if wrong:
         found = shown(repr(about[wrong[0]]))
-        raise ValueError(f"{shown(path)}: {wrong[0]} is {found}, which cannot be; make the shards again")
+        raise InputError(f"{shown(path)}: {wrong[0]} is {found}, which cannot be; make the shards again")
     return about
 
 

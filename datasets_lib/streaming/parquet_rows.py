@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO, Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import PICTURE_BYTES, TEXT_BYTES
 from datasets_lib.sources.parquet_size import unpacked_bytes, unpacked_limit
@@ -29,13 +30,13 @@ def parquet_rows(file: IO[bytes], shard: Shard, place: int, columns: list[str] |
             row += skipped
             kept = batch.slice(skipped)
             if kept.nbytes > 2 * PICTURE_BYTES + TEXT_BYTES:  # a picture and a mask; then the footer understates them
-                raise ValueError(f"its rows from {row:,} on have {kept.nbytes:,} bytes, more than its footer says")
+                raise InputError(f"its rows from {row:,} on have {kept.nbytes:,} bytes, more than its footer says")
             for values in kept.to_pylist():
                 _check_sizes(values, row)
                 row += 1
                 yield RawRow(values, f"row {row - 1} of {shown(shard.name)}", row)
         if row != first:  # places are counted from it
-            raise ValueError(f"its row group {group} ends at row {row:,} and should at {first:,}")
+            raise InputError(f"its row group {group} ends at row {row:,} and should at {first:,}")
 
 
 def _rows_at_once(group: Any, columns: list[str] | None) -> int:
@@ -49,7 +50,7 @@ def _rows_at_once(group: Any, columns: list[str] | None) -> int:
         chunks = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(starts)]
     size = sum(chunk.total_uncompressed_size for chunk in chunks)
     if unpacked_bytes(chunks) > (limit := unpacked_limit(chunks)):
-        raise ValueError(f"a row group takes {size:,} bytes of memory, and may take {limit:,}")
+        raise InputError(f"a row group takes {size:,} bytes of memory, and may take {limit:,}")
     return min(max(PICTURE_BYTES // max(size, 1), 1), READ_ROWS)
 
 
@@ -58,6 +59,6 @@ def _check_sizes(values: dict[str, Any], row: int) -> None:
         data = value.get("bytes") if isinstance(value, dict) else value
         limit = PICTURE_BYTES if isinstance(data, bytes) else TEXT_BYTES
         if isinstance(data, bytes | str) and len(data) > limit:
-            raise ValueError(
+            raise InputError(
                 f"row {row} has {len(data):,} bytes in column {shown(column)}, and at most {limit:,} are read"
             )

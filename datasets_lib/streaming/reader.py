@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from datasets_lib.streaming.order import Place, ShardOrder
 from datasets_lib.streaming.raw_row import RawRow
@@ -79,7 +80,7 @@ class StreamReader:
                 yield from self._of_shard(shards[number])
                 self.place = Place(epoch, number + 1)
             if whole and self.rows_read == before:
-                raise ValueError(
+                raise InputError(
                     f"none of the {len(shards)} shards of reader {self.number} of {self.origin} gave an example; "
                     f"{self.last_error or 'they are empty'}"
                 )

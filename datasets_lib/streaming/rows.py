@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.streaming.parquet_rows import parquet_rows
 from datasets_lib.streaming.raw_row import MASK, RawRow
 from datasets_lib.streaming.shards import Shard
@@ -28,7 +29,7 @@ def features_of(shard: Shard) -> dict[str, Any]:
         kinds = {"image": datasets.Image(), MASK: datasets.Image()}
         for row in read_rows(shard, 0):
             return {name: kinds.get(name) for name in row.columns}
-        raise ValueError("it has no members such as key.jpg")
+        raise InputError("it has no members such as key.jpg")
     import pyarrow.parquet
 
     with shard.open() as file:

@@ -10,10 +10,12 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
 from datasets_lib.images.source import refuse_named_split
-from datasets_lib.sources.folder import walk
+from datasets_lib.sources.splits import TRAIN, split_of
+from datasets_lib.sources.walk import walk
 from datasets_lib.streaming.http_file import open_url
 from datasets_lib.streaming.index import INDEX, SETTINGS, read_index
 
@@ -71,6 +73,7 @@ class ShardList(NamedTuple):
     shards: list[Shard]
     origin: str
     about: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def find_shards(args: Any, split: str) -> ShardList:
@@ -84,7 +87,7 @@ def find_shards(args: Any, split: str) -> ShardList:
     if top.is_file() and top.suffix == ".txt":
         return _of_list(top, args)
     if not top.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"base.train_data_dir: there is no folder {top}; with base.streaming give a folder of "
             f"{' or '.join(KINDS)} files, or a .txt file with a URL or path in each line"
         )
@@ -94,21 +97,55 @@ def find_shards(args: Any, split: str) -> ShardList:
 def _of_folder(top: Path, args: Any, split: str) -> ShardList:
     held_out = args.validation_split
     folder, excluded = top, None
+    files = _shards_below(top, None, top, args)
+    splits = {path: split_of(path, top) for path in files}
     if held_out is not None:
         folders = sorted(path.name for path in top.iterdir() if path.is_dir())
-        named = top / one_of(f"base.validation_split (a sub-folder of {top})", held_out, folders)
-        folder, excluded = (named, None) if split == "validation" else (top, named)
+        named = sorted({*folders, *filter(None, splits.values())})
+        one_of(
+            f"base.validation_split (a sub-folder of {top}, or a split that its shards' names tell)", held_out, named
+        )
+        if held_out in folders:
+            folder, excluded = (top / held_out, None) if split == "validation" else (top, top / held_out)
+            files = _shards_below(folder, excluded, top, args)
     if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
-        raise ValueError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
-    files = walk(folder, excluded, top, args.allow_outside)
-    found = [check_regular(path) for path in files if path.suffix.lower() in KINDS]
+        raise InputError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
+    found, notes = files, list[str]()
+    if split == "train":
+        found, notes = _of_training(files, splits, top, held_out)
+    elif folder == top:
+        found = [path for path in files if splits[path] == held_out]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"there are no {' or '.join(KINDS)} files in {folder}, and base.streaming: true reads such shards; check "
             "base.train_data_dir, or make some with scripts/shard.py"
         )
     shards = [Shard(str(path), path.relative_to(folder).as_posix()) for path in found]
-    return ShardList(shards, str(folder), read_index(folder, args.allow_outside))
+    return ShardList(shards, str(folder), read_index(folder, args.allow_outside), tuple(notes))
+
+
+def _shards_below(folder: Path, excluded: Path | None, top: Path, args: Any) -> list[Path]:
+    """The shards; a table beside a tar of the same name tells of its members, as img2dataset writes it."""
+    files = list(walk(folder, excluded, top, args.allow_outside))
+    found = [check_regular(path) for path in files if path.suffix.lower() in KINDS]
+    tars = {path.with_suffix("") for path in found if path.suffix.lower() == ".tar"}
+    return [path for path in found if path.suffix.lower() == ".tar" or path.with_suffix("") not in tars]
+
+
+def _of_training(
+    files: list[Path], splits: dict[Path, str | None], top: Path, held_out: str | None
+) -> tuple[list[Path], list[str]]:
+    """The shards that are of no split to hold out, and a note on the others; InputError if there are none."""
+    others = {path: name for path in files if (name := splits[path]) is not None and name.lower() not in TRAIN}
+    rest, counts = [path for path in files if path not in others], Counter(others.values())
+    if others and not rest:
+        named = ", ".join(f"{shown(name)} ({count:,})" for name, count in counts.items())
+        raise InputError(
+            f"base.train_data_dir = {top} has shards of the splits {named} alone, which nobody trains on; give "
+            "the folder of the training shards, or rename them"
+        )
+    left = [f"{count:,} shards of {shown(name)}" for name, count in counts.items() if name != held_out]
+    return rest, [f"not read: {', '.join(left)}; name a split in base.validation_split"] if left else []
 
 
 def _of_list(file: Path, args: Any) -> ShardList:
@@ -117,10 +154,10 @@ def _of_list(file: Path, args: Any) -> ShardList:
         lines = [(number, line.strip()) for number, line in enumerate(lines_of(opened, file), 1) if line[0] != "#"]
         shards = [_listed(line, number, file, args.allow_outside) for number, line in lines if line]
     if not shards:
-        raise ValueError(f"{file} lists no shards; give a URL or a path in each line")
+        raise InputError(f"{file} lists no shards; give a URL or a path in each line")
     for shard, count in Counter(shards).items():
         if count > 1:
-            raise ValueError(
+            raise InputError(
                 f"{file} lists {shown(shard.name)} {count} times; an epoch has each shard once: keep one line"
             )
     return ShardList(shards, str(file), read_index(file.parent, args.allow_outside))
@@ -135,7 +172,7 @@ def _listed(line: str, number: int, file: Path, outside: Sequence[str]) -> Shard
             check_regular(Path(shard.location))
         except (FileNotFoundError, NotADirectoryError):
             found = shown(repr(line))
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{file} lists {found}, and there is no such file; correct or remove the line"
             ) from None
     return shard
@@ -145,7 +182,7 @@ def _url(line: str, number: int, file: Path) -> Shard:
     try:
         parts = urlsplit(line)
     except ValueError:  # its text may show a user and password
-        raise ValueError(f"{file} has a URL in line {number} that cannot be read; correct the line") from None
+        raise InputError(f"{file} has a URL in line {number} that cannot be read; correct the line") from None
     one_of(f"the scheme of a URL in {file}", parts.scheme, SCHEMES)
     return Shard(line, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
 
@@ -154,7 +191,7 @@ def _path(line: str, file: Path, outside: Sequence[str]) -> Shard:
     path, leaves = file.parent / line, PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts
     if leaves and not is_inside(path, outside):
         found = shown(repr(line))
-        raise ValueError(f"{file} lists {found}, which leads out of its folder; give a path below {file.parent}")
+        raise InputError(f"{file} lists {found}, which leads out of its folder; give a path below {file.parent}")
     check_inside(path, file.parent, outside)
     return Shard(str(path), line if leaves else path.relative_to(file.parent).as_posix())
 
@@ -168,7 +205,7 @@ def _of_hub(args: Any, split: str) -> ShardList:
     locations = files[one_of(f"{option} of {args.dataset_name}", wanted, files)]
     others = [location for location in locations if PurePosixPath(location).suffix.lower() not in KINDS]
     if others:
-        raise ValueError(
+        raise InputError(
             f"base.dataset_name={args.dataset_name} has files such as {shown(PurePosixPath(others[0]).name)}, and "
             f"base.streaming: true reads {' and '.join(KINDS)}; set it to false"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData, StreamData
 from datasets_lib.images.captions import Captions
 from datasets_lib.images.image_dataset import ImageDataset
@@ -28,7 +29,7 @@ class Stream(StreamData):
     first_reader, reader_count = 0, 1  # of this process, of all
 
     def __init__(self, found: ShardList, args: Any) -> None:
-        self.shards, self.origin, about = found
+        self.shards, self.origin, about, notes = found
         self.skips_images = args.bad_images == "skip"
         # each row becomes a data set, of which every picture is wanted
         self.args = changed(args, max_train_samples=None, validation_split=None, bad_images="error", image_cache_mb=0)
@@ -44,7 +45,7 @@ class Stream(StreamData):
         sizes = [shard.size for shard in self.shards]
         self.fingerprint = digest(names, sizes, sorted(features), self.label_names)
         count = "" if None in known else f", {sum(record['examples'] for record in known if record):,} examples"
-        self.notes = [f"a stream of {len(self.shards):,} shards{count}; its epochs are not counted"]
+        self.notes = [f"a stream of {len(self.shards):,} shards{count}; its epochs are not counted", *notes]
         if self.records and None in known:
             self.notes.append(
                 f"{known.count(None):,} of them are not in {INDEX}, and are read too: name a sub-folder to hold out in "
@@ -54,11 +55,11 @@ class Stream(StreamData):
             check_latents(args, self.origin, about)
 
     def __len__(self) -> int:
-        raise ValueError(self._without("are not counted, and this needs their number"))
+        raise InputError(self._without("are not counted, and this needs their number"))
 
     def get(self, index: int, generator: torch.Generator | None) -> dict[str, Any]:
         """Raise ValueError: a stream is read in its own order."""
-        raise ValueError(self._without("have no numbers, and this asks for one of them"))
+        raise InputError(self._without("have no numbers, and this asks for one of them"))
 
     def _without(self, what: str) -> str:
         return f"base.streaming = true: the examples of {self.origin} {what}; set it to false"
@@ -79,11 +80,11 @@ class Stream(StreamData):
         return self._examples(0, 1, {}).next(None)
 
     def shard_for_rank(self, process_index: int, num_processes: int, workers: int) -> Stream:
-        """Return the stream with the readers of one process; raise ValueError if there are more readers than shards."""
+        """Return the stream with the readers of one process; raise InputError if there are more readers than shards."""
         own = max(workers, 1)
         count = own * num_processes
         if count > len(self.shards):
-            raise ValueError(
+            raise InputError(
                 f"{self.origin} has {len(self.shards)} shards, and {num_processes} processes with {own} readers each "
                 f"(base.dataloader_num_workers = {workers}) need {count}, one each; lower "
                 "base.dataloader_num_workers, start fewer processes, or make more shards: scripts/shard.py --shard-size"
@@ -138,7 +139,7 @@ class Stream(StreamData):
         return self.skipped_before[0] + shards, self.skipped_before[1] + images
 
     def held(self, count: float = math.inf) -> HeldExamples:
-        """Return at most `count` of the first examples; raise ValueError if all are wanted and a shard is broken."""
+        """Return at most `count` of the first examples; raise InputError if all are wanted and a shard is broken."""
         reader = self._rows(0, 1, {})
         rows: list[RawRow] = []
         for place, row in reader:
@@ -146,7 +147,7 @@ class Stream(StreamData):
                 break
             rows.append(row)
         if reader.lost_shards and count == math.inf:  # every process must have the same ones
-            raise ValueError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
+            raise InputError(f"{self.origin}: these shards are read as a whole; mend or remove {reader.last_error}")
         return HeldExamples(self, rows)
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import PICTURE_BYTES, TEXT_BYTES
-from datasets_lib.sources.folder import EXTENSIONS
+from datasets_lib.images.formats import ENCODED_EXTENSIONS
 from datasets_lib.streaming.raw_row import LATENTS, MASK, RawRow
 from datasets_lib.streaming.shards import Shard
 
@@ -70,7 +70,9 @@ def _add_part(parts: dict[str, bytes | None], end: str, archive: tarfile.TarFile
     """Reads a member into the parts of its example."""
     column = _column_of(end)
     if column is None or not member.isreg():
-        if f".{end.rpartition('.')[2]}" in EXTENSIONS:  # a link, or a.b.jpg: its example lacks a picture, and says so
+        if (
+            f".{end.rpartition('.')[2]}" in ENCODED_EXTENSIONS
+        ):  # a link, or a.b.jpg: its example lacks a picture, and says so
             parts.setdefault("image", None)
         return
     if parts.get(column) is not None:
@@ -87,7 +89,7 @@ def _column_of(end: str) -> str | None:
     """The column that a member holds, "json" for several; None if it is not read, such as one that could hold code."""
     if end in OTHERS:
         return OTHERS[end]
-    if f".{end.removeprefix(f'{MASK}.')}" in EXTENSIONS:
+    if f".{end.removeprefix(f'{MASK}.')}" in ENCODED_EXTENSIONS:
         return MASK if end.startswith(f"{MASK}.") else "image"
     return None
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import read_bytes, shown
 from datasets_lib.images.decode import open_image
 from datasets_lib.images.files import PICTURE_BYTES
+from datasets_lib.images.formats import ENCODED_EXTENSIONS
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source
-from datasets_lib.sources.folder import EXTENSIONS
 from datasets_lib.streaming.raw_row import LATENTS, MASK
 from datasets_lib.streaming.tar_rows import LABEL
 
@@ -38,16 +39,17 @@ def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) 
 
 
 def _file(image: Path | bytes | np.ndarray, name: str) -> bytes:
-    if isinstance(image, Path):
+    if isinstance(image, Path) and image.suffix.lower() in ENCODED_EXTENSIONS:
         return read_bytes(image, PICTURE_BYTES)  # a stream reads no larger ones
     if isinstance(image, bytes):
         if len(image) > PICTURE_BYTES:
-            raise ValueError(
+            raise InputError(
                 f"{shown(name)}: has {len(image):,} bytes, and a shard's picture at most {PICTURE_BYTES:,}"
             )
         return image
     data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
+    with open_image(image) if isinstance(image, Path) else Image.fromarray(image) as picture:
+        picture.save(data, "PNG", exif=picture.getexif(), icc_profile=picture.info.get("icc_profile"))
     return data.getvalue()
 
 
@@ -119,4 +121,4 @@ def _end(data: bytes) -> str:
             end = (image.format or "").lower()
     except (OSError, Image.DecompressionBombError):
         end = "png"
-    return end if f".{end}" in EXTENSIONS else "png"
+    return end if f".{end}" in ENCODED_EXTENSIONS else "png"

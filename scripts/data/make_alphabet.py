@@ -17,6 +17,8 @@ from fontTools.ttLib import TTCollection, TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from datasets_lib.errors import InputError, MissingFileError
+from trainers.engine.run.files import make_folder
 from trainers.inference.command import check_new, command
 
 SUFFIXES = {".ttf", ".otf", ".ttc", ".otc"}
@@ -28,17 +30,17 @@ def find_fonts(folder: Path | None) -> list[Path]:
     """The font files of a folder, at any depth, or the system's through fontconfig, in a fixed order."""
     if folder is not None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"--fonts {folder}: no such folder")
+            raise MissingFileError(f"--fonts {folder}: no such folder")
         found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
         if not found:
-            raise FileNotFoundError(f"--fonts {folder}: holds no {', '.join(sorted(SUFFIXES))} file")
+            raise MissingFileError(f"--fonts {folder}: holds no {', '.join(sorted(SUFFIXES))} file")
         return sorted(found)
     if shutil.which("fc-list") is None:
-        raise FileNotFoundError("fc-list of fontconfig is not installed; name a folder of font files with --fonts")
+        raise MissingFileError("fc-list of fontconfig is not installed; name a folder of font files with --fonts")
     listed = subprocess.run(["fc-list", "--format", "%{file}\n"], capture_output=True, text=True, check=True).stdout
     known = {Path(line) for line in listed.splitlines() if Path(line).suffix.lower() in SUFFIXES}
     if not known:
-        raise FileNotFoundError("fontconfig knows no font file; install fonts, or name a folder with --fonts")
+        raise MissingFileError("fontconfig knows no font file; install fonts, or name a folder with --fonts")
     return sorted(known)
 
 
@@ -94,7 +96,7 @@ def make_alphabet(output: Path, fonts: list[Path], size: int, held_out: float) -
             seen.add(drawn)
             sets.append((face, pictures))
     if len(sets) < 2:
-        raise ValueError(f"{len(sets)} fonts with all of A to Z were found, {skipped} were skipped; two are needed")
+        raise InputError(f"{len(sets)} fonts with all of A to Z were found, {skipped} were skipped; two are needed")
     every = max(2, round(1 / held_out))
     splits = {"train": [s for i, s in enumerate(sets) if i % every], "validation": sets[::every]}
     for split, members in splits.items():
@@ -111,7 +113,7 @@ def write_split(folder: Path, members: list[tuple[Face, list[Image.Image]]], let
         names.add(font)
         for letter, picture in zip(letters, pictures, strict=True):
             name = f"{letter}/{font}.png"
-            (folder / letter).mkdir(parents=True, exist_ok=True)
+            make_folder(folder / letter)
             picture.save(folder / name)
             rows.append({"file_name": name, "label": letter, "font": font})
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
@@ -130,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_new(arguments.output)
     if not 0 < arguments.held_out <= 0.5:
-        raise ValueError(f"--held-out {arguments.held_out}: must be above 0 and at most 0.5")
+        raise InputError(f"--held-out {arguments.held_out}: must be above 0 and at most 0.5")
     found = make_alphabet(arguments.output, find_fonts(arguments.fonts), arguments.size, arguments.held_out)
     print(f"{found['fonts']} fonts, {found['skipped']} skipped (no A to Z, or drawn as another one)")
     print(f"{found['train']} pictures in {arguments.output / 'train'}, {found['validation']} held out")

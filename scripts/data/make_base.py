@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import datasets_lib
+from datasets_lib.errors import InputError
 from trainers.common.autoencoder.latents import latents_problems
 from trainers.common.autoencoder.options import find_subfolder
 from trainers.engine.config.config import load_config
@@ -67,11 +68,11 @@ def make_base(options: argparse.Namespace) -> str:
     """Writes the folder and returns a line about its content; raises ValueError for unsuitable input."""
     check_new(options.output)
     for problem in latents_problems(options.vae):
-        raise ValueError(f"VAE = {options.vae}: {problem}")
+        raise InputError(f"VAE = {options.vae}: {problem}")
     base = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code).base
     texts = datasets_lib.build(base, "train").captions()
     if texts is None:
-        raise ValueError(f"CONFIG = {options.config}: its data set has no captions() to make a vocabulary of; add them")
+        raise InputError(f"CONFIG = {options.config}: its data set has no captions() to make a vocabulary of; add them")
     captions = set(texts)
     torch.manual_seed(options.seed)
     vae = read_model(AutoencoderKL, options.vae, subfolder=find_subfolder(options.vae, None))

@@ -18,6 +18,7 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from datasets_lib.errors import InputError, MissingFileError
 from trainers.inference.command import check_new, command
 
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)  # two of them make a flag
@@ -32,7 +33,7 @@ def find_font() -> Path:
         command = ["fc-list", "--format", "%{file}\n", "Noto Color Emoji"]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not found:
-        raise FileNotFoundError("fontconfig knows no Noto Color Emoji; install it, or name a colour font with --font")
+        raise MissingFileError("fontconfig knows no Noto Color Emoji; install it, or name a colour font with --font")
     return Path(found.splitlines()[0])
 
 
@@ -46,9 +47,9 @@ def open_font(path: Path) -> tuple[ImageFont.FreeTypeFont, list[str]]:
             characters, colored = opened.getBestCmap(), "CBLC" in opened
             size = opened["CBLC"].strikes[0].bitmapSizeTable.ppemY if colored else 0
     except (TTLibError, OSError) as error:
-        raise ValueError(f"--font {path}: no font ({error})") from None
+        raise InputError(f"--font {path}: no font ({error})") from None
     if not colored:
-        raise ValueError(f"--font {path}: holds no colour bitmaps (CBDT); take one such as NotoColorEmoji.ttf")
+        raise InputError(f"--font {path}: holds no colour bitmaps (CBDT); take one such as NotoColorEmoji.ttf")
     plain = [
         chr(code) for code in sorted(characters) if code > 0xFF and code not in (*REGIONAL_INDICATORS, *SKIN_TONES)
     ]
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     arguments = parser.parse_args()
     if arguments.size < 16:
-        raise ValueError(f"--size {arguments.size}: must be at least 16")
+        raise InputError(f"--size {arguments.size}: must be at least 16")
     check_new(arguments.output)
     font = arguments.font or find_font()
     count = make_emoji(arguments.output, font, arguments.size)

@@ -256,7 +256,7 @@ def test_masks_are_part_of_the_fingerprint_and_of_no_key(tmp_path):
     without = build(folder)
     assert len({dataset.fingerprint for dataset in (with_masks, others, without)}) == 3
     assert with_masks.image_keys(2) == without.image_keys(2)
-    assert without.notes == [f"4 of 8 images in {folder} are not in metadata.jsonl: left out"]
+    assert without.notes == [f"4 masks such as {folder}/masks/0.png are not used: set base.mask_files"]
 
 
 @pytest.mark.parametrize(

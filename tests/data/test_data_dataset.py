@@ -400,9 +400,9 @@ def test_a_key_is_remembered_and_the_file_is_named_where_it_cannot_be_read(tmp_p
     before = dataset.image_keys(0)
     (tmp_path / "a.png").unlink()
     assert dataset.image_keys(0) == pickle.loads(pickle.dumps(dataset)).image_keys(0) == before
-    with pytest.raises(ValueError, match=r"cannot use image .*b\.png: .*No such file"):
+    with pytest.raises(ValueError, match=r"cannot use image .*b\.png: .*[Nn]o such file"):
         dataset.image_keys(1)
-    with pytest.raises(ValueError, match=r"cannot use image .*b\.png: .*No such file"):
+    with pytest.raises(ValueError, match=r"cannot use image .*b\.png: .*[Nn]o such file"):
         dataset.without_image(1, None)
 
 

@@ -33,7 +33,8 @@ def test_an_empty_folder_says_what_would_have_matched(tmp_path):
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.heic").write_text("")
     with pytest.raises(
-        ValueError, match=rf"no images in {re.escape(str(tmp_path))}: .*\.png.*saw 2 other files; check"
+        ValueError,
+        match=rf"no images in {re.escape(str(tmp_path))}: .*\.png.*saw 1 \.txt, 1 \.heic \(pip .*; check base.train_data_dir",
     ):
         build(tmp_path)
 

@@ -138,7 +138,7 @@ def test_truncated_files(tmp_path, name):
 
 
 def test_a_missing_file_is_an_image_error(tmp_path):
-    with pytest.raises(ImageError, match=r"No such file"):
+    with pytest.raises(ImageError, match=r"there is no such file"):
         reader().read(tmp_path / "gone.png")
 
 

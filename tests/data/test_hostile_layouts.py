@@ -84,17 +84,17 @@ def test_a_path_in_a_row_leads_to_below_the_folder(build, data, tmp_path):
 
 
 ROWS = {
-    "missing.png": "FileNotFoundError: .*missing.png",
+    "missing.png": "cannot use image row 0 of .*column 'image' of row 0 names 'missing.png', which is not in .*/data",
     "": "cannot use image row 0 of .*it is empty",
     None: "cannot use image row 0 of .*it is empty",
-    "/proc/self/environ": "ValueError: /proc/self/environ leads out of",
-    "/dev/zero": "ValueError: /dev/zero leads out of",
-    "https://host/a.png": "FileNotFoundError",
-    "pipe.png": "OSError: .*pipe.png: is a named pipe, not a regular file; remove it",
-    "files": "OSError: .*files: is a folder, not a regular file",
-    "\x1b[2J": "FileNotFoundError",
-    "nul\0.png": "ValueError: .*cannot be a path",
-    "x" * 100_000: "ValueError: .*cannot be a path; correct or remove it",
+    "/proc/self/environ": "InputError: /proc/self/environ leads out of",
+    "/dev/zero": "InputError: /dev/zero leads out of",
+    "https://host/a.png": "names 'https://host/a.png', which is not in",
+    "pipe.png": "cannot use image .*pipe.png: is a named pipe, not a regular file; remove it",
+    "files": "cannot use image .*files: is a folder, not a regular file",
+    "\x1b[2J": "ImageError: .*which is not in",
+    "nul\0.png": "InputError: .*cannot be a path",
+    "x" * 100_000: "InputError: .*cannot be a path; correct or remove it",
 }
 
 

@@ -19,10 +19,10 @@ from processes import launch, start, wait_for
 from run_folders import final_state, forget_after, hidden, logged_steps, losses, steps_of
 from safetensors.torch import load_file, save_file
 
+from datasets_lib.errors import UserError
 from datasets_lib.file_hashes import sha256
 from train import main
 from trainers.engine.checkpoint.manifest import list_checkpoints, verify
-from trainers.engine.config.errors import is_message
 from trainers.engine.distributed import collectives
 from trainers.engine.distributed.shared_folders import Folders, find_folders
 from trainers.engine.run.run_folder import lock_folder
@@ -231,7 +231,7 @@ def test_what_one_process_sends_of_its_errors(monkeypatch):
         "process 0 failed: ZeroDivisionError('division by zero')",
         "on a: [Errno 2] No such file or directory: '/none'",
     ]
-    assert is_message(caught.value)
+    assert isinstance(caught.value, UserError)
 
 
 def test_who_sees_what_makes_no_sense(tmp_path, monkeypatch):

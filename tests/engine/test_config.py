@@ -15,7 +15,8 @@ from trainers.base import Section, TrainerConfig
 from trainers.common.model_files import MODELS_DIR, Grid
 from trainers.common.unet2d import unet2d_problems
 from trainers.engine.config.base_options import BaseConfig, resolve_launcher_values
-from trainers.engine.config.config import describe, load_config
+from trainers.engine.config.config import load_config
+from trainers.engine.config.describe import describe
 from trainers.engine.config.files import MAX_FILE_BYTES, ConfigError
 from trainers.engine.config.schema import coerce, options
 
@@ -104,7 +105,7 @@ RULES = [
     ({"dataset_name": None}, {}, "exactly one of dataset_name, train_data_dir and dataset must be set, not none"),
     ({"valid_steps": 5}, {}, "base.valid_epochs = 1: at most one of valid_epochs and valid_steps can be set"),
     ({"save_model_steps": 5, "save_model_epochs": 1}, {}, "at most one of save_model_epochs and save_model_steps can be set"),
-    ({"output_dir": " "}, {}, 'base.output_dir = " ": must name a folder'),
+    ({"output_dir": " "}, {}, 'base.output_dir = " ": must not be blank'),
     ({"logging_dir": "../logs"}, {}, "base.logging_dir = \"../logs\": must be a relative path below output_dir"),
     ({"logging_dir": "/logs"}, {}, "must be a relative path below output_dir, such as logs"),
     ({"hub_model_id": "a/b/c", "push_to_hub": True}, {}, "base.hub_model_id = \"a/b/c\": must read name or owner/name"),
@@ -188,7 +189,7 @@ def test_overrides(write):
     run = load_config(path, ["ddpm.learning_rate=3e-4", "ddpm.use_ema=false", "base.mixed_precision=no"])
     assert (run.config.learning_rate, run.config.use_ema, run.base.mixed_precision) == (3e-4, False, "no")
     assert "lora: an override names this section, the file has base, ddpm" in problems_of(path, "lora.rank=4")
-    assert "cannot be read" in problems_of(path, "base.allow_changes=[")
+    assert 'base.allow_changes = "[": must be a list, each item text' in problems_of(path, "base.allow_changes=[")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_the_command_reports_and_returns_2(write, capsys):
     captured = capsys.readouterr()
     assert (
         captured.err.strip()
-        == "error: 1 problem in the configuration:\n  base.seed = -1: must be an integer of at least 0"
+        == "error: 1 problem in the configuration:\n  base.seed = -1: must be an integer in [0, 18446744073709551615]"
     )
     assert captured.out == ""
     assert main(["none.yaml"]) == 2

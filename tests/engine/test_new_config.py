@@ -107,6 +107,7 @@ def test_without_the_schemas_none_is_named(tmp_path, monkeypatch):
         ("vae", "new.json", "new.json: must end in .yaml or .yml; JSON has no room for the comments"),
         ("vae", "new", "new: must end in .yaml or .yml"),
         ("vae", "no/new.yaml", "/no; make it first"),
+        ("vae", f"{'n' * 300}.yaml", "nn.yaml: cannot be written (File name too long)"),
     ],
 )
 def test_a_config_that_cannot_be_written(task, name, message, tmp_path, capsys):
@@ -123,9 +124,9 @@ def test_what_is_undecided_comes_with_the_other_problems_and_hides_what_follows_
     path = tmp_path / "new.yaml"
     assert main(["--new", "vae", str(path)]) == 0
     with pytest.raises(ConfigError) as caught:
-        load_config(path, ["base.resolution=64", "base.seed=-1", "base.dataset=digits"])
+        load_config(path, ["base.resolution=64", "base.train_batch_size=0", "base.dataset=digits"])
     assert str(caught.value).splitlines() == [
         "2 problems in the configuration:",
         f'  base.max_train_steps = "CHANGE ME": is to be decided: {options(BaseConfig)["max_train_steps"].comment}',
-        "  base.seed = -1: must be an integer of at least 0",
+        "  base.train_batch_size = 0: must be an integer of at least 1",
     ]

@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 
 from datasets_lib.checks import one_of
+from datasets_lib.errors import UserError
 from datasets_lib.example import ImageData
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.config.errors import is_message
 from trainers.engine.data.batches import EpochOrder, SlotBatches, examples_once, training_batches
 from trainers.engine.run.clock import Clock
 from trainers.engine.run.signals import StopSignals
@@ -170,7 +170,7 @@ def test_bugs_in_a_data_set_keep_their_traceback(workers):
     base, clock = BaseConfig(dataloader_num_workers=workers), clock_of(3, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="not a number") as caught:
         next(training_batches(Broken(3), clock, base, 0, torch.device("cpu"), STOPPING))
-    assert not is_message(caught.value)
+    assert not isinstance(caught.value, UserError)
     assert workers == 0 or "Traceback" in str(caught.value)
 
 

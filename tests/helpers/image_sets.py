@@ -11,44 +11,9 @@ from PIL import Image
 
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source
+from trainers.engine.config.base_options import BaseConfig
 
-DEFAULTS = {
-    "seed": 0,
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "train_data_dir": None,
-    "dataset": None,
-    "dataset_args": {},
-    "cache_dir": None,
-    "encoder_cache_dir": "outputs/tests/encoder-cache",
-    "allow_outside": [],
-    "image_column": None,
-    "label_column": None,
-    "caption_column": None,
-    "caption": "",
-    "trigger_word": None,
-    "shuffle_tags": False,
-    "keep_tags": 0,
-    "mask_column": None,
-    "class_data_dir": None,
-    "class_caption": None,
-    "validation_split": None,
-    "max_train_samples": None,
-    "resolution": 16,
-    "buckets": False,
-    "bucket_max_pixels": None,
-    "bucket_step": 64,
-    "channels": 3,
-    "interpolation": "bilinear",
-    "center_crop": False,
-    "random_flip": False,
-    "background_color": "white",
-    "bad_images": "error",
-    "max_image_pixels": 64_000_000,
-    "convert_to_srgb": True,
-    "image_cache_mb": 512,
-    "streaming": False,
-}
+DEFAULTS = vars(BaseConfig()) | {"encoder_cache_dir": "outputs/tests/encoder-cache", "resolution": 16}
 
 
 def settings(**changed):

@@ -380,7 +380,7 @@ URLS = [
 @pytest.mark.parametrize("url", URLS)
 def test_urls_that_cannot_be_opened_show_no_secret(tmp_path, url):
     found = confined(stream_of, listed(tmp_path, url.replace("HOST", "127.0.0.1")))
-    assert found.startswith("ValueError: "), found
+    assert found.startswith("InputError: "), found
     assert "hidden" not in found
     assert found.isprintable()
 

@@ -277,7 +277,7 @@ def test_jsons_of_members(tmp_path):
     ):
         write_tar(tmp_path / "a.tar", {"0.png": png(0), "0.json": text.encode()})
         found = confined(lambda: stream_of(tmp_path).open_reader(0, None).next(None)["caption"])
-        assert found == "" or re.match("ValueError: 0 of a.tar", found), found
+        assert found == "" or re.match("InputError: 0 of a.tar", found), found
 
 
 # --- lists, folders and indexes

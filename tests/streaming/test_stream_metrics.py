@@ -119,12 +119,11 @@ def test_of_tar_files_that_is_an_estimate(tmp_path):
 
 
 def test_shards_that_the_index_does_not_know(tmp_path):
-    """Such as those of a split to hold out, where nobody says so."""
     folder = write_shards(tmp_path, "tar", [2, 2])
     indexed(folder, [2, 2])
     assert stream_of(folder).notes == ["a stream of 2 shards, 4 examples; its epochs are not counted"]
     assert stream_of(folder).highest_label == 9
-    write_tar(folder / "validation" / "shard-000.tar", {"x.png": png(1)})
+    write_tar(folder / "more" / "shard-000.tar", {"x.png": png(1)})
     stream = stream_of(folder)
     assert stream.notes == [
         "a stream of 3 shards; its epochs are not counted",
@@ -132,7 +131,7 @@ def test_shards_that_the_index_does_not_know(tmp_path):
     ]
     assert stream.highest_label is None
     (folder / "shard-001.tar").unlink()
-    held = stream_of(folder, validation_split="validation")
+    held = stream_of(folder, validation_split="more")
     assert held.notes == ["a stream of 1 shards, 2 examples; its epochs are not counted"]
 
 

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, I
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from datasets_lib.errors import InputError
 from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.classes import class_numbers
 from trainers.common.diffusion.guidance import Condition, Guidance, noise_levels
@@ -68,7 +69,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         asked_for = classes if isinstance(classes, list) else [classes]
         if not asked_for:
-            raise ValueError("classes = []: name at least one class")
+            raise InputError("classes = []: name at least one class")
         numbers = class_numbers("classes", asked_for, self.label_names, self.num_classes)
         labels = torch.tensor(numbers, device=self._execution_device)
         size, channels = self.network.config.sample_size, self.network.config.in_channels

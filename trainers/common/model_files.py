@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.file_hashes import sha256
 from trainers.base import BaseConfig
 from trainers.model_configs import check_files, read_config
@@ -56,7 +57,7 @@ def find_model_config(model_config: str) -> Path:
             return place
     names = ", ".join(sorted(path.stem for path in MODELS_DIR.glob("*.json")))
     searched = ", ".join(str(place) for place in places[:2])
-    raise FileNotFoundError(f"no file at {searched}, and the names in configs/models are {names}")
+    raise MissingFileError(f"no file at {searched}, and the names in configs/models are {names}")
 
 
 def read_file(model_config: str) -> Settings:
@@ -130,15 +131,15 @@ def load_pretrained(
     with reading(kind, source, shown):
         found = kind.load_config(source, **options).get("_class_name", kind.__name__)
     if found != kind.__name__:
-        raise ValueError(f"{shown}: must be of class {kind.__name__}, found {found}")
+        raise InputError(f"{shown}: must be of class {kind.__name__}, found {found}")
     options.setdefault("torch_dtype", torch.float32)
     options["output_loading_info"] = True
     network, info = read_model(kind, source, shown, **options)
     if info["missing_keys"]:
-        raise ValueError(f"{shown}: its weights lack {info['missing_keys'][0]}")
+        raise InputError(f"{shown}: its weights lack {info['missing_keys'][0]}")
     for misfit in misfits(network.config):
-        raise ValueError(f"{shown}: {misfit}")
+        raise InputError(f"{shown}: {misfit}")
     for name, value in settings.items():
         if network.config.get(name) != value:
-            raise ValueError(f"{shown}: has {name} = {network.config.get(name)}, and this run needs {value}")
+            raise InputError(f"{shown}: has {name} = {network.config.get(name)}, and this run needs {value}")
     return network

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
-from trainers.engine.config.config import parse_overrides
 from trainers.engine.config.files import ConfigError
+from trainers.engine.config.overrides import parse_overrides
 from trainers.inference.picture_files import check_files, is_ours, read_settings, save_picture
 
 NOTHING = type(None)
@@ -52,7 +53,7 @@ def again(picture: Path) -> Path:
     path = picture.with_stem(f"{picture.stem}-again")
     for existing in (path, path.with_suffix(".json")):
         if (existing.exists() or existing.is_symlink()) and not is_ours(path):
-            raise ValueError(f"{shown(existing)}: exists, and was not drawn by --again; move it away")
+            raise InputError(f"{shown(existing)}: exists, and was not drawn by --again; move it away")
     module = importlib.import_module(f"scripts.{script}")
     arguments = _parsed(picture, module, words, settings["pinned"])  # before a file that it names is read
     check_files(picture, settings)
@@ -66,9 +67,9 @@ def again(picture: Path) -> Path:
         before, now = np.asarray(image), np.asarray(made)
     origin = f"it was made on {shown(settings['device'])} with torch {shown(settings['versions'].get('torch'))}"
     if before.shape != now.shape:
-        raise ValueError(f"{path}: has another size than {picture}; {origin}")
+        raise InputError(f"{path}: has another size than {picture}; {origin}")
     if difference := np.abs(before.astype(int) - now.astype(int)).max():
-        raise ValueError(f"{path}: differs from {picture} by up to {difference} of 255; {origin}")
+        raise InputError(f"{path}: differs from {picture} by up to {difference} of 255; {origin}")
     return path
 
 
@@ -76,7 +77,7 @@ def _checked(picture: Path, settings: dict[str, Any]) -> tuple[str, list[str], P
     """Returns script, words and file; ValueError for settings that none of the scripts wrote."""
     if not _fits(settings):
         scripts = ", ".join(SCRIPTS)
-        raise ValueError(f"{picture}: has other settings than those of this version's {scripts}; it cannot be repeated")
+        raise InputError(f"{picture}: has other settings than those of this version's {scripts}; it cannot be repeated")
     script, *words = settings["command"]
     return script, words, Path(settings["file"])
 
@@ -110,11 +111,11 @@ def _parsed(picture: Path, module: Any, words: list[str], pinned: dict[str, Any]
         vars(arguments).update(pinned)
         refused = list(_refused(arguments))
     except (SystemExit, ConfigError) as error:  # argparse has said why
-        raise ValueError(
+        raise InputError(
             f"{picture}: its command cannot be read ({shown(error)}); draw it by its own command"
         ) from None
     if refused:
-        raise ValueError(f"{picture}: its command sets {', '.join(refused)}, which --again does not; draw it yourself")
+        raise InputError(f"{picture}: its command sets {', '.join(refused)}, which --again does not; draw it yourself")
     return arguments
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from datasets_lib.errors import InputError
 from trainers.base import Section, Trainer
 from trainers.engine.config.schema import coerce
 from trainers.engine.config.schema import options as options_of
@@ -47,7 +48,7 @@ def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
     for option, value, shown in given(arguments):
         names = [name for name in known if name == option or name.endswith(f"_{option}")]
         if not names:
-            raise ValueError(f"{shown}: task {saved.task} has no option {option}")
+            raise InputError(f"{shown}: task {saved.task} has no option {option}")
         if option == "valid_classes":
             value = json.dumps(value.split(","))  # quoted, so that names stay strings
         elif option == "guidance_interval":
@@ -59,15 +60,15 @@ def overrides_of(arguments: argparse.Namespace, saved: SavedRun) -> list[str]:
 def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> dict[str, Any]:
     """Converts the command line for a pipeline that is not a run; ValueError for what does not fit the schema."""
     if arguments.overrides:
-        raise ValueError(f"{arguments.overrides[0]}: is an option of a run, and {arguments.path} is a pipeline")
+        raise InputError(f"{arguments.overrides[0]}: is an option of a run, and {arguments.path} is a pipeline")
     known, found = options_of(schema), {}
     for option, value, shown in given(arguments, OPTIONS | {"weights": "weights"}):
         if option not in known:
-            raise ValueError(f"{shown}: is an option of runs, and {arguments.path} is a pipeline")
+            raise InputError(f"{shown}: is an option of runs, and {arguments.path} is a pipeline")
         try:
             found[option] = coerce(yaml.safe_load(value), known[option].kind)
         except (ValueError, yaml.YAMLError) as allowed:
-            raise ValueError(f"{shown}: must be {allowed}") from None
+            raise InputError(f"{shown}: must be {allowed}") from None
     return found
 
 

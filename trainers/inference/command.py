@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from datasets_lib.errors import InputError, UserError
 from datasets_lib.foreign import read_json, shown, shown_lines
 from trainers.engine.config.errors import Interrupted
 from trainers.engine.run.files import write_text
@@ -28,7 +27,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         with lasting_output():
             try:
                 main()
-            except (ValueError, OSError, SafetensorError) as error:
+            except UserError as error:
                 sys.exit(f"error: {shown_lines(error)}")
             except Interrupted as interruption:
                 print(interruption, file=sys.stderr)
@@ -48,7 +47,7 @@ def positive(text: str) -> int:
 def check_new(path: Path) -> None:
     """Raises ValueError if the path exists."""
     if path.exists():
-        raise ValueError(f"{path}: exists; choose a new folder")
+        raise InputError(f"{path}: exists; choose a new folder")
 
 
 def keep_settings(file: Path, settings: dict[str, Any]) -> None:
@@ -57,8 +56,8 @@ def keep_settings(file: Path, settings: dict[str, Any]) -> None:
         write_text(file, json.dumps(settings, indent=1))
     before = read_json(file, SETTINGS_BYTES)
     if not isinstance(before, dict):
-        raise ValueError(f"{shown(file)}: holds no settings of an earlier call; choose a new folder")
+        raise InputError(f"{shown(file)}: holds no settings of an earlier call; choose a new folder")
     changed = [name for name in before | settings if before.get(name) != settings.get(name)]
     if changed:
         texts = "; ".join(f"{name}: {before.get(name)} -> {settings.get(name)}" for name in changed)
-        raise ValueError(f"{file.parent}: was made with other settings ({shown(texts)}); choose a new folder")
+        raise InputError(f"{file.parent}: was made with other settings ({shown(texts)}); choose a new folder")

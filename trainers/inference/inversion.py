@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from datasets_lib.errors import InputError
 from trainers.common.autoencoder.latents import encode
 from trainers.common.diffusion.objective import Predict
 
@@ -31,7 +32,7 @@ def ddim_schedulers(scheduler: SchedulerMixin, steps: int) -> tuple[DDIMSchedule
     predicts, total = config.get("prediction_type", "epsilon"), config.num_train_timesteps
     if "Flow" in type(scheduler).__name__ or predicts not in PREDICTIONS:
         found = f"{type(scheduler).__name__}, {predicts}"
-        raise ValueError(f"the base's scheduler is of a flow ({found}); DDIM inversion needs {', '.join(PREDICTIONS)}")
+        raise InputError(f"the base's scheduler is of a flow ({found}); DDIM inversion needs {', '.join(PREDICTIONS)}")
     spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"
     # clipping, the default of both, is meant for pixels and cannot be inverted
     changes = {"clip_sample": False, "thresholding": False, "timestep_spacing": spacing}
@@ -40,12 +41,12 @@ def ddim_schedulers(scheduler: SchedulerMixin, steps: int) -> tuple[DDIMSchedule
     back = DDIMInverseScheduler(**{name: value for name, value in forward.config.items() if name in known})
     allowed = f"give 1 to {total - 1}"
     if not 0 < steps < total:
-        raise ValueError(f"steps = {steps}: {allowed}")
+        raise InputError(f"steps = {steps}: {allowed}")
     for each in (forward, back):
         each.set_timesteps(steps)
     times = forward.timesteps
     if len(times) != steps or times.min() < 0 or times.max() >= total or not torch.equal(times, back.timesteps.flip(0)):
-        raise ValueError(f"steps = {steps}: the {total} timesteps cannot be divided so; {allowed}, such as 50")
+        raise InputError(f"steps = {steps}: the {total} timesteps cannot be divided so; {allowed}, such as 50")
     return forward, back
 
 
@@ -80,7 +81,7 @@ def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
     angle = 2 * torch.atan2((scaled - other).norm(), (scaled + other).norm())
     sine = angle.sin()
     if sine < PARALLEL and angle > 1:
-        raise ValueError("the two noises point in opposite directions: between them no way is the shortest")
+        raise InputError("the two noises point in opposite directions: between them no way is the shortest")
     if sine < PARALLEL:
         return torch.lerp(a, b, weight).to(first.dtype)
     return (((1 - weight) * angle).sin() / sine * a + (weight * angle).sin() / sine * b).to(first.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets_lib.errors import InputError
 from trainers.common.lora.files import find_lora, read_lora
 from trainers.common.lora.loading import load_into_pipeline
 from trainers.common.text_to_image.base_model import check_tokenizer
@@ -33,10 +34,10 @@ def parse_lora(text: str) -> tuple[Path, float]:
         weight = float(number)
     except ValueError:
         if Path(path).exists():
-            raise ValueError(f"--lora {text}: {number} is no weight; give a number, such as {path}:0.8") from None
+            raise InputError(f"--lora {text}: {number} is no weight; give a number, such as {path}:0.8") from None
         return Path(text), 1.0
     if not math.isfinite(weight):
-        raise ValueError(f"--lora {text}: the weight must be finite")
+        raise InputError(f"--lora {text}: the weight must be finite")
     return Path(path), weight
 
 
@@ -52,7 +53,7 @@ def load_pipeline(base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch
     options["dtype" if tuple(map(int, __version__.split(".")[:2])) >= (0, 40) else "torch_dtype"] = dtype
     pipeline = read_model(DiffusionPipeline, base, **options)
     if not hasattr(pipeline, "fuse_lora"):
-        raise ValueError(f"{base}: is a {type(pipeline).__name__}; give Stable Diffusion or SDXL")
+        raise InputError(f"{base}: is a {type(pipeline).__name__}; give Stable Diffusion or SDXL")
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         if getattr(pipeline, tokenizer, None) is not None and getattr(pipeline, encoder, None) is not None:
             check_tokenizer(f"{base}, {encoder}", getattr(pipeline, tokenizer), getattr(pipeline, encoder).config)
@@ -100,13 +101,13 @@ def cast(pipeline: Any, dtype: torch.dtype) -> Any:
 
 def check_negative_prompt(text: str | None, guidance: float) -> None:
     if text is not None and guidance <= 1:
-        raise ValueError(f"--negative-prompt: has no effect with guidance {guidance:g}; give --guidance above 1")
+        raise InputError(f"--negative-prompt: has no effect with guidance {guidance:g}; give --guidance above 1")
 
 
 def check_finite(images: Tensor) -> None:
     """Raises ValueError for pixels that are not finite, which diffusers' postprocessing would hide."""
     if not images.isfinite().all():
-        raise ValueError("the pictures are not finite; the LoRAs' weights are too large, or the precision is too low")
+        raise InputError("the pictures are not finite; the LoRAs' weights are too large, or the precision is too low")
 
 
 def check_weights(pipeline: Any) -> None:
@@ -116,12 +117,12 @@ def check_weights(pipeline: Any) -> None:
         for key, weights in owner.state_dict().items():
             if weights.is_floating_point() and not weights.isfinite().all():
                 found = f"{network}.{key} holds numbers that are not finite"
-                raise ValueError(f"{found}; lower the LoRAs' weights, take --dtype float32, or check the base")
+                raise InputError(f"{found}; lower the LoRAs' weights, take --dtype float32, or check the base")
 
 
 def check_strength(strength: float, steps: int) -> None:
     """Raises ValueError for a fraction of the sampling steps that is out of range or leaves no step."""
     if not 0.0 < strength <= 1.0:
-        raise ValueError(f"--strength {strength:g}: must be above 0 and at most 1, a fraction of the steps")
+        raise InputError(f"--strength {strength:g}: must be above 0 and at most 1, a fraction of the steps")
     if int(steps * strength) < 1:
-        raise ValueError(f"--strength {strength:g}: leaves none of {steps} steps; raise it or --steps")
+        raise InputError(f"--strength {strength:g}: leaves none of {steps} steps; raise it or --steps")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from datasets_lib.errors import InputError
 from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.objective import Predict
 from trainers.common.diffusion.sampling import to_unit_range
@@ -107,13 +108,13 @@ def check_morph(pipeline: Any, loras: list[Path], attention: float) -> None:
     """Raises ValueError for an unsuitable base, or a LoRA that does not fit or is a DoRA."""
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels:
-        raise ValueError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
+        raise InputError(f"the base's UNet reads {channels} channels; inpainting bases do not fit")
     if attention and not shared_layers(pipeline.unet):
-        raise ValueError("the base's UNet has no self-attention in its up blocks; give --attention 0")
+        raise InputError("the base's UNet has no self-attention in its up blocks; give --attention 0")
     for path in loras:
         lora = read_lora(path)
         if lora.is_dora:
-            raise ValueError(f"{path}: is a DoRA, whose weights are no sum that can be mixed; train without use_dora")
+            raise InputError(f"{path}: is a DoRA, whose weights are no sum that can be mixed; train without use_dora")
         check_fit(path, lora, pipeline)
 
 
@@ -153,6 +154,6 @@ def evenly_distant(weights: list[float], distances: list[float]) -> list[float]:
     """
     way = np.concatenate([[0.0], np.cumsum(distances)])
     if not way[-1] > 0:
-        raise ValueError("rescheduling: all frames look the same; the two pictures must differ")
+        raise InputError("rescheduling: all frames look the same; the two pictures must differ")
     found = np.interp(np.linspace(0, way[-1], len(weights)), way, weights)
     return [weights[0], *found[1:-1].tolist(), weights[-1]]

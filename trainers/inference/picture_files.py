@@ -15,9 +15,10 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.file_hashes import sha256
 from datasets_lib.foreign import check_regular, read_json, shown
-from trainers.engine.run.files import new_file, write_text
+from trainers.engine.run.files import make_folder, new_file, write_text
 
 KEY = "diffloop"  # of the PNG's text chunk
 MARK = ".diffloop.json"  # lists the files that were drawn into a folder
@@ -37,9 +38,9 @@ def check_files(picture: Path, settings: dict[str, Any]) -> None:
     for name, digest in settings["files"].items():
         if not Path(name).is_file():
             where = f"was made from {shown(name)}, which is not there; run from the same folder"
-            raise FileNotFoundError(f"{picture}: {where}")
+            raise MissingFileError(f"{picture}: {where}")
         if sha256(Path(name)) != digest:
-            raise ValueError(f"{picture}: was made from another {shown(name)}; put that file back")
+            raise InputError(f"{picture}: was made from another {shown(name)}; put that file back")
 
 
 def as_pil(image: Tensor) -> Image.Image:
@@ -49,7 +50,7 @@ def as_pil(image: Tensor) -> Image.Image:
 
 def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     """Writes a PNG with its settings in it, and next to it as .json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(KEY, write_settings(path.with_suffix(".json"), settings))
     with new_file(path) as file:
@@ -66,7 +67,7 @@ def write_settings(path: Path, settings: dict[str, Any]) -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     """Reads a picture's settings; FileNotFoundError if it does not exist, ValueError if it has none."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such picture")
+        raise MissingFileError(f"{path}: there is no such picture")
     try:
         with Image.open(check_regular(path), formats=["PNG"]) as image:
             settings = json.loads(getattr(image, "text", {}).get(KEY) or "null")
@@ -78,7 +79,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     ):  # not a picture, or another program's text
         settings = None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: does not say how it was made; give a PNG that diffloop's scripts wrote, unchanged")
+        raise InputError(f"{path}: does not say how it was made; give a PNG that diffloop's scripts wrote, unchanged")
     return settings
 
 
@@ -96,7 +97,7 @@ def below(folder: Path, *names: str) -> Path:
     for name in names:
         path = path / name
         if path.is_symlink():
-            raise ValueError(f"{shown(path)}: is a link, and pictures are written into real folders; remove it")
+            raise InputError(f"{shown(path)}: is a link, and pictures are written into real folders; remove it")
     return path
 
 
@@ -108,12 +109,12 @@ def output_folder(folder: Path, reads: Iterable[str | Path] = ()) -> Iterator[Pa
     """
     for path in reads:
         if Path(path).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--output-dir {folder}: {path} is read and lies there; choose another folder")
+            raise InputError(f"--output-dir {folder}: {path} is read and lies there; choose another folder")
     if folder.exists() and not (folder.is_dir() and (_drawn(folder) is not None or not any(folder.iterdir()))):
-        raise ValueError(f"--output-dir {folder}: holds other files; choose a new folder")
+        raise InputError(f"--output-dir {folder}: holds other files; choose a new folder")
     if links := [path for path in folder.rglob("*") if path.is_symlink()]:
-        raise ValueError(f"--output-dir {folder}: holds the link {shown(links[0])}; remove it, or choose a new folder")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"--output-dir {folder}: holds the link {shown(links[0])}; remove it, or choose a new folder")
+    make_folder(folder.absolute().parent)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as made:
         try:
             yield Path(made)
@@ -130,7 +131,7 @@ def _replace(folder: Path, made: Path) -> None:
         if not (folder / name).is_dir():
             (folder / name).unlink(missing_ok=True)
     for name in files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((folder / name).parent)
         (made / name).replace(folder / name)
     for parent in sorted({parent for name in old for parent in name.parents[:-1]}, reverse=True):
         if (folder / parent).is_dir() and not any((folder / parent).iterdir()):

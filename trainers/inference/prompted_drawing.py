@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from datasets_lib.errors import InputError
 from trainers.base import Fraction, NonNegativeFloat, Positive, RandomSource, Section
 from trainers.common.autoencoder.latents import decode
 from trainers.common.diffusion.consistency import lcm_scheduler
@@ -39,9 +40,9 @@ class Inpainting:
     def __post_init__(self) -> None:
         if self.image.size != self.mask.size:
             (width, height), (w, h) = self.image.size, self.mask.size
-            raise ValueError(f"--mask: has {w} x {h} pixels, and --image {width} x {height}; give one of the same size")
+            raise InputError(f"--mask: has {w} x {h} pixels, and --image {width} x {height}; give one of the same size")
         if pil_to_tensor(self.mask).max() < WHITE:
-            raise ValueError("--mask: nothing in it is white, so nothing would be drawn")
+            raise InputError("--mask: nothing in it is white, so nothing would be drawn")
 
     def composed(self, drawn: Tensor) -> Tensor:
         """Pastes drawn pictures [N, 3, H, W], resized, into the original wherever the mask is white."""
@@ -96,30 +97,30 @@ class PromptedPipeline:
     def _check(self) -> None:
         settings, pipeline = self.settings, self.pipeline
         if settings.lora_scales is not None and not self.loras:
-            raise ValueError("--lora-scales: there is no LoRA; give one with --lora, or a run of task lora")
+            raise InputError("--lora-scales: there is no LoRA; give one with --lora, or a run of task lora")
         columns = [self.column(scale) for scale in settings.lora_scales or []]
         if columns and (len(set(columns)) < len(columns) or not any(self.loras.values())):
             shown = ", ".join(columns)
-            raise ValueError(f"--lora-scales: {shown}: the columns are alike; give weights and scales that differ")
+            raise InputError(f"--lora-scales: {shown}: the columns are alike; give weights and scales that differ")
         check_negative_prompt(settings.negative_prompt, settings.guidance_scale)
         if settings.guidance_rescale and settings.guidance_scale <= 1:
             found = f"has no effect with guidance {settings.guidance_scale:g}"
-            raise ValueError(f"--guidance-rescale {settings.guidance_rescale:g}: {found}; give --guidance above 1")
+            raise InputError(f"--guidance-rescale {settings.guidance_rescale:g}: {found}; give --guidance above 1")
         if settings.clip_skip is not None:
             self._skip_layers(settings.clip_skip)
         if self.inpainting is None and pipeline.unet.config.in_channels == 9:
-            raise ValueError("the pipeline is for inpainting; give --image and --mask")
+            raise InputError("the pipeline is for inpainting; give --image and --mask")
         if self.inpainting is not None:
             check_strength(self.inpainting.strength, settings.num_inference_steps)
             if settings.guidance_rescale and "XL" not in type(pipeline).__name__:
-                raise ValueError("--guidance-rescale: diffusers' inpainting has it for SDXL only; set 0")
+                raise InputError("--guidance-rescale: diffusers' inpainting has it for SDXL only; set 0")
 
     def _skip_layers(self, skipped: int) -> None:
         """Prepares the text encoders for clip_skip; ValueError if they have too few layers."""
         encoders = [part for name, part in self.modules.items() if name.startswith("text_encoder")]
         layers = min(encoder.config.num_hidden_layers for encoder in encoders)
         if skipped >= layers:
-            raise ValueError(f"--clip-skip {skipped}: the text encoder has {layers} layers; give at most {layers - 1}")
+            raise InputError(f"--clip-skip {skipped}: the text encoder has {layers} layers; give at most {layers - 1}")
         for encoder in encoders:
             if not hasattr(encoder, "text_model"):  # diffusers reads it, and transformers 5 lacks it
                 object.__setattr__(encoder, "text_model", encoder)  # as a module it would contain itself

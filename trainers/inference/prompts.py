@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.images.decode import read_picture
 from trainers.base import Trainer
 from trainers.common.lora.files import ADAPTER
@@ -42,7 +43,7 @@ def refuse_prompts(arguments: argparse.Namespace, task: str) -> None:
     """Raises ValueError for an option of Stable Diffusion that is given with another task."""
     for name in ARGUMENTS:
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')}: task {task} draws no prompts")
+            raise InputError(f"--{name.replace('_', '-')}: task {task} draws no prompts")
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str] | None:
@@ -51,13 +52,13 @@ def prompts_of(arguments: argparse.Namespace) -> list[str] | None:
         return arguments.prompt
     path = Path(arguments.prompts)
     if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path}: there is no such file")
+        raise MissingFileError(f"--prompts {path}: there is no such file")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: is not text in UTF-8 ({error})") from None
+        raise InputError(f"--prompts {path}: is not text in UTF-8 ({error})") from None
     if not lines:
-        raise ValueError(f"--prompts {path}: holds no prompt; write one per line")
+        raise InputError(f"--prompts {path}: holds no prompt; write one per line")
     return [*(arguments.prompt or []), *lines]
 
 
@@ -70,7 +71,7 @@ def scales_of(arguments: argparse.Namespace) -> list[float] | None:
     except ValueError:
         scales = []
     if not scales or not all(map(math.isfinite, scales)) or len(set(scales)) < len(scales):
-        raise ValueError(f"--lora-scales {arguments.lora_scales}: must be different numbers, such as 0,0.5,1")
+        raise InputError(f"--lora-scales {arguments.lora_scales}: must be different numbers, such as 0,0.5,1")
     return scales
 
 
@@ -107,7 +108,7 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     settings = PromptSettings(**known | asked)
     drawer = PromptedPipeline(pipeline.to(find_device(arguments.device)), weights, settings, inpainting)
     if not prompts:
-        raise ValueError(f"{arguments.path}: has no validation_prompts; say what to draw with --prompt or --prompts")
+        raise InputError(f"{arguments.path}: has no validation_prompts; say what to draw with --prompt or --prompts")
     requests = prompt_requests([{"prompt": prompt} for prompt in prompts], arguments.number or len(prompts))
     files = [path for path, _ in loras]
     files += [Path(path) for path in (arguments.image, arguments.mask, arguments.prompts) if path is not None]
@@ -117,7 +118,7 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
 def _of_pipeline(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Loaded:
     prompts = prompts_of(arguments)
     if prompts is None:
-        raise ValueError(f"{arguments.path}: is a pipeline; say what to draw with --prompt or --prompts")
+        raise InputError(f"{arguments.path}: is a pipeline; say what to draw with --prompt or --prompts")
     settings, pipeline = pipeline_options(arguments, PromptSettings), load_pipeline(arguments.path)
     if settings.get("sampler") is not None:
         use_sampler(pipeline, settings["sampler"], [path for path, _ in loras])
@@ -142,10 +143,10 @@ def inpainting_of(arguments: argparse.Namespace) -> Inpainting | None:
     image, mask, strength = arguments.image, arguments.mask, arguments.strength
     if image is None and mask is None:
         if strength is not None:
-            raise ValueError(f"--strength {strength:g}: has an effect with --image and --mask only")
+            raise InputError(f"--strength {strength:g}: has an effect with --image and --mask only")
         return None
     if image is None or mask is None:
-        raise ValueError("--image and --mask: inpainting needs both, the picture and the part of it to redraw")
+        raise InputError("--image and --mask: inpainting needs both, the picture and the part of it to redraw")
     strength = 1.0 if strength is None else strength
     return Inpainting(read_picture(Path(image)), read_picture(Path(mask), "L", "black"), strength)
 

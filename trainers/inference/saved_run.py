@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import datasets_lib
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.example import ImageData
 from datasets_lib.foreign import read_json, shown
 from trainers.base import RunInfo, Trainer
@@ -51,7 +52,7 @@ class SavedRun(NamedTuple):
     def build_data(self, base: BaseConfig, split: str) -> ImageData | None:
         """Builds a split of the run's data; ValueError for a data set whose code is not trusted."""
         if problem := self.trust.problem("dataset", base.dataset):
-            raise ValueError(f"base.dataset = {shown(base.dataset)}: {problem}")
+            raise InputError(f"base.dataset = {shown(base.dataset)}: {problem}")
         return datasets_lib.build(base, split)
 
 
@@ -75,7 +76,7 @@ def open_run(path: Path, trust_code: bool = False, overrides: Iterable[str] = ()
         names = _class_names(indices[0]) if indices[0].suffix == ".json" else []
         document = _for_inference(read_config_file(path / RUN_CONFIG), path, path, trust)
         return SavedRun(document, names or None, path, None, trust)
-    raise FileNotFoundError(f"{path}: is no checkpoint, and holds no run with checkpoints or a finished pipeline")
+    raise MissingFileError(f"{path}: is no checkpoint, and holds no run with checkpoints or a finished pipeline")
 
 
 def _class_names(index: Path) -> list[str]:
@@ -84,7 +85,7 @@ def _class_names(index: Path) -> list[str]:
     try:
         names = {int(number): str(name) for number, name in (content.get("id2label") or {}).items()}
     except (AttributeError, ValueError):
-        raise ValueError(f"{shown(index)}: is not the index of a pipeline, a mapping with id2label") from None
+        raise InputError(f"{shown(index)}: is not the index of a pipeline, a mapping with id2label") from None
     return [names[number] for number in sorted(names)]
 
 
@@ -131,11 +132,11 @@ def load_trainer(
     held = AVERAGED if run.config.use_ema else RAW
     if saved.checkpoint is not None:
         if weights == AVERAGED and held == RAW:
-            raise ValueError(f"{saved.checkpoint}: has no averaged weights, its run had use_ema: false; ask for raw")
+            raise InputError(f"{saved.checkpoint}: has no averaged weights, its run had use_ema: false; ask for raw")
         suffix = "_ema" if (weights or held) == AVERAGED else ""
         put_weights(read_weights(saved.checkpoint, networks, suffix), networks)
     elif weights not in (None, held):
-        raise ValueError(f"{saved.folder}: has no checkpoints, and its pipeline holds the {held} weights only")
+        raise InputError(f"{saved.folder}: has no checkpoints, and its pipeline holds the {held} weights only")
     else:
         pipeline = run.trainer_class.load_pipeline(saved.folder)
         for name, network in networks.items():
@@ -152,5 +153,5 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name}: cannot be used ({str(error).splitlines()[0]}); give cpu or cuda") from None
+        raise InputError(f"device = {name}: cannot be used ({str(error).splitlines()[0]}); give cpu or cuda") from None
     return device

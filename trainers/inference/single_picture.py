@@ -8,12 +8,13 @@ import json
 from pathlib import Path
 
 import datasets_lib
+from datasets_lib.errors import InputError
 from train import train
 from trainers.common.lora.training import AdapterConfig
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.engine.config.config import check_config
 from trainers.engine.config.files import read_config_file
-from trainers.engine.run.files import new_file
+from trainers.engine.run.files import make_folder, new_file
 from trainers.inference.fitting import Fitted
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lora_single_image.yaml"
@@ -35,7 +36,7 @@ def single_picture_lora(
     """
     for override in arguments.overrides:
         if override.split("=")[0] in OWN:
-            raise ValueError(f"{override}: scripts/morph.py sets it from its own options; leave it out")
+            raise InputError(f"{override}: scripts/morph.py sets it from its own options; leave it out")
     document = read_config_file(arguments.config or CONFIG)
     base = {"caption": prompt, "resolution": picture.square.width, "mixed_precision": PRECISIONS[arguments.dtype]}
     base |= {"seed": arguments.seed or 0, "resume_from_checkpoint": "latest"}
@@ -48,8 +49,8 @@ def single_picture_lora(
     document["base"] |= {"output_dir": str(folder), "train_data_dir": str(folder / "picture")}
     run = check_config(document, arguments.overrides, datasets_lib.problems)
     if isinstance(run.config, AdapterConfig) and run.config.use_dora:
-        raise ValueError("lora.use_dora: the weights of a DoRA are no sum that can be mixed; leave it out")
-    (folder / "picture").mkdir(parents=True, exist_ok=True)
+        raise InputError("lora.use_dora: the weights of a DoRA are no sum that can be mixed; leave it out")
+    make_folder(folder / "picture")
     with new_file(folder / "picture" / f"{name}.png") as file:
         picture.square.save(file, "PNG")
     return train(run)

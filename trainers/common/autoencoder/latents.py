@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.file_hashes import FileHashes, cache_directory
 from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
@@ -73,10 +74,10 @@ class LatentSpace:
         self.grid = latent_grid(self.settings, base.resolution)
         if base.buckets and base.bucket_step % self.factor:
             factor = f"must be a multiple of {self.factor}, the pixels per latent of {option}"
-            raise ValueError(f"base.bucket_step = {base.bucket_step}: {factor}")
+            raise InputError(f"base.bucket_step = {base.bucket_step}: {factor}")
         if self.encoded_by is not None and self.encoded_by != self.digest:
             found = "the data set was encoded by another network; encode it with this one"
-            raise ValueError(f"{option} = {self.source}: {found}")
+            raise InputError(f"{option} = {self.source}: {found}")
 
     def _settings_on_hub(self) -> dict[str, Any]:
         """The config as written in the file, without defaults."""
@@ -163,7 +164,7 @@ class LatentSpace:
 def images_of(batch: dict[str, Any]) -> Tensor:
     """Returns the pictures [B, C, H, W] of a batch; ValueError if it holds latents."""
     if "image" not in batch:
-        raise ValueError(
+        raise InputError(
             "the data set holds latents, and this run needs pictures; conditional_ddpm.vae and dit.vae take latents"
         )
     return batch["image"]

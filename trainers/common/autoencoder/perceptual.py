@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets_lib.errors import InputError
 from trainers.common.autoencoder.options import ALLOWED, SSIM_WINDOW
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # per scale (Wang et al. 2003)
@@ -66,7 +67,7 @@ class LPIPS(nn.Module):
         try:
             self.network = _LPIPS(net="vgg", pnet_rand=file is not None)
         except OSError as error:  # urllib's errors are OSErrors
-            raise ValueError(
+            raise InputError(
                 f"perceptual_loss = lpips: VGG16's weights cannot be downloaded ({error}); fetch vgg16-397923af.pth "
                 f"on a machine that is online and give it as lpips:FILE; allowed: {ALLOWED}"
             ) from None
@@ -141,9 +142,9 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"perceptual_loss = {name}:{file}: no file of weights ({reason})") from None
+        raise InputError(f"perceptual_loss = {name}:{file}: no file of weights ({reason})") from None
     if not isinstance(weights, dict):
-        raise ValueError(f"perceptual_loss = {name}:{file}: holds a {type(weights).__name__}, expected named weights")
+        raise InputError(f"perceptual_loss = {name}:{file}: holds a {type(weights).__name__}, expected named weights")
     return weights
 
 
@@ -156,7 +157,7 @@ def put_weights(name: str, file: str, weights: Mapping[str, Any], own: Mapping[s
             continue
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else "missing"
-            raise ValueError(
+            raise InputError(
                 f"perceptual_loss = {name}:{file}: not the weights of torchvision's {name.replace('lpips', 'vgg16')}: "
                 f"{key} is {shape}, expected {list(tensor.shape)}"
             )

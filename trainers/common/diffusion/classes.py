@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from trainers.base import Trainer
 
@@ -18,13 +19,15 @@ def count_classes(task: str, trainer: Trainer, num_classes: int | None) -> int:
     Raises ValueError if they disagree, if neither is given, or if the data set has a label beyond the count.
     """
     named, highest = len(trainer.run.label_names or []), trainer.run.highest_label
+    if trainer.run.no_labels and not named and highest is None:
+        raise InputError(f"{task} needs labels, and the data set has none: {trainer.run.no_labels}")
     if named and num_classes and named != num_classes:
-        raise ValueError(f"{task}.num_classes = {num_classes}: the data set names {named} classes; set it to null")
+        raise InputError(f"{task}.num_classes = {num_classes}: the data set names {named} classes; set it to null")
     if not (named or num_classes):
-        raise ValueError(f"{task}.num_classes = null: the data set names no classes; say how many it has")
+        raise InputError(f"{task}.num_classes = null: the data set names no classes; say how many it has")
     if highest is not None and highest >= (num_classes or named):
         wanted = f"the data set has the label {highest}; it must be at least {highest + 1}"
-        raise ValueError(f"{task}.num_classes = {num_classes or named}: {wanted}")
+        raise InputError(f"{task}.num_classes = {num_classes or named}: {wanted}")
     return num_classes or named
 
 
@@ -37,12 +40,12 @@ def class_numbers(option: str, classes: Sequence[str | int], names: list[str], n
     for item in classes:
         if item not in (known if isinstance(item, str) else range(num_classes)):
             allowed = f"0 to {num_classes - 1}" + (f", or {', '.join(map(shown, names))}" if names else "")
-            raise ValueError(f"{option}: {item!r} is no class; allowed: {allowed}")
+            raise InputError(f"{option}: {item!r} is no class; allowed: {allowed}")
     return [item if isinstance(item, int) else known[item] for item in classes]
 
 
 def labels_of(task: str, batch: dict[str, Any]) -> Tensor:
     """Returns the labels [B] of a batch; ValueError for data without labels."""
     if "label" not in batch:
-        raise ValueError(f"{task} needs labels, and the data set has none; give a folder per class")
+        raise InputError(f"{task} needs labels, and the data set has none; give a folder per class")
     return batch["label"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from trainers.base import RandomSource
 from trainers.common.diffusion.objective import Predict, Timesteps, columns, masked_mean, signal_and_noise
 
@@ -51,10 +52,10 @@ class ConsistencyObjective:
         steps, total = settings.original_inference_steps, settings.num_train_timesteps
         if total % steps:  # sampling would start with less noise than there is
             nearest = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
-            raise ValueError(f"num_ddim_timesteps = {steps}: must divide the base's {total} timesteps; take {nearest}")
+            raise InputError(f"num_ddim_timesteps = {steps}: must divide the base's {total} timesteps; take {nearest}")
         if settings.prediction_type not in PREDICTION_TYPES:
             found = f"must be one of {', '.join(PREDICTION_TYPES)}; another base model is needed"
-            raise ValueError(f"prediction_type = {settings.prediction_type}: {found}")
+            raise InputError(f"prediction_type = {settings.prediction_type}: {found}")
         self.steps, self.skipped = steps, total // steps
 
     def loss(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from datasets_lib.errors import InputError
 from trainers.base import BaseConfig
 from trainers.model_configs import read_config
 from trainers.pretrained import read_model, read_part
@@ -81,13 +82,13 @@ class ClassifierGuidance:
         place = f"classifier = {run}"
         trained_with = read_part(DDPMScheduler, Path(run) / "scheduler", place)
         if not torch.equal(trained_with.alphas_cumprod, scheduler.alphas_cumprod.cpu()):
-            raise ValueError(
+            raise InputError(
                 f"classifier = {run}: it was trained with another noise schedule; train it with this run's "
                 "ddpm_num_steps, ddpm_beta_schedule and rescale_betas_zero_snr"
             )
         network = read_model(UNet2DModel, run, place, "classifier").to(device).requires_grad_(False)
         if network.config.out_channels != num_classes:
-            raise ValueError(f"classifier = {run}: knows {network.config.out_channels} classes, not {num_classes}")
+            raise InputError(f"classifier = {run}: knows {network.config.out_channels} classes, not {num_classes}")
         return cls(lambda noisy, timestep: network(noisy, timestep).sample.mean((2, 3)), scale, scheduler)
 
     def guide(self, prediction: Tensor, noisy: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:

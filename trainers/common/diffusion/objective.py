@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from datasets_lib.errors import InputError
 from trainers.base import PositiveFloat, RandomSource, Section
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class DDPMObjective:
             case "v_prediction":
                 return self.scheduler.get_velocity(clean, noise, timesteps)
             case other:
-                raise ValueError(f"prediction_type = {other}: must be one of epsilon, sample, v_prediction")
+                raise InputError(f"prediction_type = {other}: must be one of epsilon, sample, v_prediction")
 
     def weight(self, timesteps: Tensor) -> Tensor:
         """The min-SNR weight of each example, [B]; 1 without snr_gamma."""

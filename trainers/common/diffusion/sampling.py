@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from datasets_lib.errors import InputError
+
 if TYPE_CHECKING:
     import torch
     from diffusers import SchedulerMixin
@@ -62,7 +64,7 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
             settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
             return diffusers.DPMSolverMultistepScheduler(**settings)
         if name != "euler":
-            raise ValueError(f"sampler = {name}: a flow has euler or dpmsolver++")
+            raise InputError(f"sampler = {name}: a flow has euler or dpmsolver++")
         return type(scheduler).from_config(scheduler.config)
     if name == "ddim":
         return diffusers.DDIMScheduler.from_config(scheduler.config)
@@ -71,7 +73,7 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     if name == "euler":
         return diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
     if name != "ddpm":
-        raise ValueError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++, euler")
+        raise InputError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++, euler")
     return type(scheduler).from_config(scheduler.config)
 
 

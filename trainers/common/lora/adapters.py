@@ -14,6 +14,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from datasets_lib.errors import InputError
 from trainers.common.lora.files import ADAPTER
 
 
@@ -37,7 +38,7 @@ def add_lora(
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         endings = dict.fromkeys(re.sub(r".*\.(?=\D)", "", name) for name in linear)  # to_out.0 of a.b.to_out.0
         advice = f"modules of {type(network).__name__} end in {', '.join(list(endings)[:12])}"
-        raise ValueError(f"{option} = {targets}: no adapter can be put there ({error}); {advice}") from None
+        raise InputError(f"{option} = {targets}: no adapter can be put there ({error}); {advice}") from None
     cast_training_params(network, torch.float32)  # small updates vanish in half precision
     return network
 

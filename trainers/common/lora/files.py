@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import shown
 from trainers.common.lora.header import Settings, header_options, of_module, peft_settings
 
@@ -104,15 +105,15 @@ def read_lora(path: Path) -> LoraFile:
     about = read_about(file)
     state = _peft_keys(read_tensors(file))
     if any(key.startswith("lora_") for key in state):
-        raise ValueError(f"{file}: is in the kohya format; convert it with scripts/convert_lora.py --to diffusers")
+        raise InputError(f"{file}: is in the kohya format; convert it with scripts/convert_lora.py --to diffusers")
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         match = TENSOR.fullmatch(key)
         if match is None:
-            raise ValueError(f"{file}: {shown(key)} is no tensor of a LoRA of {', '.join(NETWORKS)}")
+            raise InputError(f"{file}: {shown(key)} is no tensor of a LoRA of {', '.join(NETWORKS)}")
         tensors.setdefault(match[1], {})[file_name(match[1], f"{match[2]}.{match[3]}")] = value
     if not tensors:
-        raise ValueError(f"{file}: holds no tensor")
+        raise InputError(f"{file}: holds no tensor")
     for name, state in tensors.items():
         check_modules(file, name, state)
     options = header_options(str(file), about)
@@ -128,13 +129,13 @@ def check_modules(file: Path, name: str, state: dict[str, Tensor]) -> None:
         down, up = (state.get(f"{module}.lora_{letter}.weight") for letter in "AB")
         place = f"{file}: {name}.{shown(module)}"
         if down is None or up is None or down.dim() < 2 or down.dim() != up.dim() or up.shape[1] != down.shape[0]:
-            raise ValueError(f"{place} needs lora_A and lora_B of one rank")
+            raise InputError(f"{place} needs lora_A and lora_B of one rank")
         if down.shape[0] < 1 or set(up.shape[2:]) - {1}:
-            raise ValueError(f"{place}: lora_A {list(down.shape)} and lora_B {list(up.shape)} are none of a LoRA")
+            raise InputError(f"{place}: lora_A {list(down.shape)} and lora_B {list(up.shape)} are none of a LoRA")
         magnitude = state.get(f"{module}.lora_magnitude_vector")
         if magnitude is not None and magnitude.numel() != len(up):
             found = f"has {magnitude.numel()} numbers, and lora_B {len(up)} outputs"
-            raise ValueError(f"{place}: lora_magnitude_vector {found}; they must be as many")
+            raise InputError(f"{place}: lora_magnitude_vector {found}; they must be as many")
 
 
 def _settings_for(place: str, options: Settings, lora: LoraFile, network: str) -> Settings:
@@ -142,16 +143,16 @@ def _settings_for(place: str, options: Settings, lora: LoraFile, network: str) -
     ranks = {module.removeprefix("text_model."): rank for module, rank in lora.ranks(network).items()}
     doras = sum(key.endswith("magnitude_vector") for key in lora.tensors[network])
     if doras not in (0, len(ranks)):
-        raise ValueError(f"{place}: {doras} of {len(ranks)} modules have a lora_magnitude_vector; all or none must")
+        raise InputError(f"{place}: {doras} of {len(ranks)} modules have a lora_magnitude_vector; all or none must")
     if options.get("use_dora", doras > 0) != (doras > 0):
-        raise ValueError(f"{place}: use_dora = {options['use_dora']} in its header, and {doras} modules are DoRAs")
+        raise InputError(f"{place}: use_dora = {options['use_dora']} in its header, and {doras} modules are DoRAs")
     own_rank, own_alpha = (of_module(options.get(f"{name}_pattern", {})) for name in ("rank", "alpha"))
     rslora, alphas = options.get("use_rslora", False), {}
     for module, rank in ranks.items():
         said = own_rank(module) or options.get("r", rank)
         if said != rank:
             found = f"is of rank {rank}, and the header says {shown(said)}"
-            raise ValueError(f"{place}.{shown(module)}: {found}; the file is not as its program wrote it")
+            raise InputError(f"{place}.{shown(module)}: {found}; the file is not as its program wrote it")
         alphas[module] = own_alpha(module) or options.get("lora_alpha", rank**0.5 if rslora else rank)
     return peft_settings(ranks, alphas, doras > 0, rslora)
 
@@ -163,9 +164,9 @@ def find_lora(path: Path) -> Path:
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file}; give a LoRA as .safetensors, or a folder with {FILE_NAME}")
+        raise MissingFileError(f"no file {file}; give a LoRA as .safetensors, or a folder with {FILE_NAME}")
     if file.suffix != ".safetensors":  # diffusers would unpickle it
-        raise ValueError(f"{file}: the name of a LoRA must end in .safetensors; other formats are not read")
+        raise InputError(f"{file}: the name of a LoRA must end in .safetensors; other formats are not read")
     return file
 
 
@@ -183,7 +184,7 @@ def ddim_timesteps(path: Path) -> int | None:
         return None
     if re.fullmatch("[1-9][0-9]{0,3}", text) is None:
         found = f"num_ddim_timesteps = {shown(text)} in its header"
-        raise ValueError(f"{find_lora(path)}: {found} must be an integer from 1 to 9999")
+        raise InputError(f"{find_lora(path)}: {found} must be an integer from 1 to 9999")
     return int(text)
 
 
@@ -194,9 +195,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if not (value.is_floating_point() or key.endswith(".alpha")):
             kind = str(value.dtype).removeprefix("torch.")
-            raise ValueError(f"{file}: {shown(key)} holds numbers of type {kind}; those of a LoRA are floating-point")
+            raise InputError(f"{file}: {shown(key)} holds numbers of type {kind}; those of a LoRA are floating-point")
         if not value.float().isfinite().all():
-            raise ValueError(f"{file}: {shown(key)} holds numbers that are not finite; take a LoRA that is not broken")
+            raise InputError(f"{file}: {shown(key)} holds numbers that are not finite; take a LoRA that is not broken")
     return tensors
 
 
@@ -206,12 +207,12 @@ def _reading(file: Path) -> Iterator[None]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
     if HEADER_BYTES < length <= file.stat().st_size:  # a longer one is none
-        raise ValueError(f"{file}: its header has {length:,} bytes, and at most {HEADER_BYTES:,} are read")
+        raise InputError(f"{file}: its header has {length:,} bytes, and at most {HEADER_BYTES:,} are read")
     try:
         yield
     except SafetensorError as error:
         text = f"cannot be read as safetensors ({shown(error)}); other formats are not read"
-        raise ValueError(f"{file}: {text}") from None
+        raise InputError(f"{file}: {text}") from None
 
 
 def _written_settings(config: LoraConfig, modules: list[str]) -> Settings:

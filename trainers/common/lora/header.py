@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 
 SETTINGS_KEY = "lora_adapter_metadata"  # diffusers' entry of the header: JSON of "network.option"
@@ -34,9 +35,9 @@ def header_options(file: str, about: Mapping[str, str]) -> dict[str, Settings]:
     try:
         options = json.loads(about.get(SETTINGS_KEY, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {SETTINGS_KEY} in its header is no JSON ({shown(error)})") from None
+        raise InputError(f"{file}: {SETTINGS_KEY} in its header is no JSON ({shown(error)})") from None
     if not isinstance(options, dict):
-        raise ValueError(f"{file}: {SETTINGS_KEY} in its header must be a JSON object, found {shown(options)}")
+        raise InputError(f"{file}: {SETTINGS_KEY} in its header must be a JSON object, found {shown(options)}")
     found: dict[str, Settings] = {}
     for key, value in options.items():
         network, _, option = key.partition(".")
@@ -44,11 +45,11 @@ def header_options(file: str, about: Mapping[str, str]) -> dict[str, Settings]:
             found.setdefault(network, {})[option] = value
         elif option not in LEFT_OUT and not _is_usual(option, value):
             what = "changes what the LoRA does, and is not supported here"
-            raise ValueError(f"{file}: {shown(key)} = {shown(value)} in its header {what}; {ADVICE}")
+            raise InputError(f"{file}: {shown(key)} = {shown(value)} in its header {what}; {ADVICE}")
     for network, values in found.items():
         for option, problem in _problems(values):
             name, value = shown(f"{network}.{option}"), shown(values[option])
-            raise ValueError(f"{file}: {name} = {value} in its header: {problem}; {ADVICE}")
+            raise InputError(f"{file}: {name} = {value} in its header: {problem}; {ADVICE}")
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from trainers.common.lora.files import ADAPTER, LoraFile, file_name, read_lora, transformers_keys
 
@@ -41,7 +42,7 @@ def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
     for network, state in lora.tensors.items():
         owner = getattr(pipeline, network, None)
         if owner is None:
-            raise ValueError(f"{file}: changes {network}, and the base has none; {advice}")
+            raise InputError(f"{file}: changes {network}, and the base has none; {advice}")
         layers = dict(owner.named_modules())
         for module in lora.ranks(network):
             layer = layers.get(module, layers.get(module.removeprefix("text_model.")))
@@ -51,7 +52,7 @@ def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
             found = "missing" if weight is None else list(weight.shape)
             if found != shape:
                 name = shown(f"{network}.{module}")
-                raise ValueError(f"{file}: changes {name} {shape}, which in the base is {found}; {advice}")
+                raise InputError(f"{file}: changes {name} {shape}, which in the base is {found}; {advice}")
 
 
 def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
@@ -64,7 +65,7 @@ def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
     lora = read_lora(path)
     if set(lora.tensors) != set(networks):
         found, wanted = ", ".join(lora.tensors), ", ".join(networks)
-        raise ValueError(f"{path}: holds a LoRA of {found}, and {wanted} has one here; the networks must be the same")
+        raise InputError(f"{path}: holds a LoRA of {found}, and {wanted} has one here; the networks must be the same")
     own = {}
     for name, network in networks.items():
         wanted = get_peft_model_state_dict(network, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -81,11 +82,11 @@ def _check_shapes(path: Path, name: str, found: dict[str, Tensor], wanted: dict[
     for keys, what in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "has besides")):
         if keys:
             example = f"{len(keys)} tensors of {name}, such as {shown(min(keys))}"
-            raise ValueError(f"{path}: {what} {example}; {advice}")
+            raise InputError(f"{path}: {what} {example}; {advice}")
     for key, value in found.items():
         shapes = f"{list(value.shape)}, and {list(wanted[key].shape)} is wanted"
         if value.shape != wanted[key].shape:
-            raise ValueError(f"{path}: {name}.{shown(key)} is {shapes}; rank and base model must be the same")
+            raise InputError(f"{path}: {name}.{shown(key)} is {shapes}; rank and base model must be the same")
 
 
 def _check_scalings(path: Path, name: str, found: dict[str, float], network: nn.Module) -> None:
@@ -94,4 +95,4 @@ def _check_scalings(path: Path, name: str, found: dict[str, float], network: nn.
         wanted = modules[key].scaling[ADAPTER]
         if abs(scaling - wanted) > 1e-6 * abs(wanted):
             scalings = f"scaled by {scaling:g}, and by {wanted:g} here"
-            raise ValueError(f"{path}: {name}.{shown(key)} is {scalings}; rank, alpha and rsLoRA must be the same")
+            raise InputError(f"{path}: {name}.{shown(key)} is {scalings}; rank, alpha and rsLoRA must be the same")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import in_quotes
 from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.text_to_image.options import StableDiffusionConfig
@@ -157,7 +158,7 @@ class AdapterTrainer(StableDiffusionTrainer):
 
         file, lora = find_lora(Path(output_dir)), read_lora(Path(output_dir))
         if not lora.about.get("base_model"):
-            raise ValueError(f"{file}: its header names no base_model; give a finished run's folder")
+            raise InputError(f"{file}: its header names no base_model; give a finished run's folder")
         place = {name: lora.about.get(f"base_{name}") or None for name in ("revision", "variant")}
         pipeline = read_model(DiffusionPipeline, lora.about["base_model"], safety_checker=None, **place)
         load_into_pipeline(pipeline, file, lora, ADAPTER)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.file_hashes import sha256
 from datasets_lib.foreign import shown
 from trainers.common.model_files import files_digest
@@ -57,7 +58,7 @@ class BaseModel:
         self.option, self.source, self.variant, self.hash_of = option, source, variant, hash_of
         self.place = f"{option} = {source}"
         if not Path(source).is_dir() and (source.count("/") > 1 or source[0] in "./~"):
-            raise FileNotFoundError(f"{option} = {source}: there is no such folder, and hub names read owner/name")
+            raise MissingFileError(f"{option} = {source}: there is no such folder, and hub names read owner/name")
         self.folder = Path(source) if Path(source).is_dir() else self._download(source, revision)
         check_files(self.folder)
         self.index: dict[str, Any] = read_config(self.folder / INDEX) if (self.folder / INDEX).is_file() else {}
@@ -124,7 +125,7 @@ class BaseModel:
         name = read_config(path).get("_class_name", "DDIMScheduler")
         kind: type[SchedulerMixin] | None = getattr(diffusers, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise ValueError(f"{self.place}: its scheduler is a {shown(name)}, which diffusers does not have")
+            raise InputError(f"{self.place}: its scheduler is a {shown(name)}, which diffusers does not have")
         return read_part(kind, path.parent, f"{self.place}, scheduler")
 
     def pipeline(self, **parts: Any) -> Any:
@@ -156,6 +157,6 @@ def check_tokenizer(place: str, tokenizer: Any, config: Any) -> None:
     largest, length = max(tokenizer.get_vocab().values(), default=0), tokenizer.model_max_length
     known, longest = config.vocab_size, getattr(config, "max_position_embeddings", None)
     if largest >= known:
-        raise ValueError(f"{place}: reads {known:,} tokens, and its tokenizer has one of the number {largest:,}")
+        raise InputError(f"{place}: reads {known:,} tokens, and its tokenizer has one of the number {largest:,}")
     if longest is not None and not (isinstance(length, int | float) and 2 < length <= longest):
-        raise ValueError(f"{place}: reads {longest} tokens, and its tokenizer has model_max_length = {shown(length)}")
+        raise InputError(f"{place}: reads {longest} tokens, and its tokenizer has model_max_length = {shown(length)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datasets_lib.errors import InputError
 from trainers.common.diffusion.objective import DDPMObjective, ObjectiveOptions, RectifiedFlow, Timesteps
 from trainers.common.diffusion.sampling import build_sampler
 from trainers.common.text_to_image.base_model import BaseModel
@@ -62,10 +63,10 @@ def _check_prediction(task: str, config: StableDiffusionConfig, scheduler: DDPMS
     predicts, source = scheduler.config.prediction_type, config.pretrained_model_name_or_path
     if predicts == "epsilon" and config.rescale_betas_zero_snr:
         found = "needs prediction_type: v_prediction, and the base model predicts epsilon"
-        raise ValueError(f"{task}.rescale_betas_zero_snr = true: {found} ({source})")
+        raise InputError(f"{task}.rescale_betas_zero_snr = true: {found} ({source})")
     if predicts != "epsilon" and config.dream_detail_preservation is not None:
         found = f"is defined for epsilon, and the base model predicts {predicts}"
-        raise ValueError(f"{task}.dream_detail_preservation = {config.dream_detail_preservation}: {found} ({source})")
+        raise InputError(f"{task}.dream_detail_preservation = {config.dream_detail_preservation}: {found} ({source})")
 
 
 def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Timesteps:
@@ -73,11 +74,11 @@ def build_timesteps(task: str, config: StableDiffusionConfig, total: int) -> Tim
 
     low, high = config.timestep_range or (0, total)
     if high > total:
-        raise ValueError(f"{task}.timestep_range = {[low, high]}: the base model has {total} timesteps")
+        raise InputError(f"{task}.timestep_range = {[low, high]}: the base model has {total} timesteps")
     weights = config.timestep_weights(low, high)
     if weights is not None and len(set(weights)) == 1:
         found = f"favours none of the timesteps {low} to {high - 1} over another"
-        raise ValueError(f"{task}.timestep_bias_strategy = {config.timestep_bias_strategy}: {found}; change its limits")
+        raise InputError(f"{task}.timestep_bias_strategy = {config.timestep_bias_strategy}: {found}; change its limits")
     return Timesteps(low, high, None if weights is None else torch.tensor(weights))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.file_hashes import FileHashes, cache_directory
 from trainers.base import Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
@@ -57,7 +58,7 @@ class StableDiffusionTrainer(Trainer):
         channels, wanted = unet.config.in_channels, self.latents.grid.channels
         if channels != wanted:  # such as the 9 of an inpainting model
             found = f"its UNet sees {channels} channels, and latents have {wanted}; give a text-to-image model"
-            raise ValueError(f"{self.base_model.option} = {self.base_model.source}: {found}")
+            raise InputError(f"{self.base_model.option} = {self.base_model.source}: {found}")
         return networks
 
     def build_networks(self) -> dict[str, nn.Module]:

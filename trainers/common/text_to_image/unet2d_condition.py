@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from datasets_lib.errors import InputError
 from trainers.common.model_files import Grid, Settings, read_file, settings_problems
 
 if TYPE_CHECKING:
@@ -40,5 +41,5 @@ def build_unet(
     for name, value in decided.items():
         if settings.get(name) not in (None, value):
             found = f"has {name} = {settings[name]}, and the base model's other parts need {value}"
-            raise ValueError(f"text_to_image.model_config = {model_config}: {found}; leave it out, or make them equal")
+            raise InputError(f"text_to_image.model_config = {model_config}: {found}; leave it out, or make them equal")
     return UNet2DConditionModel.from_config(settings | decided | {"sample_size": latents.resolution})

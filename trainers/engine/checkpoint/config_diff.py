@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData, StreamData
 from datasets_lib.foreign import shown
 from trainers.engine.config.config import RunConfig
@@ -65,7 +66,7 @@ def check_steps(state: dict[str, Any], clock: Clock, folder: Path) -> None:
     """Raises ValueError if a run with buckets, whose order consists of whole steps, would continue within one."""
     size, slots, steps = clock.global_batch_size, state["slot"], state["step"]
     if clock.bucket_counts and (state["global_batch_size"] != size or slots != steps * size):
-        raise ValueError(
+        raise InputError(
             f"{folder}: {slots:,} examples in {steps:,} steps, the last of {state['global_batch_size']}, and the "
             f"global batch is {size} now: with base.buckets it must be the same in all steps, and base.allow_changes "
             "cannot accept another; set base.global_batch_size, or start a new run"

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets_lib.errors import InputError, MissingFileError
 from trainers.engine.checkpoint.manifest import MANIFEST, DamagedCheckpoint, list_checkpoints, tensor_digests, verify
 from trainers.engine.distributed.shared_folders import Folders
 from trainers.engine.run.context import RunContext
@@ -33,7 +34,7 @@ def find_checkpoint(ctx: RunContext) -> Path | None:
     for place, (_, digests) in zip(folders.places, found, strict=True):
         if digests != found[0][1]:
             places = f"{folders.places[0]} and {place}"
-            raise ValueError(f"resume_from_checkpoint = {resume}: {places} hold different ones; copy one over")
+            raise InputError(f"resume_from_checkpoint = {resume}: {places} hold different ones; copy one over")
     return found[folders.number][0]
 
 
@@ -53,7 +54,7 @@ def _find_latest(folders: Folders, output_dir: Path) -> Path | None:
             folders.accelerator.print(f"  {advice}", flush=True)
         newest_advice = newest_advice or advice
     if newest_advice:
-        raise ValueError(f"no checkpoint is intact and the same in {' and '.join(folders.places)}; {newest_advice}")
+        raise InputError(f"no checkpoint is intact and the same in {' and '.join(folders.places)}; {newest_advice}")
     if steps:
         raise DamagedCheckpoint(
             f"all {len(steps)} checkpoints in {output_dir} are damaged; remove them to start at step 0"
@@ -88,9 +89,9 @@ def _find_named(output_dir: Path, name: str) -> tuple[Path, dict[str, str]]:
         inside = list_checkpoints(folder)
         if inside and not (folder / MANIFEST).exists():
             advice = f"a folder of checkpoints; name one, such as {inside[0][1]}"
-            raise FileNotFoundError(f"resume_from_checkpoint = {name}: {advice}")
+            raise MissingFileError(f"resume_from_checkpoint = {name}: {advice}")
         if folder.is_dir():
             verify(folder)
             return folder, tensor_digests(folder)
     there = ", ".join(folder.name for _, folder in list_checkpoints(output_dir)) or "none"
-    raise FileNotFoundError(f"resume_from_checkpoint = {name}: no such folder; checkpoints in {output_dir}: {there}")
+    raise MissingFileError(f"resume_from_checkpoint = {name}: no such folder; checkpoints in {output_dir}: {there}")

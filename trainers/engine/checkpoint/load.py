@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import read_json, shown
 from trainers.engine.checkpoint.snapshot import DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS, trained_state
 from trainers.engine.checkpoint.state_file import MOST_BYTES
@@ -23,11 +24,11 @@ def compare_shape(folder: Path, network: nn.Module, allow_changes: list[str]) ->
         return
     saved, own = read_json(folder / "config.json", MOST_BYTES), sharding.configuration(network)
     if not isinstance(saved, dict):
-        raise ValueError(f"{folder}: its config.json holds no mapping; the checkpoint was not written by diffloop")
+        raise InputError(f"{folder}: its config.json holds no mapping; the checkpoint was not written by diffloop")
     changed = [key for key in own if saved.get(key) != own[key] and key[0] != "_"]
     found = [f"{key}: {json.dumps(saved.get(key))} -> {json.dumps(own[key])}" for key in changed]
     if found and "network" not in allow_changes:
-        raise ValueError(
+        raise InputError(
             f"{folder}: the network changed ({'; '.join(found)}); undo that, or accept it with "
             "base.allow_changes=[network]"
         )
@@ -41,7 +42,7 @@ def read_weights(folder: Path, networks: dict[str, nn.Module], suffix: str = "")
         differing = sorted(saved.keys() ^ own.keys()) or [key for key in own if saved[key].shape != own[key].shape]
         if differing:
             count = f"{len(differing)} tensors differ, first {shown(differing[0])}"
-            raise ValueError(f"{folder / f'{name}{suffix}'} does not fit this run's network: {count}")
+            raise InputError(f"{folder / f'{name}{suffix}'} does not fit this run's network: {count}")
     return weights
 
 
@@ -60,7 +61,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name in (DIFFUSERS_WEIGHTS, TRAINABLE_WEIGHTS):
         if (folder / name).is_file():
             return _tensors(folder / name)
-    raise ValueError(f"{folder} holds no weights; the checkpoint is of a run with other networks")
+    raise InputError(f"{folder} holds no weights; the checkpoint is of a run with other networks")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         what = f"{path} is not a safetensors file ({error})"
-        raise ValueError(f"{what}; the checkpoint was not written by diffloop") from None
+        raise InputError(f"{what}; the checkpoint was not written by diffloop") from None
 
 
 def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -79,5 +80,5 @@ def read_optimizer_state(folder: Path, networks: dict[str, nn.Module]) -> dict[n
         saved.setdefault(parameter, {})[key] = tensor
     own = sharding.trained_parameters(networks)
     if not saved.keys() <= own.keys():
-        raise ValueError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
+        raise InputError(f"{folder}/optimizer.safetensors has state for parameters that this run does not train")
     return {own[name]: values for name, values in saved.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from datasets_lib.errors import InputError
 from datasets_lib.file_hashes import sha256
 from datasets_lib.foreign import read_json, shown
 from trainers.engine.checkpoint.state_file import STATE, OtherVersion, read_state_file
@@ -16,7 +17,7 @@ SUFFIXES = {".json", ".safetensors"}  # of every file of a checkpoint; neither c
 IGNORED = re.compile(r"\.DS_Store|\.nfs|\._")  # files of operating systems, which are never loaded
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(InputError):
     """A checkpoint whose manifest is missing or does not match its files."""
 
 
@@ -53,13 +54,13 @@ def _read(folder: Path) -> dict[str, tuple[int, str]]:
     """Reads the manifest; raises OSError or ValueError if it is not one."""
     path = folder / MANIFEST
     if path.is_symlink():
-        raise ValueError(f"{MANIFEST} is a link")
+        raise InputError(f"{MANIFEST} is a link")
     manifest = read_json(path, MOST_BYTES)
     if not isinstance(manifest, dict):
-        raise ValueError(f"{MANIFEST} holds no mapping")
+        raise InputError(f"{MANIFEST} holds no mapping")
     for name, entry in manifest.items():
         if not (isinstance(entry, list) and [type(each) for each in entry] == [int, str] and "\0" not in name):
-            raise ValueError(f"{MANIFEST} has {shown(name)}: {shown(entry)}, not a size and a hash")
+            raise InputError(f"{MANIFEST} has {shown(name)}: {shown(entry)}, not a size and a hash")
     return {name: (size, digest) for name, (size, digest) in manifest.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData, StreamData
 from trainers.base import Trainer
 from trainers.engine.checkpoint.config_diff import check_steps, find_changes, option_changes
@@ -60,7 +61,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
     ctx.clock = clock = ctx.clock.resumed_at(state["step"], state["slot"])
     if clock.total_steps < clock.origin_step:
         option = f"max_train_steps = {run.base.max_train_steps}" if run.base.max_train_steps else "num_epochs"
-        raise ValueError(
+        raise InputError(
             f"base.{option}: the run would end at step {clock.total_steps}, and {folder} is later; raise it, or resume "
             "from an earlier checkpoint"
         )
@@ -69,7 +70,7 @@ def read_state(ctx: RunContext, folder: Path | None, train_set: ImageData) -> di
     refused = [change for change in changes if not set(change.names) & set(run.base.allow_changes)]
     if refused:
         names = ",".join(dict.fromkeys([*run.base.allow_changes, *(change.names[0] for change in refused)]))
-        raise ValueError(
+        raise InputError(
             f"{folder}: the training would continue differently; undo these changes, or accept them with "
             f"base.allow_changes=[{names}]:\n" + "\n".join(f"  {change.text}" for change in refused)
         )
@@ -97,7 +98,7 @@ def load(
     averages: dict[str, Tensor] = {}
     for name in networks if ema is not None else ():
         if not (folder / f"{name}_ema").is_dir():
-            raise ValueError(f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false")
+            raise InputError(f"{folder} has no {name}_ema: it was written with use_ema: false; set use_ema to false")
         averages |= {f"{name}.{key}": tensor for key, tensor in read_tensors(folder / f"{name}_ema").items()}
     changed = [key for key, _, _ in option_changes(saved["config"], ctx.run)]
     moments = {} if f"{ctx.run.task}.optimizer" in changed else read_optimizer_state(folder, networks)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from datasets_lib.errors import FileError, InputError
 from datasets_lib.example import StreamData
 from trainers.engine.checkpoint import writer
 from trainers.engine.checkpoint.manifest import list_checkpoints
@@ -76,7 +77,7 @@ class Saver:
             return
         broken = find_not_finite(self.state.networks, self.state.ema, self.state.optimizer)
         if broken is not None:
-            raise ValueError(
+            raise InputError(
                 f"{name} is not written: {broken} is not finite; continue from the checkpoint before with "
                 "a lower learning rate"
             )
@@ -87,7 +88,7 @@ class Saver:
         self.step = steps_done
         for moved in filter(None, moves):
             self.wait()
-            raise OSError(
+            raise FileError(
                 f"base.output_dir = {self.ctx.output_dir}: was moved to {moved} during the run; "
                 f"{name} is there; continue with base.output_dir={moved} base.resume_from_checkpoint=latest"
             )

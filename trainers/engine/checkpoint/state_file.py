@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import read_json, shown
 from trainers.engine.config.schema import coerce
 from trainers.options import Bounds
@@ -45,7 +46,7 @@ READER = {
 BUFFER = {"drawn": Count, "since": list[Count], "rows": Count, "kept": list[Count]}
 
 
-class OtherVersion(ValueError):
+class OtherVersion(InputError):
     """A checkpoint in another format of this file."""
 
 
@@ -54,13 +55,13 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     state = read_json(path, MOST_BYTES)
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds no mapping")
+        raise InputError(f"{path}: holds no mapping")
     if (found := state.get("format")) != FORMAT:
         raise OtherVersion(f"{folder}: written by another version of diffloop (format {shown(found)}, not {FORMAT})")
     try:
         return _checked(folder, state)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def _checked(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -68,16 +69,16 @@ def _checked(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     step, slot = state["step"], state["slot"]
     named = STEP_OF_NAME.fullmatch(folder.resolve().name)
     if named and int(named[1]) != step:
-        raise ValueError(f"step = {step}: must be {named[1]}, as the folder's name says")
+        raise InputError(f"step = {step}: must be {named[1]}, as the folder's name says")
     if not step <= slot <= step * MOST_EXAMPLES_OF_A_STEP:
-        raise ValueError(f"slot = {slot}: cannot be that of step {step}")
+        raise InputError(f"slot = {slot}: cannot be that of step {step}")
     if state["total_steps"] < step:
-        raise ValueError(f"total_steps = {state['total_steps']}: must be at least step {step}")
+        raise InputError(f"total_steps = {state['total_steps']}: must be at least step {step}")
     if len(state["config"]) != 2 or "base" not in state["config"]:
-        raise ValueError("config: must hold two sections, base and the task's")
+        raise InputError("config: must hold two sections, base and the task's")
     for name, value in (state["scaler"] or {}).items():  # not converted: torch takes no float for a whole number
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"scaler.{shown(name)} = {shown(value)}: must be a number")
+            raise InputError(f"scaler.{shown(name)} = {shown(value)}: must be a number")
     state["divergence"] = _fields(state["divergence"], DIVERGENCE, "divergence.")
     if state["meter"]:
         state["meter"] = _meter(_fields(state["meter"], METER, "meter."))
@@ -93,7 +94,7 @@ def _fields(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> 
             found[name] = coerce(values.get(name), kind)
         except ValueError as allowed:
             what = f"{where}{name} = {shown(values[name])}" if name in values else f"lacks {where}{name}"
-            raise ValueError(f"{what}: must be {allowed}") from None
+            raise InputError(f"{what}: must be {allowed}") from None
     return found
 
 
@@ -101,7 +102,7 @@ def _meter(meter: dict[str, Any]) -> dict[str, Any]:
     """Checks that each process has a sum and a count for every name."""
     names = len(meter["names"])
     if not all(len(window) == names and all(len(pair) == 2 for pair in window) for window in meter["windows"]):
-        raise ValueError(f"meter.windows: must hold two numbers for each of {names} names")
+        raise InputError(f"meter.windows: must hold two numbers for each of {names} names")
     return meter
 
 
@@ -109,7 +110,7 @@ def _process(part: dict[str, Any], where: str) -> dict[str, Any]:
     """Checks the place of one process in a stream."""
     process = _fields(part, PROCESS, where)
     if len(process["skipped_before"]) != 2 or not process["turn"] < len(process["readers"]):
-        raise ValueError(f"{where}turn or {where}skipped_before: does not fit its readers")
+        raise InputError(f"{where}turn or {where}skipped_before: does not fit its readers")
     readers = enumerate(process["readers"])
     process["readers"] = [_reader(reader, f"{where}readers[{n}].") if reader else reader for n, reader in readers]
     return process
@@ -118,12 +119,12 @@ def _process(part: dict[str, Any], where: str) -> dict[str, Any]:
 def _reader(values: dict[str, Any], where: str) -> dict[str, Any]:
     reader = _fields(values, READER, where)
     if len(reader["place"]) != 3:
-        raise ValueError(f"{where}place: must be three numbers")
+        raise InputError(f"{where}place: must be three numbers")
     if "buffer" not in values:
         return reader
     buffer = _fields(_fields(values, {"buffer": dict[str, Any]}, where)["buffer"], BUFFER, f"{where}buffer.")
     kept, rows = buffer["kept"], buffer["rows"]
     different = len(set(kept)) == len(kept)
     if not (len(buffer["since"]) == 3 and different and max(kept, default=-1) < rows <= reader["rows_read"]):
-        raise ValueError(f"{where}buffer: its rows do not fit together")
+        raise InputError(f"{where}buffer: its rows do not fit together")
     return reader | {"buffer": buffer}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from datasets_lib.errors import FileError
 from datasets_lib.file_hashes import sha256
 from trainers.engine.checkpoint.manifest import MANIFEST
 from trainers.engine.checkpoint.snapshot import Snapshot
@@ -26,14 +27,14 @@ def stage(taken: Snapshot, output_dir: Path) -> Path:
     needed, free = taken.num_bytes + SPARE_BYTES, shutil.disk_usage(output_dir).free
     space = f"it needs {needed:,} bytes, {free:,} were free"
     if needed > free:
-        raise OSError(f"{name} does not fit in {output_dir}: {space}; {INTACT}")
+        raise FileError(f"{name} does not fit in {output_dir}: {space}; {INTACT}")
     try:
         write(taken, staging)
         if (output_dir / METRICS).exists():
             flush(output_dir / METRICS)  # a checkpoint is never ahead of the log
     except (OSError, SafetensorError) as failure:
         shutil.rmtree(staging, ignore_errors=True)
-        raise OSError(f"{name} could not be written to {output_dir}: {failure}; {space}; {INTACT}") from None
+        raise FileError(f"{name} could not be written to {output_dir}: {failure}; {space}; {INTACT}") from None
     return staging
 
 
@@ -45,7 +46,7 @@ def seal(staging: Path) -> None:
         flush(output_dir)
     except OSError as failure:
         shutil.rmtree(staging, ignore_errors=True)
-        raise OSError(f"{name} could not be written to {output_dir}: {failure}; {INTACT}") from None
+        raise FileError(f"{name} could not be written to {output_dir}: {failure}; {INTACT}") from None
 
 
 def remove(folder: Path) -> None:

@@ -11,10 +11,21 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from trainers.engine.config.eval_networks import classifier_problem, features_problem
-from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section
+from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section, Seed
 
-OF_CAPTIONS = ("trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption")
+OF_CAPTIONS = (
+    "caption_lines",
+    "trigger_word",
+    "shuffle_tags",
+    "keep_tags",
+    "mask_column",
+    "class_data_dir",
+    "class_caption",
+)
 DATA_SOURCES = ("dataset_name", "train_data_dir", "dataset")
+FOLDERS = (
+    "output_dir", "train_data_dir", "dataset_name", "dataset", "class_data_dir", "cache_dir", "encoder_cache_dir",
+)  # fmt: skip
 OpenFraction = Annotated[float, Bounds(1e-9, 1 - 1e-9)]
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -53,7 +64,7 @@ class BaseConfig(Section):
     trainer_class: str | None = None  # "package.module:Class" of a task outside the repository
     resume_from_checkpoint: str | bool | None = None  # latest (or true), a name like checkpoint-500, a path; null: no
     allow_changes: list[str] = field(default_factory=list)  # on resume: options, dataset or global_batch_size to accept
-    seed: NonNegative = 0  # of weights, data order, noise and pictures
+    seed: Seed = 0  # of weights, data order, noise and pictures
     num_epochs: Positive | None = None  # passes over the data; exactly one of it and max_train_steps
     max_train_steps: Positive | None = None  # optimizer steps; exactly one of it and num_epochs
     train_batch_size: Positive = 16  # examples per process and micro-batch
@@ -106,14 +117,18 @@ class BaseConfig(Section):
     image_column: str | None = None  # null: found by type
     label_column: str | None = None  # null: found by type, or the column `label` of a folder's metadata
     caption_column: str | None = None  # null: text, caption or prompt, if there is one
-    caption: str = ""  # the text of every example of a data set without captions
+    caption_lines: bool = False  # each line of a text file beside a picture is a caption, of which one is drawn
+    caption: str | None = None  # the text of every example of a data set without captions; null: empty, if none is seen
     trigger_word: str | None = None  # put in front of every caption, with a comma; null: none
     shuffle_tags: bool = False  # in training, shuffle what commas separate in a caption
     keep_tags: NonNegative = 0  # leading tags that stay in place with shuffle_tags; 0: none but the trigger word
     mask_column: str | None = None  # with grey pictures, one per image; null: mask, if there is one
     class_data_dir: str | None = None  # folder of pictures of the class, for prior preservation; null: none
     class_caption: str | None = None  # the text of every picture in class_data_dir
-    max_train_samples: Positive | None = None  # use a random subset of this many training examples; null: all
+    mask_files: bool = False  # masks are files beside the pictures: NAME-masklabel.png, or mask/NAME.png
+    repeats_column: str | None = None  # of whole numbers: how often each example comes in an epoch; null: once
+    folder_repeats: bool = False  # sub-folders are called 10_name: pictures come so often, the name is their caption
+    max_train_samples: Positive | None = None  # use a random subset of this many training pictures; null: all
     resolution: Positive = 64  # pixels, height and width of an example; with buckets of pictures drawn at validations
     buckets: bool = False  # sizes by aspect ratio, each batch of one, so that little is cropped away
     bucket_max_pixels: Positive | None = None  # area of an example with buckets at most; null: the square of resolution
@@ -154,8 +169,9 @@ class BaseConfig(Section):
 
     def _malformed(self) -> Iterator[tuple[str, str]]:
         logging_dir = PurePosixPath(self.logging_dir)
-        if not self.output_dir.strip():
-            yield "output_dir", "must name a folder"
+        for name in FOLDERS:
+            if not str("-" if getattr(self, name) is None else getattr(self, name)).strip():
+                yield name, "must not be blank (an unset variable of the shell?)"
         if logging_dir.is_absolute() or ".." in logging_dir.parts or not logging_dir.parts:
             yield "logging_dir", "must be a relative path below output_dir, such as logs"
         if self.hub_model_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.hub_model_id):
@@ -186,7 +202,11 @@ class BaseConfig(Section):
             ("dataset_name", self.dataset_name is not None or self.streaming, "dataset_config_name", "cache_dir",
              "image_column"),
             ("eval_steps", self.eval_steps is not None, "eval_num_samples", "eval_features", "eval_classifier"),
-            ("dataset_name and train_data_dir", self.dataset is None, "label_column", "mask_column", "caption_column"),
+            ("dataset_name and train_data_dir", self.dataset is None, "label_column", "mask_column", "caption_column",
+             "repeats_column"),
+            ("train_data_dir", self.train_data_dir is not None and not self.streaming, "caption_lines", "mask_files",
+             "folder_repeats"),
+            ("dataset_name and train_data_dir without streaming", not self.streaming, "repeats_column"),
             ("logger: wandb or both", self.logger in ("wandb", "both"), "run_name"),
         ):  # fmt: skip
             yield from self.without_effect(options, condition, holds)

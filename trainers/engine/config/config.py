@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,9 +18,17 @@ from trainers import TRAINERS
 from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.config.files import ConfigError, read_config_file
-from trainers.engine.config.schema import UNDECIDED, coerce, describe_kind, nearest, options
+from trainers.engine.config.overrides import parse_overrides, with_typed_texts
+from trainers.engine.config.schema import UNDECIDED, coerce, nearest, options
 from trainers.engine.config.trust import OWN, Trust
 from trainers.engine.optim.table import optimizer_problem
+
+ENVIRONMENT = (
+    "environment variables are not read, as a config is written to the run's folder; write the value, ~ for the "
+    "home folder, or give the option on the command line, where the shell replaces them"
+)
+VARIABLE = re.compile(r"(^|/)\$[A-Za-z_]")  # in a path
+OF_TEXTS = re.compile("caption|prompt|word")  # options whose texts may begin so
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
 Schemas = dict[str, type[Section]]  # of the two sections, by name
@@ -69,6 +77,8 @@ def check_config(
     task = _task_of(document, given)
     trainer_class = find_trainer(task, (document["base"] | given.get("base", {})).get("trainer_class"), trust)
     schemas: Schemas = {"base": BaseConfig, task: trainer_class.Config}
+    given, empty = with_typed_texts(given, overrides or [], schemas)
+    problems += empty
     document = _resolve(_merge(document, given, schemas))
 
     checked: dict[str, dict[str, Any]] = {}
@@ -85,14 +95,7 @@ def check_config(
     of_task = list(config.problems(base))
     if problem := optimizer_problem(config.optimizer):
         of_task.append(("optimizer", problem))
-    # rules about several options would only repeat the problem of one of them
-    wrong = {problem.split(" = ")[0] for problem in problems}
-    groups = [{f"{name}.{option}" for option in group} for name in schemas for group in schemas[name].exclusive]
-    wrong = wrong.union(*(group for group in groups if group & wrong))
-    for name, section, found in (("base", base, of_base), (task, config, of_task)):
-        for option, reason in found:
-            if f"{name}.{option}" not in wrong:
-                problems.append(f"{name}.{option} = {_show(getattr(section, option))}: {reason}")
+    problems += _not_repeated(problems, {"base": (base, of_base), task: (config, of_task)})
     problems += _unknown_changes(base.allow_changes, schemas)
     problems += resolve_launcher_values(base, os.environ)
     if problems:
@@ -100,13 +103,14 @@ def check_config(
     return RunConfig(task, base, config, trainer_class)
 
 
-def parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    well_formed = [text for text in overrides if "." in text.partition("=")[0] and "=" in text]
-    problems = [f"{text}: an override reads section.key=value" for text in overrides if text not in well_formed]
-    try:
-        return _plain(OmegaConf.from_dotlist(well_formed)), problems
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(*problems, f"overrides {' '.join(well_formed)} cannot be read: {error}") from None
+def _not_repeated(problems: list[str], rules: dict[str, tuple[Section, list[tuple[str, str]]]]) -> Iterator[str]:
+    """Yields problems between options; one that names a wrong option would only repeat that."""
+    wrong = {problem.split(" = ")[0] for problem in problems}
+    for name, (section, found) in rules.items():
+        names = {option.partition(".")[2] for option in wrong if option.startswith(f"{name}.")}
+        for option, reason in found:
+            if not names & {option, *re.findall(r"\w+", reason)}:
+                yield f"{name}.{option} = {_show(getattr(section, option))}: {reason}"
 
 
 def _task_of(document: dict[str, Any], given: dict[str, Any]) -> str:
@@ -182,7 +186,7 @@ def _resolve(document: dict[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a reference"
         reason = str(error).splitlines()[0]
-        hint = "; environment variables are not read" if "oc.env" in reason else ""
+        hint = f"; {ENVIRONMENT}" if "oc.env" in reason or re.search(r"key '\w+' not found", reason) else ""
         raise ConfigError(f"{key}: {reason}{hint}") from None
 
 
@@ -203,10 +207,15 @@ def _check_section(section: str, values: dict, schemas: Schemas) -> tuple[dict[s
         if value == UNDECIDED:
             problems.append(f"{section}.{key} = {_show(value)}: is to be decided: {known[key].comment}")
             continue
+        if isinstance(value, str) and VARIABLE.search(value) and not OF_TEXTS.search(key):
+            problems.append(f"{section}.{key} = {_show(value)}: {ENVIRONMENT}")
+            continue
         try:
             checked[key] = coerce(value, known[key].kind)
         except ValueError as allowed:
-            problems.append(f"{section}.{key} = {_show(value)}: must be {allowed}")
+            hint = "; a text that reads like a number or word of YAML needs quotes" if "text" in str(allowed) else ""
+            hint = hint if isinstance(value, bool | int | float) else ""
+            problems.append(f"{section}.{key} = {_show(value)}: must be {allowed}{hint}")
     return checked, problems
 
 
@@ -232,16 +241,3 @@ def _unknown_changes(allowed: list[str], schemas: Schemas) -> Iterator[str]:
 
 def _show(value: Any) -> str:
     return json.dumps(value, default=str)
-
-
-def describe(task: str | None) -> Iterator[str]:
-    """Yields the lines of `--describe`: the tasks, or the options of `base` and a task (or "package.module:Class")."""
-    if task is None:
-        yield from (f"{name:24} {target}" for name, target in TRAINERS.items())
-        return
-    trainer_class = find_trainer(task, task if ":" in task else None)
-    for title, schema in (("base", BaseConfig), (task, trainer_class.Config)):
-        yield f"\n{title}:"
-        for option in options(schema).values():
-            yield f"  {option.name}: {describe_kind(option.kind)} = {_show(option.default)}"
-            yield f"      {option.comment}"

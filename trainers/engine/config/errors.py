@@ -1,10 +1,6 @@
-"""Which exceptions are messages to the user, shown without a traceback, and which are bugs."""
+"""The end of a run that a signal asked for."""
 
 from __future__ import annotations
-
-import traceback
-
-OWN_PACKAGES = ("__main__", "train", "trainers", "datasets_lib")
 
 
 class Interrupted(BaseException):
@@ -19,9 +15,3 @@ class Interrupted(BaseException):
 
     def __str__(self) -> str:
         return self.text
-
-
-def is_message(error: BaseException) -> bool:
-    """Whether diffloop itself raised it; what a library or a user's module raises keeps its traceback."""
-    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(names) and names[-1].split(".")[0] in OWN_PACKAGES

@@ -10,11 +10,21 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datasets_lib.errors import InputError, MissingFileError
+from datasets_lib.foreign import reading
+
+ENDINGS = (".json", ".yaml", ".yml")
+OTHERS = {
+    ".jsonc": "write it without comments as .json, or as .yaml",
+    ".json5": "write it without comments as .json, or as .yaml",
+    ".toml": "scripts/import_config.py makes a config of one of kohya's",
+    ".py": "a config is data, not a program",
+}
 MAX_FILE_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000  # after aliases are expanded
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """Lists all problems of a configuration, one per line."""
 
     def __init__(self, *problems: str) -> None:
@@ -23,15 +33,10 @@ class ConfigError(ValueError):
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Reads a mapping; raises FileNotFoundError, or ConfigError if it is too large, malformed or no mapping."""
-    if not path.is_file():
-        searched = f"(searched {path.resolve()})"
-        raise FileNotFoundError(f"config file {path} does not exist {searched}; see configs/ for examples")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_FILE_BYTES}")
-    kind = "JSON" if path.suffix == ".json" else "YAML"
+    """Reads a mapping from a file or pipe; raises MissingFileError, or ConfigError for what is no config."""
+    text = _read_text(path)
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
         document = json.loads(text, object_pairs_hook=_no_duplicates) if kind == "JSON" else _read_yaml(text)
     except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read as {kind}: {error}") from None
@@ -42,18 +47,40 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return document
 
 
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        inside = ", ".join(sorted(each.name for each in path.iterdir() if each.suffix in ENDINGS)[:5]) or "none"
+        raise ConfigError(f"{path} is a folder; give a config file (in it: {inside})")
+    if not path.exists():
+        raise MissingFileError(
+            f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
+        )
+    ending = path.suffix.lower()
+    if ending not in (*ENDINGS, ""):
+        advice = f"; {OTHERS[ending]}" if ending in OTHERS else ""
+        raise ConfigError(f"{path}: a config's name ends in {', '.join(ENDINGS)}{advice}")
+    with reading(path), path.open("rb") as file:  # a pipe, such as <(command), has no size
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} has too many bytes; a config has at most {MAX_FILE_BYTES}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"found duplicate key {name}")
+            raise InputError(f"found duplicate key {name}")
     return dict(pairs)
 
 
 def _read_yaml(text: str) -> Any:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None and _expanded_size(node, {}) > MAX_YAML_NODES:
-        raise ValueError(f"its aliases expand to more than {MAX_YAML_NODES} values; write them out")
+        raise InputError(f"its aliases expand to more than {MAX_YAML_NODES} values; write them out")
     loaded = OmegaConf.create(text) if text.strip() else None  # reads 1e-4 as a number, which plain PyYAML does not
     return OmegaConf.to_container(loaded) if loaded is not None else None
 

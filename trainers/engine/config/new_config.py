@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from datasets_lib.errors import FileError, InputError, MissingFileError
 from datasets_lib.foreign import shown
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig
 from trainers.engine.config.config import find_trainer
@@ -33,20 +34,22 @@ OF_TASK = (
 def write_new_config(task: str, file_name: str) -> str:
     """Writes the YAML config of a task, or of a "package.module:Class"; returns what to do with it.
 
-    Raises ConfigError if there is no such task, ValueError for another ending, FileNotFoundError without the folder,
-    FileExistsError for a file that is there.
+    Raises ConfigError if there is no such task, InputError for another ending or a file that is there, and FileError
+    for a place where it cannot be written.
     """
     path = Path(file_name)
     if path.suffix not in ENDINGS:
-        raise ValueError(f"{shown(path)}: must end in {' or '.join(ENDINGS)}; JSON has no room for the comments")
+        raise InputError(f"{shown(path)}: must end in {' or '.join(ENDINGS)}; JSON has no room for the comments")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{shown(path)}: there is no folder {shown(path.parent)}; make it first")
+        raise MissingFileError(f"{shown(path)}: there is no folder {shown(path.parent)}; make it first")
     text = "\n".join(_lines(task, path)) + "\n"
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise FileExistsError(f"{shown(path)}: exists, and is not overwritten; choose another name") from None
+        raise InputError(f"{shown(path)}: exists, and is not overwritten; choose another name") from None
+    except OSError as error:
+        raise FileError(f"{shown(path)}: cannot be written ({error.strerror})") from None
     return f"{shown(path)}: written; change what says {UNDECIDED}, then: python train.py {shown(path)} --print-config"
 
 

@@ -126,5 +126,6 @@ def describe_kind(kind: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Finds the known name most like `name`."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    """Finds the known name most like `name`, whatever its case."""
+    by_lower = {each.lower(): each for each in known}
+    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]

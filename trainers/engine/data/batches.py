@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData, StreamData
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.data.prefetch import to_device
@@ -86,7 +87,7 @@ def shard_for_rank(accelerator: Accelerator, base: BaseConfig, train_set: ImageD
         return Clock.of_run(base, len(train_set), accelerator, train_set.bucket_of), train_set
     workers = base.dataloader_num_workers
     if len(seen := set(gather_object([train_set.fingerprint]))) > 1:
-        raise ValueError(
+        raise InputError(
             f"the processes see {len(seen)} different lists of shards of {train_set.origin}; give each the same files, "
             "such as those of a folder that all nodes have"
         )

@@ -11,9 +11,9 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
+from datasets_lib.errors import UserError
 from datasets_lib.example import ExampleReader, StreamData
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.config.errors import is_message
 from trainers.engine.data.prefetch import to_device
 from trainers.engine.data.workers import Batch, from_workers
 from trainers.engine.run.clock import Clock
@@ -45,9 +45,7 @@ class StreamBatches(IterableDataset):
                     readers[place] = self.stream.open_reader(place, self.positions[place])
                 batch = self._batch(readers[place], number)
                 yield {**batch, READER: json.dumps([place, readers[place].position()])}
-            except (ValueError, OSError) as error:
-                if not is_message(error):
-                    raise
+            except UserError as error:
                 yield error
 
     def _batch(self, reader: ExampleReader, number: int) -> Batch:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from datasets_lib.errors import FileError, UserError
 from datasets_lib.example import ImageData
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.config.errors import is_message
 from trainers.engine.data.prefetch import Batch
 from trainers.engine.run.randomness import example_generator
 from trainers.engine.run.signals import EXIT_CODES, FAULT, StopSignals
@@ -66,10 +66,8 @@ class SlotExamples(Dataset):
         slot, index = key
         try:
             return {**self.examples.get(index, self._generator(slot)), "slot": slot}
-        except (ValueError, OSError) as error:
-            if is_message(error):
-                return error
-            raise
+        except UserError as error:
+            return error
 
 
 def collate(examples: list[Batch | Exception]) -> Batch | Exception:
@@ -149,7 +147,7 @@ def _next_of(
             if all(worker.is_alive() for worker in workers):
                 raise
             return NoBatch.DEAD
-    raise OSError(
+    raise FileError(
         f"no batch came from the {len(workers)} data workers in base.dataloader_timeout = {timeout_seconds:g} seconds; "
         "look at the disk that holds the data, or raise it"
     )

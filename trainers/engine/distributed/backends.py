@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.optim import Optimizer
 
+from datasets_lib.errors import InputError
 from trainers.base import Trainer, TrainerConfig
 from trainers.engine.distributed import deepspeed, fsdp
 from trainers.engine.optim.table import OPTIMIZERS
@@ -25,12 +26,12 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 def check_devices() -> None:
     """Raises ValueError if this machine has fewer GPUs than processes, or if DeepSpeed is asked for and missing."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("the launcher chose DeepSpeed, which is not installed: pip install diffloop[deepspeed]")
+        raise InputError("the launcher chose DeepSpeed, which is not installed: pip install diffloop[deepspeed]")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "LOCAL_RANK" not in os.environ:
-        raise ValueError("ACCELERATE_USE_DEEPSPEED = true: needs a launcher; start with accelerate launch or torchrun")
+        raise InputError("ACCELERATE_USE_DEEPSPEED = true: needs a launcher; start with accelerate launch or torchrun")
     here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if 0 < count < here and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        raise ValueError(
+        raise InputError(
             f"LOCAL_WORLD_SIZE = {here}: more processes than the {count} GPUs that are visible on this machine; start "
             f"at most {count} (--num_processes, --nproc_per_node), or look at CUDA_VISIBLE_DEVICES"
         )
@@ -40,14 +41,14 @@ def check_engine(accelerator: Accelerator) -> None:
     """Raises ValueError for an engine or an option of it that is not supported, or that accelerate ignores."""
     engine = accelerator.distributed_type
     if engine not in SUPPORTED:
-        raise ValueError(
+        raise InputError(
             f"the launcher chose {engine.value}: not supported; launch with DDP (accelerate launch --multi_gpu), or "
             "with FSDP2 or DeepSpeed (accelerate launch --config_file configs/accelerate/fsdp2.yaml, zero2.yaml or "
             "zero3_offload.yaml)"
         )
     for flag, asked in ASKED_BY.items():
         if engine != asked and parse_flag_from_env(flag):
-            raise ValueError(
+            raise InputError(
                 f"{flag} = true: {asked.value} was asked for, and accelerate runs {engine.value} on "
                 f"{accelerator.device.type} instead; launch on two GPUs or more, or without {asked.value}"
             )
@@ -62,7 +63,7 @@ def check_optimizer(accelerator: Accelerator, config: TrainerConfig) -> None:
     engine, able = _row_name(accelerator), OPTIMIZERS[config.optimizer].engines
     if engine not in able:
         others = [name for name, row in OPTIMIZERS.items() if engine in row.engines]
-        raise ValueError(
+        raise InputError(
             f"optimizer = {config.optimizer}: not supported with {engine}, which divides weights and state over the "
             f"processes and would compute it otherwise; set it to {' or '.join(others)}, or launch with "
             f"{' or '.join(able)}"

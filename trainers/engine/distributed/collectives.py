@@ -8,7 +8,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from trainers.engine.config.errors import is_message
+from datasets_lib.errors import FileError, InputError, UserError
 
 Result = TypeVar("Result")
 
@@ -49,11 +49,9 @@ def _tried(action: Callable[[], Result], where: str) -> tuple[Result | None, Exc
     try:
         return action(), None
     except Exception as error:
-        if isinstance(error, OSError) and (where or not is_message(error)):
-            return None, OSError(f"{where}{error}")
-        if isinstance(error, ValueError) and where and is_message(error):
-            return None, ValueError(f"{where}{error}")
-        return None, error
+        if isinstance(error, OSError):
+            return None, FileError(f"{where}{error}") if where or not isinstance(error, UserError) else error
+        return None, InputError(f"{where}{error}") if where and isinstance(error, UserError) else error
 
 
 def run_on_all(accelerator: Accelerator, action: Callable[[], Result]) -> Result:

@@ -12,6 +12,7 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from datasets_lib.errors import InputError
 from trainers.base import Trainer, TrainerConfig
 from trainers.engine.config.base_options import BaseConfig
 
@@ -74,19 +75,19 @@ def check_deepspeed(accelerator: Accelerator) -> None:
     zero_settings = settings["zero_optimization"]
     stage = zero_settings.get("stage")
     if stage not in (2, 3):
-        raise ValueError(f"zero_stage = {stage!r}: must be 2 or 3; without them {DDP}")
+        raise InputError(f"zero_stage = {stage!r}: must be 2 or 3; without them {DDP}")
     for section in ("optimizer", "scheduler"):
         if section in settings:
-            raise ValueError(f"DeepSpeed's configuration has a section {section}: the run's own is used; take it out")
+            raise InputError(f"DeepSpeed's configuration has a section {section}: the run's own is used; take it out")
     _refuse_unknown("", settings, OPTIONS)
     _refuse_unknown("zero_optimization.", zero_settings, ZERO_OPTIONS)
     for option in ("offload_optimizer", "offload_param"):
         offload = zero_settings.get(option) or {}
         if offload.get("device", "none") not in ("none", "cpu"):
-            raise ValueError(f"{option}_device = {offload['device']}: must be none or cpu")
+            raise InputError(f"{option}_device = {offload['device']}: must be none or cpu")
         _refuse_unknown(f"zero_optimization.{option}.", offload, OFFLOAD_OPTIONS)
     if accelerator.mixed_precision == "fp16":
-        raise ValueError(f"base.mixed_precision = fp16: not supported with DeepSpeed; use bf16, or {DDP}")
+        raise InputError(f"base.mixed_precision = fp16: not supported with DeepSpeed; use bf16, or {DDP}")
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
@@ -96,7 +97,7 @@ def _refuse_unknown(section: str, settings: dict[str, Any], allowed: frozenset[s
     """Refuses other settings: some change the numbers, such as quantized or hierarchically divided weights."""
     unknown = sorted(settings.keys() - allowed)
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"DeepSpeed's configuration has {section}{unknown[0]}: not known to keep what a run promises; take it out. "
             f"Allowed there: {', '.join(sorted(allowed))}"
         )
@@ -109,7 +110,7 @@ def configure_deepspeed(
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     _refuse(networks, base)
     if accelerator.mixed_precision != base.mixed_precision:
-        raise ValueError(
+        raise InputError(
             f"DeepSpeed's configuration says {accelerator.mixed_precision}, and base.mixed_precision is "
             f"{base.mixed_precision}: take its sections bf16 and fp16 out, or make them equal"
         )
@@ -123,7 +124,7 @@ def configure_deepspeed(
     for option, value in own.items():
         said = settings.get(option, "auto")
         if said not in ("auto", value) and (option, said) != ("gradient_accumulation_steps", 1):  # accelerate's default
-            raise ValueError(
+            raise InputError(
                 f"the launcher says {option} = {said}, and the run's configuration comes to {value}: leave the "
                 "launcher's out, or make them equal"
             )
@@ -139,9 +140,9 @@ def configure_deepspeed(
 
 def _refuse(networks: dict[str, nn.Module], base: BaseConfig) -> None:
     if len(networks) > 1:
-        raise ValueError(
+        raise InputError(
             f"DeepSpeed trains one network, and this run has {len(networks)} ({', '.join(networks)}); {DDP}, or train "
             "one of them"
         )
     if base.compile:
-        raise ValueError(f"base.compile = true: not supported with DeepSpeed; set it to false, or {DDP}")
+        raise InputError(f"base.compile = true: not supported with DeepSpeed; set it to false, or {DDP}")

@@ -16,6 +16,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
+from datasets_lib.errors import InputError
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed import backends
 
@@ -25,7 +26,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     backends.check_devices()
     if base.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
+        raise InputError("base.mixed_precision = fp16: needs a CUDA device and none is visible; use bf16 or no")
     # otherwise accelerate's choice, which has none for DeepSpeed without GPUs
     on_cpu = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available()
     accelerator = Accelerator(
@@ -39,7 +40,7 @@ def start_accelerator(base: BaseConfig) -> Accelerator:
     )
     backends.check_engine(accelerator)
     if launched != accelerator.num_processes:
-        raise ValueError(
+        raise InputError(
             f"WORLD_SIZE = {launched}: the launcher started these, {accelerator.num_processes} are connected, "
             "and each would write the same folder; on CPUs launch with ACCELERATE_USE_CPU=true torchrun"
         )
@@ -53,7 +54,7 @@ def accumulation_steps(base: BaseConfig, num_processes: int) -> int:
     at_once = base.train_batch_size * num_processes
     steps, left = divmod(base.global_batch_size, at_once)
     if left:
-        raise ValueError(
+        raise InputError(
             f"base.global_batch_size = {base.global_batch_size}: must be a multiple of {at_once} = "
             f"{base.train_batch_size} (train_batch_size) x {num_processes} processes"
         )

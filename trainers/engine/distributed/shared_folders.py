@@ -13,6 +13,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from datasets_lib.errors import FileError
 from trainers.engine.distributed.collectives import run_on_all, run_on_ranks
 
 PROBE = ".probe-"
@@ -90,20 +91,20 @@ def _leave(token: Path, option: str) -> None:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     except OSError as error:
-        raise OSError(f"{option} = {token.parent}: cannot be written ({error}); choose another folder") from None
+        raise FileError(f"{option} = {token.parent}: cannot be written ({error}); choose another folder") from None
 
 
 def _check(folders: Folders, seen: list[tuple[int, ...]], option: str) -> None:
     for rank, theirs in enumerate(seen):
         place = f"process {rank} on {folders.hosts[rank]}"
         if rank not in theirs:
-            raise OSError(
+            raise FileError(
                 f"{option} = {folders.paths[rank]}: what {place} wrote there is gone at once; wait for another run "
                 "that starts in this folder, or choose another one"
             )
         other = next((each for each in theirs if seen[each] != theirs), None)
         if other is not None:
-            raise OSError(
+            raise FileError(
                 f"{option} = {folders.paths[rank]}: {place} sees there what the processes {list(theirs)} wrote, and "
                 f"process {other} on {folders.hosts[other]} what {list(seen[other])} wrote; mount one folder on all "
                 "hosts, or give each host its own folder"

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData
 from trainers.base import MeasuresData
 from trainers.engine.config.base_options import BaseConfig
@@ -62,7 +63,7 @@ class DryRun:
         """Returns the few examples that the last steps need, and sets the clock to these steps."""
         if ctx.folders.several:
             ctx.folders.on_mains(lambda: shutil.rmtree(ctx.output_dir))
-            raise ValueError(
+            raise InputError(
                 f"--dry-run: the processes have {len(ctx.folders.mains)} output folders "
                 f"({', '.join(ctx.folders.places)}); give all of them one for it, or run it on one host"
             )

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from datasets_lib.errors import FileError, InputError
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.dry_run.plan import TIMED_STEPS, WARM_STEPS, DryRun
@@ -37,7 +38,7 @@ def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
             time.sleep(SECONDS_OF_MAIN)
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, ValueError) and str(folder) in str(error):
-            raise ValueError(f"{error}. That was in the dry run: {folder} is gone with it") from None
+            raise InputError(f"{error}. That was in the dry run: {folder} is gone with it") from None
         raise
     finally:
         if main:
@@ -53,7 +54,7 @@ def _check_run_folder(output_dir: Path, base: BaseConfig) -> None:
     nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         what = "is not a folder" if not nearest.is_dir() else "may not be written"
-        raise OSError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
+        raise FileError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
     if nearest == output_dir:
         refuse_links(output_dir, base)
         try:
@@ -66,7 +67,7 @@ def _check_run_folder(output_dir: Path, base: BaseConfig) -> None:
 def _claim(folder: Path) -> TextIO | None:
     """Locks the folder, and removes what a killed dry run left there."""
     if folder.is_symlink():
-        raise ValueError(f"{folder}: is a link, and a dry run empties its folder; remove it")
+        raise InputError(f"{folder}: is a link, and a dry run empties its folder; remove it")
     folder.mkdir(exist_ok=True)
     lock = lock_folder(folder)
     for path in folder.iterdir():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets_lib.errors import FileError, InputError
 from datasets_lib.example import Example, ImageData
 from datasets_lib.foreign import shown
 from trainers.engine.encoders.rows_file import RowsFile, remove, write_rows
@@ -81,10 +82,10 @@ class Cache:
 
     def _refuse(self, key: str, problem: str) -> None:
         if key in self.rows_by_key:
-            raise ValueError(f"the encoder's row {key} {problem}")
+            raise InputError(f"the encoder's row {key} {problem}")
         file = self.files[key]
         done = file.remove()
-        raise OSError(f"{file.path}: row {shown(key)} {problem}; the file is {done} at the next start")
+        raise FileError(f"{file.path}: row {shown(key)} {problem}; the file is {done} at the next start")
 
     def add(self, rows: dict[str, list[Tensor]]) -> None:
         """Stores rows by key, in memory or in a file."""
@@ -108,7 +109,7 @@ class Cache:
             try:
                 file = RowsFile(path)
             except OSError as error:
-                raise OSError(f"{path}: a cache cannot be read ({error}); check its permissions") from None
+                raise FileError(f"{path}: a cache cannot be read ({error}); check its permissions") from None
             except ValueError as error:
                 print(f"WARNING: {shown(path)} cannot be read ({error}): {remove(path)}", flush=True)
                 continue
@@ -126,7 +127,7 @@ def folder_of(directory: Path, kind: str, source: dict[str, Any]) -> tuple[Path,
             folder.mkdir(parents=True)
             write_text(folder / "source.json", text)
         except OSError as error:  # such as a file in its place, or a link that leads nowhere
-            raise OSError(f"{shown(folder)}: a cache cannot be made there ({shown(error)})") from None
+            raise FileError(f"{shown(folder)}: a cache cannot be made there ({shown(error)})") from None
     return folder, changed
 
 
@@ -139,7 +140,7 @@ class KeyedExamples(ImageData):
         self.whole, self.keys = whole, keys
         self.fingerprint, self.random, self.notes = whole.fingerprint, whole.random, whole.notes
         self.label_names, self.highest_label = whole.label_names, whole.highest_label
-        self.encoded_by, self.caption_note = whole.encoded_by, whole.caption_note
+        self.encoded_by, self.caption_note, self.no_labels = whole.encoded_by, whole.caption_note, whole.no_labels
 
     def __len__(self) -> int:
         return len(self.whole)

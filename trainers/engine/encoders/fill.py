@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData
 from datasets_lib.file_hashes import cache_directory
 from trainers.base import Encoder
@@ -54,7 +55,7 @@ def fill_caches(accelerator: Accelerator, encoders: FrozenEncoders, base: BaseCo
                 wanted |= {text_key(text): text for text in texts}
             elif column == "caption" or not encoder.optional:
                 what = f"the data set does not list the values of column {column}"
-                raise ValueError(f"encoder {name} cannot be cached: {what}; set its cache to null")
+                raise InputError(f"encoder {name} cannot be cached: {what}; set its cache to null")
         encoders.caches[name] = _filled(accelerator, encoders, base, name, wanted)
         encoders.release(name)
         seconds = time.perf_counter() - began - encoders.build_seconds.get(name, 0.0)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from datasets_lib.errors import FileError, InputError
 from datasets_lib.foreign import shown
 from trainers.engine.run.files import flush, write_tensors
 
@@ -49,7 +50,7 @@ def write_rows(folder: Path, rows: dict[str, list[Tensor]]) -> None:
     except (OSError, SafetensorError) as error:
         staged.unlink(missing_ok=True)
         space = f"it needs {needed:,} bytes, {shutil.disk_usage(folder).free:,} are free"
-        raise OSError(f"{folder}: a cache cannot be written ({error}); {space}; what is there stays") from None
+        raise FileError(f"{folder}: a cache cannot be written ({error}); {space}; what is there stays") from None
 
 
 class RowsFile:
@@ -67,13 +68,13 @@ class RowsFile:
             numbers.pop(CHECKSUMS, None)
             checksums = self.file.get_tensor(CHECKSUMS)
         except SafetensorError as error:
-            raise ValueError(shown(error)) from None
+            raise InputError(shown(error)) from None
         self.counts = {key: len(found) for key, found in sorted(numbers.items())}
         for key, found in numbers.items():
             if found != {str(number) for number in range(len(found))}:
-                raise ValueError(f"row {shown(key)} is not whole")
+                raise InputError(f"row {shown(key)} is not whole")
         if checksums.dtype != torch.int64 or checksums.shape != (len(numbers),):
-            raise ValueError("it has no checksum for each row")
+            raise InputError("it has no checksum for each row")
         self.checksums = dict(zip(self.counts, checksums.tolist(), strict=True))
 
     def row(self, key: str) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets_lib.errors import InputError
 from trainers.base import Encoder, Trainer
 from trainers.engine.encoders.cache import Cache, text_key
 
@@ -38,7 +39,7 @@ class FrozenEncoders:
             if written is None and encoder.reads in batch:
                 written = self.run(name, batch[encoder.reads])
             if written is None and not encoder.optional:
-                raise ValueError(f"encoder {name} reads {encoder.reads!r}; the data set has {', '.join(batch)}")
+                raise InputError(f"encoder {name} reads {encoder.reads!r}; the data set has {', '.join(batch)}")
             batch = {**batch, **(written or {})}
         return batch
 
@@ -72,7 +73,7 @@ class FrozenEncoders:
             self.build_seconds[name] = time.perf_counter() - began
         columns = encoder.encode(self._built[name], values)
         if set(columns) != set(encoder.writes):
-            raise ValueError(f"encoder {name} wrote {sorted(columns)}; its `writes` says {sorted(encoder.writes)}")
+            raise InputError(f"encoder {name} wrote {sorted(columns)}; its `writes` says {sorted(encoder.writes)}")
         return columns
 
     def release(self, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from trainers.base import Trainer
 from trainers.engine.config.config import RunConfig
@@ -73,7 +74,7 @@ def check_hub_login(push_to_hub: bool) -> None:
         from huggingface_hub import get_token
 
         if get_token() is None:
-            raise ValueError("base.push_to_hub = true: you are not logged in; run `hf auth login`, or set it to false")
+            raise InputError("base.push_to_hub = true: you are not logged in; run `hf auth login`, or set it to false")
 
 
 def publish(ctx: RunContext, trainer: Trainer, tracker: Tracker, pipeline_files: list[str]) -> None:

@@ -8,6 +8,7 @@ import shutil
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from datasets_lib.errors import FileError, InputError
 from datasets_lib.foreign import shown
 from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.snapshot import TrainState, first_not_finite, full_tensor
@@ -47,7 +48,7 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
             {f"{name}.{key}": value for name, own in weights.items() for key, value in own.items()}
         )
         if broken is not None:  # such as of a checkpoint that somebody sent
-            raise ValueError(
+            raise InputError(
                 f"the pipeline is not written: {shown(broken)} is not finite; continue from an earlier checkpoint"
             )
         trainer.unwrapped = {name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()}
@@ -56,7 +57,7 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
             names = publish_pipeline(staging, output_dir)
             tracker.log_pipeline(names, {"step": steps_done} | ctx.clock.epochs(steps_done))
         except (OSError, SafetensorError) as error:
-            raise OSError(f"the pipeline could not be written to {output_dir}: {error}") from None
+            raise FileError(f"the pipeline could not be written to {output_dir}: {error}") from None
         finally:
             trainer.unwrapped = live
             shutil.rmtree(staging, ignore_errors=True)

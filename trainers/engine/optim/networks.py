@@ -13,6 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from datasets_lib.errors import InputError
 from trainers.base import RunInfo, Trainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
@@ -38,6 +39,7 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, data: 
         total_steps=clock.total_steps,
         label_names=data.train.label_names,
         highest_label=max((label for label in labels if label is not None), default=None),
+        no_labels=data.train.no_labels,
         captions=None if texts is None else list(islice(dict.fromkeys(islice(texts, 1000)), SHOWN_CAPTIONS)),
         encoded_by=data.train.encoded_by,
     )
@@ -62,7 +64,7 @@ def prepare_networks(
     reserved = {"samples", Path(base.logging_dir).parts[0]}
     for name, network in networks.items():
         if name in reserved or CHECKPOINT_NAME.fullmatch(name):
-            raise ValueError(f"network {name} would share the run's folder {name}; rename it, or base.logging_dir")
+            raise InputError(f"network {name} would share the run's folder {name}; rename it, or base.logging_dir")
         network.train()  # from_pretrained returns networks in eval mode
         if accelerator.device.type == "cuda" if base.channels_last is None else base.channels_last:
             network.to(memory_format=torch.channels_last)  # of weights with four axes; the activations follow
@@ -102,7 +104,7 @@ def _compile(networks: dict[str, nn.Module], only_blocks: bool) -> None:
     """Compiles in place, as a wrapper would change names in checkpoints; networks without named blocks as a whole."""
     with_blocks = {name for name, network in networks.items() if getattr(network, "_repeated_blocks", None)}
     if only_blocks and not with_blocks:
-        raise ValueError(
+        raise InputError(
             f"base.compile_repeated_blocks = true: the networks ({', '.join(networks)}) name no repeated blocks; set "
             "it to false"
         )
@@ -114,5 +116,5 @@ def _compile(networks: dict[str, nn.Module], only_blocks: bool) -> None:
 
 def _method(network: nn.Module, name: str, method: str, option: str) -> Any:
     if not hasattr(network, method):
-        raise ValueError(f"base.{option} = true: network {name} ({type(network).__name__}) does not support it")
+        raise InputError(f"base.{option} = true: network {name} ({type(network).__name__}) does not support it")
     return getattr(network, method)

@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from datasets_lib.errors import InputError
 from trainers.base import TrainerConfig
 from trainers.engine.distributed import deepspeed
 from trainers.engine.distributed.sharding import whole
@@ -25,10 +26,10 @@ def build_optimizer(
     """Builds the optimizer; scale_lr multiplies the rates by the global batch size."""
     for group in groups:
         if not group["params"]:
-            raise ValueError(f"network {group['name']} has no trainable parameters; set requires_grad or leave it out")
+            raise InputError(f"network {group['name']} has no trainable parameters; set requires_grad or leave it out")
         dtypes = {p.dtype for p in group["params"]} - {torch.float32}
         if dtypes:
-            raise ValueError(f"network {group['name']} trains weights in {dtypes}; small updates vanish, use float32")
+            raise InputError(f"network {group['name']} trains weights in {dtypes}; small updates vanish, use float32")
         group["initial_lr"] = group["lr"] * (clock.global_batch_size if config.scale_lr else 1)
     return OPTIMIZERS[config.optimizer].build(groups, config, device)
 

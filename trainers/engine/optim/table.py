@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datasets_lib.errors import InputError
 from trainers.base import TrainerConfig
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def _adamw(groups: list[dict[str, Any]], config: TrainerConfig, device: torch.de
 def _adamw_8bit(groups: list[dict[str, Any]], config: TrainerConfig, device: torch.device) -> Optimizer:
     """bitsandbytes', whose moments take a quarter of the memory."""
     if device.type != "cuda":
-        raise ValueError(f"optimizer = adamw_8bit: needs a CUDA device, this run is on {device.type}; set it to adamw")
+        raise InputError(f"optimizer = adamw_8bit: needs a CUDA device, this run is on {device.type}; set it to adamw")
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **_adam_settings(config))

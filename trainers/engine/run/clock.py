@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
+from datasets_lib.errors import InputError
 from trainers.engine.config.base_options import BaseConfig
 
 
@@ -34,13 +35,13 @@ class Clock(NamedTuple):
     ) -> Clock:
         """Makes the clock; with `base.buckets`, `bucket_of(index)` numbers the bucket of an example."""
         if num_examples == 0:
-            raise ValueError("the training set has 0 examples; check the data options of section base")
+            raise InputError("the training set has 0 examples; check the data options of section base")
         steps, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
         clock = cls(num_examples, base.train_batch_size, steps, processes, base.num_epochs, base.max_train_steps)
         if not base.buckets:
             return clock
         if bucket_of is None:
-            raise ValueError("base.buckets = true: the data set has no bucket_of(index); set it to false")
+            raise InputError("base.buckets = true: the data set has no bucket_of(index); set it to false")
         return clock._replace(bucket_counts=tuple(Counter(map(bucket_of, range(num_examples or 0))).values()))
 
     def resumed_at(self, step: int, slot: int) -> Clock:

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datasets_lib.errors import FileError
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
@@ -28,7 +30,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         staged.replace(path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}{_space(path)}") from None
+        raise FileError(f"{path} cannot be written: {error}{_space(path)}") from None
     finally:
         staged.unlink(missing_ok=True)
 
@@ -46,7 +48,7 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
         with open(os.open(path, flags, 0o666), "wb") as file:  # buffered: it writes all, or raises
             file.write(f"{json.dumps(values)}\n".encode())
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}{_space(path)}") from None
+        raise FileError(f"{path} cannot be written: {error}{_space(path)}") from None
 
 
 def _space(path: Path) -> str:
@@ -71,3 +73,11 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; raises FileError if it cannot, such as for a file in its place."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: no folder can be made there ({error}); choose another place") from None

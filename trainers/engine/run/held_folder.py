@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from datasets_lib.errors import FileError
 from datasets_lib.foreign import shown
 
 DESCRIPTORS = Path("/proc/self/fd")  # of Linux; elsewhere a moved folder counts as deleted
@@ -33,12 +34,12 @@ class HeldFolder:
             moved = self.path
         if self._is(moved):
             return moved
-        raise OSError(f"base.output_dir = {shown(self.path)}: was deleted during the run; start anew")
+        raise FileError(f"base.output_dir = {shown(self.path)}: was deleted during the run; start anew")
 
     def check(self) -> None:
         """Raises OSError if the folder's path leads elsewhere, or nowhere."""
         if (place := self.moved_to()) is not None:
-            raise OSError(
+            raise FileError(
                 f"base.output_dir = {shown(self.path)}: was moved to {shown(place)} during the run; continue there"
             )
 

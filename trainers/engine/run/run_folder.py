@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from accelerate import Accelerator
 
+from datasets_lib.errors import InputError
 from datasets_lib.foreign import check_regular, shown
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.shared_folders import PROBE, Folders, find_folders
@@ -62,7 +63,7 @@ def refuse_links(output_dir: Path, base: BaseConfig) -> None:
     names.append(Path(base.logging_dir, "wandb"))
     for path in (output_dir / name for name in names):
         if path.is_symlink():
-            raise ValueError(f"base.output_dir = {output_dir}: {path} is a link; replace it by what it leads to")
+            raise InputError(f"base.output_dir = {output_dir}: {path} is a link; replace it by what it leads to")
 
 
 def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | None:
@@ -76,11 +77,11 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
     try:
         descriptor = os.open(output_dir / LOCK, flags, 0o666)
     except IsADirectoryError:
-        raise ValueError(wrong) from None
+        raise InputError(wrong) from None
     about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:  # what is written into it must not change another file
         os.close(descriptor)
-        raise ValueError(wrong)
+        raise InputError(wrong)
     file = open(descriptor, "r+", encoding="utf-8", errors="replace")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +93,7 @@ def lock_folder(output_dir: Path, option: str = "base.output_dir") -> TextIO | N
         file.seek(0)
         holder = shown(file.read(200).strip()) or "another process"
         file.close()
-        raise ValueError(
+        raise InputError(
             f"{option} = {output_dir}: in use by {holder}; wait for that run, stop it with kill -TERM, or choose "
             f"another {option}"
         ) from None
@@ -118,7 +119,7 @@ def refuse_another_run(output_dir: Path, base: BaseConfig) -> None:
     held = [] if held == [base.logging_dir] else held  # left behind by a failed start
     if held and not base.resume_from_checkpoint:
         names = ", ".join(map(shown, held[:5]))
-        raise ValueError(
+        raise InputError(
             f"base.output_dir = {output_dir}: holds a run or other folders already ({names}); continue "
             "with base.resume_from_checkpoint=latest, choose another base.output_dir, or remove the folder"
         )

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from datasets_lib.errors import FileError, InputError
 from trainers.engine.config.errors import Interrupted
 
 EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -172,9 +173,9 @@ class StopSignals:
         text = next(filter(None, gather_object([self.text])), "")  # all ranks leave together, after the trackers
         way_on = f"checkpoint-{self.steps_done} is written; {WAY_ON}"
         if self.reason == DIVERGED:
-            raise ValueError(text)
+            raise InputError(text)
         if self.reason == FAULT:
-            raise OSError(f"{text}; {way_on}")
+            raise FileError(f"{text}; {way_on}")
         name = signal.Signals(self.reason).name
         text = f"ended by {name} after step {self.steps_done}; {way_on}" if self.main else ""  # once is enough
         raise Interrupted(text, EXIT_CODES[self.reason])

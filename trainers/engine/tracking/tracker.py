@@ -19,7 +19,7 @@ from trainers.engine.config.config import RunConfig
 from trainers.engine.config.trust import RUN_CONFIG
 from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.run.context import RunContext
-from trainers.engine.run.files import append_line, new_file, write_text
+from trainers.engine.run.files import append_line, make_folder, new_file, write_text
 from trainers.engine.run.run_folder import (
     INDEX_FILES,
     METRICS,
@@ -56,7 +56,7 @@ class Tracker:
 
     def _open(self, run: RunConfig, start_step: int) -> dict[str, int]:
         """Starts the trackers at the run's step; returns the step at which each metric was last logged."""
-        (self.output_dir / run.base.logging_dir).mkdir(parents=True, exist_ok=True)
+        make_folder(self.output_dir / run.base.logging_dir)
         logged_at = self._resume_logs(start_step)
         for name in COMBINED.get(run.base.logger, (run.base.logger,)):
             module, _, cls = TRACKERS[name].partition(":")

@@ -9,6 +9,7 @@ from typing import Any
 import wandb
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from trainers.engine.tracking.external import ExternalTracker, opaque_pixels
 
 
@@ -28,7 +29,7 @@ class WandBTracker(ExternalTracker):
         except Exception as error:
             if type(error).__module__.startswith("wandb"):
                 reason = f"base.logger = {base.logger}: W&B does not start: {error}"
-                raise ValueError(f"{reason}; run `wandb login`, or set WANDB_MODE=offline") from None
+                raise InputError(f"{reason}; run `wandb login`, or set WANDB_MODE=offline") from None
             raise
         self.wandb_run.config.update(self.run.as_dict(), allow_val_change=True)
 

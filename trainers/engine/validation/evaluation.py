@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from accelerate import Accelerator
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData
 from trainers.base import Trainer
 from trainers.engine.distributed.collectives import run_on_main
@@ -43,14 +44,14 @@ class Evaluation:
         option = f"base.eval_steps = {base.eval_steps}"
         if not self.requests:
             without = " without base.validation_split" if self.trainer.draws_held_out and validation_set is None else ""
-            raise ValueError(f"{option}: this task draws no pictures{without}; set it to null")
+            raise InputError(f"{option}: this task draws no pictures{without}; set it to null")
         if "image" not in self.data.train.get(0, None):
-            raise ValueError(f"{option}: the data set holds latents, and metrics compare pictures; set it to null")
+            raise InputError(f"{option}: the data set holds latents, and metrics compare pictures; set it to null")
         if self.reconstructs and base.eval_features == "none":
-            raise ValueError(f"{option}: base.eval_features = none measures nothing of reconstructions; name a network")
+            raise InputError(f"{option}: base.eval_features = none measures nothing of reconstructions; name a network")
         if self.reconstructs and len(self.requests) < metrics.LEAST_PICTURES:
             found = f"base.eval_num_samples and the validation set give {len(self.requests)} pictures"
-            raise ValueError(f"{option}: {found}, and metrics need {metrics.LEAST_PICTURES}; set it to null")
+            raise InputError(f"{option}: {found}, and metrics need {metrics.LEAST_PICTURES}; set it to null")
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics of `eval_num_samples` pictures, the same on every rank."""

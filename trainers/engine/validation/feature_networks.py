@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from datasets_lib.errors import InputError
 from trainers.engine.config.eval_networks import ALLOWED_FEATURES
 from trainers.pretrained import read_model
 
@@ -56,7 +57,7 @@ def _inception() -> nn.Module:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
         reason = f"its weights cannot be downloaded ({error})"
-        raise ValueError(f"eval_features = inception: {reason}; allowed: {ALLOWED_FEATURES}") from None
+        raise InputError(f"eval_features = inception: {reason}; allowed: {ALLOWED_FEATURES}") from None
 
 
 def _torchscript(path: str, device: torch.device) -> torch.jit.ScriptModule:
@@ -64,7 +65,7 @@ def _torchscript(path: str, device: torch.device) -> torch.jit.ScriptModule:
         return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a TorchScript file ({first}); make one with torch.jit.save") from None
+        raise InputError(f"{path}: not a TorchScript file ({first}); make one with torch.jit.save") from None
 
 
 def _torchvision(name: str, file: str, device: torch.device) -> PictureNetwork:
@@ -79,10 +80,10 @@ def _torchvision(name: str, file: str, device: torch.device) -> PictureNetwork:
         network.load_state_dict(load_file(file) if is_safe else torch.load(file, "cpu", weights_only=True))
     except Exception as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"eval_features = {name}:{file}: these are not the weights of {name} ({first})") from None
+        raise InputError(f"eval_features = {name}:{file}: these are not the weights of {name} ({first})") from None
     linear = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"eval_features = {name}:{file}: {name} ends in no linear layer; take one such as resnet50")
+        raise InputError(f"eval_features = {name}:{file}: {name} ends in no linear layer; take one such as resnet50")
     network.set_submodule(linear[-1], nn.Identity())
     network = network.to(device).eval()
     preset = get_model_weights(name).DEFAULT.transforms()

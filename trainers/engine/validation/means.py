@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from trainers.engine.encoders.stages import FrozenEncoders
 from trainers.engine.run.randomness import SlotRandom
 
@@ -29,7 +30,7 @@ def mean_over(
         for name, values in measure(encoders.encode(batch), rng).items():
             if values.shape != batch["slot"].shape:
                 size = len(batch["slot"])
-                raise ValueError(
+                raise InputError(
                     f"the metric {name} has the shape {list(values.shape)}; it must be [{size}], a number for each "
                     f"example: name the numbers of a vector one by one, such as {name}/0"
                 )

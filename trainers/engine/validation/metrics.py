@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import DataSet
 from trainers.engine.validation.feature_networks import PictureNetwork
 
@@ -63,7 +64,7 @@ def pictures_of(dataset: DataSet, numbers: list[int], batch_size: int) -> Iterat
     for first in range(0, len(numbers), batch_size):
         examples = [dataset.get(number, None) for number in numbers[first : first + batch_size]]
         if "image" not in examples[0]:
-            raise ValueError("the data set holds latents; name the pictures', as with base.dataset=digits")
+            raise InputError("the data set holds latents; name the pictures', as with base.dataset=digits")
         yield torch.stack([example["image"] for example in examples]) / 2 + 0.5, as_labels(examples)
 
 
@@ -126,7 +127,7 @@ def feature_metrics(drawn: Tensor, real: Tensor) -> dict[str, float]:
 
     if min(len(drawn), len(real)) < LEAST_PICTURES:
         found = f"{len(drawn)} drawn and {len(real)} real pictures"
-        raise ValueError(f"{found}: metrics need at least {LEAST_PICTURES} of each")
+        raise InputError(f"{found}: metrics need at least {LEAST_PICTURES} of each")
     if not (drawn.isfinite().all() and real.isfinite().all()):
         return dict.fromkeys(("fid", "kid", "precision", "recall"), math.nan)
     drawn, real = drawn.double(), real.double()
@@ -166,7 +167,7 @@ def train_classifier(real: Described, most: int = 10_000) -> Callable[[Tensor], 
     chosen = spread(len(real.vectors), most)
     labels = None if real.labels is None else real.labels[chosen]
     if labels is None or len(labels.unique()) < 2:
-        raise ValueError("the real pictures are all of one class; class accuracy needs at least two")
+        raise InputError("the real pictures are all of one class; class accuracy needs at least two")
     machine = SVC(C=10).fit(real.vectors[chosen].numpy(), labels.numpy())
     return lambda vectors: torch.from_numpy(machine.predict(vectors.numpy()))
 

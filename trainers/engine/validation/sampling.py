@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import DataSet
 from trainers.base import Trainer
 from trainers.engine.run.randomness import SlotRandom
@@ -50,7 +51,7 @@ def draw(
         for name, images in drawn.items():
             if images.ndim != 4 or len(images) != len(chosen):
                 found = f"sample() of {type(trainer).__name__} returned {name} of shape {list(images.shape)}"
-                raise ValueError(f"{found}; it must be [{len(chosen)}, C, H, W], a picture for each request")
+                raise InputError(f"{found}; it must be [{len(chosen)}, C, H, W], a picture for each request")
             batches.setdefault(name, []).append(images.cpu())
     return batches
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from datasets_lib.errors import InputError
 from datasets_lib.example import ImageData, StreamData
 from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.saver import Saver
@@ -108,7 +109,7 @@ class Validation:
         found = run_on_main(self.accelerator, lambda: trainer.sample_metrics(asked, pictures))
         if both := found.keys() & metrics.keys():
             which = f"validation_metrics and sample_metrics both return {min(both)}"
-            raise ValueError(f"{type(trainer).__name__}: {which}; rename one")
+            raise InputError(f"{type(trainer).__name__}: {which}; rename one")
         return metrics | found, pictures
 
     def _readable(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""kohya's folders: images in `10_ohwx cat` come ten times an epoch, with the caption `ohwx cat` if they have none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets_lib.errors import InputError
+from datasets_lib.foreign import shown
+
+NUMBERED = re.compile(r"(\d{1,5})_(.+)")
+
+
+class Numbered(NamedTuple):
+    """What the name of a picture's folder says."""
+
+    repeats: int
+    name: str
+
+
+def numbered_folders(images: list[Path], folder: Path) -> dict[Path, Numbered]:
+    """Return what the first-level sub-folder of each image says; raise InputError for one without a number."""
+    found = {}
+    for image in images:
+        parts = image.relative_to(folder).parts
+        match = NUMBERED.fullmatch(parts[0]) if len(parts) > 1 else None
+        if match is None or int(match[1]) == 0:
+            raise InputError(
+                f"base.folder_repeats = true: {shown(image)} is in no sub-folder called like 10_name, with its "
+                "repeats; move it into one, or set base.folder_repeats=false"
+            )
+        found[image] = Numbered(int(match[1]), match[2].strip())
+    return found
+
+
+def proposal(images: list[Path], folder: Path) -> str | None:
+    """A line on base.folder_repeats, if all first-level sub-folders are called so."""
+    depth = len(folder.parts)
+    firsts = {path.parts[depth] if len(path.parts) > depth + 1 else "" for path in images}
+    if not all(NUMBERED.fullmatch(name) for name in firsts):
+        return None
+    return (
+        f"the sub-folders of {shown(folder)} are called like kohya's 10_name: base.folder_repeats=true repeats their "
+        "images so often, and captions those without a text by the rest of the name"
+    )

@@ -1,0 +1,129 @@
+"""Rows of tables that list pictures: JSON lines, CSV and parquet; what cannot be read is named with its row or line."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets_lib.errors import InputError
+from datasets_lib.foreign import shown
+from datasets_lib.images.files import METADATA_BYTES, TEXT_BYTES, lines_of, open_text
+from datasets_lib.sources.parquet_size import check_unpacked
+
+DELIMITERS = ",;\t"  # the second is Excel's where a comma divides whole from tenths
+
+
+class Row(NamedTuple):
+    """One row of a table, and what messages call it."""
+
+    columns: dict[str, Any]
+    place: str
+
+
+def read_table(file: Path) -> list[Row]:
+    """Read a table by the end of its name: .csv, .parquet, or else JSON lines."""
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        return list(_parquet_rows(file))
+    with open_text(file, METADATA_BYTES, newline="") as opened:
+        lines = lines_of(opened, file)
+        return list(_csv_rows(lines, file) if kind == ".csv" else _json_rows(lines, file))
+
+
+def _csv_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
+    header = next(filter(str.strip, lines), "")
+    delimiter = _delimiter(header, file)
+    rows = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
+    with _long_fields():
+        try:
+            names = [name.strip() for name in next(rows)]
+            for number, fields in enumerate(filter(None, rows), 1):
+                if len(fields) != len(names):
+                    quote = f'; quote texts that have a "{delimiter}"' if len(fields) > len(names) else ""
+                    raise InputError(
+                        f"row {number} of {shown(file)} (line {rows.line_num}) has {len(fields)} fields, and the "
+                        f"header {len(names)} ({', '.join(map(shown, names))}){quote}"
+                    )
+                yield Row(dict(zip(names, fields, strict=True)), f"row {number} of {file}")
+        except csv.Error as error:
+            raise InputError(
+                f"{shown(file)} cannot be read after line {rows.line_num} ({shown(error)}); mend it"
+            ) from None
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lets a field be as long as a line may be: a column of embeddings need not be used to be there."""
+    before = csv.field_size_limit(TEXT_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _delimiter(header: str, file: Path) -> str:
+    """The one that divides the header so that a column is called file_name; InputError if none does."""
+    most: list[str] = []
+    for delimiter in DELIMITERS:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        if "file_name" in names:
+            return delimiter
+        most = max(most, names, key=len)
+    found = shown(", ".join(most)) or "none"
+    raise InputError(
+        f"{shown(file)}: its first line has no column file_name (columns: {found}); name the column of pictures so"
+    )
+
+
+def _json_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
+    for number, line in enumerate(filter(str.strip, lines), 1):
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON, a number of thousands of digits; nested deeply
+            found = json.loads(line)
+            # more colons than keys: one may be there twice; to look always is three times as slow
+            doubtful = isinstance(found, dict) and line.count(":") > len(found)
+            row = json.loads(line, object_pairs_hook=_without_doubles) if doubtful else found
+        if not isinstance(row, dict):
+            found = shown(repr(line.strip()))
+            raise InputError(
+                f"row {number} of {shown(file)} has the line {found}, which is not a JSON object that can be read; "
+                "write one object a line, with each key once"
+            )
+        yield Row(row, f"row {number} of {file}")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    """The columns of texts, numbers and lists of texts; others, such as embeddings, are not read."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        check_unpacked(file)
+        schema = parquet.read_schema(file)
+        names = [field.name for field in schema if _is_plain(field.type)]
+        rows = parquet.read_table(file, columns=names).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"{shown(file)}: {shown(error)}") from None
+    yield from (Row(row, f"row {number} of {file}") for number, row in enumerate(rows, 1))
+
+
+def _is_plain(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+        return types.is_string(kind) or types.is_large_string(kind)
+    checks = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(check(kind) for check in checks) or types.is_dictionary(kind)

@@ -1,0 +1,267 @@
+"""Folders as other tools, systems and people make them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from image_folders import build, captions, examples, labels, save, values, write
+from PIL import Image
+
+import datasets_lib
+
+# --- splits
+
+
+def split_folders(tmp_path, *folders):
+    for number, name in enumerate(folders):
+        save(tmp_path / name / "a.png", number)
+    return tmp_path
+
+
+@pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation", "Test", "testing"])
+def test_folders_of_splits_are_no_classes(tmp_path, held_out):
+    top = split_folders(tmp_path, "train/cat", "train/dog", f"{held_out}/cat", f"{held_out}/dog")
+    dataset = build(top)
+    assert (values(dataset), dataset.label_names) == ([0, 1], ["cat", "dog"])
+    assert dataset.notes[0] == (
+        f"trains on the sub-folder train of {top}, and not on {held_out}: name one in base.validation_split"
+    )
+    named = build(top, validation_split=held_out)
+    assert (values(named), values(build(top, "validation", validation_split=held_out))) == ([0, 1], [2, 3])
+    part = build(top, validation_split=0.5), build(top, "validation", validation_split=0.5)
+    assert sorted(values(part[0]) + values(part[1])) == [0, 1]
+
+
+def test_a_folder_train_alone_is_what_is_trained_on(tmp_path):
+    dataset = build(split_folders(tmp_path, "train/cat", "train/dog"))
+    assert (dataset.label_names, labels(dataset)) == (["cat", "dog"], [0, 1])
+    assert dataset.notes[0] == f"trains on the sub-folder train of {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    "folders", [("cat", "dog", "test"), ("train", "test", "more"), ("val",), ("test", "val"), ("Validation", "x", "y")]
+)
+def test_what_might_be_held_out_is_asked_about(tmp_path, folders):
+    top = split_folders(tmp_path, *folders)
+    held_out = next(name for name in folders if name.lower() in ("test", "val", "validation"))
+    message = (
+        rf"has images in {held_out}.*, which is what splits to hold out are called, .*base.validation_split={held_out}"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(top)
+    if len(folders) > 1:
+        assert len(build(top, validation_split=held_out)) >= 1
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    dataset = build(split_folders(tmp_path, "car", "plane", "train"))
+    assert dataset.label_names == ["car", "plane", "train"]
+
+
+def test_pictures_beside_a_folder_test_are_asked_about(tmp_path):
+    save(split_folders(tmp_path, "test") / "b.png")
+    with pytest.raises(ValueError, match="has images in test"):
+        build(tmp_path)
+
+
+# --- what systems make
+
+
+@pytest.mark.parametrize(
+    "name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "@Recycle", "@__thumb"]
+)
+def test_folders_of_systems_are_no_data(tmp_path, name):
+    top = split_folders(tmp_path, "cat", "dog", f"{name}/a.png", f"cat/{name}/a.jpg")
+    dataset = build(top)
+    assert (values(dataset), dataset.label_names, dataset.notes[1:]) == ([0, 1], ["cat", "dog"], [])
+
+
+def test_a_file_called_so_is_data(tmp_path):
+    save(tmp_path / "__MACOSX.png", 3)
+    assert values(build(tmp_path)) == [3]
+
+
+# --- links and files that are not there
+
+
+def test_a_link_that_leads_nowhere_is_a_broken_image(tmp_path):
+    for number in range(12):
+        save(tmp_path / f"{number:02}.png", number)
+    (tmp_path / "03.png").unlink()
+    (tmp_path / "03.png").symlink_to("gone.png")
+    dataset = build(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot use image .*03.png: .*there is no such file.*base.bad_images=skip"):
+        dataset.get(3, None)
+    skipping = build(tmp_path, bad_images="skip")
+    assert values(skipping) == [0, 1, 2, 4, *range(4, 12)]
+    assert skipping.bad_count == 1
+
+
+def test_a_link_through_a_folder_that_is_not_there(tmp_path):
+    save(tmp_path / "a.png", 1)
+    (tmp_path / "b.png").symlink_to("gone/deep/x.png")
+    dataset = build(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot use image .*b.png: .*there is no such file"):
+        dataset.get(1, None)
+
+
+def test_a_text_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("x")
+    opened = type(tmp_path).open
+
+    def refused(path, *arguments, **options):
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(type(tmp_path), "open", refused)
+    with pytest.raises(
+        datasets_lib.errors.FileError, match=r"a.txt: cannot be read \(Permission denied\); check its perm"
+    ):
+        build(tmp_path)
+
+
+# --- classes
+
+
+def test_a_stray_picture_beside_class_folders_is_named(tmp_path):
+    save(split_folders(tmp_path, "cat", "dog") / "stray.png")
+    dataset = build(tmp_path)
+    assert dataset.no_labels == f"no classes from sub-folders: 1 images, such as {tmp_path}/stray.png, are in none"
+
+
+def test_one_class_folder_alone_is_named(tmp_path):
+    assert build(split_folders(tmp_path, "cat")).no_labels == "no classes from sub-folders: all images are in one, cat"
+
+
+def test_a_flat_folder_has_nothing_to_explain(tmp_path):
+    save(tmp_path / "a.png")
+    assert build(tmp_path).no_labels is None
+
+
+def test_class_folders_that_look_equal_are_equal(tmp_path):
+    top = split_folders(tmp_path, "caf\u00e9", "cafe\u0301", "tea", "tea ")
+    dataset = build(top)
+    assert (dataset.label_names, sorted(labels(dataset))) == (["caf\u00e9", "tea"], [0, 0, 1, 1])
+
+
+# --- hub layouts
+
+
+@pytest.mark.parametrize("name", ["data/train-00000-of-00001.parquet", "data.arrow"])
+def test_a_hub_layout_names_the_option_that_reads_it(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    with pytest.raises(
+        ValueError, match=rf"saw 1 .*; base.dataset_name={re.escape(str(tmp_path))} instead .*streaming"
+    ):
+        build(tmp_path)
+
+
+def test_tars_name_streaming(tmp_path):
+    (tmp_path / "0.tar").write_text("x")
+    with pytest.raises(ValueError, match=r"saw 1 .tar; base.streaming=true reads .tar files"):
+        build(tmp_path)
+
+
+# --- masks
+
+
+def masked(tmp_path, *masks):
+    for number, name in enumerate("ab"):
+        save(tmp_path / f"{name}.png", 10 + number)
+    for number, name in enumerate(masks):
+        save(tmp_path / name, 100 + number)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "names", [("a-masklabel.png", "b-masklabel.png"), ("mask/a.png", "mask/b.jpg"), ("masks/a.png", "b-masklabel.png")]
+)
+def test_masks_beside_pictures(tmp_path, names):
+    top = masked(tmp_path, *names)
+    plain = build(top)
+    assert values(plain) == [10, 11]
+    assert plain.notes in [[f"2 masks such as {top / name} are not used: set base.mask_files"] for name in names]
+    dataset = build(top, mask_files=True)
+    found = [round(float(example["mask"].mean()) * 255) for example in examples(dataset)]
+    assert (values(dataset), found) == ([10, 11], [100, 101])
+    assert dataset.fingerprint != plain.fingerprint
+
+
+def test_a_picture_without_a_mask_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"base.mask_files = true: .*/b.png has no mask; add b-masklabel.png or mask/b.png"
+    ):
+        build(masked(tmp_path, "a-masklabel.png"), mask_files=True)
+
+
+def test_what_is_called_like_a_mask_of_nothing_is_a_picture(tmp_path):
+    top = masked(tmp_path, "c-masklabel.png", "mask/d.png")
+    dataset = build(top)
+    assert (values(dataset), dataset.notes) == ([10, 11, 100, 101], [])
+
+
+def test_pictures_in_a_folder_mask_that_metadata_lists_are_pictures(tmp_path):
+    top = masked(tmp_path, "mask/a.png")
+    write(top / "metadata.jsonl", *[{"file_name": name, "text": name} for name in ("a.png", "b.png", "mask/a.png")])
+    assert captions(build(top)) == ["a.png", "b.png", "mask/a.png"]
+
+
+# --- kohya's repeats
+
+
+def kohya(tmp_path):
+    for number, name in enumerate(("3_ohwx cat/a", "3_ohwx cat/b", "1_a dog/c")):
+        save(tmp_path / f"{name}.png", number)
+    (tmp_path / "3_ohwx cat" / "a.txt").write_text("a cat, on a mat")
+    return tmp_path
+
+
+def test_folders_called_by_their_repeats(tmp_path):
+    dataset = build(kohya(tmp_path), folder_repeats=True)
+    assert sorted(values(dataset)) == [0, 0, 0, 1, 1, 1, 2]
+    found = dict(zip(values(dataset), captions(dataset), strict=True))
+    assert found == {0: "a cat, on a mat", 1: "ohwx cat", 2: "a dog"}
+    assert dataset.label_names == ["a dog", "ohwx cat"]
+    assert len(dataset.pictures) == 3
+
+
+def test_repeats_in_names_are_proposed(tmp_path):
+    save(tmp_path / "10_cat" / "a.png")
+    [note] = build(tmp_path).notes
+    assert note.startswith(f"the sub-folders of {tmp_path} are called like kohya's 10_name: base.folder_repeats=true")
+    save(tmp_path / "other" / "a.png")
+    assert not any("kohya" in note for note in build(tmp_path).notes)
+
+
+@pytest.mark.parametrize("name", ["cat/a.png", "0_cat/a.png", "a.png", "x_cat/a.png", "10/a.png", "10_/a.png"])
+def test_a_folder_without_repeats_is_named(tmp_path, name):
+    save(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"base.folder_repeats = true: .*a.png is in no sub-folder called like 10_name"
+    ):
+        build(tmp_path, folder_repeats=True)
+
+
+def test_an_epoch_counts_repeats_and_each_draw_is_its_own(tmp_path):
+    """A repeated picture is cropped anew each time."""
+    (tmp_path / "4_x").mkdir()
+    rows = torch.arange(64, dtype=torch.uint8)[:, None].expand(64, 16)
+    Image.fromarray(rows.numpy().copy()).save(tmp_path / "4_x" / "a.png")
+    dataset = build(tmp_path, folder_repeats=True)
+    assert len(dataset) == 4
+    drawn = [float(dataset.get(n, torch.Generator().manual_seed(n))["image"].mean()) for n in range(4)]
+    assert len(set(drawn)) > 1
+
+
+def test_a_copy_of_a_folder_is_the_same_data(tmp_path):
+    shutil.copytree(kohya(tmp_path / "one"), tmp_path / "two")
+    os.utime(tmp_path / "two" / "1_a dog" / "c.png")
+    one, two = (build(tmp_path / name, folder_repeats=True) for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint

@@ -1,0 +1,195 @@
+"""Config files and command lines as people write them: taken as they are meant, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+
+import pytest
+from test_config import ARTICLE, problems_of, write  # noqa: F401  # the second is a fixture
+
+from datasets_lib.errors import MissingFileError
+from trainers.engine.config.config import load_config
+
+LORA = {
+    "base": {"dataset": "digits", "max_train_steps": 2},
+    "lora": {"pretrained_model_name_or_path": "somebody/base"},
+}
+
+
+def option(path, override, name=None):
+    run = load_config(path, [override])
+    section, _, key = (name or override.partition("=")[0]).partition(".")
+    return getattr(run.base if section == "base" else run.config, key)
+
+
+# --- texts of the command line
+
+TYPED = (
+    "a #1 cat", "#1", "a: b", "[a, b]", "{a: b}", "12:30", "1e-4", "true", "no", "~", "@home", "*x", "&y", "!z", "%",
+    "a, b", '"quoted"', "it's", " two  blanks ", "- item", "? x", "| y", "> z", "'", "`", "0x10", "2026-01-01", "日本 #2",
+    "a\tb", "a=b", "\\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_text_is_taken_as_it_was_typed(write, typed):  # noqa: F811
+    assert option(write(LORA), f"base.trigger_word={typed}") == typed
+    assert option(write(LORA), f"base.caption={typed}") == typed
+
+
+def test_null_of_an_option_that_may_be_null(write):  # noqa: F811
+    document = LORA | {"base": LORA["base"] | {"trigger_word": "x"}}
+    assert option(write(document), "base.trigger_word=null") is None
+    assert option(write(document), "base.output_dir=null") == "null"  # which may not be null
+
+
+def test_hashes_in_lists_and_numbers_beside_texts(write):  # noqa: F811
+    path = write(LORA)
+    assert option(path, "lora.validation_prompts=[a photo #1, 'b, #2']") == ["a photo #1", "b, #2"]
+    assert option(path, "base.validation_split=0.5") == 0.5
+    assert option(path, "base.validation_split=test #1") == "test #1"
+    assert option(path, "base.resume_from_checkpoint=true") is True
+    assert option(path, "base.resume_from_checkpoint=checkpoint-5") == "checkpoint-5"
+    assert option(path, "lora.learning_rate.unet=1e-3", "lora.learning_rate") == {"unet": 1e-3}
+    assert option(path, "base.output_dir=${base.dataset} #1") == "digits #1"
+
+
+@pytest.mark.parametrize("name", ["train_data_dir", "dataset_name", "output_dir"])
+def test_an_unset_variable_of_the_shell_is_no_choice(write, name):  # noqa: F811
+    found = problems_of(write(LORA), f"base.{name}=")
+    assert f'base.{name} = "": must not be blank (an unset variable of the shell?)' in found
+
+
+def test_an_empty_number_is_no_null(write):  # noqa: F811
+    found = problems_of(write(LORA), "base.seed=", "base.valid_steps=")
+    for name in ("base.seed", "base.valid_steps"):
+        assert f"{name} = : has no value (an unset variable of the shell?); write null for none" in found
+
+
+@pytest.mark.parametrize("text", ["base", "base.", ".seed=1", "base..seed=1", "seed=1", "--seed=1", "base.seed 1"])
+def test_what_is_no_override(write, text):  # noqa: F811
+    assert f"{text}: an override reads section.key=value" in problems_of(write(LORA), text)
+
+
+# --- bounds
+
+
+@pytest.mark.parametrize(
+    ("seed", "fits"), [(2**64 - 1, True), (2**63, True), (2**64, False), (10**26, False), (-1, False)]
+)
+def test_the_bounds_of_a_seed(write, seed, fits):  # noqa: F811
+    if fits:
+        assert option(write(LORA), f"base.seed={seed}") == seed
+    else:
+        assert f"base.seed = {seed}: must be an integer in [0, 18446744073709551615]" in problems_of(
+            write(LORA), f"base.seed={seed}"
+        )
+
+
+# --- one problem for one mistake
+
+
+@pytest.mark.parametrize("value", ["10k", "0", "-1", "2.5", "'2'"])
+def test_a_wrong_number_of_steps_is_one_problem(write, value):  # noqa: F811
+    found = problems_of(write(LORA), f"base.max_train_steps={value}")
+    assert found.startswith("1 problem")
+    assert "base.max_train_steps = " in found
+
+
+def test_a_rule_on_a_wrong_option_is_not_told(write):  # noqa: F811
+    found = problems_of(write(LORA), "base.streaming=perhaps", "base.shard_retries=5")
+    assert found.startswith("1 problem")
+    both = problems_of(write(LORA), "base.shard_retries=5", "base.seed=x")
+    assert both.startswith("2 problems")
+
+
+# --- the environment
+
+HINT = "environment variables are not read, as a config is written to the run's folder; write the value"
+
+
+@pytest.mark.parametrize("text", ["$HOME/x", "${HOME}/x", "${oc.env:HOME}/x", "a/$USER", "$HOME"])
+def test_variables_of_the_environment_are_refused_by_one_rule(write, text):  # noqa: F811
+    document = LORA | {"base": LORA["base"] | {"output_dir": text}}
+    assert HINT in problems_of(write(document))
+    assert HINT in problems_of(write(document, "config.yaml"))
+
+
+@pytest.mark.parametrize("text", ["costs $5", "a $dollar sign", "$ign", "cash$"])
+def test_a_caption_may_have_dollars(write, text):  # noqa: F811
+    document = LORA | {"base": LORA["base"] | {"caption": text, "trigger_word": text}}
+    assert load_config(write(document)).base.caption == text
+
+
+# --- files
+
+
+def test_a_mark_at_the_beginning_of_a_json(write, tmp_path):  # noqa: F811
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(LORA).encode())
+    assert load_config(tmp_path / "config.json").task == "lora"
+
+
+@pytest.mark.parametrize("name", ["config.JSON", "config.YAML", "config.yml"])
+def test_endings_in_any_case(write, name):  # noqa: F811
+    assert load_config(write(json.dumps(LORA), name)).task == "lora"
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("c.jsonc", "; write it without comments as .json, or as .yaml"),
+        ("c.toml", "; scripts/import_config.py makes a config of one of kohya's"),
+        ("c.py", "; a config is data, not a program"),
+        ("c.txt", ""),
+        ("c.yaml.bak", ""),
+    ],
+)
+def test_other_endings_are_refused(write, name, advice):  # noqa: F811
+    assert problems_of(write("base: {}", name)).endswith(f"a config's name ends in .json, .yaml, .yml{advice}")
+
+
+def test_a_folder_in_the_place_of_a_config(write, tmp_path):  # noqa: F811
+    write(LORA)
+    assert f"{tmp_path} is a folder; give a config file (in it: config.json)" in problems_of(tmp_path)
+
+
+def test_a_pipe_is_read(tmp_path):
+    """As the shell's <(command) gives it: of no size, and without an ending."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("base: {dataset: digits}\nddpm: {}\n"))
+    writer.start()
+    assert "exactly one of num_epochs and max_train_steps" in problems_of(tmp_path / "pipe")
+    writer.join()
+
+
+def test_a_config_in_another_encoding(write, tmp_path):  # noqa: F811
+    (tmp_path / "config.json").write_bytes(json.dumps(LORA).encode("utf-16"))
+    assert "is not UTF-8 text" in problems_of(tmp_path / "config.json")
+
+
+def test_a_missing_config_is_told_in_full(tmp_path):
+    with pytest.raises(MissingFileError, match=r"config file .*none.json does not exist .*see configs/ for examples"):
+        load_config(tmp_path / "none.json")
+
+
+def test_a_text_that_yaml_reads_as_a_number(write):  # noqa: F811
+    found = problems_of(
+        write("base: {run_name: 12:30, dataset: digits, max_train_steps: 2, logger: wandb}\nddpm: {}", "c.yaml")
+    )
+    assert (
+        "base.run_name = 750: must be text, or null; a text that reads like a number or word of YAML needs quotes"
+        in found
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("SEED", "seed"), ("Output_Dir", "output_dir"), ("TRAIN_BATCH_SIZE", "train_batch_size")]
+)
+def test_the_nearest_name_whatever_the_case(write, name, meant):  # noqa: F811
+    assert f"unknown option; did you mean base.{meant}?" in problems_of(write(LORA), f"base.{name}=1")
+
+
+def test_the_article_still_loads(write):  # noqa: F811
+    assert load_config(write(ARTICLE)).base.caption is None
