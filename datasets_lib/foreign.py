@@ -46,6 +46,12 @@ def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def entries(folder: Path) -> list[Path]:
+    """Lists what is in a folder, in order; raises FileError if that may not be read."""
+    with reading(folder):
+        return sorted(folder.iterdir())
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns what the system says about a file that it cannot read into a FileError, or a MissingFileError."""
