@@ -42,5 +42,5 @@ def proposal(images: list[Path], folder: Path) -> str | None:
         return None
     return (
         f"the sub-folders of {shown(folder)} are called like kohya's 10_name: base.folder_repeats=true repeats their "
-        "images so often, and captions those without a text by the rest of the name"
+        "images that many times, and gives those without a caption the rest of the name"
     )
