@@ -19,9 +19,9 @@ class Numbered(NamedTuple):
     name: str
 
 
-def numbered_folders(images: list[Path], folder: Path) -> dict[Path, Numbered]:
+def numbered_folders(images: list[Path], folder: Path) -> list[Numbered]:
     """Return what the first-level sub-folder of each image says; raise InputError for one without a number."""
-    found = {}
+    found = []
     for image in images:
         parts = image.relative_to(folder).parts
         match = NUMBERED.fullmatch(parts[0]) if len(parts) > 1 else None
@@ -30,7 +30,7 @@ def numbered_folders(images: list[Path], folder: Path) -> dict[Path, Numbered]:
                 f"base.folder_repeats = true: {shown(image)} is in no sub-folder called like 10_name, with its "
                 "repeats; move it into one, or set base.folder_repeats=false"
             )
-        found[image] = Numbered(int(match[1]), match[2].strip())
+        found.append(Numbered(int(match[1]), match[2].strip()))
     return found
 
 
