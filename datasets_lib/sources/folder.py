@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.foreign import regular_size, shown
 from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source, digest, refuse_named_split
@@ -199,6 +199,9 @@ def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
     """
     # a mask may be outside the folder of a split
     name = Path(os.path.relpath(path, folder)).as_posix()
-    if path.is_symlink() and not path.exists():
-        return name, 0
-    return name, check_regular(path).stat().st_size
+    try:
+        return name, regular_size(path)
+    except MissingFileError:
+        if path.is_symlink():
+            return name, 0
+        raise
