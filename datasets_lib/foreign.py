@@ -55,17 +55,25 @@ def entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder; raises FileError where that cannot be known, such as in a locked folder."""
+    with reading(path):
+        return path.is_dir()
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what the system says about a file that it cannot read into a FileError, or a MissingFileError."""
+    """Turns what the system says about a path that it cannot read into a FileError, or a MissingFileError."""
     try:
         yield
     except UserError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingFileError(f"{shown(path)}: there is no such file; check the name") from None
+        link = " that its link leads to" if os.path.islink(path) else ""
+        raise MissingFileError(f"{shown(path)}: there is no such file{link}; check the name") from None
     except OSError as error:
-        raise FileError(f"{shown(path)}: cannot be read ({error.strerror or error}); check its permissions") from None
+        advice = "; check its permissions" if isinstance(error, PermissionError) else ""
+        raise FileError(f"{shown(path)}: cannot be read ({error.strerror or error}){advice}") from None
 
 
 def check_regular(path: Path) -> Path:

@@ -23,8 +23,10 @@ def open_text(path: Path, limit: int, newline: str | None = None) -> Iterator[IO
     """Open a text file; raise FileError for a pipe, ValueError for more than `limit` bytes or what is not UTF-8."""
     if (size := regular_size(path)) > limit:
         raise InputError(f"{shown(path)}: has {size:,} bytes, and at most {limit:,} are read")
+    with reading(path):
+        file = path.open(encoding="utf-8-sig", newline=newline)
     try:
-        with reading(path), path.open(encoding="utf-8-sig", newline=newline) as file:
+        with file:
             yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{shown(path)} is not UTF-8 text ({error}); save it as UTF-8") from error

@@ -10,7 +10,7 @@ import torch
 
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.example import ImageData
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import is_folder, shown
 from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source, changed, digest
@@ -140,7 +140,7 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
 def _of_folder(args: Any) -> Source:
     """The pictures of `args.class_data_dir`; caption files next to them are not read."""
     folder = resolved(args.class_data_dir)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise MissingFileError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
-    images, _ = list_files(folder, None, folder, args.allow_outside, "class_data_dir")
+    images, _ = list_files(folder, (), folder, args.allow_outside, "class_data_dir")
     return as_source(Listed(images), folder, None, None, [])

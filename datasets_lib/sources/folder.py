@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import regular_size, shown
+from datasets_lib.foreign import is_folder, regular_size, shown
 from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source, digest, refuse_named_split
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
     top: Path
     folder: Path
-    excluded: Path | None  # a sub-folder that belongs to another split
+    excluded: list[Path]  # sub-folders that belong to other splits
     images: list[Path]
     others: list[Path]
 
@@ -53,7 +53,7 @@ def build(args: Any, split: str) -> ImageDataset:
 def read_folder(args: Any, split: str, caption: str | None = None) -> Source:
     """Return what a folder, or a JSON-lines file, has for a split; `caption` is that of images without any."""
     top = resolved(args.train_data_dir)
-    is_list = top.suffix.lower() == ".jsonl" and top.is_file()
+    is_list = top.suffix.lower() == ".jsonl" and not is_folder(top) and top.exists()
     source = read_list(top, args) if is_list else read_source(top, args, split, caption)
     if source.captions is None and caption is not None:
         source.captions, source.unread = [caption] * len(source.images), ()
@@ -72,7 +72,7 @@ def read_list(file: Path, args: Any) -> Source:
 
 def read_source(top: Path, args: Any, split: str, caption: str | None = None) -> Source:
     """Return the images, captions, labels and masks of a split of a folder; `caption` is that of images without any."""
-    if not top.is_dir():
+    if not is_folder(top):
         raise MissingFileError(
             f"base.train_data_dir: there is no folder {top}; give a folder that holds images, or a .jsonl file that "
             "lists them"
@@ -97,15 +97,15 @@ def read_source(top: Path, args: Any, split: str, caption: str | None = None) ->
 
 
 def _files_of(top: Path, args: Any, split: str) -> tuple[Part, list[str]]:
-    """The files of a split, and a note on folders called like splits that are not."""
-    folder, excluded = split_folder(top, args.validation_split, split)
-    images, others = list_files(folder, excluded, top, args.allow_outside)
-    notes: list[str] = []
-    if not isinstance(args.validation_split, str):
-        folder, notes = training_folder(top, images)
-        if folder != top:
-            images, others = list_files(folder, None, top, args.allow_outside)
-    return Part(top, folder, excluded, images, others), notes
+    """The files of a split, and a note on folders called like splits that are not read."""
+    if isinstance(args.validation_split, str):
+        folder, excluded, notes = split_folder(top, args.validation_split, split)
+        return Part(top, folder, excluded, *list_files(folder, excluded, top, args.allow_outside)), notes
+    images, others = list_files(top, (), top, args.allow_outside)
+    folder, notes = training_folder(top, images)
+    if folder != top:
+        images, others = (list(filter(lambda path: path.is_relative_to(folder), each)) for each in (images, others))
+    return Part(top, folder, [], images, others), notes
 
 
 def _listed(part: Part, args: Any, caption: str | None) -> tuple[Listed, str, list[str]]:

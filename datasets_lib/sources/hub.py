@@ -189,7 +189,7 @@ class EncodedImages:
     def table_folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        files = walk(self.folder, None, self.folder, self.outside)
+        files = walk(self.folder, (), self.folder, self.outside)
         return sorted({path.parent for path in files if path.suffix.lower() in TABLES} - {self.folder})
 
     def some_bytes(self) -> Iterator[bytes]:

@@ -45,7 +45,7 @@ def check_layout(folder: Path, outside: Sequence[str]) -> None:
         for name in CARDS:
             if (path := folder / name).exists():
                 read_bytes(check_inside(path, folder, outside), JSON_BYTES if name.endswith(".json") else CARD_BYTES)
-        for _ in walk(folder, None, folder, outside):
+        for _ in walk(folder, (), folder, outside):
             pass
         if is_saved(folder):
             _check_saved(folder, outside)

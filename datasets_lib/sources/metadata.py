@@ -78,18 +78,18 @@ def find_metadata(others: list[Path], folder: Path, top: Path, outside: Sequence
 
 
 def read_metadata(
-    tables: list[Path], folder: Path, excluded: Path | None, images: list[Path], args: Any
+    tables: list[Path], folder: Path, excluded: Sequence[Path], images: list[Path], args: Any
 ) -> tuple[Listed, list[str]]:
     """Return what the tables list of the images in a folder, and notes; of an image's tables the nearest counts.
 
-    Rows for files outside `folder`, or in its sub-folder `excluded`, belong to another split and are skipped.
+    Rows for files outside `folder`, or in its sub-folders `excluded`, belong to another split and are skipped.
     """
     find = Lookup(images)
     rows = [
         Named(table, row, _path(table, row, ("file_name",), (), find)) for table in tables for row in read_table(table)
     ]
     for _, row, path in rows:
-        if path in find.present or not path.is_relative_to(folder) or (excluded and path.is_relative_to(excluded)):
+        if path in find.present or not path.is_relative_to(folder) or any(map(path.is_relative_to, excluded)):
             continue
         raise MissingFileError(
             f"{row.place} names {shown(path)}, which is not there or no image; add the file or remove the row"

@@ -1,59 +1,70 @@
-"""Which part of a folder is which split: a sub-folder that is named, or sub-folders called train, test and the like."""
+"""Which part of a folder is which split: a sub-folder that is named, or folders and shards called train, test, ..."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from datasets_lib.checks import one_of
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import entries, shown
+from datasets_lib.foreign import entries, is_folder, shown
 
 TRAIN = ("train", "training")
-HELD_OUT = ("test", "testing", "val", "valid", "validation")
+HELD_OUT = (
+    "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "held_out", "heldout",
+)  # fmt: skip
+# as a word of a name, such as test in cifar10-test.parquet, train2017 or seg_test
+WORD = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join((*TRAIN, *HELD_OUT))})(?=[-._ 0-9/]|$)")
 
 
 def split_of(file: Path, top: Path) -> str | None:
-    """Return the split that a file's folders or the beginning of its name say, such as `train-00000-of-2.parquet`."""
-    parts = file.relative_to(top).parts
-    for name in (*parts[:-1], re.split("[-_.]", parts[-1])[0]):
-        if name.lower() in (*TRAIN, *HELD_OUT):
-            return name
-    return None
+    """Return the split that a file's name and folders below `top` say; the last word counts."""
+    found = WORD.findall(file.relative_to(top).with_suffix("").as_posix().lower())
+    return found[-1] if found else None
 
 
-def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Path | None]:
-    """Return the folder of a split, and the sub-folder to leave out of it."""
-    if not isinstance(validation_split, str):
-        return top, None
-    folders = [path.name for path in entries(top) if path.is_dir() and path.name != "train"]
-    held_out = top / one_of(f"base.validation_split (a sub-folder of {top})", validation_split, folders)
+def split_folder(top: Path, validation_split: str, split: str) -> tuple[Path, list[Path], list[str]]:
+    """Return the folder of a split, the sub-folders to leave out of it, and a note on those that are not named."""
+    folders = {path.name: path for path in entries(top) if is_folder(path)}
+    of_training = [name for name in folders if name.lower() in TRAIN]
+    allowed = [name for name in folders if name not in of_training]
+    named = folders[one_of(f"base.validation_split (a sub-folder of {top})", validation_split, allowed)]
     if split == "validation":
-        return held_out, None
-    return (top / "train", None) if (top / "train").is_dir() else (top, held_out)
+        return named, [], []
+    if len(of_training) == 1:
+        return folders[of_training[0]], [], []
+    others = [path for name, path in folders.items() if name.lower() in HELD_OUT and path != named]
+    left = ", ".join(shown(path.name) for path in others)
+    return top, [named, *others], [f"not trained on, as it is called like a split to hold out: {left}"] if left else []
 
 
 def training_folder(top: Path, images: Iterable[Path]) -> tuple[Path, list[str]]:
-    """Return where to train if no split is named, and a note: `train`, if all images are in folders of splits.
+    """Return where to train if no split is named, and a note: the one called so, if all images are in such folders.
 
-    Raises InputError where some are in a folder that holds out images elsewhere, such as `test`: nobody trains on those
-    without saying so. A class may be called train.
+    They may also be in the only sub-folder. Raises InputError if some are in a folder that is usually held out, such as
+    `test`, and others are not: nobody trains on those without saying so. A class may be called train.
     """
-    begin = len(str(top)) + 1
-    below = {str(path)[begin:].partition("/")[:2] for path in images}  # the first folder, or a file at the top
-    firsts = {name for name, slash in below if slash}
-    at_top = len(firsts) < len(below)
-    train = sorted(name for name in firsts if name.lower() in TRAIN)
+    folder, images = top, list(images)
+    while True:
+        begin = len(str(folder)) + 1
+        below = {str(path)[begin:].partition("/")[:2] for path in images}  # the first folder, or a file
+        firsts = {name for name, slash in below if slash}
+        if len(firsts) != 1 or len(below) > 1 or next(iter(firsts)).lower() in (*TRAIN, *HELD_OUT):
+            break
+        folder = folder / next(iter(firsts))
+    words = {name: found[-1] for name in firsts if (found := WORD.findall(name.lower()))}
+    train = sorted(name for name, word in words.items() if word in TRAIN)
     held_out = sorted(name for name in firsts if name.lower() in HELD_OUT)
-    if len(train) == 1 and firsts == {*train, *held_out} and not at_top:
-        left = f", and not on {', '.join(held_out)}: name one in base.validation_split" if held_out else ""
-        return top / train[0], [f"trains on the sub-folder {train[0]} of {shown(top)}{left}"]
+    if len(train) == 1 and len(words) == len(below) and (len(words) > 1 or train[0].lower() in TRAIN):
+        chosen, others = folder / train[0], sorted(words.keys() - {train[0]})
+        left = f", and not on {', '.join(map(shown, others))}" if others else ""
+        way = ": name one in base.validation_split" if others and folder == top else ""
+        return chosen, [f"trains on the sub-folder {shown(chosen.relative_to(top))} of {shown(top)}{left}{way}"]
     if not held_out:
         return top, []
     raise InputError(
-        f"base.train_data_dir = {shown(top)} has images in {', '.join(map(shown, held_out))}, which is what splits to "
-        f"hold out are called, beside others; say base.validation_split={shown(held_out[0])} to validate on it, give a "
-        "folder of training images alone, or rename it if it is a class"
+        f"base.train_data_dir = {shown(folder)} has images in {', '.join(map(shown, held_out))}, which is what splits "
+        f"to hold out are called, beside others; say base.validation_split={shown(held_out[0])} to validate on it, give "
+        "a folder of training images alone, or rename it if it is a class"
     )

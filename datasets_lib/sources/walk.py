@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import reading, shown
 from datasets_lib.images.files import check_inside, is_inside
 from datasets_lib.images.formats import EXTENSIONS, HEIF, is_picture
 
 # made by systems and programs: thumbnails, bins, snapshots
 SYSTEM_FOLDERS = {
-    "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "@sharebin", "@synoresource", "@tmp", "#recycle",
+    "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "@sharebin", "@tmp", "#recycle", "picasa originals",
     "#snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found", "__macosx", "__pycache__",
     "network trash folder", "temporary items",
 }  # fmt: skip
 SHARDS = (".parquet", ".arrow", ".tar")
+HIDDEN = (".", "~$")  # the second are open documents
 ENDINGS_SHOWN = 8
 COMMON = f".jpg, .png, .webp, .gif, .bmp, .tif, .avif and {len(EXTENSIONS) - 7} other endings"
 
@@ -32,7 +34,7 @@ class Listing(NamedTuple):
 
 
 def list_files(
-    folder: Path, excluded: Path | None, top: Path, outside: Sequence[str], option: str = "train_data_dir"
+    folder: Path, excluded: Sequence[Path], top: Path, outside: Sequence[str], option: str = "train_data_dir"
 ) -> Listing:
     """Return the pictures and the other files below a folder, in order; raise InputError if there are no pictures."""
     files = walk(folder, excluded, top, outside)
@@ -72,7 +74,7 @@ def _remedy(ending: str) -> str:
     return " (pip install diffloop[heif] reads them)" if ending in HEIF else ""
 
 
-def walk(folder: Path, excluded: Path | None, top: Path, outside: Sequence[str] = ()) -> Iterator[Path]:
+def walk(folder: Path, excluded: Sequence[Path], top: Path, outside: Sequence[str] = ()) -> Iterator[Path]:
     """Yield the files below a folder in order, except hidden ones and those of SYSTEM_FOLDERS.
 
     Raises InputError for a link that leads out of `top`. A link to a folder in `top` is not followed, as its files come
@@ -85,7 +87,7 @@ def walk(folder: Path, excluded: Path | None, top: Path, outside: Sequence[str] 
             check_inside(parent, top, outside)
         files, folders = [], []
         for path, is_folder, is_link in _entries(parent):
-            if path == excluded:
+            if path in excluded:
                 continue
             if is_link:
                 check_inside(path, top, outside)
@@ -101,17 +103,15 @@ def walk(folder: Path, excluded: Path | None, top: Path, outside: Sequence[str] 
 
 
 def _entries(folder: Path) -> list[tuple[Path, bool, bool]]:
-    """The files and folders in a folder that are no system's: whether each leads to a folder, and whether it is a link.
+    """The files and folders in a folder that are no system's: whether each leads to a folder, and is a link."""
+    with reading(folder), os.scandir(folder) as entries:
+        found = sorted((each for each in entries if not each.name.startswith(HIDDEN)), key=lambda each: each.name)
+    listed = [(Path(each.path), _is_folder(each), each.is_symlink()) for each in found]
+    return [item for item in listed if not (item[1] and _is_systems(item[0].name.lower()))]
 
-    A folder that this user may not list has none.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError:
-        return []
-    listed = [(Path(entry.path), _is_folder(entry), entry.is_symlink()) for entry in found]
-    return [item for item in listed if not (item[1] and item[0].name.lower() in SYSTEM_FOLDERS)]
+
+def _is_systems(name: str) -> bool:
+    return name in SYSTEM_FOLDERS or name.startswith("@syno") or re.fullmatch(r"found\.\d{3}", name) is not None
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

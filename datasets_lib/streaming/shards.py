@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import check_regular, entries, shown
+from datasets_lib.foreign import check_regular, entries, is_folder, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
 from datasets_lib.images.source import refuse_named_split
 from datasets_lib.sources.splits import TRAIN, split_of
@@ -84,9 +84,9 @@ def find_shards(args: Any, split: str) -> ShardList:
     if args.dataset_name is not None:
         return _of_hub(args, split)
     top = resolved(args.train_data_dir)
-    if top.is_file() and top.suffix == ".txt":
+    if top.suffix == ".txt" and not is_folder(top) and top.exists():
         return _of_list(top, args)
-    if not top.is_dir():
+    if not is_folder(top):
         raise MissingFileError(
             f"base.train_data_dir: there is no folder {top}; with base.streaming give a folder of "
             f"{' or '.join(KINDS)} files, or a .txt file with a URL or path in each line"
@@ -96,18 +96,18 @@ def find_shards(args: Any, split: str) -> ShardList:
 
 def _of_folder(top: Path, args: Any, split: str) -> ShardList:
     held_out = args.validation_split
-    folder, excluded = top, None
-    files = _shards_below(top, None, top, args)
+    folder = top
+    files = _shards_below(top, (), top, args)
     splits = {path: split_of(path, top) for path in files}
     if held_out is not None:
-        folders = [path.name for path in entries(top) if path.is_dir()]
+        folders = [path.name for path in entries(top) if is_folder(path)]
         named = sorted({*folders, *filter(None, splits.values())})
         one_of(
             f"base.validation_split (a sub-folder of {top}, or a split that its shards' names tell)", held_out, named
         )
         if held_out in folders:
-            folder, excluded = (top / held_out, None) if split == "validation" else (top, top / held_out)
-            files = _shards_below(folder, excluded, top, args)
+            folder = top / held_out if split == "validation" else top
+            files = _shards_below(folder, () if split == "validation" else (top / held_out,), top, args)
     if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
         raise InputError(f"{folder}: scripts/shard.py has not finished it; run it again with the same options")
     found, notes = files, list[str]()
@@ -124,7 +124,7 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
     return ShardList(shards, str(folder), read_index(folder, args.allow_outside), tuple(notes))
 
 
-def _shards_below(folder: Path, excluded: Path | None, top: Path, args: Any) -> list[Path]:
+def _shards_below(folder: Path, excluded: Sequence[Path], top: Path, args: Any) -> list[Path]:
     """The shards; a table beside a tar of the same name tells of its members, as img2dataset writes it."""
     files = list(walk(folder, excluded, top, args.allow_outside))
     found = [check_regular(path) for path in files if path.suffix.lower() in KINDS]

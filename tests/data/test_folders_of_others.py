@@ -42,19 +42,66 @@ def test_a_folder_train_alone_is_what_is_trained_on(tmp_path):
     assert dataset.notes[0] == f"trains on the sub-folder train of {tmp_path}"
 
 
-@pytest.mark.parametrize(
-    "folders", [("cat", "dog", "test"), ("train", "test", "more"), ("val",), ("test", "val"), ("Validation", "x", "y")]
-)
+ASKED = {
+    ("cat", "dog", "test"): ([0, 1], ["cat", "dog"]),
+    ("train", "test", "more"): ([0], None),
+    ("Validation", "x", "y"): ([1, 2], ["x", "y"]),
+    ("cat", "dog", "test", "val"): ([0, 1], ["cat", "dog"]),
+    ("dev", "cat", "dog"): ([1, 2], ["cat", "dog"]),
+}
+
+
+@pytest.mark.parametrize("folders", ASKED)
 def test_what_might_be_held_out_is_asked_about(tmp_path, folders):
+    """Who follows the advice trains on no folder that is called like a split to hold out."""
     top = split_folders(tmp_path, *folders)
-    held_out = next(name for name in folders if name.lower() in ("test", "val", "validation"))
-    message = (
-        rf"has images in {held_out}.*, which is what splits to hold out are called, .*base.validation_split={held_out}"
-    )
+    held_out = next(name for name in sorted(folders) if name.lower() in ("dev", "test", "val", "validation"))
+    message = rf"has images in {held_out}.*, which is what splits to hold out are called, .*validation_split={held_out}"
     with pytest.raises(ValueError, match=message):
         build(top)
-    if len(folders) > 1:
-        assert len(build(top, validation_split=held_out)) >= 1
+    train = build(top, validation_split=held_out)
+    assert (values(train), train.label_names) == ASKED[folders]
+    left = "not trained on, as it is called like a split to hold out: val"
+    assert (left in train.notes) == ("val" in folders)
+
+
+@pytest.mark.parametrize("folders", [("val",), ("test", "val")])
+def test_only_what_is_held_out(tmp_path, folders):
+    with pytest.raises(ValueError, match="which is what splits to hold out are called"):
+        build(split_folders(tmp_path, *folders))
+
+
+@pytest.mark.parametrize(
+    ("train", "others"),
+    [
+        ("Train", ("Val", "Test")), ("training", ("val", "test")), ("Training", ("Testing",)),
+        ("training_set", ("test_set",)), ("train2017", ("val2017", "test2017")), ("seg_train", ("seg_test",)),
+        ("train_images", ("test_images",)), ("train", ("dev",)), ("train", ("eval", "holdout")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("above", ["", "archive/", "a/b/"])
+def test_spellings_of_splits(tmp_path, train, others, above):
+    names = [f"{above}{split}/{name}" for split in (train, *others) for name in ("cat", "dog")]
+    dataset = build(split_folders(tmp_path, *names))
+    assert (values(dataset), dataset.label_names) == ([0, 1], ["cat", "dog"])
+    assert dataset.notes[0].startswith(f"trains on the sub-folder {above}{train} of {tmp_path}, and not on ")
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "left"),
+    [("Train", "Val", ["Test"]), ("training", "test", ["val"]), ("Training", "Testing", [])],
+)
+def test_a_named_split_of_any_spelling(tmp_path, train, held_out, left):
+    names = [f"{split}/{name}" for split in (train, held_out, *left) for name in ("cat", "dog")]
+    top = split_folders(tmp_path, *names)
+    dataset, held = (build(top, split, validation_split=held_out) for split in ("train", "validation"))
+    assert (values(dataset), values(held), labels(dataset), labels(held)) == ([0, 1], [2, 3], [0, 1], [0, 1])
+
+
+@pytest.mark.parametrize("folders", [("bullet_train", "crash-test"), ("contest", "trains"), ("evaluator", "tester")])
+def test_names_that_contain_such_words(tmp_path, folders):
+    dataset = build(split_folders(tmp_path, *folders, "other"))
+    assert dataset.label_names == sorted([*folders, "other"])
 
 
 def test_a_class_may_be_called_train(tmp_path):

@@ -16,6 +16,7 @@ from image_folders import build, captions, save, values, write
 from PIL import Image
 from repository import ROOT
 
+from datasets_lib.errors import FileError
 from datasets_lib.images.decode import ImageError, read_picture
 from datasets_lib.images.files import METADATA_BYTES, TEXT_BYTES
 from train import main
@@ -214,7 +215,8 @@ def test_folders_nested_more_deeply_than_python_calls(tmp_path, monkeypatch):
         os.rmdir("d")
 
 
-def test_a_folder_that_may_not_be_listed_has_no_pictures(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    """Without its pictures a class would be missing."""
     save(tmp_path / "a.png", 1)
     save(tmp_path / "lost" / "b.png", 2)
     original = os.scandir
@@ -225,6 +227,9 @@ def test_a_folder_that_may_not_be_listed_has_no_pictures(tmp_path, monkeypatch):
         return original(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(FileError, match=r"lost: cannot be read \(Permission denied\); check its permissions"):
+        build(tmp_path)
+    (tmp_path / "lost").rename(tmp_path / "lost+found")  # which a disk has, for its system alone
     assert values(build(tmp_path)) == [1]
 
 

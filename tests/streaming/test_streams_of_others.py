@@ -53,6 +53,20 @@ def test_names_of_shards_to_hold_out(tmp_path, name):
     assert [shard.name for shard in stream_of(tmp_path).shards] == ["part-0.parquet"]
 
 
+HELD_OUT = (
+    "cifar10-test", "part.test.0", "imagenet1k-validation-00", "partial-test/0", "test0", "val2017", "dev-0", "eval-0",
+    "evaluation-0", "holdout", "a/b/shard_test_003",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_words_in_names_of_shards(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    write_parquet(tmp_path / "cifar10-train-0.parquet", range(3))
+    write_parquet(tmp_path / f"{name}.parquet", range(3, 5))
+    assert [shard.name for shard in stream_of(tmp_path).shards] == ["cifar10-train-0.parquet"]
+
+
 @pytest.mark.parametrize("name", ["testing_ground-0.parquet", "valley.parquet", "contest.parquet", "a/trains.parquet"])
 def test_names_that_only_begin_so(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
