@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 import datasets_lib
 from datasets_lib.errors import FileError, UserError
 from datasets_lib.foreign import shown_lines
-from trainers.engine.config.config import RunConfig, describe, load_config
+from trainers.engine.config.config import RunConfig, load_config
+from trainers.engine.config.describe import describe
 from trainers.engine.config.errors import Interrupted
+from trainers.engine.config.json_schema import schema_text
+from trainers.engine.config.new_config import write_new_config
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.output import lasting_output
 
@@ -160,9 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="estimate the run's time, memory and disk space from a few steps"
     )
     parser.add_argument("--describe", nargs="?", const="", metavar="TYPE", help="list the tasks, or a task's options")
+    parser.add_argument("--schema", nargs="?", const="", metavar="TYPE", help="print the JSON Schema of configs")
+    parser.add_argument("--new", nargs=2, metavar=("TYPE", "FILE"), help="write a YAML config to begin with")
     add_trust_argument(parser)
     options = parser.parse_intermixed_args(arguments)
-    if options.describe is None and options.config is None:
+    if all(given is None for given in (options.describe, options.schema, options.new, options.config)):
         parser.error("a CONFIG is needed; configs/ holds examples, --describe lists the tasks")
     with lasting_output():
         try:
@@ -176,6 +181,12 @@ def _run(options: argparse.Namespace) -> int:
     try:
         if options.describe is not None:
             print("\n".join(describe(options.describe or None)))
+            return 0
+        if options.schema is not None:
+            print(schema_text(options.schema or None))
+            return 0
+        if options.new is not None:
+            print(write_new_config(*options.new))
             return 0
         run = load_config(options.config, options.overrides, datasets_lib.problems, options.trust_code)
     except UserError as error:

@@ -15,6 +15,7 @@ from datasets_lib.example import DataSet, Example, ImageData
 from datasets_lib.example_checks import check_example
 from datasets_lib.foreign import named_object
 from datasets_lib.images import buckets
+from datasets_lib.sources import concept
 from datasets_lib.streaming import problems as stream_problems
 
 __all__ = [
@@ -43,6 +44,8 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
         ImageColor.getrgb(args.background_color)
     except ValueError:
         yield "background_color", "must be a colour: a name such as white, or #rrggbb"
+    if isinstance(args.train_data_dir, list):
+        yield from (("train_data_dir", problem) for problem in concept.problems(args.train_data_dir))
     yield from buckets.problems(args)
     yield from stream_problems.problems(args)
 
@@ -61,7 +64,7 @@ def build(args: Any, split: str) -> ImageData | None:
     Returns None for "validation" when `args.validation_split` is None. Raises ValueError for a setting that cannot be
     met and FileNotFoundError for data that is not there.
     """
-    from datasets_lib.sources import class_images, folder, hub  # not at the top: a config is checked without torch
+    from datasets_lib.sources import class_images, concepts, folder, hub  # not at the top: a config needs no torch
     from datasets_lib.streaming import stream
 
     one_of("split", split, ("train", "validation"))
@@ -71,9 +74,11 @@ def build(args: Any, split: str) -> ImageData | None:
         return stream.build(args, split)
     if args.dataset is not None:
         dataset = _call(_named_builder(args.dataset), args, split)
+    elif isinstance(args.train_data_dir, list):
+        dataset = concepts.build(args, split)
     else:
         dataset = (hub if args.train_data_dir is None else folder).build(args, split)
-    if dataset is not None and split == "train" and args.class_data_dir is not None:
+    if dataset is not None and split == "train" and args.has_class_images:
         return class_images.with_prior(dataset, args)
     return dataset
 

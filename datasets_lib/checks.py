@@ -9,6 +9,8 @@ from typing import Any
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 
+LARGEST_REPEATS = 100_000  # of an example in an epoch
+
 
 def one_of(option: str, value: Any, allowed: Iterable, *other_forms: str) -> Any:
     """Return `value` if it is in `allowed`; else raise a ValueError that lists what is, and the nearest.

@@ -37,6 +37,11 @@ def shown_lines(text: object) -> str:
     return "\n".join(map(_escaped, str(text).split("\n")))
 
 
+def in_quotes(text: object) -> str:
+    """Returns a text as it stands between double quotes in a line of Python."""
+    return json.dumps(str(text), ensure_ascii=False)[1:-1]
+
+
 def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 

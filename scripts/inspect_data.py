@@ -45,19 +45,25 @@ def parts(base: BaseConfig) -> Iterator[tuple[str, Any]]:
         yield "validation", held_out
 
 
-def report(dataset: Any, tokenizer: Any | None, show_progress: bool) -> tuple[list[Line], list[int]]:
-    """Returns the lines on a data set, and the indices of its usable examples."""
-    lines = [("examples", f"{len(dataset):,}"), *(("", note) for note in dataset.notes)]
+def report(dataset: Any, tokenizer: Any | None, show_progress: bool) -> tuple[list[Line], list[int], int]:
+    """Returns the lines on a data set, an example of each usable picture, and how many pictures are not usable."""
+    notes = [("", note) for note in dataset.notes]
     if not isinstance(dataset, ImageDataset):
-        return [*lines, *column_lines(dataset.get(0, None))], list(range(len(dataset)))
+        examples: Line = ("examples", f"{len(dataset):,}")
+        return [examples, *notes, *column_lines(dataset.get(0, None))], list(range(len(dataset))), 0
+    repeated = f", of {len(dataset.pictures):,} pictures" if len(dataset.pictures) < len(dataset) else ""
+    lines = [("examples", f"{len(dataset):,}{repeated}"), *notes]
     found = scan(dataset.pictures, show_progress)
-    usable = [item.position for item in found if item.fault is None]
+    first = {place: index for index, place in reversed(list(enumerate(dataset.places)))}
+    usable = [first[item.position] for item in found if item.fault is None]
     if usable:
         lines += column_lines(dataset.get(usable[0], None))
     lines += picture_lines(found, dataset.pictures)
     if dataset.source.labels is not None:
         lines += label_lines([dataset.source.labels[row] for row in dataset.rows], dataset.label_names)
-    return [*lines, *caption_lines(dataset, tokenizer)], usable
+    elif dataset.no_labels is not None:
+        lines.append(("labels", f"none: {dataset.no_labels}"))
+    return [*lines, *caption_lines(dataset, tokenizer)], usable, len(found) - len(usable)
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -94,9 +100,9 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     bad = 0
     for name, dataset in parts(base):
-        lines, usable = report(dataset, tokenizer, show_progress=sys.stderr.isatty())
+        lines, usable, unusable = report(dataset, tokenizer, show_progress=sys.stderr.isatty())
         print(f"{name}:", *(f"  {title:14} {text}" for title, text in lines), sep="\n")
-        bad += len(dataset) - len(usable)
+        bad += unusable
         if name == "train" and usable and "image" in dataset.get(usable[0], None):
             sheet = sheet_of(dataset, [usable[place] for place in spread(len(usable), PICTURES)])
             with new_file(options.output) as file:

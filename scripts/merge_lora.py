@@ -14,7 +14,7 @@ from pathlib import Path
 from trainers.common.lora.files import make_readable
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import check_new, command
-from trainers.inference.lora_pipeline import add_loras, check_weights, load_pipeline, parse_loras
+from trainers.inference.lora_pipeline import add_loras, cast, check_weights, load_pipeline, parse_loras
 
 
 @command
@@ -30,7 +30,7 @@ def main() -> None:
     pipeline = load_pipeline(options.base)
     pipeline.fuse_lora(adapter_names=list(add_loras(pipeline, loras)))
     pipeline.unload_lora_weights()
-    check_weights(pipeline.to(DTYPES[options.dtype]))
+    check_weights(cast(pipeline, DTYPES[options.dtype]))
     staging = options.output.with_name(f".tmp-{options.output.name}-{secrets.token_hex(4)}")
     try:
         pipeline.save_pretrained(staging)

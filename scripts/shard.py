@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 import datasets_lib
-from datasets_lib.errors import InputError
-from datasets_lib.foreign import read_json
+from datasets_lib.errors import InputError, MissingFileError
+from datasets_lib.foreign import read_json, shown
 from datasets_lib.images.files import TEXT_BYTES
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.streaming.index import FORMAT, INDEX, SETTINGS
@@ -39,6 +39,8 @@ from trainers.engine.run.run_folder import LOCK, lock_folder
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, keep_settings, positive
 
+LARGEST, LEAST_SHARDS = 10_000, 8  # examples of a shard, and shards of a data set, if --shard-size does not say
+
 
 def read_base(source: Path, overrides: list[str], trust_code: bool) -> BaseConfig:
     """Reads section `base` of a configuration, or makes one for data; ValueError for options that do not fit."""
@@ -46,16 +48,24 @@ def read_base(source: Path, overrides: list[str], trust_code: bool) -> BaseConfi
         if overrides:
             raise InputError(f"{overrides[0]}: overrides go with a configuration, and {source} is data")
         return BaseConfig(train_data_dir=str(source))
+    if not source.exists():
+        raise MissingFileError(f"{shown(source)}: there is neither a folder nor a configuration of this name")
     base = load_config(source, overrides, datasets_lib.problems, trust_code).base
-    for option in ("streaming", "class_data_dir"):
+    for option in ("streaming", "has_class_images"):
         if getattr(base, option):
             raise InputError(f"base.{option} = {getattr(base, option)}: cannot be put into shards; unset it")
     return base
 
 
+def shard_size(dataset: ImageDataset, options: Any) -> int:
+    """Returns the examples per shard; without --shard-size, few enough that there are shards for several readers."""
+    return options.shard_size or min(LARGEST, max(len(dataset) // LEAST_SHARDS, 1))
+
+
 def settings_of(dataset: ImageDataset, base: BaseConfig, space: LatentSpace | None, options: Any) -> dict[str, Any]:
     """Returns the settings that decide the shards of a split; a folder holds those of one split."""
-    found = {"format": FORMAT, "kind": options.format, "shard_size": options.shard_size, "seed": base.seed}
+    found = {"format": FORMAT, "kind": options.format, "seed": base.seed}
+    found["shard_size"] = shard_size(dataset, options)
     found["data"] = dataset.fingerprint
     if space is not None:
         found |= {"encoded_by": space.digest, "dtype": options.dtype}
@@ -85,13 +95,14 @@ def write_shards(
 ) -> None:
     """Writes this process's shards, each followed by its record; shards with a record are kept."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    starts = range(0, len(order), options.shard_size)
+    size = shard_size(dataset, options)
+    starts = range(0, len(order), size)
     for number in range(accelerator.process_index, len(starts), accelerator.num_processes):
         path = folder / f"shard-{number:05}{SUFFIXES[options.format]}"
         record = folder / f".{path.name}.json"
         if is_whole(path, record):
             continue
-        indices = order[starts[number] : starts[number] + options.shard_size]
+        indices = order[starts[number] : starts[number] + size]
         staged = folder / f".tmp-{path.name}"
         write_shard(staged, examples_of(dataset, indices, space, options), options.format, dataset.source)
         flush(staged)
@@ -161,7 +172,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="base.key=value")
     parser.add_argument("--output-dir", type=Path, required=True, help="a new folder, or one to continue")
     parser.add_argument("--format", choices=SUFFIXES, default="parquet", help="of the shards (parquet)")
-    parser.add_argument("--shard-size", type=positive, default=10_000, help="examples per shard (10000)")
+    parser.add_argument(
+        "--shard-size", type=positive, help=f"examples per shard ({LARGEST}, or fewer for {LEAST_SHARDS} shards)"
+    )
     parser.add_argument("--latents", metavar="VAE", help="a finished vae run, or another folder or hub name")
     parser.add_argument("--batch-size", type=positive, default=16, help="pictures to encode per batch (16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the latents (float32)")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from datasets_lib.errors import InputError
+from datasets_lib.foreign import in_quotes
 from trainers.engine.config.base_options import BaseConfig
 from trainers.options import Bounds, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from trainers.pretrained import read_model
@@ -78,6 +79,7 @@ class RunInfo:
     highest_label: int | None = None  # in the data set, if known
     no_labels: str | None = None  # why the data set has none, if it knows
     captions: list[str] | None = None  # some captions of the training set
+    class_captions: Sequence[str] = ()  # all captions of its pictures of the class
     encoded_by: str | None = None  # digest of the network that made the data set's latents
 
 
@@ -234,7 +236,7 @@ class Trainer(ABC):
 
     def usage_of(self, location: str | Path) -> str:
         """Returns code that loads and samples the result in `location`, for the end of a run and the model card."""
-        return self.usage.format(**vars(self.config) | {"output_dir": location})
+        return self.usage.format(**vars(self.config) | {"output_dir": in_quotes(location)})
 
     def raw(self, name: str) -> Any:
         """Returns a network as init_modules made it; in save_pipeline a float32 CPU copy with averaged weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasets_lib.foreign import in_quotes
 from trainers.base import RandomSource
 from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 
@@ -25,7 +26,7 @@ class DDPMTrainer(PixelDiffusionTrainer):
     def usage_of(self, location: str | Path) -> str:
         config = self.config  # ancestral sampling needs all steps
         steps = config.ddpm_num_inference_steps if config.is_flow else config.ddpm_num_steps
-        return self.usage.format(output_dir=location, steps=steps)
+        return self.usage.format(output_dir=in_quotes(location), steps=steps)
 
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         return {"samples": self.draw(self.predict, rng)}

@@ -33,7 +33,7 @@ def read_model(
             source = kind.download(source, use_safetensors=True, **wanted)
     folder = Path(source) / (subfolder or "")
     _check_source(kind, source, place, " in safetensors format", options | {"subfolder": subfolder})
-    options |= {"subfolder": subfolder} if subfolder else {}
+    options = _without_checker(kind, folder, options) | ({"subfolder": subfolder} if subfolder else {})
     for network, own in _networks(kind, folder):
         _check_size(network, own, place)
     with reading(kind, folder, place):
@@ -42,6 +42,17 @@ def read_model(
     for part in getattr(whole, "components", {"": whole}).values():
         _check_read(part, place)
     return found
+
+
+def _without_checker(kind: Any, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out the options of a safety checker for a pipeline that knows none, such as SDXL's: diffusers warns."""
+    import diffusers
+
+    index = folder / INDEX
+    name = str(read_config(index).get("_class_name")) if hasattr(kind, "download") and index.is_file() else ""
+    own = getattr(diffusers, name, None)
+    known = inspect.signature(own).parameters if isinstance(own, type) else options
+    return {name: value for name, value in options.items() if "safety_checker" not in name or name in known}
 
 
 def read_part(kind: Any, source: str | Path, place: str | None = None, **options: Any) -> Any:

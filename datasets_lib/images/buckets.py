@@ -45,8 +45,11 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     """Yield (option, what is wrong) for settings that do not work with buckets."""
     if not args.buckets:
         return
-    if args.class_data_dir is not None:
-        yield "buckets", "does not work with class_data_dir: a picture and that of its class would differ in shape"
+    if args.has_class_images:
+        yield (
+            "buckets",
+            "does not work with pictures of the class, which would differ in shape from those beside them",
+        )
     if not 1 <= args.bucket_step <= args.resolution:
         yield "bucket_step", f"must be at least 1, and at most resolution = {args.resolution}"
     elif args.bucket_max_pixels is not None and args.bucket_max_pixels < args.bucket_step**2:

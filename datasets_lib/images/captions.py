@@ -28,7 +28,7 @@ class Captions:
 
     def _problem(self, source: Source) -> str | None:
         """What looks like captions and is not read, if nobody said that there are none."""
-        if self.texts is not None or self.args.caption is not None or not source.unread:
+        if self.args.caption is not None or not source.unread:
             return None
         return (
             f"no captions found in {shown(source.origin)}, but what looks like them is not read: "

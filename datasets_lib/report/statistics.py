@@ -100,7 +100,7 @@ def caption_lines(dataset: Any, tokenizer: Any | None) -> Iterator[Line]:
     """How many captions there are, how long they are and what they look like."""
     texts = list(dataset.captions())
     if dataset.caption_note is not None:
-        yield "captions", dataset.caption_note
+        yield "captions", dataset.caption_problem or dataset.caption_note
     else:
         of_rows = [dataset.source.captions[row] for row in dataset.rows]
         several = sum(isinstance(text, list) and len(text) > 1 for text in of_rows)

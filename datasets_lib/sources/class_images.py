@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,8 +13,9 @@ from datasets_lib.example import ImageData
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
-from datasets_lib.images.source import changed, digest
+from datasets_lib.images.source import Source, changed, digest
 from datasets_lib.images.transforms import draw
+from datasets_lib.sources import concepts
 from datasets_lib.sources.folder import as_source
 from datasets_lib.sources.metadata import Listed
 from datasets_lib.sources.walk import list_files
@@ -35,7 +36,8 @@ class PriorDataset(ImageData):
     def __init__(self, instances: ImageData, prior: ImageDataset) -> None:
         self.instances, self.prior = instances, prior
         self.fingerprint = digest(instances.fingerprint, prior.fingerprint)
-        self.notes = [*instances.notes, f"{len(prior)} pictures of the class: {prior.args.caption!r}"]
+        first = next(iter(prior.captions()))
+        self.notes = [*instances.notes, *prior.notes, f"{len(prior)} pictures of the class: {first!r}"]
         self.label_names, self.highest_label = instances.label_names, instances.highest_label
         self.encoded_by, self.caption_note = instances.encoded_by, instances.caption_note
         self.no_labels, self.caption_problem = instances.no_labels, instances.caption_problem
@@ -110,23 +112,35 @@ def _prefixed(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_prior(instances: ImageData, args: Any) -> PriorDataset:
-    """Add the pictures of `args.class_data_dir`; caption files next to them are not read.
+    """Add the pictures of the class: those of `args.class_data_dir`, or of tables of the list with regularization.
 
-    Raises FileNotFoundError for a folder that is not there, ValueError for one whose pictures are examples already.
+    Raises MissingFileError for a folder that is not there, InputError for one whose pictures are examples already.
     """
+    source = concepts.regularization_images(args)
+    if source is not None:
+        own: dict[str, Any] = {"caption": None}
+        if source.captions is None or not all(source.captions):
+            raise InputError(
+                f"base.train_data_dir: images of the class in {source.origin} have no caption; give their table one, "
+                "such as a photo of a dog"
+            )
+    else:
+        source, own = _of_folder(args), {"caption": args.class_caption}
+    known: Any = instances.source.images if isinstance(instances, ImageDataset) else ()
+    if twice := set(cast("list[Path]", source.images)) & {image for image in known if isinstance(image, Path)}:
+        raise InputError(
+            f"base.class_data_dir is {source.origin}, but {len(twice)} of its pictures, such as {shown(min(twice))}, "
+            "are examples of base.train_data_dir too; move it out of that folder"
+        )
+    own |= {"trigger_word": None, "shuffle_tags": False, "keep_tags": 0}
+    prior_args = changed(args, **own, max_train_samples=None, validation_split=None)
+    return PriorDataset(instances, ImageDataset(source, prior_args, "train"))
+
+
+def _of_folder(args: Any) -> Source:
+    """The pictures of `args.class_data_dir`; caption files next to them are not read."""
     folder = resolved(args.class_data_dir)
     if not folder.is_dir():
         raise MissingFileError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, None, folder, args.allow_outside, "class_data_dir")
-    source = as_source(Listed(images, None, None, None), folder, None, None, [])
-    known: Any = ()
-    if args.train_data_dir is not None and isinstance(instances, ImageDataset):
-        known = instances.source.images
-    if twice := set(images) & {image for image in known if isinstance(image, Path)}:
-        raise InputError(
-            f"base.class_data_dir is {folder}, but {len(twice)} of its pictures, such as {shown(min(twice))}, are "
-            "examples of base.train_data_dir too; move it out of that folder"
-        )
-    own = {"caption": args.class_caption, "trigger_word": None, "shuffle_tags": False, "keep_tags": 0}
-    prior_args = changed(args, **own, max_train_samples=None, validation_split=None)
-    return PriorDataset(instances, ImageDataset(source, prior_args, "train"))
+    return as_source(Listed(images), folder, None, None, [])

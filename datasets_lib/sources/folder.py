@@ -39,11 +39,14 @@ def build(args: Any, split: str) -> ImageDataset:
     return ImageDataset(read_folder(args, split), args, split)
 
 
-def read_folder(args: Any, split: str) -> Source:
-    """Return what a folder, or a JSON-lines file, has for a split."""
+def read_folder(args: Any, split: str, caption: str | None = None) -> Source:
+    """Return what a folder, or a JSON-lines file, has for a split; `caption` is that of images without any."""
     top = resolved(args.train_data_dir)
     is_list = top.suffix.lower() == ".jsonl" and top.is_file()
-    return read_list(top, args) if is_list else read_source(top, args, split)
+    source = read_list(top, args) if is_list else read_source(top, args, split, caption)
+    if source.captions is None and caption is not None:
+        source.captions, source.unread = [caption] * len(source.images), ()
+    return source
 
 
 def read_list(file: Path, args: Any) -> Source:
@@ -56,8 +59,8 @@ def read_list(file: Path, args: Any) -> Source:
     return as_source(listed, file.parent, labels, label_names, notes)
 
 
-def read_source(top: Path, args: Any, split: str) -> Source:
-    """Return the images, captions, labels and masks of a split of a folder."""
+def read_source(top: Path, args: Any, split: str, caption: str | None = None) -> Source:
+    """Return the images, captions, labels and masks of a split of a folder; `caption` is that of images without any."""
     if not top.is_dir():
         raise MissingFileError(
             f"base.train_data_dir: there is no folder {top}; give a folder that holds images, or a .jsonl file that "
@@ -70,7 +73,7 @@ def read_source(top: Path, args: Any, split: str) -> Source:
         folder, notes = training_folder(top, found)
         if folder != top:
             found, others = list_files(folder, None, top, args.allow_outside)
-    listed, origin, own_notes = _listed(found, others, folder, excluded, top, args)
+    listed, origin, own_notes = _listed(found, others, folder, excluded, top, args, caption)
     notes += own_notes
     classes = listed.classes
     if split == "validation" and isinstance(args.validation_split, str):
@@ -89,7 +92,13 @@ def read_source(top: Path, args: Any, split: str) -> Source:
 
 
 def _listed(
-    found: list[Path], others: list[Path], folder: Path, excluded: Path | None, top: Path, args: Any
+    found: list[Path],
+    others: list[Path],
+    folder: Path,
+    excluded: Path | None,
+    top: Path,
+    args: Any,
+    caption: str | None,
 ) -> tuple[Listed, str, list[str]]:
     """What is known of the images, where it is from, and notes."""
     images, masks = split_masks(found)
@@ -111,7 +120,8 @@ def _listed(
             if (column := getattr(args, option)) is not None:
                 raise InputError(f"base.{option} is {column!r}, but there is no metadata in {top}; unset it")
         names = None if numbered is None else [numbered[image].name for image in images]
-        captions, more = read_text_files(images, others, names, args)
+        fallback = [caption] * len(images) if caption is not None else names
+        captions, more = read_text_files(images, others, fallback, args)
         notes += more
         classes, no_labels = class_folders(folder, images)
         unread = [] if captions else unread_files(images, others)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from datasets_lib.checks import find_column
+from datasets_lib.checks import LARGEST_REPEATS, find_column
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import check_regular, shown
 from datasets_lib.images.files import check_inside, is_inside
@@ -18,7 +18,6 @@ from datasets_lib.sources.tables import Row, read_table
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first of them in a folder is read
 IMAGE_COLUMNS = ("image", "file_name")  # of a table that is the data set; metadata has the second
-LARGEST_REPEATS = 100_000
 WORDY = 0.5  # share of a column's texts with a space or comma, from which it looks like captions
 
 

@@ -37,9 +37,10 @@ def read_text_files(
         return None, []
     captions: list[str | list[str]] = []
     for number, (image, path) in enumerate(zip(images, files, strict=True)):
-        text = None if path is None else _read(path, args.caption_lines)
         if path is None and fallback is not None:
-            text = fallback[number]
+            captions.append(fallback[number])
+            continue
+        text = None if path is None else _read(path, args.caption_lines)
         name = f"{image.stem}.txt" if path is None else path.name
         captions.append(check_caption(text, f"image {shown(image)} (its text file: {shown(name)})"))
     unused = [path for path in others if path.suffix.lower() in ENDINGS and found[_without_ending(path)] != path]

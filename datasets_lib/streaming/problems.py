@@ -25,6 +25,8 @@ def problems(args: Any) -> Iterator[tuple[str, str]]:
     for option, (value, reason) in FIXED.items():
         if getattr(args, option) != value:
             yield option, f"with streaming: true {reason}"
+    if isinstance(args.train_data_dir, list):
+        yield "train_data_dir", "with streaming: true must be one folder of shards, or a .txt file that lists them"
     if args.validation_split is not None and not isinstance(args.validation_split, str):
         yield "validation_split", "with streaming: true must name a sub-folder or a split: no fraction can be held out"
     if args.image_cache_mb not in (0, 512):  # the default

@@ -490,7 +490,7 @@ CONFIG = {
         ({"bucket_max_pixels": 4095}, "base.bucket_max_pixels = 4095: must be at least the square of bucket_step = 64"),
         (
             {"class_data_dir": "x", "class_caption": "x"},
-            "base.buckets = true: does not work with class_data_dir: a pic",
+            "base.buckets = true: does not work with pictures of the class",
         ),
         ({"eval_steps": 5}, "base.eval_steps = 5: measures pictures of one size, and cannot with buckets: true"),
     ],

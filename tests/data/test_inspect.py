@@ -190,3 +190,37 @@ def test_what_cannot_be_read_is_said(inspect, arguments, message):
     code, _, error = inspect(*arguments, dataset="digits", channels=1)
     assert code == 1
     assert re.search(f"^error: {message}", error)
+
+
+# --- what would surprise
+
+
+def test_what_is_passed_over_and_not_read_is_shown(tmp_path, inspect):
+    for name in ("a", "b"):
+        picture(tmp_path / "data" / f"{name}.png")
+    for name in ("a.json", "b.json", "c.mp4", "notes.doc"):
+        (tmp_path / "data" / name).write_text("{}")
+    code, lines, _ = inspect(train_data_dir=str(tmp_path / "data"))
+    train = section(lines, "train")
+    assert code == 0
+    assert "passed over, as no pictures that are read: 2 .json, 1 .mp4, 1 .doc" in train["examples"]
+    assert "not read: 2 .json with the names of images" in train["captions"][0]
+
+
+def test_repeats_are_counted_and_a_broken_picture_once(tmp_path, inspect):
+    for name in ("3_cat/a", "3_cat/b", "1_dog/c"):
+        picture(tmp_path / "data" / f"{name}.png")
+    (tmp_path / "data" / "3_cat" / "b.png").write_bytes(b"")
+    code, lines, _ = inspect(train_data_dir=str(tmp_path / "data"), folder_repeats=True)
+    train = section(lines, "train")
+    assert (code, train["examples"][0], train["unusable"][0]) == (1, "7, of 3 pictures", "1")
+    assert lines[-1].startswith("1 pictures cannot be used")
+    assert train["labels"][1:] == ["0 cat: 6", "1 dog: 1"]
+
+
+def test_why_there_are_no_labels(tmp_path, inspect):
+    picture(tmp_path / "data" / "cat" / "a.png")
+    picture(tmp_path / "data" / "b.png")
+    _, lines, _ = inspect(train_data_dir=str(tmp_path / "data"))
+    [labels] = section(lines, "train")["labels"]
+    assert labels.startswith("none: no classes from sub-folders: 1 images, such as")

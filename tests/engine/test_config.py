@@ -15,7 +15,8 @@ from trainers.base import Section, TrainerConfig
 from trainers.common.model_files import MODELS_DIR, Grid
 from trainers.common.unet2d import unet2d_problems
 from trainers.engine.config.base_options import BaseConfig, resolve_launcher_values
-from trainers.engine.config.config import describe, load_config
+from trainers.engine.config.config import load_config
+from trainers.engine.config.describe import describe
 from trainers.engine.config.files import MAX_FILE_BYTES, ConfigError
 from trainers.engine.config.schema import coerce, options
 

@@ -383,13 +383,21 @@ def test_the_folder_of_a_killed_dry_run_goes_and_that_of_a_living_one_stays(dry_
     left.rmdir()  # fails where it is not there
 
 
-def test_what_the_run_would_refuse_is_refused(dry_run, tmp_path, run_in_process, monkeypatch):
-    folder = run_in_process()
-    before = sorted(path.name for path in folder.iterdir())
-    code, printed, errors = dry_run(**{"base.resume_from_checkpoint": None})
-    assert (code, printed) == (1, "")
-    assert "holds a run or other folders already" in errors
-    assert sorted(path.name for path in folder.iterdir()) == before
+def test_a_run_in_the_folder_is_not_touched_and_not_counted(dry_run, run_in_process):
+    """After the quickstart its estimate is that of a new run, which says what the run itself would be told."""
+    folder = run_in_process(**CADENCES)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [folder, *folder.rglob("*")]}
+    code, printed, errors = dry_run(**CADENCES, **{"base.resume_from_checkpoint": None})
+    assert code == 0
+    assert re.search(r"^  steps +20 x ", printed, re.MULTILINE)
+    assert re.search(r"^Time: .*, from step 0$", printed, re.MULTILINE)
+    assert f"NOTE: the run itself would be refused: base.output_dir = {folder}: holds a run" in errors
+    assert "continue with base.resume_from_checkpoint=latest" in errors
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [folder, *folder.rglob("*")]} == before
+    assert "would be refused" not in dry_run("another", **CADENCES)[2]
+
+
+def test_what_the_run_would_refuse_is_refused(dry_run, tmp_path, monkeypatch):
     for name in ("a file", "a file/run"):
         (tmp_path / "a file").touch()
         code, printed, errors = dry_run("other", **{"base.output_dir": str(tmp_path / name)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,11 +12,11 @@ from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source
 from trainers.engine.config.base_options import BaseConfig
 
-DEFAULTS = vars(BaseConfig()) | {"encoder_cache_dir": "outputs/tests/encoder-cache", "resolution": 16}
+DEFAULTS = {"encoder_cache_dir": "outputs/tests/encoder-cache", "resolution": 16, "caption": ""}
 
 
 def settings(**changed):
-    return SimpleNamespace(**{**DEFAULTS, **changed})
+    return BaseConfig(**{**DEFAULTS, **changed})
 
 
 def seeded(seed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from trainers.engine.config.config import load_config
 FORMATS = ("parquet", "webdataset")
 COUNT = 11
 TASK = "conditional_ddpm"
+PROGRAMS = ("scripts/shard.py", "scripts/shard.py", "train.py")  # of the README's lines
 
 
 @pytest.fixture
@@ -221,6 +223,45 @@ def test_refusals(folder, tmp_path, capsys):
         "base.max_train_samples=null",
     )
     assert "cannot be imported" in text
+
+
+def test_what_is_not_there_is_neither_a_folder_nor_a_configuration(tmp_path):
+    for name in ("pictures", "config.yaml"):
+        with pytest.raises(SystemExit) as exit:
+            run_script(shard, tmp_path / name, "--output-dir", tmp_path / "shards")
+        assert (
+            exit.value.code == f"error: {tmp_path / name}: there is neither a folder nor a configuration of this name"
+        )
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(1, 1), (3, 1), (9, 1), (40, 5), (41, 5), (80_000, 10_000), (10**7, 10_000)]
+)
+def test_small_data_has_shards_for_several_readers(count, size):
+    assert shard.shard_size(range(count), SimpleNamespace(shard_size=None)) == size
+    assert shard.shard_size(range(count), SimpleNamespace(shard_size=7)) == 7
+
+
+def test_the_readmes_lines_one_after_the_other(tmp_path, vae, monkeypatch):
+    """On forty pictures, too: there are shards for both readers of the config that they train with."""
+    block = (ROOT / "README.md").read_text().partition("### Shards")[2].partition("```bash\n")[2].partition("```")[0]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    [write, encode, learn] = [line[1 + line.index(name) :] for name, line in zip(PROGRAMS, lines, strict=True)]
+    (tmp_path / "my/pictures").mkdir(parents=True)
+    for number in range(40):
+        (tmp_path / f"my/pictures/{number}.png").write_bytes(png(number))
+    shutil.copytree(ROOT / "configs/tests", tmp_path / "configs/tests")
+    shutil.copy(ROOT / "configs/streamed_digits.yaml", tmp_path / "configs")
+    shutil.copytree(vae, tmp_path / "outputs/vae")
+    monkeypatch.chdir(tmp_path)
+    run_script(shard, *write)
+    assert len(list((tmp_path / "my/shards").glob("*.parquet"))) == 8
+    run_script(shard, *["configs/tests/ddpm.json" if word == "CONFIG" else word for word in encode])
+    assert len(list((tmp_path / "my/latents").glob("*.parquet"))) == 8
+    quick = ["base.max_train_steps=2", "ddpm.ddpm_num_inference_steps=2", "base.logger=none", "base.logging_steps=1"]
+    assert main([*learn, *quick, "ddpm.model_config=configs/tests/models/unet2d.json", "ddpm.valid_batch_size=2"]) == 0
+    assert len(losses(tmp_path / "outputs/streamed_digits")) == 2
 
 
 # --- latents

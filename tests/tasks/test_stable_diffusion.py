@@ -562,6 +562,9 @@ def test_captions_that_are_too_long_are_counted():
     [note] = make().notes(pictures)
     found = f"1 captions are longer than the text encoder's 16 tokens: the first loses {end!r}"
     assert note == f"{found}; text_to_image.max_caption_tokens: 150 or 225 keeps more"
+    endless = type("Data", (), {"captions": lambda self: ["cat " * 10_000], "caption_note": None})()
+    [note] = make().notes(endless)
+    assert f"the first loses {('cat ' * 20) + ' ...'!r}; text_to_image" in note
 
 
 def test_data_without_captions_is_told(run_in_process, capsys):

@@ -19,7 +19,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     The network is a `unet` or a `transformer` with one embedding per class and a last one for "no class". A `vae`
     decodes if the network draws latents. `sampler` is a name that build_sampler knows; `id2label` names the classes,
-    or is None: a dict, because diffusers takes lists for components.
+    or is None: a dict, because diffusers takes lists for components. Read from a file, its keys are texts.
     """
 
     _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012  # as diffusers declares it
@@ -29,7 +29,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: object,
         unet: UNet2DModel | None = None,
         transformer: DiTTransformer2DModel | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         sampler: str = "ddpm",
         vae: AutoencoderKL | None = None,
     ) -> None:

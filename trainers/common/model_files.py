@@ -116,11 +116,12 @@ def load_pretrained(
     settings: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Any:
-    """Reads a network of this kind in float32; `place` is the name and the value of the option that locates it.
+    """Reads a network of this kind; `place` is the name and the value of the option that locates it.
 
-    `folder` is its sub-folder in pipelines, `options` are further arguments of diffusers' from_pretrained. Raises
-    FileNotFoundError if nothing can be read, and ValueError for another kind of network, for missing weights, for
-    `misfits` of its config, and for a config that differs from the task's `settings`.
+    `folder` is its sub-folder in pipelines, `options` are further arguments of diffusers' from_pretrained, of which
+    torch_dtype is float32 if it is not given. Raises FileNotFoundError if nothing can be read, and ValueError for
+    another kind of network, for missing weights, for `misfits` of its config, and for a config that differs from the
+    task's `settings`.
     """
     import torch
 
@@ -131,7 +132,8 @@ def load_pretrained(
         found = kind.load_config(source, **options).get("_class_name", kind.__name__)
     if found != kind.__name__:
         raise InputError(f"{shown}: must be of class {kind.__name__}, found {found}")
-    options |= {"torch_dtype": torch.float32, "output_loading_info": True}
+    options.setdefault("torch_dtype", torch.float32)
+    options["output_loading_info"] = True
     network, info = read_model(kind, source, shown, **options)
     if info["missing_keys"]:
         raise InputError(f"{shown}: its weights lack {info['missing_keys'][0]}")

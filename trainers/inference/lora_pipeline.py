@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ def load_pipeline(base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch
     `dtype` may differ by component: {"default": torch.bfloat16, "vae": torch.float32}.
     Raises ValueError for a pipeline that takes no LoRA, FileNotFoundError if none can be read.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, __version__
 
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = read_model(DiffusionPipeline, base, torch_dtype=dtype, **options)
+    options["dtype" if tuple(map(int, __version__.split(".")[:2])) >= (0, 40) else "torch_dtype"] = dtype
+    pipeline = read_model(DiffusionPipeline, base, **options)
     if not hasattr(pipeline, "fuse_lora"):
         raise InputError(f"{base}: is a {type(pipeline).__name__}; give Stable Diffusion or SDXL")
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
@@ -81,6 +83,20 @@ def weigh_loras(pipeline: Any, weights: dict[str, float]) -> None:
         pipeline.set_adapters(list(acting), list(acting.values()))
     elif weights:
         pipeline.disable_lora()
+
+
+def cast(pipeline: Any, dtype: torch.dtype) -> Any:
+    """Casts a pipeline's networks, without diffusers' warning of modules to be kept in float32 where there are none."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def is_founded(record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+    logger.addFilter(is_founded)
+    try:
+        return pipeline.to(dtype)
+    finally:
+        logger.removeFilter(is_founded)
 
 
 def check_negative_prompt(text: str | None, guidance: float) -> None:

@@ -91,8 +91,7 @@ class LatentSpace:
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The frozen autoencoder on the device; in float32 if its config says that half precision overflows."""
-        vae = self.load()
-        vae = vae if self.vae_dtype == vae.dtype else vae.to(self.vae_dtype)  # diffusers warns of any dtype
+        vae = self.load(self.vae_dtype)  # cast later, diffusers would warn
         return vae.to(self.device).eval().requires_grad_(False)
 
     @property
@@ -102,9 +101,12 @@ class LatentSpace:
 
         return torch.float32 if self.settings.get("force_upcast") else self.dtype
 
-    def load(self) -> AutoencoderKL:
-        """Loads a copy in float32 on the CPU."""
-        return load_autoencoder(self.option, self.source, self.pictures, variant=self.variant)
+    def load(self, dtype: torch.dtype | None = None) -> AutoencoderKL:
+        """Loads a copy on the CPU, in float32 if no dtype is given."""
+        import torch
+
+        options: dict[str, Any] = {"variant": self.variant, "torch_dtype": dtype or torch.float32}
+        return load_autoencoder(self.option, self.source, self.pictures, **options)
 
     @cached_property
     def digest(self) -> str:

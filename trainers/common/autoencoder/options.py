@@ -162,10 +162,10 @@ def build_autoencoder(model_config: str | None, grid: Grid) -> AutoencoderKL:
 def load_autoencoder(
     option: str, pretrained: str, grid: Grid, subfolder: str | None = None, trainable: bool = False, **options: Any
 ) -> AutoencoderKL:
-    """Reads the network from a folder or the hub, in float32; a trainable one has our forward for training.
+    """Reads the network from a folder or the hub; a trainable one has our forward for training.
 
-    `options` are a revision or variant. Raises FileNotFoundError if nothing can be read, ValueError if it does not
-    fit; messages name the `option`.
+    `options` are a revision, a variant or a torch_dtype, which is float32 otherwise. Raises FileNotFoundError if
+    nothing can be read, ValueError if it does not fit; messages name the `option`.
     """
     import diffusers
 

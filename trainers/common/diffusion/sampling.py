@@ -31,7 +31,7 @@ def denoise(
     after_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Runs the reverse process on a copy of `scheduler`; a pipeline with the same generators draws the same."""
-    scheduler = type(scheduler).from_config(scheduler.config)  # a copy: set_timesteps changes a scheduler
+    scheduler = _fresh(scheduler)  # set_timesteps changes a scheduler
     scheduler.set_timesteps(num_inference_steps)
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)  # a flow has none
     random = {"generator": generators} if "generator" in signature(scheduler.step).parameters else {}
@@ -42,6 +42,12 @@ def denoise(
         if after_step is not None:
             after_step(sample)
     return sample
+
+
+def _fresh(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Makes a scheduler with the same settings; `from_config` would warn of those of the kind that it was made from."""
+    known = signature(type(scheduler)).parameters
+    return type(scheduler)(**{name: value for name, value in scheduler.config.items() if name in known})
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ def load_into_pipeline(pipeline: Any, file: Path, lora: LoraFile, adapter: str) 
     Not by `load_lora_weights`, which would read the file again, and hand its header to peft as it is.
     """
     check_fit(file, lora, pipeline)
+    with warnings.catch_warnings():  # several adapters of a network are what is asked for
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model", UserWarning)
+        _add_adapter(pipeline, lora, adapter)
+
+
+def _add_adapter(pipeline: Any, lora: LoraFile, adapter: str) -> None:
     for network, state in lora.tensors.items():
         given = {f"{network}.{key}": value for key, value in transformers_keys(network, state).items()}
         settings = {f"{network}.{option}": value for option, value in lora.settings[network].items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from datasets_lib.errors import InputError
+from datasets_lib.foreign import in_quotes
 from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
 from trainers.common.text_to_image.options import StableDiffusionConfig
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
@@ -123,10 +124,11 @@ class AdapterTrainer(StableDiffusionTrainer):
         return [request | {"beside_base": True} for request in super().sample_requests(validation_set)]
 
     def usage_of(self, location: str | Path) -> str:
-        config, place = self.config, f'"{self.config.pretrained_model_name_or_path}"'
+        config, place = self.config, f'"{in_quotes(self.config.pretrained_model_name_or_path)}"'
         for name in ("revision", "variant"):
-            place += f', {name}="{getattr(config, name)}"' if getattr(config, name) else ""
-        return self.usage.format(**vars(config) | self.prompts.usage() | {"base_model": place, "output_dir": location})
+            place += f', {name}="{in_quotes(getattr(config, name))}"' if getattr(config, name) else ""
+        about = {"base_model": place, "output_dir": in_quotes(location)}
+        return self.usage.format(**vars(config) | self.prompts.usage() | about)
 
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.lora.files import save_lora
@@ -143,7 +145,7 @@ class AdapterTrainer(StableDiffusionTrainer):
             "rank": str(adapter["r"]),
             "alpha": f"{adapter['lora_alpha']:g}",
             "target_modules": str(self.targets()),
-            "trigger_word": self.base.trigger_word or "",
+            "trigger_word": ", ".join(self.base.trigger_words),
             **{name: str(value) for name, value in config.texts.unusual().items()},
             "diffloop_version": VERSION,
         }

@@ -89,7 +89,7 @@ class StableDiffusionConfig(TrainerConfig):
         yield from self.without_effect(guided, "a guidance_scale above 1", self.guidance_scale > 1)
         drawn = self.validation_prompts != []
         yield from self.without_effect(("clip_score_model",), "pictures, and validation_prompts is empty", drawn)
-        with_prior = base.class_data_dir is not None
+        with_prior = base.has_class_images
         yield from self.without_effect(("prior_loss_weight",), "base.class_data_dir", with_prior)
 
     @property

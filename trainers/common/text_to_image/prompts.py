@@ -102,6 +102,7 @@ class Prompts:
             most = f"the text encoder's {length} tokens" if settings.chunks == 1 else most
             more = " or ".join(str(n) for n in CAPTION_TOKENS if n > settings.max_caption_tokens)
             advice = f"; {self.task}.max_caption_tokens: {more} keeps more" if more else ""
+            end = f"{str(end)[:80]} ..." if len(str(end)) > 80 else end
             yield f"{lost:,} captions are longer than {most}: the first loses {end!r}{advice}"
         if settings.chunks > 1:
             yield (

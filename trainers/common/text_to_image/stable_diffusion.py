@@ -73,7 +73,7 @@ class StableDiffusionTrainer(Trainer):
     def encoders(self) -> dict[str, Encoder]:
         cache = self.config.cache_latents
         found = {"latents": self.latents.encoder(cache)}
-        if self.base.class_data_dir is not None:
+        if self.base.has_class_images:
             found["class_latents"] = self.latents.encoder(cache, "class_")
         if not self.trains_text:
             found["text"] = self.prompts.encoder(self.config.cache_text, self._constant_texts(), self._fixed_caption())
@@ -81,7 +81,7 @@ class StableDiffusionTrainer(Trainer):
 
     def _constant_texts(self) -> tuple[str, ...]:
         """Returns the texts to encode besides the captions of the data."""
-        texts = ["", self._fixed_caption(), self.base.class_caption, self.config.negative_prompt]
+        texts = ["", self._fixed_caption(), self.config.negative_prompt, *self.run.class_captions]
         texts += self.config.validation_prompts or []
         return tuple(dict.fromkeys(text for text in texts if text is not None))
 

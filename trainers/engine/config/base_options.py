@@ -108,7 +108,7 @@ class BaseConfig(Section):
     # data: exactly one of dataset_name, train_data_dir and dataset
     dataset_name: str | None = None  # hub data set, or a local folder in a hub data set's layout
     dataset_config_name: str | None = None  # configuration of dataset_name, if it has several
-    train_data_dir: str | None = None  # folder of images with metadata.jsonl, .txt or class folders; or a .jsonl file
+    train_data_dir: str | list[dict[str, Any]] | None = None  # folder of images, .jsonl file, or a list of tables
     dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
     allow_outside: list[str] = field(default_factory=list)  # folders that links and paths in the data may lead to
@@ -152,6 +152,27 @@ class BaseConfig(Section):
     def __post_init__(self) -> None:
         self.output_dir = os.path.expanduser(self.output_dir)
 
+    @property
+    def has_class_images(self) -> bool:
+        """Whether each example comes with a picture of its class, for prior preservation."""
+        return self.class_data_dir is not None or any(table.get("regularization") for table in self._tables)
+
+    @property
+    def trigger_words(self) -> list[str]:
+        """The words in front of captions, of all folders."""
+        words = [table.get("trigger_word") for table in self._tables]
+        return list(dict.fromkeys(word for word in (*words, self.trigger_word) if word))
+
+    @property
+    def data_name(self) -> str:
+        """What messages and cards call the data."""
+        named = self.dataset_name or self.dataset or self.train_data_dir or ""
+        return named if isinstance(named, str) else ", ".join(str(table.get("path")) for table in named)
+
+    @property
+    def _tables(self) -> list[dict[str, Any]]:
+        return self.train_data_dir if isinstance(self.train_data_dir, list) else []
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.num_epochs is None) == (self.max_train_steps is None):
             yield "num_epochs", "exactly one of num_epochs and max_train_steps must be set"
@@ -184,6 +205,8 @@ class BaseConfig(Section):
             yield "trigger_word", "must not be blank; null for none"
         if not all(folder.strip() for folder in self.allow_outside):
             yield "allow_outside", "must be a list of folders, such as [/shared/pictures]"
+        if self.class_data_dir is not None and any(table.get("regularization") for table in self._tables):
+            yield "class_data_dir", "and tables of train_data_dir with regularization: true mean the same; keep one"
         if self.class_data_dir is not None and not (self.class_caption or "").strip():
             yield "class_caption", "must be the text of the pictures in class_data_dir, such as a photo of a dog"
         if self.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:

@@ -19,7 +19,7 @@ from trainers.base import Section, Trainer, TrainerConfig
 from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
 from trainers.engine.config.files import ConfigError, read_config_file
 from trainers.engine.config.overrides import parse_overrides, with_typed_texts
-from trainers.engine.config.schema import coerce, describe_kind, nearest, options
+from trainers.engine.config.schema import UNDECIDED, coerce, nearest, options
 from trainers.engine.config.trust import OWN, Trust
 from trainers.engine.optim.table import optimizer_problem
 
@@ -204,6 +204,9 @@ def _check_section(section: str, values: dict, schemas: Schemas) -> tuple[dict[s
         if key not in known:
             problems += _unknown_option(section, str(key), value, schemas)
             continue
+        if value == UNDECIDED:
+            problems.append(f"{section}.{key} = {_show(value)}: is to be decided: {known[key].comment}")
+            continue
         if isinstance(value, str) and VARIABLE.search(value) and not OF_TEXTS.search(key):
             problems.append(f"{section}.{key} = {_show(value)}: {ENVIRONMENT}")
             continue
@@ -238,16 +241,3 @@ def _unknown_changes(allowed: list[str], schemas: Schemas) -> Iterator[str]:
 
 def _show(value: Any) -> str:
     return json.dumps(value, default=str)
-
-
-def describe(task: str | None) -> Iterator[str]:
-    """Yields the lines of `--describe`: the tasks, or the options of `base` and a task (or "package.module:Class")."""
-    if task is None:
-        yield from (f"{name:24} {target}" for name, target in TRAINERS.items())
-        return
-    trainer_class = find_trainer(task, task if ":" in task else None)
-    for title, schema in (("base", BaseConfig), (task, trainer_class.Config)):
-        yield f"\n{title}:"
-        for option in options(schema).values():
-            yield f"  {option.name}: {describe_kind(option.kind)} = {_show(option.default)}"
-            yield f"      {option.comment}"

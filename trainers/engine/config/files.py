@@ -42,6 +42,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as {kind}: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds {type(document).__name__}; it must hold two sections, `base` and the task's")
+    if not isinstance(schema := document.pop("$schema", ""), str):  # only editors read it
+        raise ConfigError(f"$schema = {json.dumps(schema, default=str)}: must be text, the schema that an editor reads")
     return document
 
 

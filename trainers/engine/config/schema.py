@@ -19,6 +19,7 @@ from trainers.options import Section
 
 # of the types without further parts
 WORDS = {type(None): "null", str: "text", bool: "true or false", int: "an integer", float: "a number"}
+UNDECIDED = "CHANGE ME"  # in the place of a value, in a config that `train.py --new` wrote
 
 
 class Option(NamedTuple):
@@ -84,7 +85,7 @@ def coerce(value: Any, kind: Any) -> Any:
         _refuse(kind)
     if origin is Literal:
         word = "no" if value is False and "no" in args else value
-        return word if (type(word), word) in {(type(arg), arg) for arg in args} else _refuse(kind)
+        return word if any(type(word) is type(arg) and word == arg for arg in args) else _refuse(kind)
     if origin is list:
         return [coerce(item, args[0]) for item in value] if isinstance(value, list) else _refuse(kind)
     if origin is dict:

@@ -50,14 +50,18 @@ def open_dry_run(run: RunConfig) -> Iterator[DryRun]:
 
 
 def _check_run_folder(output_dir: Path, base: BaseConfig) -> None:
-    """Raises the errors that the run itself would raise for its folder, without writing anything."""
+    """Raises the errors that the run itself would raise for its folder, without writing; a run in it is only noted."""
     nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         what = "is not a folder" if not nearest.is_dir() else "may not be written"
         raise FileError(f"base.output_dir = {output_dir}: cannot be written ({nearest} {what}); choose another folder")
     if nearest == output_dir:
         refuse_links(output_dir, base)
-        refuse_another_run(output_dir, base)
+        try:
+            refuse_another_run(output_dir, base)
+        except ValueError as held:  # which says nothing about what the run needs
+            if is_main():
+                print(f"NOTE: the run itself would be refused: {held}", file=sys.stderr, flush=True)
 
 
 def _claim(folder: Path) -> TextIO | None:

@@ -27,7 +27,7 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
     from huggingface_hub import ModelCard, ModelCardData
 
     output_dir = tracker.output_dir
-    name, data = output_dir.resolve().name, run.base.dataset_name or run.base.dataset or run.base.train_data_dir or ""
+    name, data = output_dir.resolve().name, run.base.data_name
     on_hub = run.base.dataset_name is not None and not Path(data).exists()
     header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
     pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracker.grids]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datasets_lib.errors import InputError
+from datasets_lib.example import ImageData
 from trainers.base import RunInfo, Trainer
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import RunConfig
@@ -41,10 +42,15 @@ def build_trainer(accelerator: Accelerator, run: RunConfig, clock: Clock, data: 
         highest_label=max((label for label in labels if label is not None), default=None),
         no_labels=data.train.no_labels,
         captions=None if texts is None else list(islice(dict.fromkeys(islice(texts, 1000)), SHOWN_CAPTIONS)),
+        class_captions=_class_captions(data.train) if run.base.has_class_images else (),
         encoded_by=data.train.encoded_by,
     )
     trainer.setup()
     return trainer
+
+
+def _class_captions(train_set: ImageData) -> list[str]:
+    return list(dict.fromkeys(train_set.captions("class_caption") or ()))
 
 
 def init_networks(trainer: Trainer) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ def start_block(ctx: RunContext, trainer: Trainer, networks: dict[str, nn.Module
     """Summarises the run at its start."""
     accelerator, folders, run, clock = ctx.accelerator, ctx.folders, ctx.run, ctx.clock
     base, config = run.base, run.config
-    rows = {"task": f"{run.task}, data {base.dataset_name or base.train_data_dir or base.dataset}"}
+    rows = {"task": f"{run.task}, data {base.data_name}"}
     for name, network in networks.items():
         trained = sum(shape_of(p).numel() for p in network.parameters() if p.requires_grad)
         frozen = sum(shape_of(p).numel() for p in network.parameters()) - trained
