@@ -139,8 +139,8 @@ def _validation(made: Translation) -> None:
         return
     if made.task == "lcm_lora":  # it has its own prompts
         return
-    for name in DRAWING:
-        made.leave(name, "has an effect there with validation prompts only")
+    for unused in DRAWING:
+        made.leave(unused, "has an effect there with validation prompts only")
     made.forget(*DRAWING)
 
 

@@ -59,7 +59,7 @@ TABLE: dict[str, Row] = {
     "class_data_dir": Row("base.class_data_dir"),
     "class_prompt": Row("base.class_caption"),
     "prior_loss_weight": Row("task.prior_loss_weight", read=number),
-    "num_class_images": Row("", "pictures of the class are drawn before the run: scripts/make_class_images.py --number"),
+    "num_class_images": Row("", "are drawn before the run: scripts/make_class_images.py --number"),
     "sample_batch_size": Row("", "is of drawing pictures of the class: scripts/make_class_images.py"),
     "prior_generation_precision": Row("", "is of drawing pictures of the class: scripts/make_class_images.py"),
     # the run

@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 
 def find_command(content: str, place: str, known: Collection[str]) -> Command:
-    """Finds the one command that runs a known script; raises InputError for none, several or one that cannot be read."""
+    """Finds the one command that runs a known script; InputError for none, several or an unreadable one."""
     found = []
     others: list[str] = []
     for words in _commands(content, place):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import find_trainer
-from trainers.engine.config.schema import Option, nearest, options
+from trainers.engine.config.schema import Option, options
 from trainers.inference.foreign_configs.readers import NoEqual, text
 
 
@@ -74,7 +75,7 @@ class Translation:
         if name in self.done or (value := self.get(name)) is None:
             return None
         try:
-            return self.table[name].read(value)
+            return self.row(name).read(value)
         except NoEqual as reason:
             self.leave(name, str(reason))
             return None
@@ -98,7 +99,7 @@ class Translation:
     def leave(self, name: str, reason: str) -> None:
         if name in self.given and name not in self.done:
             self.done.add(name)
-            row = self.table.get(name.rpartition(".")[2])
+            row = self.table.get(_last(name))
             shown = None if row is None or row.secret else self.given[name]
             self.left.append(Left(name, shown, reason))
 
@@ -109,16 +110,16 @@ class Translation:
     def take(self, *names: str) -> None:
         """Takes options over as the table says."""
         for name in names:
-            if (value := self.read(name)) is not None or name in self.given and name not in self.done:
-                self.write(self.table[name].here, value, name, remark=self.table[name].remark)
+            if (value := self.read(name)) is not None or (name in self.given and name not in self.done):
+                self.write(self.row(name).here, value, name)
 
     def finish(self) -> None:
         """Takes over, or leaves out, what no rule has touched; then writes defaults."""
         for name in [name for name in self.given if name not in self.done]:
-            row = self.table.get(name.rpartition(".")[2])
+            row = self.table.get(_last(name))
             if row is None:
-                likely = nearest(name, self.table)
-                self.leave(name, f"unknown option; the nearest known one is {likely}")
+                likely = get_close_matches(_last(name), self.table, n=1, cutoff=0.8)
+                self.leave(name, f"unknown option{f'; did you mean {likely[0]}?' if likely else ''}")
             elif not row.here or not self.has(row.here):
                 self.leave(name, row.remark or "has no equal for this task")
             else:
@@ -127,12 +128,19 @@ class Translation:
             if (row := self.table.get(name)) and row.here and self.has(row.here) and row.here not in self.entries:
                 self.take(name)
 
+    def row(self, name: str) -> Row:
+        return self.table[_last(name)]
+
     def has(self, here: str) -> bool:
         section, option = here.split(".")
         return option in self.schema(section)
 
     def schema(self, section: str) -> dict[str, Option]:
         return _schema("base" if section == "base" else self.task)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @functools.cache
