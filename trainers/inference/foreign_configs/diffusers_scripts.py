@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from trainers.inference.foreign_configs import rules
 from trainers.inference.foreign_configs.diffusers_table import TABLE
-from trainers.inference.foreign_configs.readers import texts
 from trainers.inference.foreign_configs.shell import LAUNCHERS, Command
 from trainers.inference.foreign_configs.translation import Cell, Translation
 
@@ -41,7 +40,7 @@ SCRIPTS = {
     "train_text_to_image_lora_sdxl": Script("lora", CAPTIONED | ADAPTER | XL | FOUR_OFTEN),
     "train_dreambooth": Script(
         "text_to_image",
-        DREAMBOOTH | WHOLE | {"learning_rate": 5e-6, "num_validation_images": 4, "validation_steps": 100},
+        DREAMBOOTH | {"learning_rate": 5e-6, "num_validation_images": 4, "validation_steps": 100},
     ),
     "train_dreambooth_lora": Script("lora", DREAMBOOTH | ADAPTER | FOUR_SELDOM | {"learning_rate": 5e-4}),
     "train_dreambooth_lora_sdxl": Script(
@@ -70,6 +69,8 @@ def translate(command: Command) -> Translation:
     resume = "resume_from_checkpoint"
     if made.given.get(resume, "latest") != "latest":
         made.leave(resume, "checkpoints of other tools are not read")
+    if "use_ema" not in script.defaults:
+        made.write("task.use_ema", False, remark="there is no average there")
     made.finish()
     return made
 
@@ -132,7 +133,7 @@ def _validation(made: Translation) -> None:
     asked = [name for name in ("validation_prompt", "validation_prompts") if name in made.given]
     if made.task == "ddpm" or asked:
         for name in asked[:1]:
-            prompts = texts(made.given[name])
+            prompts = made.read(name) or []
             made.write("task.validation_prompts", prompts, name)
             if "num_validation_images" not in made.given.keys() | made.defaults.keys():
                 made.write("task.valid_batch_size", len(prompts), remark="one of each, as there")

@@ -44,7 +44,7 @@ def translate(options: dict[str, Any], dataset: dict[str, Any], place: Path, scr
     sample_prompts(made, place)
     if task == "text_to_image":
         made.write("task.use_ema", False, remark="there is no average there")
-        if script != "fine_tune":
+        if script in (None, "train_db"):
             made.notes.append("train_db.py trains the text encoder, too; here it stays as it is")
     made.write(
         "base.interpolation", "lanczos", "resize_interpolation", remark="of pictures made larger; area of others"

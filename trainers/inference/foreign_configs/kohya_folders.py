@@ -14,7 +14,7 @@ def main_folders(made: Translation) -> None:
     """Takes over 10_name, or the folder of fine-tuning, which has metadata."""
     if (prefix := str(made.given.get("caption_prefix", "")).strip(" ,")) != "":
         made.write("base.trigger_word", prefix, "caption_prefix")
-    folder, repeats = made.given.get("train_data_dir"), made.read("dataset_repeats") or 1
+    folder, repeats = made.read("train_data_dir"), made.read("dataset_repeats") or 1
     if folder is None:
         return
     if "in_json" not in made.given:

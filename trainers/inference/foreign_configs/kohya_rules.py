@@ -26,8 +26,10 @@ def rates(made: Translation) -> None:
     if made.task != "lora":
         return
     of_all, unet, of_text = made.read("learning_rate"), made.read("unet_lr"), _of_text(made)
-    of_text = [of_all] if of_text is None else of_text
+    of_text = of_text or [of_all]
     unet = of_all if unet is None else unet
+    if unet is None:
+        return
     trains_text = not made.is_on("network_train_unet_only") and any(of_text)
     made.write("task.train_text_encoder", trains_text, "network_train_unet_only")
     if trains_text:
@@ -66,14 +68,13 @@ def adapter(made: Translation) -> None:
         )
     made.write("task.init_lora_weights", "kaiming", remark="as there")
     targets, names = TRANSFORMER, tuple[str, ...]()
-    rank, alpha = made.get("network_dim"), made.get("network_alpha")
     of_conv = _parts(made, "network_args")
     if "conv_dim" in of_conv:
         targets, names = TRANSFORMER + CONVOLUTIONS, ("network_args.conv_dim",)
-        if of_conv["conv_dim"] != str(rank):
-            made.notes.append(f"convolutions have rank {of_conv['conv_dim']} there, and rank {rank} here")
-        if float(of_conv.get("conv_alpha", 1)) != float(alpha):
-            made.notes.append(f"convolutions have alpha {of_conv.get('conv_alpha', 1)} there, and alpha {alpha} here")
+        for what, own, ours in (("rank", "conv_dim", "network_dim"), ("alpha", "conv_alpha", "network_alpha")):
+            there, here = of_conv.get(own, "1"), made.get(ours)
+            if there not in (str(here), f"{here:g}" if isinstance(here, float) else ""):
+                made.notes.append(f"convolutions have {what} {there} there, and {what} {here} here")
         made.leave("network_args.conv_alpha", "is network_alpha here")
     made.write("task.target_modules", targets, *names, remark="" if names else "as there")
     for name in of_conv:
@@ -99,7 +100,7 @@ def optimizer(made: Translation) -> None:
         name = f"optimizer_args.{key}"
         try:
             read = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             read = value
         if not known:
             made.leave(name, "is of an optimizer that is not taken over")
@@ -157,11 +158,12 @@ def losses(made: Translation) -> None:
 
 
 def caches(made: Translation) -> None:
+    text_trained = "task.train_text_encoder" in made.entries and made.entries["task.train_text_encoder"].value
     for first, ours in (("cache_latents", "task.cache_latents"), ("cache_text_encoder_outputs", "task.cache_text")):
         to_disk = f"{first}_to_disk"
         kept = "disk" if made.is_on(to_disk) else "memory" if made.is_on(first) else None
         given = [name for name in (first, to_disk) if name in made.given]
-        if kept is not None and made.entries.get("task.train_text_encoder") and ours == "task.cache_text":
+        if kept is not None and text_trained and ours == "task.cache_text":
             for name in given:
                 made.leave(name, "keeps what the text encoders give, and they are trained")
         elif given:

@@ -11,15 +11,19 @@ class NoEqual(Exception):
 
 
 def text(value: Any) -> str:
+    if isinstance(value, bool | list | dict):
+        raise NoEqual("must have one value")
     return str(value)
 
 
 def texts(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    return [text(each) for each in value] if isinstance(value, list) else [text(value)]
 
 
 def number(value: Any) -> float:
     try:
+        if isinstance(value, bool):  # an option of a command line without its value
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise NoEqual("is no number") from None

@@ -13,11 +13,11 @@ SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
 def base_model(translation: Translation, name: str = "pretrained_model_name_or_path") -> None:
-    source = str(translation.get(name) or "")
+    source = translation.read(name)
     pipeline = f"StableDiffusion{'XL' if translation.is_xl else ''}Pipeline"
     single = f"is one file; a folder is needed: {pipeline}.from_single_file(FILE).save_pretrained(FOLDER)"
-    remark = single if source.endswith(SINGLE_FILES) else ""
-    if name in translation.given:
+    if source is not None:
+        remark = single if source.endswith(SINGLE_FILES) else ""
         translation.write("task.pretrained_model_name_or_path", source, name, remark=remark)
 
 

@@ -73,14 +73,19 @@ def _commands(content: str, place: str) -> Iterator[list[str]]:
         elif in_comment or token.startswith("#"):
             in_comment = True
         else:
-            words.append(VARIABLE.sub(lambda name: variables.get(name[1] or name[2], name[0]), token))
+            words.append(_replaced(token, variables))
+
+
+def _replaced(word: str, variables: dict[str, str]) -> str:
+    """Puts in the variables that are known; others stay as they are."""
+    return VARIABLE.sub(lambda name: variables.get(name[1] or name[2], name[0]), word)
 
 
 def _assign(words: list[str], variables: dict[str, str]) -> list[str]:
     """Keeps what a command's first words assign; returns the others."""
     for number, word in enumerate(words):
         if match := ASSIGNED.fullmatch(word):
-            variables[match[1]] = match[2]
+            variables[match[1]] = _replaced(match[2], variables)
         elif word not in ("export", "env"):
             return words[number:]
     return []

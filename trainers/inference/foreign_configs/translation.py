@@ -13,6 +13,8 @@ from trainers.engine.config.config import find_trainer
 from trainers.engine.config.schema import Option, options
 from trainers.inference.foreign_configs.readers import NoEqual, text
 
+OTHER_TASK = "has no equal for this task"
+
 
 class Row(NamedTuple):
     """One option of another trainer: its equal here, `base.name` or `task.name`, or none and the reason."""
@@ -87,9 +89,10 @@ class Translation:
         """Sets an option of ours, from those of `names` that are given; or as a default of theirs, if none is."""
         found = [name for name in names if name in self.given and name not in self.done]
         section, option = here.split(".")
-        if here in self.entries:
+        taken = f"{option} has its value already" if here in self.entries else None
+        if refused := taken if self.has(here) else OTHER_TASK:
             for name in found:
-                self.leave(name, f"{option} has its value already, from {', '.join(self.entries[here].names)}")
+                self.leave(name, refused)
             return
         self.done |= set(found)
         if found or value != self.schema(section)[option].default:
@@ -121,7 +124,7 @@ class Translation:
                 likely = get_close_matches(_last(name), self.table, n=1, cutoff=0.8)
                 self.leave(name, f"unknown option{f'; did you mean {likely[0]}?' if likely else ''}")
             elif not row.here or not self.has(row.here):
-                self.leave(name, row.remark or "has no equal for this task")
+                self.leave(name, row.remark if row.remark and not row.here else OTHER_TASK)
             else:
                 self.take(name)
         for name in self.defaults.keys() - self.given.keys():
