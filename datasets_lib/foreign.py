@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import stat
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,15 @@ def in_quotes(text: object) -> str:
 
 
 def _escaped(text: str) -> str:
+    if text.isprintable():  # nearly always, and at once
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def entries(folder: Path) -> list[Path]:
+    """Lists what is in a folder, in order; raises FileError if that may not be read."""
+    with reading(folder):
+        return sorted(folder.iterdir())
 
 
 @contextmanager
@@ -60,15 +69,22 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> Path:
-    """Returns the path of a regular file; opening a pipe would wait for ever, and a device may have no end.
+    """Returns the path of a regular file, as regular_size does its size."""
+    regular_size(path)
+    return path
+
+
+def regular_size(path: Path) -> int:
+    """Returns the bytes of a regular file; opening a pipe would wait for ever, and a device may have no end.
 
     Raises MissingFileError if it is not there, and FileError for anything else.
     """
     with reading(path):
-        kind = stat.S_IFMT(path.stat().st_mode)
+        found = os.stat(path)
+    kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
         raise FileError(f"{shown(path)}: is {KINDS.get(kind, 'something else')}, not a regular file; remove it")
-    return path
+    return found.st_size
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from trainers.engine.run.files import make_folder, new_file
 from trainers.inference.arguments import DTYPES
-from trainers.inference.command import command, keep_settings, positive
+from trainers.inference.command import command, keep_settings, positive, seed
 from trainers.inference.lora_pipeline import load_pipeline
 
 SETTINGS = ".class_images.json"  # hidden, so that it is no part of the data
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=50, help="sampling steps (50)")
     parser.add_argument("--resolution", type=positive, help="pixels of a side; default: the pipeline's")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the others count up")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first picture; the others count up")
     options = parser.parse_args()
     state = PartialState()
     make_folder(options.folder)

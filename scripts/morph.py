@@ -31,7 +31,7 @@ from trainers.common.lora.files import find_lora, read_lora
 from trainers.common.text_to_image.base_model import BaseModel, base_model_problems
 from trainers.inference.animation import centred, contact_sheet, write_gif, write_mp4
 from trainers.inference.arguments import DTYPES
-from trainers.inference.command import command, positive
+from trainers.inference.command import command, positive, seed
 from trainers.inference.fitting import Fitted, fit, size_between, unfit
 from trainers.inference.inversion import ddim_schedulers
 from trainers.inference.lora_pipeline import load_pipeline
@@ -182,7 +182,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--adain", action=argparse.BooleanOptionalAction, default=True, help=adain)
     distances = "ms_ssim, lpips, lpips:FILE or NETWORK:FILE: space frames evenly by this distance; takes twice as long"
     parser.add_argument("--reschedule", metavar="DISTANCE", help=distances)
-    parser.add_argument("--seed", type=int, help="of the LoRAs' training, the only random part; default: 0")
+    parser.add_argument("--seed", type=seed, help="of the LoRAs' training, the only random part; default: 0")
     parser.add_argument("--device", help="for drawing; default: cuda if available. Training uses accelerate's")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks, also in training")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/morph"), help="default: %(default)s")

@@ -22,7 +22,7 @@ from datasets_lib.images.decode import read_picture
 from datasets_lib.images.formats import EXTENSIONS, is_picture
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
-from trainers.inference.command import command, positive
+from trainers.inference.command import command, positive, seed
 from trainers.inference.lora_pipeline import (
     add_loras,
     check_finite,
@@ -147,7 +147,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=30, help="sampling steps, of which --strength takes a part")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the base's own")
     parser.add_argument("--max-side", type=positive, default=768, help="pixels; larger pictures are shrunk")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--save-edges", action="store_true", help="into the folder edges")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/style_transfer"))
     parser.add_argument("--device", help="default: cuda if available")

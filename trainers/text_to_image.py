@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from datasets_lib.foreign import in_quotes
 from trainers.base import BaseConfig, PositiveFloat
 from trainers.common.diffusion.objective import ObjectiveOptions
 from trainers.common.text_to_image.objective import Learned, build_flow
@@ -72,7 +73,7 @@ class TextToImageTrainer(StableDiffusionTrainer):
         return {"unet": build_unet(self.config.model_config, self.latents.grid, *widths)}
 
     def usage_of(self, location: str | Path) -> str:
-        return self.usage.format(**vars(self.config) | self.prompts.usage() | {"output_dir": location})
+        return self.usage.format(**vars(self.config) | self.prompts.usage() | {"output_dir": in_quotes(location)})
 
     def save_pipeline(self, output_dir: Path) -> None:
         self.pipeline().save_pretrained(output_dir)

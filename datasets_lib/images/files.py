@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import check_regular, reading, shown
+from datasets_lib.foreign import reading, regular_size, shown
 
 # at most, of what is read into memory at once
 PICTURE_BYTES = 64 << 20  # a picture or latents in a shard
@@ -21,7 +21,7 @@ METADATA_BYTES = 1 << 30  # a list of pictures or shards
 @contextlib.contextmanager
 def open_text(path: Path, limit: int, newline: str | None = None) -> Iterator[IO[str]]:
     """Open a text file; raise FileError for a pipe, ValueError for more than `limit` bytes or what is not UTF-8."""
-    if (size := check_regular(path).stat().st_size) > limit:
+    if (size := regular_size(path)) > limit:
         raise InputError(f"{shown(path)}: has {size:,} bytes, and at most {limit:,} are read")
     try:
         with reading(path), path.open(encoding="utf-8-sig", newline=newline) as file:

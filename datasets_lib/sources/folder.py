@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.foreign import regular_size, shown
 from datasets_lib.images.files import resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source, digest, refuse_named_split
@@ -22,7 +22,18 @@ from datasets_lib.sources.splits import split_folder, training_folder
 from datasets_lib.sources.text_files import ENDINGS, count_text_files, read_text_files, unread_files
 from datasets_lib.sources.walk import by_ending, list_files
 
+SUB_FOLDERS = "sub-folders"  # where classes are from without metadata
 EXPECTED = (*ENDINGS, ".md", ".jsonl", ".csv", ".parquet")  # beside pictures, which no note counts
+
+
+class Part(NamedTuple):
+    """The files of one split of a folder."""
+
+    top: Path
+    folder: Path
+    excluded: Path | None  # a sub-folder that belongs to another split
+    images: list[Path]
+    others: list[Path]
 
 
 def build(args: Any, split: str) -> ImageDataset:
@@ -66,78 +77,92 @@ def read_source(top: Path, args: Any, split: str, caption: str | None = None) ->
             f"base.train_data_dir: there is no folder {top}; give a folder that holds images, or a .jsonl file that "
             "lists them"
         )
-    folder, excluded = split_folder(top, args.validation_split, split)
-    found, others = list_files(folder, excluded, top, args.allow_outside)
-    notes: list[str] = []
-    if not isinstance(args.validation_split, str):
-        folder, notes = training_folder(top, found)
-        if folder != top:
-            found, others = list_files(folder, None, top, args.allow_outside)
-    listed, origin, own_notes = _listed(found, others, folder, excluded, top, args, caption)
-    notes += own_notes
+    part, notes = _files_of(top, args, split)
+    folder = part.folder
+    listed, origin, more = _listed(part, args, caption)
     classes = listed.classes
     if split == "validation" and isinstance(args.validation_split, str):
         # A held-out folder may lack a class, so the numbers are always those of the training folder.
         training = read_source(top, args, "train")
         label_names = training.label_names
-        if origin == "sub-folders" and label_names is not None:
+        if origin == SUB_FOLDERS and label_names is not None:
             classes = [class_of(image, folder) for image in listed.images]
         if training.labels is not None and classes is None:
             raise InputError(f"the images in {folder} have no classes, and those to train on have; give them classes")
     else:
         label_names = class_names(classes)
     labels = number_classes(classes, label_names, folder)
-    notes += _class_notes(f"the {origin} of {folder}", label_names)
+    notes += [*more, *_class_notes(f"the {origin} of {folder}", label_names)]
     return as_source(listed, folder, labels, label_names, notes)
 
 
-def _listed(
-    found: list[Path],
-    others: list[Path],
-    folder: Path,
-    excluded: Path | None,
-    top: Path,
-    args: Any,
-    caption: str | None,
-) -> tuple[Listed, str, list[str]]:
-    """What is known of the images, where it is from, and notes."""
-    images, masks = split_masks(found)
-    tables, notes = find_metadata(others, folder, top, args.allow_outside)
-    numbered = numbered_folders(images, folder) if args.folder_repeats else None
+def _files_of(top: Path, args: Any, split: str) -> tuple[Part, list[str]]:
+    """The files of a split, and a note on folders called like splits that are not."""
+    folder, excluded = split_folder(top, args.validation_split, split)
+    images, others = list_files(folder, excluded, top, args.allow_outside)
+    notes: list[str] = []
+    if not isinstance(args.validation_split, str):
+        folder, notes = training_folder(top, images)
+        if folder != top:
+            images, others = list_files(folder, None, top, args.allow_outside)
+    return Part(top, folder, excluded, images, others), notes
+
+
+def _listed(part: Part, args: Any, caption: str | None) -> tuple[Listed, str, list[str]]:
+    """What is known of the images, where their classes are from, and notes."""
+    images, masks = split_masks(part.images)
+    tables, notes = find_metadata(part.others, part.folder, part.top, args.allow_outside)
     if tables:
-        listed, more = read_metadata(tables, folder, excluded, found, args)
-        notes += more
-        origin = ", ".join(os.path.relpath(table, folder) for table in tables) if len(tables) > 1 else tables[0].name
-        masks = {stem: mask for stem, mask in masks.items() if mask not in listed.images}
-        left_out = len(set(images) - set(listed.images) - set(listed.masks or ()))
-        if left_out:
-            notes.append(f"{left_out} of {len(found)} images in {folder} are not in {origin}: left out")
-        if texts := count_text_files(images, others):
-            notes.append(f"{texts:,} text files with the names of images are not read: {origin} comes first")
+        origin = ", ".join(os.path.relpath(table, part.folder) if len(tables) > 1 else table.name for table in tables)
+        listed, more = _of_metadata(part, tables, images, origin, args)
     else:
-        origin = "sub-folders"
-        for option in ("label_column", "mask_column", "repeats_column"):
-            if (column := getattr(args, option)) is not None:
-                raise InputError(f"base.{option} is {column!r}, but there is no metadata in {top}; unset it")
-        names = None if numbered is None else [numbered[image].name for image in images]
-        fallback = [caption] * len(images) if caption is not None else names
-        captions, more = read_text_files(images, others, fallback, args)
-        notes += more
-        classes, no_labels = class_folders(folder, images)
-        unread = [] if captions else unread_files(images, others)
-        listed = Listed(images, captions, names or classes, None, None, no_labels, unread)
-    if numbered is not None:
-        once = listed.repeats or [1] * len(listed.images)
-        listed = listed._replace(repeats=[n * numbered[i].repeats for n, i in zip(once, listed.images, strict=True)])
-    elif (line := proposal(images, folder)) is not None:
-        notes.append(line)
+        origin = SUB_FOLDERS
+        listed, more = _of_text_files(part, images, args, caption)
+    listed, of_repeats = _with_repeats(listed, part, args)
+    listed, of_masks = _with_masks(listed, masks, args)
+    return listed, origin, [*notes, *more, *of_repeats, *of_masks, *_passed_over(part.others)]
+
+
+def _of_metadata(
+    part: Part, tables: list[Path], images: list[Path], origin: str, args: Any
+) -> tuple[Listed, list[str]]:
+    listed, notes = read_metadata(tables, part.folder, part.excluded, part.images, args)
+    if left_out := len(set(images) - set(listed.images) - set(listed.masks or ())):
+        notes.append(f"{left_out} of {len(part.images)} images in {part.folder} are not in {origin}: left out")
+    if texts := count_text_files(images, part.others):
+        notes.append(f"{texts:,} text files with the names of images are not read: {origin} comes first")
+    return listed, notes
+
+
+def _of_text_files(part: Part, images: list[Path], args: Any, caption: str | None) -> tuple[Listed, list[str]]:
+    for option in ("label_column", "mask_column", "repeats_column"):
+        if (column := getattr(args, option)) is not None:
+            raise InputError(f"base.{option} is {column!r}, but there is no metadata in {part.top}; unset it")
+    names = [each.name for each in numbered_folders(images, part.folder)] if args.folder_repeats else None
+    fallback = names if caption is None else [caption] * len(images)
+    captions, notes = read_text_files(images, part.others, fallback, args)
+    classes, no_labels = class_folders(part.folder, images)
+    unread = [] if captions else unread_files(images, part.others)
+    return Listed(images, captions, names or classes, None, None, no_labels, unread), notes
+
+
+def _with_repeats(listed: Listed, part: Part, args: Any) -> tuple[Listed, list[str]]:
+    if not args.folder_repeats:
+        line = proposal(listed.images, part.folder)
+        return listed, [] if line is None else [line]
+    numbers = [each.repeats for each in numbered_folders(listed.images, part.folder)]
+    if listed.repeats is not None:
+        numbers = [of_row * of_folder for of_row, of_folder in zip(listed.repeats, numbers, strict=True)]
+    return listed._replace(repeats=numbers), []
+
+
+def _with_masks(listed: Listed, masks: dict[str, Path], args: Any) -> tuple[Listed, list[str]]:
     if args.mask_files:
-        listed = listed._replace(masks=masks_of(listed.images, masks))
-    elif masks and listed.masks is None:
-        notes.append(
-            f"{len(masks):,} masks such as {shown(next(iter(masks.values())))} are not used: set base.mask_files"
-        )
-    return listed, origin, [*notes, *_passed_over(others)]
+        return listed._replace(masks=masks_of(listed.images, masks)), []
+    unused = sorted(set(masks.values()) - set(listed.images))
+    if not unused or listed.masks is not None:
+        return listed, []
+    return listed, [f"{len(unused):,} masks such as {shown(unused[0])} are not used: set base.mask_files"]
 
 
 def _passed_over(others: list[Path]) -> list[str]:
@@ -174,6 +199,9 @@ def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
     """
     # a mask may be outside the folder of a split
     name = Path(os.path.relpath(path, folder)).as_posix()
-    if path.is_symlink() and not path.exists():
-        return name, 0
-    return name, check_regular(path).stat().st_size
+    try:
+        return name, regular_size(path)
+    except MissingFileError:
+        if path.is_symlink():
+            return name, 0
+        raise

@@ -19,9 +19,9 @@ class Numbered(NamedTuple):
     name: str
 
 
-def numbered_folders(images: list[Path], folder: Path) -> dict[Path, Numbered]:
+def numbered_folders(images: list[Path], folder: Path) -> list[Numbered]:
     """Return what the first-level sub-folder of each image says; raise InputError for one without a number."""
-    found = {}
+    found = []
     for image in images:
         parts = image.relative_to(folder).parts
         match = NUMBERED.fullmatch(parts[0]) if len(parts) > 1 else None
@@ -30,7 +30,7 @@ def numbered_folders(images: list[Path], folder: Path) -> dict[Path, Numbered]:
                 f"base.folder_repeats = true: {shown(image)} is in no sub-folder called like 10_name, with its "
                 "repeats; move it into one, or set base.folder_repeats=false"
             )
-        found[image] = Numbered(int(match[1]), match[2].strip())
+        found.append(Numbered(int(match[1]), match[2].strip()))
     return found
 
 
@@ -42,5 +42,5 @@ def proposal(images: list[Path], folder: Path) -> str | None:
         return None
     return (
         f"the sub-folders of {shown(folder)} are called like kohya's 10_name: base.folder_repeats=true repeats their "
-        "images so often, and captions those without a text by the rest of the name"
+        "images that many times, and gives those without a caption the rest of the name"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from datasets_lib.sources.metadata import repeats_of
 from datasets_lib.sources.walk import walk
 
 LABEL_COLUMNS = ("label", "labels", "class", "target")  # which may hold classes as integers
+NO_TEXTS = {"file", "filename", "path", "url", "license", "hash", "sha256", "md5", "id", "key", "source", "split"}
 TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl")
 TAR_CAPTION, TAR_LABEL = "txt", "cls"  # columns that `datasets` makes of a tar's members
 
@@ -40,7 +42,8 @@ def read_source(args: Any, split: str) -> Source:
     labels, label_names, no_labels = read_labels(rows, args.label_column)
     captions = read_captions(rows, args.caption_column, args.dataset_name)
     repeats = read_repeats(rows, args.repeats_column, args.dataset_name)
-    unread = [] if captions else unread_columns(rows.features, column)
+    taken = (column, masked, args.label_column, args.repeats_column)
+    unread = [] if captions else unread_columns({n: k for n, k in rows.features.items() if n not in taken})
     folder, *outside = file_folders(args)
     images = EncodedImages(rows, column, "image_column", folder, outside)
     masks = None if masked is None else EncodedImages(rows, masked, "mask_column", folder, outside)
@@ -117,9 +120,10 @@ def read_repeats(rows: Any, column: str | None, origin: str) -> list[int] | None
     return [repeats_of(value, f"row {row} of {origin}") for row, value in enumerate(_values(rows, column))]
 
 
-def unread_columns(features: dict[str, Any], image: str) -> list[str]:
-    """Describes columns of texts that are not read, one of which may hold captions; not those of tar files' keys."""
-    texts = [name for name, kind in features.items() if _is_text(kind) and name != image and not name.startswith("__")]
+def unread_columns(features: dict[str, Any]) -> list[str]:
+    """Describes columns of texts, one of which may hold captions; not those of tar files' keys and of file names."""
+    texts = [name for name, kind in features.items() if _is_text(kind) and not name.startswith("__")]
+    texts = [name for name in texts if not NO_TEXTS & set(re.split("[^a-z0-9]+", name.lower()))]
     return [f"column {shown(repr(name))} of texts" for name in texts]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from datasets_lib.checks import LARGEST_REPEATS, find_column
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.foreign import check_regular, entries, shown
 from datasets_lib.images.files import check_inside, is_inside
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, check_caption
 from datasets_lib.sources.tables import Row, read_table
@@ -65,7 +65,7 @@ def find_metadata(others: list[Path], folder: Path, top: Path, outside: Sequence
     """Return the tables of a folder and its sub-folders, else those of the one above, and notes on others."""
     found = [path for path in others if path.name.lower() in METADATA_FILES]
     if top != folder and not any(path.parent == folder for path in found):
-        above = sorted(path for path in top.iterdir() if path.name.lower() in METADATA_FILES)
+        above = [path for path in entries(top) if path.name.lower() in METADATA_FILES]
         found = [*(check_inside(path, top, outside) for path in above), *found]
     best: dict[Path, Path] = {}
     notes = []

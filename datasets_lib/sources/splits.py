@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets_lib.checks import one_of
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import entries, shown
 
 TRAIN = ("train", "training")
 HELD_OUT = ("test", "testing", "val", "valid", "validation")
@@ -28,7 +28,7 @@ def split_folder(top: Path, validation_split: Any, split: str) -> tuple[Path, Pa
     """Return the folder of a split, and the sub-folder to leave out of it."""
     if not isinstance(validation_split, str):
         return top, None
-    folders = sorted(path.name for path in top.iterdir() if path.is_dir() and path.name != "train")
+    folders = [path.name for path in entries(top) if path.is_dir() and path.name != "train"]
     held_out = top / one_of(f"base.validation_split (a sub-folder of {top})", validation_split, folders)
     if split == "validation":
         return held_out, None

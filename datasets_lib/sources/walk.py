@@ -35,9 +35,11 @@ def list_files(
     folder: Path, excluded: Path | None, top: Path, outside: Sequence[str], option: str = "train_data_dir"
 ) -> Listing:
     """Return the pictures and the other files below a folder, in order; raise InputError if there are no pictures."""
-    files = list(walk(folder, excluded, top, outside))
-    images = [path for path in files if is_picture(path.name)]
-    others = [path for path in files if not is_picture(path.name)]
+    files = walk(folder, excluded, top, outside)
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in files:
+        (images if is_picture(path.name) else others).append(path)
     if not images:
         raise InputError(
             f"there are no images in {folder}: looked there and in its sub-folders for {COMMON} and saw "

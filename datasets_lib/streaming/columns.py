@@ -10,7 +10,7 @@ from datasets_lib.checks import find_column, one_of
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, Source, check_caption
-from datasets_lib.sources.hub import image_column, mask_column
+from datasets_lib.sources.hub import image_column, mask_column, unread_columns
 from datasets_lib.streaming.raw_row import LATENTS, RawRow
 from datasets_lib.streaming.rows import features_of
 from datasets_lib.streaming.shards import Shard
@@ -32,6 +32,8 @@ class ShardColumns:
         self.image = None if self.latents else image_column(pictures, args.image_column)
         self.caption = find_column("base.caption_column", args.caption_column, features, CAPTION_COLUMNS)
         self.label = _label_column(features, args.label_column)
+        taken = (self.image, self.mask, self.label)
+        self.unread = [] if self.caption else unread_columns({n: k for n, k in features.items() if n not in taken})
         self.label_names = label_names or getattr(features.get(self.label or ""), "names", None)
         self.num_classes = len(self.label_names) if self.label_names else None
 

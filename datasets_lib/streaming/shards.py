@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from datasets_lib.checks import one_of
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import check_regular, shown
+from datasets_lib.foreign import check_regular, entries, shown
 from datasets_lib.images.files import METADATA_BYTES, check_inside, is_inside, lines_of, open_text, resolved
 from datasets_lib.images.source import refuse_named_split
 from datasets_lib.sources.splits import TRAIN, split_of
@@ -100,7 +100,7 @@ def _of_folder(top: Path, args: Any, split: str) -> ShardList:
     files = _shards_below(top, None, top, args)
     splits = {path: split_of(path, top) for path in files}
     if held_out is not None:
-        folders = sorted(path.name for path in top.iterdir() if path.is_dir())
+        folders = [path.name for path in entries(top) if path.is_dir()]
         named = sorted({*folders, *filter(None, splits.values())})
         one_of(
             f"base.validation_split (a sub-folder of {top}, or a split that its shards' names tell)", held_out, named

@@ -36,6 +36,7 @@ class Stream(StreamData):
         self.order = ShardOrder(self.shards, args.seed)
         features = find_features(self.shards, self.origin, "dataset_name" if args.dataset_name else "train_data_dir")
         self.columns = ShardColumns(features, args, self.origin, about.get("label_names"))
+        self.caption_problem = None if self.columns.caption else self._no_captions().problem
         self.records = {record["file"]: record for record in about.get("shards", ())}  # of shards of our own, by name
         known = [self.records.get(shard.name) for shard in self.shards]
         self.label_names = self.columns.label_names
@@ -66,7 +67,10 @@ class Stream(StreamData):
 
     @property
     def caption_note(self) -> str | None:
-        return None if self.columns.caption else Captions(Source([], self.origin, ""), self.args).note
+        return None if self.columns.caption else self._no_captions().note
+
+    def _no_captions(self) -> Captions:
+        return Captions(Source([], self.origin, "", unread=self.columns.unread), self.args)
 
     def example(self, row: RawRow, generator: torch.Generator | None) -> dict[str, Any]:
         """Return the example of a row, as ImageDataset.get does; raise ImageError for a picture that is broken."""

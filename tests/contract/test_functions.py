@@ -47,3 +47,20 @@ def test_the_loop_binds_few_names_and_each_once(loop):
     assert sorted(bound) == sorted(set(bound))
     assert len(bound) <= 30
     assert not any(isinstance(node, (*FUNCTIONS, ast.ExceptHandler)) for node in nodes[1:])  # these bind names, too
+
+
+# raised for our own code, which catches it, or for who writes a task
+OF_OUR_OWN = {
+    "datasets_lib/sources/tables.py": 1,  # a key that is there twice
+    "trainers/engine/config/schema.py": 1,  # what an annotation allows
+    "trainers/engine/run/randomness.py": 1,  # a draw that a task asks for twice
+}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not path.startswith("scripts/benchmarks")])
+def test_what_a_user_can_mend_is_raised_as_such(path):
+    """Only UserError and its kinds are shown without a traceback."""
+    raised = [node.exc for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Raise)]
+    names = [exc.func.id for exc in raised if isinstance(exc, ast.Call) and isinstance(exc.func, ast.Name)]
+    bare = [name for name in names if name in ("ValueError", "OSError", "FileNotFoundError", "PermissionError")]
+    assert len(bare) == OF_OUR_OWN.get(path, 0), bare

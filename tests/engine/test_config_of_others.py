@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import threading
@@ -11,6 +12,7 @@ from test_config import ARTICLE, problems_of, write  # noqa: F401  # the second 
 
 from datasets_lib.errors import MissingFileError
 from trainers.engine.config.config import load_config
+from trainers.inference.command import seed
 
 LORA = {
     "base": {"dataset": "digits", "max_train_steps": 2},
@@ -198,3 +200,12 @@ def test_the_nearest_name_whatever_the_case(write, name, meant):  # noqa: F811
 
 def test_the_article_still_loads(write):  # noqa: F811
     assert load_config(write(ARTICLE)).base.caption is None
+
+
+@pytest.mark.parametrize("text", ["-1", str(2**64), "1e3", "x"])
+def test_seeds_of_scripts_have_the_same_bounds(text):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed", type=seed)
+    with pytest.raises(argparse.ArgumentError, match=r"must be from 0 to 18446744073709551615|invalid seed value"):
+        parser.parse_args([f"--seed={text}"])
+    assert parser.parse_args([f"--seed={2**64 - 1}"]).seed == 2**64 - 1

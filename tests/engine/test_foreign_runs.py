@@ -257,7 +257,9 @@ def test_an_option_of_another_type_in_a_state(run, capsys):
     options = [f"base.output_dir={run}", "base.checkpointing_steps=3", "base.resume_from_checkpoint=latest"]
     options += ["base.max_train_steps=9", "conditional_ddpm.lr_scheduler=cosine"]
     assert main([str(tiny("conditional_ddpm")), *options]) == 1
-    assert "Traceback" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "state.json has conditional_ddpm.learning_rate = fast: must be a number above 0" in error
+    assert "Traceback" not in error
 
 
 MANIFESTS = {

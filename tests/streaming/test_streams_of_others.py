@@ -110,8 +110,20 @@ def test_texts_and_classes_of_tars_that_are_not_streamed():
 
 
 def test_what_looks_like_captions_in_a_table():
-    assert unread_columns(tar_rows(json=["x", "y"], n=[1, 2]).features, "jpg") == ["column 'json' of texts"]
-    assert unread_columns(tar_rows().features, "jpg") == []
+    assert unread_columns(tar_rows(json=["x", "y"], n=[1, 2]).features) == ["column 'json' of texts"]
+    assert unread_columns(tar_rows(file_name=["x", "y"], image_url=["x", "y"]).features) == []
+
+
+def test_a_stream_with_a_column_that_looks_like_captions(tmp_path):
+    more = {"Beschreibung": (hub.Value("string"), ["x", "y"])}
+    write_parquet(tmp_path / "0.parquet", range(2), **more)
+    table = pyarrow.parquet.read_table(tmp_path / "0.parquet").drop(["text"])
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet")
+    stream = stream_of(tmp_path)
+    assert stream.caption_note == "no captions found: every example has base.caption = ''"
+    with pytest.raises(ValueError, match=r"not read: column 'Beschreibung' of texts; captions are"):
+        datasets_lib.check_captions(stream)
+    datasets_lib.check_captions(stream_of(tmp_path, caption=""), stream_of(tmp_path, caption_column="Beschreibung"))
 
 
 @pytest.mark.parametrize("column", ["label", "class", "target"])

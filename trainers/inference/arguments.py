@@ -16,7 +16,7 @@ from trainers.base import Section, Trainer
 from trainers.engine.config.schema import coerce
 from trainers.engine.config.schema import options as options_of
 from trainers.engine.config.trust import add_trust_argument
-from trainers.inference.command import positive
+from trainers.inference.command import positive, seed
 from trainers.inference.saved_run import SavedRun, load_trainer, open_run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -74,7 +74,7 @@ def pipeline_options(arguments: argparse.Namespace, schema: type[Section]) -> di
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other option of the run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--steps", help="number of sampling steps")
     parser.add_argument("--sampler", help="ddpm, ddim or dpmsolver++; flow: euler, dpmsolver++; pipeline: any, or lcm")
     parser.add_argument("--guidance", help="guidance scale; 1: no guidance, 0: no class")

@@ -52,6 +52,14 @@ def not_negative(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """Argument type: what a generator of random numbers takes."""
+    number = int(text)
+    if not 0 <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"{number}: must be from 0 to {2**64 - 1}")
+    return number
+
+
 def check_new(path: Path) -> None:
     """Raises ValueError if the path exists."""
     if path.exists():

@@ -103,9 +103,15 @@ def _length_change(state: dict[str, Any], run: RunConfig, clock: Clock) -> Itera
 
 def _rate(state: dict[str, Any], run: RunConfig, step: int) -> str:
     """Formats a step's learning rate for the configuration, length and batch size of a state."""
-    saved = next(values for section, values in state["config"].items() if section != "base")
-    known = options(type(run.config))
-    config = dataclasses.replace(run.config, **{k: coerce(v, known[k].kind) for k, v in saved.items() if k in known})
+    [(section, saved)] = [(name, values) for name, values in state["config"].items() if name != "base"]
+    known, settings = options(type(run.config)), {}
+    for name in saved.keys() & known.keys():
+        try:
+            settings[name] = coerce(saved[name], known[name].kind)
+        except ValueError as allowed:
+            found = f"the checkpoint's state.json has {section}.{name} = {shown(saved[name])}"
+            raise InputError(f"{found}: must be {allowed}; take another checkpoint") from None
+    config = dataclasses.replace(run.config, **settings)
     factor = learning_rate_schedule(config, state["total_steps"])(step)
     factor *= state["global_batch_size"] if config.scale_lr else 1
     if isinstance(config.learning_rate, dict):
