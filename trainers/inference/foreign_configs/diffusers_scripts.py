@@ -135,7 +135,7 @@ def _validation(made: Translation) -> None:
         for name in asked[:1]:
             prompts = made.read(name) or []
             made.write("task.validation_prompts", prompts, name)
-            if "num_validation_images" not in made.given.keys() | made.defaults.keys():
+            if prompts and "num_validation_images" not in made.given.keys() | made.defaults.keys():
                 made.write("task.valid_batch_size", len(prompts), remark="one of each, as there")
         return
     if made.task == "lcm_lora":  # it has its own prompts

@@ -42,7 +42,7 @@ TABLE: dict[str, Row] = {
                                     "and set base.streaming: true"),
     "image_column": Row("base.image_column"),
     "caption_column": Row("base.caption_column"),
-    "instance_prompt": Row("base.caption"),
+    "instance_prompt": Row("base.caption", "of pictures without a text file; there of all"),
     "repeats": Row("base.train_data_dir", "of its table `repeats`", whole),
     "max_train_samples": Row("base.max_train_samples", read=whole),
     "cache_dir": Row("base.cache_dir", "of data sets"),
