@@ -625,6 +625,7 @@ def test_a_line_feed_cannot_leave_a_comment(folder):
         ("a.toml", 'network_module = "networks.lora_flux"', "is of another model; Stable Diffusion 1, 2 and XL"),
         ("a.toml", 't5xxl = "t5"', "t5xxl: is of another model"),
         ("a.toml", 'dataset_config = "a.toml"', r"a\.toml: has no \[\[datasets\]\]"),
+        ("a.json", '{"general": 1, "datasets": []}', r"a\.json: general must be a section"),
         ("a.sh", "rm -r x", r"a\.sh: holds no command that is understood; known scripts: train_text_to_image\.py, "),
         ("a.sh", "python train_flux_lora.py --a", r"understood \(found train_flux_lora\.py\)"),
         ("a.sh", "python train_dreambooth.py\npython train_dreambooth.py", "holds several training commands; keep one"),
@@ -633,8 +634,9 @@ def test_a_line_feed_cannot_leave_a_comment(folder):
     ],
 )
 def test_what_cannot_be_read(folder, name, text, message):
+    path = written(text, name)
     with pytest.raises(InputError, match=message):
-        imported(written(text, name))
+        imported(*((written("network_dim = 1"), path) if name == "a.json" else (path,)))
 
 
 def test_files_that_are_not_there(folder, capsys):
@@ -693,3 +695,58 @@ def test_a_config_that_was_made_trains(folder):
     assert train(["out.yaml", *options]) == 0
     assert [line["step"] for line in read_metrics(folder / "output/ohwx", prefix="loss")] == [1, 2]
     assert (folder / "output/ohwx/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "reason"),
+    [
+        ('learning_rate = "fast"', "learning_rate", "is no number"),
+        ("network_dim = 2.5", "network_dim", "is no whole number"),
+        ('flip_aug = "yes"', "flip_aug", "is neither true nor false"),
+        ("mixed_precision = []", "mixed_precision", "must have one value"),
+        ("caption_dropout_rate = 2", "caption_dropout_rate", "is no fraction"),
+        ("validation_split = 0.0", "validation_split", "is off, as here"),
+        ("save_every_n_steps = 0", "save_every_n_steps", "switches it off, which is the default here"),
+        ('resolution = "1,2,3"', "resolution", "is neither a side nor width and height"),
+        ('text_encoder_lr = ["a"]', "text_encoder_lr", "is no number"),
+        ("keep_tokens = 2", "keep_tokens", "keep_tags has an effect with shuffle_tags: true only"),
+        ("network_dimm = 2", "network_dimm", "unknown option; did you mean network_dim?"),
+        ("quite_else = 2", "quite_else", "unknown option"),
+        ("save_model_epochs = 2", "save_model_epochs", "unknown option"),
+        ('optimizer_type = "AdamW"\nuse_8bit_adam = true', "optimizer_type", "optimizer has its value already"),
+        ('optimizer_type = "CAME"', "optimizer_type", "has no equal; adamw is used. There are adamw, "),
+        ('lr_scheduler = "rex"', "lr_scheduler", "has no equal among the schedules; with an equal: constant, "),
+    ],
+)
+def test_why_a_value_is_left_out(folder, options, name, reason):
+    text = 'pretrained_model_name_or_path = "a/b"\nnetwork_alpha = 1\n'
+    left = {each.name: each.reason for each in imported(written(text + options)).translation.left}
+    assert left[name].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("base", "option", "is_xl"),
+    [
+        ("models/sd_xl_base", "", True),
+        ("models/v1-5", "", False),
+        ("models/mine", "cache_text_encoder_outputs = true", True),
+        ("sd1", "", False),
+        ("sdxl", "", True),
+    ],
+)
+def test_whether_it_is_about_xl(folder, base, option, is_xl):
+    base = model(base) if base in ("sd1", "sdxl") else base
+    translation = imported(written(f"{FLAT.format(base=base)}clip_skip = 2\n{option}")).translation
+    assert ("clip_skip" in {each.name for each in translation.left}) == is_xl == translation.is_xl
+
+
+def test_notes_stand_above(folder):
+    text = imported(
+        written(FLAT.format(base="a/b") + 'network_args = ["conv_dim=2"]\nloss_type = "huber"\noptimizer_type = "CAME"')
+    ).text
+    notes = re.findall(r"^# NOTE: (.*)$", text, re.MULTILINE)
+    assert notes == [
+        "convolutions have rank 2 there, and rank 4 here",
+        "adamw is not the optimizer there: its learning rate, too, must be chosen anew",
+        "huber_c changes with the noise there (huber_schedule), and is constant here",
+    ]
