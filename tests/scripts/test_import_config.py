@@ -681,6 +681,21 @@ def test_another_dataset_config(folder):
     )
 
 
+def test_a_folder_in_two_resolutions_is_taken_once(folder):
+    datasets = "".join(
+        f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = 'cat'\nnum_repeats = {side // 32}\n"
+        for side in (64, 128)
+    )
+    written(datasets, "data.toml")
+    text = f'pretrained_model_name_or_path = "{model("sd1")}"\nnetwork_dim = 2\ndataset_config = "data.toml"'
+    document, left = made(written(text))
+    assert document["base"]["train_data_dir"] == [{"path": "cat", "repeats": 2}]
+    assert document["base"]["resolution"] == 64
+    assert left.keys() == {"dataset_config"} | {
+        f"datasets.2.{name}" for name in ("resolution", "subsets.1.image_dir", "subsets.1.num_repeats")
+    }
+
+
 def test_a_config_that_was_made_trains(folder):
     written(
         SUBSETS.replace("resolution = 512", "resolution = 32").replace("batch_size = 4", "batch_size = 2"), "data.toml"

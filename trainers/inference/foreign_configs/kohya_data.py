@@ -11,6 +11,7 @@ from trainers.inference.foreign_configs.kohya_folders import main_folders
 from trainers.inference.foreign_configs.readers import NoEqual, whole
 from trainers.inference.foreign_configs.translation import Cell, Translation
 
+OF_TABLES = ("image_dir", "num_repeats", "dataset_repeats", "class_tokens", "is_reg", "caption_prefix")
 IGNORED = "is ignored there beside a dataset_config"
 
 
@@ -49,16 +50,12 @@ def translate_data(made: Translation, subsets: list[Subset]) -> None:
         main_folders(made)
     for name in ONE_FOR_ALL:
         _one_for_all(made, training, name)
-    _sizes(made, training)
-    for full in [full for full in made.given if full.rpartition(".")[2] in ("caption_extension", "caption_extention")]:
+    _resolution(made, training, _buckets(made, training))
+    for full in _all(made, "caption_extension", "caption_extention"):
         is_read = made.given[full] in FILES_READ
-        made.leave(full, "is read here: NAME.txt, then NAME.caption" if is_read else _reason(made, full))
-    for full in [full for full in made.given if full.endswith("caption_separator")]:
-        made.leave(full, "is always so here" if made.given[full] == "," else _reason(made, full))
-
-
-def _reason(made: Translation, full: str) -> str:
-    return made.row(full).remark
+        made.leave(full, "is read here: NAME.txt, then NAME.caption" if is_read else made.row(full).remark)
+    for full in _all(made, "caption_separator"):
+        made.leave(full, "is always so here" if made.given[full] == "," else made.row(full).remark)
 
 
 def _is_reg(made: Translation, subset: Subset) -> bool:
@@ -69,10 +66,17 @@ def _is_reg(made: Translation, subset: Subset) -> bool:
 def _tables(made: Translation, subsets: list[Subset]) -> None:
     for name in ("train_data_dir", "reg_data_dir", "in_json"):
         made.leave(name, IGNORED)
-    made.write("base.train_data_dir", [dict(_cells(made, subset)) for subset in subsets])
-    for name in ("image_dir", "num_repeats", "dataset_repeats", "class_tokens", "is_reg", "caption_prefix"):
-        for full in [full for full in made.given if full.rpartition(".")[2] == name]:
-            made.leave(full, "is not used by any folder")
+    tables: dict[str, dict[str, Cell]] = {}
+    for subset in subsets:
+        path = str(made.given.get(f"{subset.levels[0]}image_dir"))
+        if path not in tables:
+            tables[path] = dict(_cells(made, subset))
+        for full in [full for full in made.given if full.startswith(subset.levels[0])]:
+            if full.rpartition(".")[2] in OF_TABLES:
+                made.leave(full, "is of a folder that is in the list already, which has one resolution")
+    made.write("base.train_data_dir", list(tables.values()))
+    for full in _all(made, *OF_TABLES):
+        made.leave(full, "is not used by any folder")
 
 
 def _cells(made: Translation, subset: Subset) -> Iterator[tuple[str, Cell]]:
@@ -107,7 +111,7 @@ def _one_for_all(made: Translation, training: list[Subset], name: str) -> None:
     row = made.table[name]
     used = [full for subset in training if (full := subset.find(made.given, name)) is not None]
     others = {name, ALIASES.get(name, name)}
-    all_given = [full for full in made.given if full.rpartition(".")[2] in others]
+    all_given = _all(made, *others)
     try:
         value = row.read(made.given[used[0]]) if used else None
     except NoEqual as reason:
@@ -121,23 +125,26 @@ def _one_for_all(made: Translation, training: list[Subset], name: str) -> None:
         made.leave(full, f"is one for the whole run here, and {used[0]} was taken" if used else "is of the class only")
 
 
-def _sizes(made: Translation, training: list[Subset]) -> None:
-    with_class = "base.class_data_dir" in made.entries or any(
-        "regularization" in table for table in _list_of(made.entries.get("base.train_data_dir"))
-    )
-    switch = training[0].find(made.given, "enable_bucket")
-    buckets = switch is not None and made.given[switch] is True and not with_class
-    if with_class and switch is not None and made.given[switch] is True:
-        for full in [full for full in made.given if full.rpartition(".")[2] == "enable_bucket"]:
-            made.leave(full, "does not work here with pictures of the class, which would differ in shape")
+def _buckets(made: Translation, training: list[Subset]) -> bool:
+    """Takes enable_bucket over, and says whether there are buckets; with pictures of the class there are none."""
+    full = training[0].find(made.given, "enable_bucket")
+    is_on = full is not None and made.given[full] is True
+    tables = _list_of(made.entries.get("base.train_data_dir"))
+    with_class = "base.class_data_dir" in made.entries or any("regularization" in table for table in tables)
+    if is_on and with_class:
+        for name in _all(made, "enable_bucket"):
+            made.leave(name, "does not work here with pictures of the class, which would differ in shape")
     else:
         _one_for_all(made, training, "enable_bucket")
+    return is_on and not with_class
+
+
+def _resolution(made: Translation, training: list[Subset], buckets: bool) -> None:
     chosen = training[0].find(made.given, "resolution")
     if chosen is None:
         made.write("base.resolution", 1024 if made.is_xl else 512, remark="is not given, and must be there")
         return
-    names = [name for name in made.given if name.rpartition(".")[2] == "resolution"]
-    same = [name for name in names if made.given[name] == made.given[chosen]]
+    names = _all(made, "resolution")
     try:
         width, height = _sides(made.given[chosen])
     except NoEqual as reason:
@@ -145,11 +152,17 @@ def _sizes(made: Translation, training: list[Subset]) -> None:
             made.leave(name, str(reason))
         return
     side = width if width == height else math.isqrt(width * height) if buckets else min(width, height)
+    same = [name for name in names if made.given[name] == made.given[chosen]]
     made.write("base.resolution", side, *same, remark="" if width == height else f"{width} x {height} there")
     if buckets and width != height:
         made.write("base.bucket_max_pixels", width * height, remark=f"{width} x {height}")
     for name in names:
         made.leave(name, f"is one for the whole run here, and {chosen} was taken")
+
+
+def _all(made: Translation, *names: str) -> list[str]:
+    """The full names, of any level."""
+    return [full for full in made.given if full.rpartition(".")[2] in names]
 
 
 def _list_of(entry: Any) -> list[Any]:

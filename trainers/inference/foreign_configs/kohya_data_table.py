@@ -70,10 +70,6 @@ DATA: dict[str, Row] = {
     "custom_attributes": Row("", NO_EQUAL),
 }  # fmt: skip
 
-OF_FOLDERS = (
-    "image_dir", "num_repeats", "dataset_repeats", "class_tokens", "is_reg", "caption_prefix", "train_data_dir",
-    "reg_data_dir",
-)  # fmt: skip
 ALIASES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # of the main file
 ONE_FOR_ALL = (
     "shuffle_caption", "keep_tokens", "caption_dropout_rate", "enable_wildcard", "batch_size", "bucket_reso_steps",

@@ -94,7 +94,7 @@ def optimizer(made: Translation) -> None:
     parts = _parts(made, "optimizer_args")
     switches = {"use_8bit_adam": "adamw_8bit", "use_lion_optimizer": "lion"}
     rules.optimizer(made, OPTIMIZER_NAMES, "optimizer_type", **switches)
-    wanted = str(made.given.get("optimizer_type", "adamw")).lower()
+    wanted = "lion" if made.is_on("use_lion_optimizer") else str(made.given.get("optimizer_type", "")).lower()
     known = OPTIMIZER_NAMES.get(wanted, "") in OPTIMIZERS
     for key, value in parts.items():
         name = f"optimizer_args.{key}"
