@@ -197,8 +197,9 @@ def name_and_size(path: Path, folder: Path) -> tuple[str, int]:
 
     A link that leads nowhere has none: it is a broken image. Raises FileError for what is no regular file.
     """
+    text, begin = str(path), f"{folder}/"
     # a mask may be outside the folder of a split
-    name = Path(os.path.relpath(path, folder)).as_posix()
+    name = text[len(begin) :] if text.startswith(begin) and "/../" not in text else os.path.relpath(path, folder)
     try:
         return name, regular_size(path)
     except MissingFileError:

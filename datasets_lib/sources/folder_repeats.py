@@ -36,9 +36,8 @@ def numbered_folders(images: list[Path], folder: Path) -> list[Numbered]:
 
 def proposal(images: list[Path], folder: Path) -> str | None:
     """A line on base.folder_repeats, if all first-level sub-folders are called so."""
-    depth = len(folder.parts)
-    firsts = {path.parts[depth] if len(path.parts) > depth + 1 else "" for path in images}
-    if not all(NUMBERED.fullmatch(name) for name in firsts):
+    begin = len(str(folder)) + 1
+    if not all(NUMBERED.fullmatch(str(path)[begin:].partition("/")[0]) and path.parent != folder for path in images):
         return None
     return (
         f"the sub-folders of {shown(folder)} are called like kohya's 10_name: base.folder_repeats=true repeats their "

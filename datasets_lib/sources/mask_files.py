@@ -14,7 +14,7 @@ FOLDERS = ("mask", "masks")
 def split_masks(images: list[Path]) -> tuple[list[Path], dict[str, Path]]:
     """Return the pictures that are no masks, and the masks by their pictures' paths without the ending."""
     masks: dict[str, Path] = {}
-    if any(ENDING in path.name or path.parent.name.lower() in FOLDERS for path in images):
+    if any(ENDING in (text := str(path)) or "/mask" in text.lower() for path in images):  # else nothing is one
         stems = {str(path.with_suffix("")) for path in images}
         for path in images:
             if (stem := _picture_of(path)) is not None and stem in stems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -49,6 +48,8 @@ class Lookup:
         self.composed = {_composed(path): path for path in self.present if not str(path).isascii()}
 
     def __call__(self, path: Path) -> Path:
+        if path in self.present:
+            return path
         for candidate in (path, Path(str(path).replace("\\", "/"))):
             if candidate in self.present:
                 return candidate
@@ -88,11 +89,11 @@ def read_metadata(
         Named(table, row, _path(table, row, ("file_name",), (), find)) for table in tables for row in read_table(table)
     ]
     for _, row, path in rows:
-        elsewhere = not path.is_relative_to(folder) or (excluded is not None and path.is_relative_to(excluded))
-        if path not in find.present and not elsewhere:
-            raise MissingFileError(
-                f"{row.place} names {shown(path)}, which is not there or no image; add the file or remove the row"
-            )
+        if path in find.present or not path.is_relative_to(folder) or (excluded and path.is_relative_to(excluded)):
+            continue
+        raise MissingFileError(
+            f"{row.place} names {shown(path)}, which is not there or no image; add the file or remove the row"
+        )
     rows = [each for each in rows if each.path in find.present]
     nearest = {each.path: each.table for each in rows}  # the tables of sub-folders come last
     used = [each for each in rows if nearest[each.path] == each.table]
@@ -201,21 +202,24 @@ def _path(table: Path, row: Row, names: tuple[str, ...], outside: Sequence[str],
     name, folder = next((row.columns[column] for column in names if row.columns.get(column)), None), table.parent
     if not isinstance(name, str):
         raise InputError(f"{row.place} has no {' or '.join(map(shown, names))}; name the file relative to {folder}")
+    plain = not (name.startswith("/") or ".." in name or ":" in name or "\\" in name)
+    return find(folder / (name if plain else _relative(name, folder, row, outside)))
+
+
+def _relative(name: str, folder: Path, row: Row, outside: Sequence[str]) -> PurePosixPath:
+    """A name that is absolute, leads upwards or is one of Windows'; raises InputError if it leads out of the folder."""
     if PureWindowsPath(name).drive:
-        raise InputError(
-            f"{row.place} names {shown(repr(name))}, a path on Windows; name the file relative to {folder}"
-        )
+        raise InputError(f"{row.place} names {shown(repr(name))}, a path of Windows; name the file below {folder}")
     relative = PurePosixPath(name)
     if relative.is_absolute() and relative.is_relative_to(folder):
         relative = relative.relative_to(folder)
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    leaves = relative.is_absolute() or ".." in parts
+    leaves = relative.is_absolute() or ".." in PurePosixPath(name.replace("\\", "/")).parts
     if leaves and not is_inside(folder / relative, outside):
         raise InputError(
             f"{row.place} names {shown(repr(name))}, which leads out of the folder; "
             f"put the image below {folder} and name it relative to that"
         )
-    return find(Path(os.path.join(folder, relative)))
+    return relative
 
 
 def _check_file(path: Path, folder: Path, place: str, outside: Sequence[str]) -> None:

@@ -41,8 +41,10 @@ def training_folder(top: Path, images: Iterable[Path]) -> tuple[Path, list[str]]
     Raises InputError where some are in a folder that holds out images elsewhere, such as `test`: nobody trains on those
     without saying so. A class may be called train.
     """
-    firsts = {path.parts[len(top.parts)] for path in images if len(path.parts) > len(top.parts) + 1}
-    at_top = any(len(path.parts) == len(top.parts) + 1 for path in images)
+    begin = len(str(top)) + 1
+    below = {str(path)[begin:].partition("/")[:2] for path in images}  # the first folder, or a file at the top
+    firsts = {name for name, slash in below if slash}
+    at_top = len(firsts) < len(below)
     train = sorted(name for name in firsts if name.lower() in TRAIN)
     held_out = sorted(name for name in firsts if name.lower() in HELD_OUT)
     if len(train) == 1 and firsts == {*train, *held_out} and not at_top:

@@ -183,8 +183,8 @@ def test_a_file_with_a_backslash_in_its_name_is_itself(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("C:\\\\pictures\\\\a.png", r"a path on Windows; name the file relative to"),
-        ("\\\\\\\\host\\\\share\\\\a.png", r"a path on Windows; name the file relative to"),
+        ("C:\\\\pictures\\\\a.png", r"a path of Windows; name the file below"),
+        ("\\\\\\\\host\\\\share\\\\a.png", r"a path of Windows; name the file below"),
         ("sub\\\\..\\\\..\\\\a.png", "leads out of the folder"),
         ("/elsewhere/a.png", "leads out of the folder"),
     ],
