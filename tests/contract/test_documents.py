@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -183,7 +184,7 @@ def test_the_migration_page_names_options_that_exist():
 
     page = (ROOT / "docs/migration.md").read_text()
     known = {f"base.{name}" for name in options(BaseConfig)}
-    for task in ("lora", "text_to_image"):
+    for task in ("lora", "text_to_image", "lcm_lora", "ddpm"):
         known |= {f"{prefix}.{name}" for name in options(find_trainer(task).Config) for prefix in ("task", task)}
     named = set(re.findall(r"`((?:base|task|lora)\.\w+)`", page))
     assert len(named) > 60
@@ -192,6 +193,34 @@ def test_the_migration_page_names_options_that_exist():
     assert len(rows) > 70
     for there, here in rows:
         assert "`" in here or here.strip() in ("left out", "always"), there
+
+
+def migration_rows(*titles):
+    """{name there: cell of what it is here} of the tables below these headings."""
+    page = (ROOT / "docs/migration.md").read_text()
+    sections = {part.partition("\n")[0].strip("# "): part for part in re.split(r"\n(?=##+ )", page)}
+    rows = {}
+    for line in "\n".join(sections[title] for title in titles).splitlines():
+        if line.startswith("| `"):
+            there, here = line.split("|")[1:3]
+            rows |= {name.removeprefix("--"): here for name in re.findall(r"`([\w-]+)`", there)}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("module", "titles"),
+    [
+        ("diffusers_table", ("diffusers' text-to-image scripts", "Further scripts")),
+        ("kohya_table", ("kohya's sd-scripts", "kohya's data")),
+    ],
+)
+def test_the_migration_page_has_the_tables_of_import_config(module, titles):
+    table = importlib.import_module(f"trainers.inference.foreign_configs.{module}").TABLE
+    rows = migration_rows(*titles)
+    assert rows.keys() == table.keys()
+    for name, row in table.items():
+        here = [f"`{row.here}`"] if row.here else ["left out", "always", "`scripts/"]
+        assert any(word in rows[name] for word in here), name
 
 
 LAUNCHES = {
