@@ -17,6 +17,7 @@ from datasets_lib.images.source import Source, changed, digest
 from datasets_lib.images.transforms import draw
 from datasets_lib.sources import concepts
 from datasets_lib.sources.folder import as_source
+from datasets_lib.sources.mask_files import split_masks
 from datasets_lib.sources.metadata import Listed
 from datasets_lib.sources.walk import list_files
 
@@ -129,8 +130,8 @@ def with_prior(instances: ImageData, args: Any) -> PriorDataset:
     known: Any = instances.source.images if isinstance(instances, ImageDataset) else ()
     if twice := set(cast("list[Path]", source.images)) & {image for image in known if isinstance(image, Path)}:
         raise InputError(
-            f"base.class_data_dir is {source.origin}, but {len(twice)} of its pictures, such as {shown(min(twice))}, "
-            "are examples of base.train_data_dir too; move it out of that folder"
+            f"{len(twice)} pictures of the class in {source.origin}, such as {shown(min(twice))}, are examples to "
+            "train on, too; move them out of that folder"
         )
     own |= {"trigger_word": None, "shuffle_tags": False, "keep_tags": 0}
     prior_args = changed(args, **own, max_train_samples=None, validation_split=None)
@@ -143,4 +144,4 @@ def _of_folder(args: Any) -> Source:
     if not is_folder(folder):
         raise MissingFileError(f"base.class_data_dir: there is no folder {folder}; give a folder of pictures")
     images, _ = list_files(folder, (), folder, args.allow_outside, "class_data_dir")
-    return as_source(Listed(images), folder, None, None, [])
+    return as_source(Listed(split_masks(images).images), folder, None, None, [])

@@ -16,7 +16,7 @@ from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import Source, digest, refuse_named_split
 from datasets_lib.sources.classes import class_folders, class_names, class_of, number_classes, same_but_for_case
 from datasets_lib.sources.folder_repeats import numbered_folders, proposal
-from datasets_lib.sources.mask_files import masks_of, split_masks
+from datasets_lib.sources.mask_files import Beside, masks_of, split_masks
 from datasets_lib.sources.metadata import Listed, find_metadata, read_metadata, read_pairs
 from datasets_lib.sources.splits import split_folder, training_folder
 from datasets_lib.sources.text_files import ENDINGS, count_text_files, read_text_files, unread_files
@@ -110,7 +110,8 @@ def _files_of(top: Path, args: Any, split: str) -> tuple[Part, list[str]]:
 
 def _listed(part: Part, args: Any, caption: str | None) -> tuple[Listed, str, list[str]]:
     """What is known of the images, where their classes are from, and notes."""
-    images, masks = split_masks(part.images)
+    beside = split_masks(part.images)
+    images = beside.images
     tables, notes = find_metadata(part.others, part.folder, part.top, args.allow_outside)
     if tables:
         origin = ", ".join(os.path.relpath(table, part.folder) if len(tables) > 1 else table.name for table in tables)
@@ -119,7 +120,7 @@ def _listed(part: Part, args: Any, caption: str | None) -> tuple[Listed, str, li
         origin = SUB_FOLDERS
         listed, more = _of_text_files(part, images, args, caption)
     listed, of_repeats = _with_repeats(listed, part, args)
-    listed, of_masks = _with_masks(listed, masks, args)
+    listed, of_masks = _with_masks(listed, beside, args)
     return listed, origin, [*notes, *more, *of_repeats, *of_masks, *_passed_over(part.others)]
 
 
@@ -156,13 +157,16 @@ def _with_repeats(listed: Listed, part: Part, args: Any) -> tuple[Listed, list[s
     return listed._replace(repeats=numbers), []
 
 
-def _with_masks(listed: Listed, masks: dict[str, Path], args: Any) -> tuple[Listed, list[str]]:
+def _with_masks(listed: Listed, beside: Beside, args: Any) -> tuple[Listed, list[str]]:
+    notes = []
+    if beside.others:
+        notes.append(f"{beside.others:,} images that belong to another one by their names are not used")
     if args.mask_files:
-        return listed._replace(masks=masks_of(listed.images, masks)), []
-    unused = sorted(set(masks.values()) - set(listed.images))
-    if not unused or listed.masks is not None:
-        return listed, []
-    return listed, [f"{len(unused):,} masks such as {shown(unused[0])} are not used: set base.mask_files"]
+        return listed._replace(masks=masks_of(listed.images, beside.masks)), notes
+    unused = sorted(set(beside.masks.values()) - set(listed.images))
+    if unused and listed.masks is None:
+        notes.append(f"{len(unused):,} masks such as {shown(unused[0])} are not used: set base.mask_files")
+    return listed, notes
 
 
 def _passed_over(others: list[Path]) -> list[str]:

@@ -65,6 +65,6 @@ def training_folder(top: Path, images: Iterable[Path]) -> tuple[Path, list[str]]
         return top, []
     raise InputError(
         f"base.train_data_dir = {shown(folder)} has images in {', '.join(map(shown, held_out))}, which is what splits "
-        f"to hold out are called, beside others; say base.validation_split={shown(held_out[0])} to validate on it, give "
-        "a folder of training images alone, or rename it if it is a class"
+        f"to hold out are called, beside others; say base.validation_split={shown(held_out[0])} to validate on it, "
+        "give a folder of training images alone, or rename it if it is a class"
     )

@@ -414,7 +414,7 @@ def test_class_folders_that_cannot_be_used(tmp_path, sks):
         prior(sks, tmp_path / "empty")
     save(sks / "class" / "a.png")
     with pytest.raises(
-        ValueError, match=r"base.class_data_dir is .*class, but 1 of its pictures, such as .*a.png, are examples"
+        ValueError, match=r"1 pictures of the class in .*class, such as .*a.png, are examples to train on, too"
     ):
         prior(sks, sks / "class")
 

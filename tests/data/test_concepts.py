@@ -168,7 +168,7 @@ def test_mistakes_that_the_folders_show(folders):
     write(folders / "dog" / "metadata.jsonl", {"file_name": "c.png", "text": "a dog", "mask": "c.png"})
     with pytest.raises(ValueError, match=r"prior has no masks, and other folders of base.train_data_dir have some"):
         build([table(folders, "dog"), table(folders, "prior")])
-    with pytest.raises(ValueError, match=r"such as .*dog/c.png, are examples of base.train_data_dir too"):
+    with pytest.raises(ValueError, match=r"such as .*dog/c.png, are examples to train on, too"):
         build([table(folders, "dog"), table(folders, "dog", regularization=True, caption="x")])
 
 

@@ -241,6 +241,37 @@ def test_masks_beside_pictures(tmp_path, names):
     assert dataset.fingerprint != plain.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/a", "masks/a"), ("pictures/a", "mask/a"), ("a", "a_mask"), ("a", "a-MaskLabel"), ("A", "A_MASK"),
+        ("caf\u00e9", "mask/cafe\u0301"), ("x/a", "x/a-mask"), ("deep/er/a", "deep/masks/a"),
+    ],
+)  # fmt: skip
+def test_masks_of_other_names(tmp_path, image, mask):
+    save(tmp_path / f"{image}.png", 10)
+    save(tmp_path / f"{mask}.png", 100)
+    assert values(build(tmp_path)) == [10]
+    [example] = examples(build(tmp_path, mask_files=True))
+    assert round(float(example["mask"].mean()) * 255) == 100
+
+
+def test_pictures_that_belong_to_another_one(tmp_path):
+    """OneTrainer's conditioning pictures, and a second mask."""
+    for number, name in enumerate(("a", "a-condlabel", "a-masklabel", "mask/a")):
+        save(tmp_path / f"{name}.png", number)
+    dataset = build(tmp_path)
+    assert values(dataset) == [0]
+    assert dataset.notes[0] == "2 images that belong to another one by their names are not used"
+
+
+def test_masks_are_no_pictures_of_the_class(tmp_path):
+    for number, name in enumerate(("data/b", "class/a", "class/a-masklabel", "class/mask/a")):
+        save(tmp_path / f"{name}.png", number)
+    dataset = build(tmp_path / "data", class_data_dir=str(tmp_path / "class"), class_caption="x")
+    assert len(dataset.prior) == 1
+
+
 def test_a_picture_without_a_mask_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"base.mask_files = true: .*/b.png has no mask; add b-masklabel.png or mask/b.png"
