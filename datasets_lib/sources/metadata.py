@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from datasets_lib.checks import LARGEST_REPEATS, find_column
-from datasets_lib.errors import InputError, MissingFileError
+from datasets_lib.errors import InputError, MissingFileError, UserError
 from datasets_lib.foreign import check_regular, entries, shown
-from datasets_lib.images.files import check_inside, is_inside
+from datasets_lib.images.files import check_inside, is_inside, resolved
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, check_caption
 from datasets_lib.sources.tables import Row, read_table
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first of them in a folder is read
 IMAGE_COLUMNS = ("image", "file_name")  # of a table that is the data set; metadata has the second
+LIKE_LABELS = ("label", "labels", "class", "classes", "category", "target")  # what a column of classes may be called
 WORDY = 0.5  # share of a column's texts with a space or comma, from which it looks like captions
 
 
@@ -36,7 +37,7 @@ class Listed(NamedTuple):
     classes: Sequence[str | int] | None = None
     masks: list[Path] | None = None
     repeats: list[int] | None = None
-    no_labels: str | None = None  # why a column of classes is not used
+    no_labels: str | None = None  # why a column of classes is not used, or which may be one
     unread: Sequence[str] = ()  # what looks like captions, and is not read
 
 
@@ -45,7 +46,7 @@ class Lookup:
 
     def __init__(self, present: Iterable[Path]) -> None:
         self.present = set(present)
-        self.composed = {_composed(path): path for path in self.present if not str(path).isascii()}
+        self.composed = {composed(path): path for path in self.present if not str(path).isascii()}
 
     def __call__(self, path: Path) -> Path:
         if path in self.present:
@@ -53,13 +54,15 @@ class Lookup:
         for candidate in (path, Path(str(path).replace("\\", "/"))):
             if candidate in self.present:
                 return candidate
-            if (found := self.composed.get(_composed(candidate))) is not None:
+            if (found := self.composed.get(composed(candidate))) is not None:
                 return found
         return path
 
 
-def _composed(path: Path) -> str:
-    return unicodedata.normalize("NFC", str(path))
+def composed(path: Path | str) -> str:
+    """Return a name in one of the Unicode forms in which its accents may be written."""
+    text = str(path)
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def find_metadata(others: list[Path], folder: Path, top: Path, outside: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -88,12 +91,10 @@ def read_metadata(
     rows = [
         Named(table, row, _path(table, row, ("file_name",), (), find)) for table in tables for row in read_table(table)
     ]
-    for _, row, path in rows:
+    for table, row, path in rows:
         if path in find.present or not path.is_relative_to(folder) or any(map(path.is_relative_to, excluded)):
             continue
-        raise MissingFileError(
-            f"{row.place} names {shown(path)}, which is not there or no image; add the file or remove the row"
-        )
+        raise _missing(row.place, path, table.parent, " or no image")
     rows = [each for each in rows if each.path in find.present]
     nearest = {each.path: each.table for each in rows}  # the tables of sub-folders come last
     used = [each for each in rows if nearest[each.path] == each.table]
@@ -119,8 +120,13 @@ def read_pairs(file: Path, args: Any) -> Listed:
 
 
 def _existing(path: Path) -> Path:
-    other = Path(str(path).replace("\\", "/"))
-    return other if other != path and not path.exists() else path
+    """The file that a name means, as Lookup finds it among those that are listed."""
+    text = str(path)
+    for name in (text, text.replace("\\", "/"), *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))):
+        with contextlib.suppress(OSError):  # a name that is too long: it is checked later
+            if Path(name).exists():
+                return Path(name)
+    return path
 
 
 def _listed(used: list[Named], origin: str, names: set[str], args: Any) -> Listed:
@@ -140,14 +146,17 @@ def _listed(used: list[Named], origin: str, names: set[str], args: Any) -> Liste
         masks = [_path(table, row, (mask,), args.allow_outside, _existing) for table, row, _ in used]
         for (table, row, _), path in zip(used, masks, strict=True):
             _check_file(path, table.parent, row.place, args.allow_outside)
-    classes, no_labels = (None, None) if label is None else _classes(used, label, args)
+    classes, no_labels = _classes(used, label, args)
     counts = None if repeats is None else [repeats_of(row.columns.get(repeats), row.place) for _, row, _ in used]
     unread = [] if caption else wordy(columns.keys() - {label, mask, repeats}, [row.columns for _, row, _ in used])
     return Listed([each.path for each in used], captions, classes, masks, counts, no_labels, unread)
 
 
-def _classes(used: list[Named], column: str, args: Any) -> tuple[list[str | int] | None, str | None]:
+def _classes(used: list[Named], column: str | None, args: Any) -> tuple[list[str | int] | None, str | None]:
     """The classes, or why there are none: a column that was not asked for may have gaps."""
+    if column is None:
+        named = [name for name in used[0].row.columns if name.strip().lower() in LIKE_LABELS]
+        return None, f"name the column {shown(repr(named[0]))} in base.label_column" if named else None
     classes = []
     for _, row, _ in used:
         value = _label(row.columns.get(column))
@@ -188,11 +197,12 @@ def wordy(columns: Iterable[str], rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for column in sorted(columns):
         values = [row[column] for row in rows if row.get(column) is not None]
-        texts = [value for value in values if isinstance(value, str)]
+        texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+        texts = [text for text in texts if isinstance(text, str)]
         if not texts or len(texts) < len(values):
             continue
         called_so = any(word in column.lower() for word in (*CAPTION_COLUMNS, "description", "tags"))
-        several = Counter(bool(set(text.strip()) & set(" ,")) for text in texts)[True]
+        several = sum(bool(set(text.strip()) & set(" ,")) for text in texts)
         if called_so or several > WORDY * len(texts):
             found.append(f"column {shown(repr(column))}")
     return found
@@ -206,28 +216,34 @@ def _path(table: Path, row: Row, names: tuple[str, ...], outside: Sequence[str],
     return find(folder / (name if plain else _relative(name, folder, row, outside)))
 
 
-def _relative(name: str, folder: Path, row: Row, outside: Sequence[str]) -> PurePosixPath:
-    """A name that is absolute, leads upwards or is one of Windows'; raises InputError if it leads out of the folder."""
-    if PureWindowsPath(name).drive:
-        raise InputError(f"{row.place} names {shown(repr(name))}, a path of Windows; name the file below {folder}")
-    relative = PurePosixPath(name)
-    if relative.is_absolute() and relative.is_relative_to(folder):
-        relative = relative.relative_to(folder)
-    leaves = relative.is_absolute() or ".." in PurePosixPath(name.replace("\\", "/")).parts
-    if leaves and not is_inside(folder / relative, outside):
-        raise InputError(
-            f"{row.place} names {shown(repr(name))}, which leads out of the folder; "
-            f"put the image below {folder} and name it relative to that"
-        )
-    return relative
+def _relative(name: str, folder: Path, row: Row, outside: Sequence[str]) -> PurePosixPath | Path:
+    """A name that may lead elsewhere; raises InputError if it leads out of the folder."""
+    path = PurePosixPath(name)
+    if not (path.is_absolute() or ".." in PurePosixPath(name.replace("\\", "/")).parts):
+        return path
+    target = resolved(folder / path)
+    if target.is_relative_to(folder):
+        return target.relative_to(folder)
+    if is_inside(target, outside):
+        return path
+    raise InputError(
+        f"{row.place} names {shown(repr(name))}, which leads out of the folder; "
+        f"put the image below {folder} and name it relative to that"
+    )
+
+
+def _missing(place: str, path: Path, folder: Path, what: str) -> MissingFileError:
+    name = str(path)[len(str(folder)) + 1 :]
+    hint = f"; it is a path of Windows: name the file below {folder}" if PureWindowsPath(name).drive else ""
+    return MissingFileError(
+        f"{place} names {shown(path)}, which is not there{what}; add the file or remove the row{hint}"
+    )
 
 
 def _check_file(path: Path, folder: Path, place: str, outside: Sequence[str]) -> None:
     try:
         check_regular(check_inside(path, folder, outside))
-    except FileNotFoundError:
-        raise MissingFileError(
-            f"{place} names {shown(path)}, which is not there; add the file or remove the row"
-        ) from None
-    except (ValueError, OSError) as error:
+    except MissingFileError:
+        raise _missing(place, path, folder, "") from None
+    except UserError as error:
         raise InputError(f"{place}: {shown(error)}") from None

@@ -18,6 +18,9 @@ from datasets_lib.sources.parquet_size import check_unpacked
 DELIMITERS = ",;\t"  # the second is Excel's where a comma divides whole from tenths
 
 
+MEANT = ("file_name", "text", "caption", "prompt", "label", "mask")  # columns that are read by themselves
+
+
 class Row(NamedTuple):
     """One row of a table, and what messages call it."""
 
@@ -36,13 +39,14 @@ def read_table(file: Path) -> list[Row]:
 
 
 def _csv_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
-    header = next(filter(str.strip, lines), "")
+    header = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")  # Excel's first line
     delimiter = _delimiter(header, file)
     rows = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     with _long_fields():
         try:
             names = [name.strip() for name in next(rows)]
-            for number, fields in enumerate(filter(None, rows), 1):
+            _check_names(names, file)
+            for number, fields in enumerate((row for row in rows if any(map(str.strip, row))), 1):
                 if len(fields) != len(names):
                     quote = f'; quote texts that have a "{delimiter}"' if len(fields) > len(names) else ""
                     raise InputError(
@@ -76,8 +80,15 @@ def _delimiter(header: str, file: Path) -> str:
         most = max(most, names, key=len)
     found = shown(", ".join(most)) or "none"
     raise InputError(
-        f"{shown(file)}: its first line has no column file_name (columns: {found}); name the column of pictures so"
+        f"{shown(file)}: its first line has no column file_name (columns: {found}); name the column of pictures so, "
+        "and divide columns by commas, semicolons or tabs"
     )
+
+
+def _check_names(names: list[str], file: Path) -> None:
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise InputError(f"{shown(file)}: has the column {shown(repr(twice[0]))} twice; keep one, or rename it")
 
 
 def _json_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
@@ -110,11 +121,19 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        check_unpacked(file)
         schema = parquet.read_schema(file)
-        names = [field.name for field in schema if _is_plain(field.type)]
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{shown(file)}: cannot be read as parquet ({shown(error)}); make it again") from None
+    _check_names(schema.names, file)
+    names = [field.name for field in schema if _is_plain(field.type)]
+    for field in schema:
+        if field.name in MEANT and field.name not in names:
+            text = f"its column {field.name} is of the type {shown(field.type)}; make it text, or rename it"
+            raise InputError(f"{shown(file)}: {text}")
+    try:
+        check_unpacked(file)
         rows = parquet.read_table(file, columns=names).to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, InputError, pyarrow.ArrowException) as error:
         raise InputError(f"{shown(file)}: {shown(error)}") from None
     yield from (Row(row, f"row {number} of {file}") for number, row in enumerate(rows, 1))
 
@@ -122,8 +141,8 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 def _is_plain(kind: Any) -> bool:
     from pyarrow import types
 
-    if types.is_list(kind) or types.is_large_list(kind):
-        kind = kind.value_type
-        return types.is_string(kind) or types.is_large_string(kind)
-    checks = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
-    return any(check(kind) for check in checks) or types.is_dictionary(kind)
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return any(check(kind.value_type) for check in texts)
+    checks = (*texts, types.is_integer, types.is_floating, types.is_boolean, types.is_null, types.is_dictionary)
+    return any(check(kind) for check in checks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from datasets_lib.images.files import TEXT_BYTES, open_text
 from datasets_lib.images.source import check_caption
-from datasets_lib.sources.metadata import METADATA_FILES
+from datasets_lib.sources.metadata import METADATA_FILES, composed
 from datasets_lib.sources.walk import by_ending
 
 ENDINGS = (".txt", ".caption")  # of an image's files the first is read
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".json", ".xlsx")
-WORDS = ("caption", "prompt", "metadata", "tags")  # in names of files that look like captions
+WORDS = ("caption", "prompt", "metadata", "tags", "meta_", "annotation", "labels", "dataset", "descriptions")
 NO_CAPTIONS = (".npz", ".npy", ".safetensors", ".pt", ".html", ".url")  # other programs' caches and notes
+ABOUT = ("readme", "license", "licence", "copying", "notice", "notes", "info", "changelog", "requirements", "credits")
 
 
 def read_text_files(
@@ -43,13 +44,25 @@ def read_text_files(
         text = None if path is None else _read(path, args.caption_lines)
         name = f"{image.stem}.txt" if path is None else path.name
         captions.append(check_caption(text, f"image {shown(image)} (its text file: {shown(name)})"))
-    unused = [path for path in others if path.suffix.lower() in ENDINGS and found[_without_ending(path)] != path]
-    notes = [f"{len(unused):,} text files such as {shown(unused[0])} are not read: .txt comes first"] if unused else []
+    read = {path for path in files if path is not None}
+    names = _names(images)
+    second = [path for key, path in _text_files(others) if path not in read and key in names]
+    notes = []
+    if second:
+        notes.append(f"{len(second):,} text files such as {shown(second[0])} are not read: another one comes first")
+    if fallback is not None and not read and (unread := unread_files(images, others)):
+        notes.append(f"not read, though it looks like captions: {', '.join(unread)}")
     return captions, notes
 
 
 def _files_of(images: list[Path], found: dict[str, Path]) -> list[Path | None]:
-    return [found.get(str(image)) or found.get(str(image.with_suffix(""))) for image in images]
+    """The text file of each image: a.png.txt or a.txt."""
+    return [found.get(composed(image)) or found.get(composed(image.with_suffix(""))) for image in images]
+
+
+def _names(images: list[Path]) -> set[str]:
+    """What an image's text file may be called, without its ending."""
+    return {composed(image.with_suffix("")) for image in images} | set(map(composed, images))
 
 
 def count_text_files(images: list[Path], others: list[Path]) -> int:
@@ -59,17 +72,15 @@ def count_text_files(images: list[Path], others: list[Path]) -> int:
 
 
 def caption_files(others: list[Path]) -> dict[str, Path]:
-    """The text files by their names without the ending: of an image's, or of an image's without its own."""
-    found: dict[str, Path] = {}
+    """The text files by their names without the ending, in one Unicode form; .txt comes before .caption."""
+    return dict(reversed(list(_text_files(others))))
+
+
+def _text_files(others: list[Path]) -> Iterator[tuple[str, Path]]:
     for ending in ENDINGS:
         for path in others:
             if path.suffix.lower() == ending:
-                found.setdefault(_without_ending(path), path)
-    return found
-
-
-def _without_ending(path: Path) -> str:
-    return str(path)[: -len(path.suffix)]
+                yield composed(str(path)[: -len(ending)]), path
 
 
 def _read(path: Path, lines: bool) -> str | list[str] | None:
@@ -80,20 +91,17 @@ def _read(path: Path, lines: bool) -> str | list[str] | None:
 
 def unread_files(images: list[Path], others: list[Path]) -> list[str]:
     """Describes files that look like captions of images that have none, such as "66 .json with the names of images"."""
-    stems = {str(image.with_suffix("")) for image in images} | set(map(str, images))
-    beside = [
-        path
-        for path in others
-        if str(path.with_suffix("")) in stems and path.suffix.lower() not in (*NO_CAPTIONS, *ENDINGS)
-    ]
-    called_so = [
-        path
-        for path in others
-        if path not in beside
-        and path.suffix.lower() in (*TABLES, ".txt")
-        and any(word in path.name.lower() for word in WORDS)
-    ]
-    found = []
-    if beside:
-        found.append(f"{by_ending(beside)} with the names of images ({shown(beside[0])})")
+    names = _names(images)
+    beside, called_so, texts = [], [], []
+    for path in others:
+        ending, name = path.suffix.lower(), path.name.lower()
+        if ending not in (*NO_CAPTIONS, *ENDINGS) and composed(path.with_suffix("")) in names:
+            beside.append(path)
+        elif ending in (*TABLES, ".txt") and any(word in name for word in WORDS):
+            called_so.append(path)
+        elif ending in ENDINGS and not name.startswith(ABOUT):
+            texts.append(path)
+    found = [f"{by_ending(beside)} with the names of images ({shown(beside[0])})"] if beside else []
+    if 2 * len(texts) >= len(images):
+        found.append(f"{by_ending(texts)} with other names than the images ({shown(texts[0])})")
     return found + [shown(path) for path in called_so[:5]]

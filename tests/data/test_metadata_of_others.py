@@ -55,6 +55,8 @@ CSV = {
     "a wide column beside": 'file_name,text,vector\na.png,"a cat, on a mat",'
     + "9 " * 300_000
     + '\nb.png,"a ""dog""",\n',
+    "Excel's first line": 'sep=;\nfile_name;text\na.png;a cat, on a mat\nb.png;"a ""dog"""\n',
+    "rows of nothing at the end": 'file_name,text\na.png,"a cat, on a mat"\nb.png,"a ""dog"""\n,\n , \n',
     "in another order": 'text,file_name\n"a cat, on a mat",a.png\n"a ""dog""",b.png\n',
 }
 
@@ -155,6 +157,30 @@ def test_a_key_twice_in_a_line_is_named(tmp_path):
         build(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.struct({"a": pyarrow.string()})])
+def test_captions_of_another_type_are_named(tmp_path, kind):
+    save(tmp_path / "a.png")
+    value = b"x" if kind == pyarrow.binary() else {"a": "x"}
+    columns = {"file_name": ["a.png"], "text": pyarrow.array([value], kind)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "metadata.parquet")
+    with pytest.raises(ValueError, match=r"metadata.parquet: .*column text is of the type .*; make it text, or rename"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.list_(pyarrow.string(), 2), pyarrow.large_list(pyarrow.large_string())])
+def test_lists_of_captions_of_every_type(tmp_path, kind):
+    save(tmp_path / "a.png")
+    columns = {"file_name": ["a.png"], "text": pyarrow.array([["x", "y"]], kind)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "metadata.parquet")
+    assert list(build(tmp_path).captions()) == ["x", "y"]
+
+
+@pytest.mark.parametrize("header", ["file_name,text,text", "file_name,file_name,text"])
+def test_a_column_twice_is_named(tmp_path, header):
+    with pytest.raises(ValueError, match=r"metadata.csv: has the column '(text|file_name)' twice; keep one"):
+        build(csv_of(tmp_path, f"{header}\na.png,x,y\n"))
+
+
 # --- names
 
 
@@ -183,16 +209,16 @@ def test_a_file_with_a_backslash_in_its_name_is_itself(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("C:\\\\pictures\\\\a.png", r"a path of Windows; name the file below"),
-        ("\\\\\\\\host\\\\share\\\\a.png", r"a path of Windows; name the file below"),
-        ("sub\\\\..\\\\..\\\\a.png", "leads out of the folder"),
+        ("C:\\\\pictures\\\\a.png", r"it is a path of Windows: name the file below"),
+        ("\\\\\\\\host\\\\share\\\\a.png", r"it is a path of Windows: name the file below"),
+        ("sub\\\\..\\\\..\\\\a.png", "which is not there or no image"),
         ("/elsewhere/a.png", "leads out of the folder"),
     ],
 )
 def test_paths_that_lead_elsewhere(tmp_path, name, message):
     save(tmp_path / "a.png")
     write(tmp_path / "metadata.jsonl", f'{{"file_name": "{name}", "text": "x"}}')
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         build(tmp_path)
 
 
@@ -212,7 +238,7 @@ def test_txt_comes_before_caption_and_the_other_is_counted(tmp_path):
     (tmp_path / "a.caption").write_text("caption")
     dataset = build(tmp_path)
     assert captions(dataset) == ["text"]
-    assert dataset.notes == [f"1 text files such as {tmp_path}/a.caption are not read: .txt comes first"]
+    assert dataset.notes == [f"1 text files such as {tmp_path}/a.caption are not read: another one comes first"]
 
 
 def test_lines_of_a_text_file_as_captions_of_their_own(tmp_path):
@@ -252,6 +278,32 @@ def test_texts_with_characters_that_join_others_are_texts(tmp_path, text):
     assert captions(build(tmp_path)) == [text.strip()]
 
 
+@pytest.mark.parametrize("image", ["caf\u00e9.png", "cafe\u0301.png"])
+def test_text_files_in_another_unicode_form(tmp_path, image):
+    save(tmp_path / image)
+    (tmp_path / ("cafe\u0301.txt" if "\u00e9" in image else "caf\u00e9.txt")).write_text("x")
+    assert captions(build(tmp_path)) == ["x"]
+
+
+OTHER_NAMES = ["img_1.txt", "0000.txt", "a-1.txt", "captions/a.txt", "txt/a.txt", "a .txt", "b.caption"]
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_text_files_of_no_image(tmp_path, name):
+    save(tmp_path / "a.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=r"not read: 1 \.(txt|caption) with other names than the images"):
+        datasets_lib.check_captions(build(tmp_path, caption=None))
+
+
+def test_what_a_fallback_would_hide_is_a_note(tmp_path):
+    save(tmp_path / "3_cat" / "a.png")
+    (tmp_path / "3_cat" / "a.text").write_text("x")
+    notes = build(tmp_path, folder_repeats=True).notes
+    assert any(note.startswith("not read, though it looks like captions: 1 .text with the names") for note in notes)
+
+
 # --- none found, and what was seen
 
 SEEN = {
@@ -261,7 +313,7 @@ SEEN = {
     "captions.csv": "captions.csv",
     "prompts.txt": "prompts.txt",
     "metadata.json": "metadata.json",
-    "meta_cap.json": None,
+    "meta_cap.json": "meta_cap.json",
     "readme.txt": None,
     "LICENSE": None,
     "a.npz": None,
@@ -323,6 +375,13 @@ def test_the_row_that_spoils_a_column_of_labels_is_named(tmp_path, value):
     assert re.search(
         rf"column 'label' is not used as labels: row 3 of .* has no class \(found {found}\)", dataset.no_labels
     )
+
+
+@pytest.mark.parametrize("column", ["Label", "labels", "class", "category"])
+def test_a_column_that_may_hold_classes_is_named(tmp_path, column):
+    save(tmp_path / "a.png")
+    write(tmp_path / "metadata.jsonl", {"file_name": "a.png", column: "x"})
+    assert build(tmp_path).no_labels == f"name the column '{column}' in base.label_column"
 
 
 def test_numbers_that_pandas_wrote_as_floats_are_numbers(tmp_path):
