@@ -27,6 +27,12 @@ def one_of(option: str, value: Any, allowed: Iterable, *other_forms: str) -> Any
     raise InputError(f"{shown(option)} is {shown(repr(value))}; it must be one of: {choices}{hint}")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name most like `name`, whatever its case."""
+    by_lower = {each.lower(): each for each in known}
+    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+
+
 def find_column(option: str, wanted: str | None, columns: Iterable[str], common: Iterable[str]) -> str | None:
     """Return the column asked for, or the first with a common name, if there is one."""
     if wanted is not None:

@@ -36,7 +36,7 @@ from trainers.common.lora.files import (
 from trainers.common.lora.header import SETTINGS_KEY, peft_settings, text_settings
 from trainers.common.text_to_image.prompts import TextSettings
 from trainers.engine.run.files import make_folder
-from trainers.inference.command import command
+from trainers.inference.command import command, path_argument
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
 STARTS = {"kohya": ("lora_",), "diffusers": ("unet.", "text_encoder.", "text_encoder_2.")}
@@ -206,8 +206,8 @@ def _is_known(name: str) -> bool:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="a LoRA as .safetensors, or a folder with one")
-    parser.add_argument("output", type=Path, help="a new .safetensors file")
+    parser.add_argument("input", type=path_argument, help="a LoRA as .safetensors, or a folder with one")
+    parser.add_argument("output", type=path_argument, help="a new .safetensors file")
     parser.add_argument("--to", choices=("kohya", "diffusers"), required=True)
     options = parser.parse_args()
     make_folder(options.output.parent)

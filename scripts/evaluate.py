@@ -52,7 +52,7 @@ from trainers.engine.validation.metrics import (
 )
 from trainers.engine.validation.sampling import draw, evaluation_mode, evaluation_requests, with_examples
 from trainers.inference.arguments import OPTIONS, add_sampling_arguments, saved_run_of, trainer_of
-from trainers.inference.command import command, positive
+from trainers.inference.command import command, path_argument, positive
 from trainers.inference.picture_files import below
 from trainers.inference.saved_run import find_device
 
@@ -201,15 +201,17 @@ def evaluate(task: Task, arguments: argparse.Namespace) -> tuple[dict[str, Any],
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="a run, one of its checkpoints, or a folder of pictures")
+    parser.add_argument("path", type=path_argument, help="a run, one of its checkpoints, or a folder of pictures")
     add_sampling_arguments(parser)
     parser.add_argument("--number", type=positive, help="pictures that a run draws, evenly over classes; default: 1000")
-    parser.add_argument("--real", type=Path, help="folder of real pictures; PATH is then a folder of pictures, too")
-    parser.add_argument("--held-out", type=Path, help="with --real: folder of real pictures not trained on")
+    parser.add_argument(
+        "--real", type=path_argument, help="folder of real pictures; PATH is then a folder of pictures, too"
+    )
+    parser.add_argument("--held-out", type=path_argument, help="with --real: folder of real pictures not trained on")
     parser.add_argument("--real-number", type=positive, help="at most this many of the real pictures; default: all")
     parser.add_argument("--features", default="inception", help=f"network for FID and the like: {ALLOWED_FEATURES}")
     parser.add_argument("--judge", help="classifier: a noisy_classifier run or a TorchScript file; default: an SVM")
-    parser.add_argument("--output-dir", type=Path, help="default: RUN/evaluation, or FOLDER-evaluation")
+    parser.add_argument("--output-dir", type=path_argument, help="default: RUN/evaluation, or FOLDER-evaluation")
     arguments = parser.parse_intermixed_args()
     trust = Trust(everything=arguments.trust_code)
     if problem := features_problem(arguments.features) or trust.program_problem(arguments.features):

@@ -19,7 +19,7 @@ from datasets_lib.errors import InputError, MissingFileError
 from trainers.engine.config.config import check_config
 from trainers.engine.config.files import ConfigError
 from trainers.engine.run.files import write_text
-from trainers.inference.command import command
+from trainers.inference.command import command, path_argument
 from trainers.inference.foreign_configs.importing import Imported, import_config
 
 
@@ -36,9 +36,11 @@ def problems_of(made: Imported) -> str | None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="the other trainer's TOML, or a text with its command line")
-    parser.add_argument("output", type=Path, nargs="?", help="a new .yaml file (standard output)")
-    parser.add_argument("--dataset-config", type=Path, metavar="FILE", help="instead of the file that FILE names")
+    parser.add_argument("file", type=path_argument, help="the other trainer's TOML, or a text with its command line")
+    parser.add_argument("output", type=path_argument, nargs="?", help="a new .yaml file (standard output)")
+    parser.add_argument(
+        "--dataset-config", type=path_argument, metavar="FILE", help="instead of the file that FILE names"
+    )
     options = parser.parse_args()
     if options.output is not None:
         _check_output(options.output)

@@ -26,7 +26,7 @@ from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.files import new_file
 from trainers.engine.validation.metrics import spread
 from trainers.inference.animation import centred, contact_sheet
-from trainers.inference.command import command
+from trainers.inference.command import command, path_argument
 from trainers.inference.picture_files import as_pil
 from trainers.pretrained import read_part
 
@@ -88,10 +88,10 @@ def sheet_of(dataset: Any, indices: list[int]) -> Image.Image:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="config of any run")
+    parser.add_argument("config", type=path_argument, help="config of any run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces an option of the config")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="also count the captions' tokens")
-    parser.add_argument("--output", type=Path, default=Path("inspect.png"), help="contact sheet (inspect.png)")
+    parser.add_argument("--output", type=path_argument, default=Path("inspect.png"), help="contact sheet (inspect.png)")
     add_trust_argument(parser)
     options = parser.parse_intermixed_args()
     if options.output.suffix.lower() != ".png" or not options.output.parent.is_dir():

@@ -8,7 +8,6 @@ base.class_data_dir=FOLDER base.class_caption=PROMPT
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 from trainers.engine.run.files import make_folder, new_file
 from trainers.inference.arguments import DTYPES
-from trainers.inference.command import command, keep_settings, positive, seed
+from trainers.inference.command import command, keep_settings, path_argument, positive, seed
 from trainers.inference.lora_pipeline import load_pipeline
 
 SETTINGS = ".class_images.json"  # hidden, so that it is no part of the data
@@ -27,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a folder or hub name of Stable Diffusion or SDXL")
     parser.add_argument("prompt", help="what the pictures show, such as 'a photo of a dog'")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=path_argument)
     parser.add_argument("--number", type=positive, default=100, help="pictures in total (100)")
     parser.add_argument("--batch-size", type=positive, default=4, help="pictures per batch (4)")
     parser.add_argument("--steps", type=positive, default=50, help="sampling steps (50)")

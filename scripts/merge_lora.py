@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import secrets
 import shutil
-from pathlib import Path
 
 from trainers.common.lora.files import make_readable
 from trainers.inference.arguments import DTYPES
-from trainers.inference.command import check_new, command
+from trainers.inference.command import check_new, command, path_argument
 from trainers.inference.lora_pipeline import add_loras, cast, check_weights, load_pipeline, parse_loras
 
 
@@ -21,7 +20,7 @@ from trainers.inference.lora_pipeline import add_loras, cast, check_weights, loa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a folder or hub name")
-    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("output", type=path_argument, help="a new folder")
     parser.add_argument("--lora", action="append", required=True, metavar="FILE[:WEIGHT]", help="default weight: 1")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
     options = parser.parse_args()

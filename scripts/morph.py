@@ -31,7 +31,7 @@ from trainers.common.lora.files import find_lora, read_lora
 from trainers.common.text_to_image.base_model import BaseModel, base_model_problems
 from trainers.inference.animation import centred, contact_sheet, write_gif, write_mp4
 from trainers.inference.arguments import DTYPES
-from trainers.inference.command import command, positive, seed
+from trainers.inference.command import command, path_argument, positive, seed
 from trainers.inference.fitting import Fitted, fit, size_between, unfit
 from trainers.inference.inversion import ddim_schedulers
 from trainers.inference.lora_pipeline import load_pipeline
@@ -166,14 +166,16 @@ def run(arguments: argparse.Namespace) -> str:
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a folder or hub name")
-    parser.add_argument("first", type=Path, help="a picture")
-    parser.add_argument("last", type=Path, help="another picture")
+    parser.add_argument("first", type=path_argument, help="a picture")
+    parser.add_argument("last", type=path_argument, help="another picture")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the LoRAs' training")
     parser.add_argument("--prompt", default="", help="what the pictures show")
     parser.add_argument("--prompt-b", help="what the last one shows, if different; the embeddings are interpolated")
     parser.add_argument("--lora-a", metavar="FILE", help="LoRA of the first picture; default: trained here")
     parser.add_argument("--lora-b", metavar="FILE", help="LoRA of the last picture; default: trained here")
-    parser.add_argument("--config", type=Path, help="config of the training; default: configs/lora_single_image.yaml")
+    parser.add_argument(
+        "--config", type=path_argument, help="config of the training; default: configs/lora_single_image.yaml"
+    )
     parser.add_argument("--frames", type=positive, default=16, help="including both ends; default: %(default)s")
     parser.add_argument("--steps", type=positive, default=50, help="of DDIM in each direction; default: %(default)s")
     attention = "fraction of the steps, from the first on, that interpolate self-attention; default: %(default)s"
@@ -185,7 +187,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, help="of the LoRAs' training, the only random part; default: 0")
     parser.add_argument("--device", help="for drawing; default: cuda if available. Training uses accelerate's")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks, also in training")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/morph"), help="default: %(default)s")
+    parser.add_argument("--output-dir", type=path_argument, default=Path("outputs/morph"), help="default: %(default)s")
     parser.set_defaults(words=words, weights=None)  # weights of the frames, when a picture is redrawn
     return parser.parse_intermixed_args(words)
 

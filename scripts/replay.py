@@ -34,7 +34,7 @@ from trainers.engine.run.context import DataSets
 from trainers.engine.run.files import new_file
 from trainers.engine.run.randomness import SlotRandom, seed_network
 from trainers.engine.run.run_folder import SKIPPED_STEPS, read_lines
-from trainers.inference.command import command
+from trainers.inference.command import command, path_argument
 
 MOST_SLOTS = 1 << 24  # of a step
 
@@ -116,7 +116,7 @@ def main() -> None:
     from torchvision.utils import save_image
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=path_argument, help="the run's folder")
     parser.add_argument("step", type=int, help="as metrics.jsonl counts, from 1")
     add_trust_argument(parser)
     options = parser.parse_args()

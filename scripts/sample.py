@@ -27,7 +27,7 @@ from trainers.engine.validation.sampling import draw, evaluation_mode
 from trainers.inference.again import again
 from trainers.inference.animation import write_gif
 from trainers.inference.arguments import add_sampling_arguments, saved_run_of, trainer_of
-from trainers.inference.command import command, positive
+from trainers.inference.command import command, path_argument, positive
 from trainers.inference.picture_files import as_pil, below, output_folder, save_picture, settings_of, write_settings
 from trainers.inference.prompts import Drawing, add_prompt_arguments, is_pipeline, of_prompts, refuse_prompts, row_names
 from trainers.inference.saved_run import SavedRun
@@ -99,8 +99,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add_sampling_arguments(parser)
     add_prompt_arguments(parser)
     parser.add_argument("--gif", action="store_true", help="animate the denoising")
-    parser.add_argument("--output-dir", type=Path, help="default: RUN/samples/seed-SEED")
-    parser.add_argument("--again", type=Path, metavar="FILE.png", help="redraw a picture, and compare")
+    parser.add_argument("--output-dir", type=path_argument, help="default: RUN/samples/seed-SEED")
+    parser.add_argument("--again", type=path_argument, metavar="FILE.png", help="redraw a picture, and compare")
     parser.set_defaults(words=words, only=None, batch_size=None)
     arguments = parser.parse_intermixed_args(words)
     if (arguments.path is None) == (arguments.again is None) or (arguments.again and len(words) > 2):

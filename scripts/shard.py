@@ -37,7 +37,7 @@ from trainers.engine.distributed.collectives import run_on_all, run_on_main
 from trainers.engine.run.files import flush, make_folder, write_text
 from trainers.engine.run.run_folder import LOCK, lock_folder
 from trainers.inference.arguments import DTYPES
-from trainers.inference.command import command, keep_settings, positive
+from trainers.inference.command import command, keep_settings, path_argument, positive
 
 LARGEST, LEAST_SHARDS = 10_000, 8  # examples of a shard, and shards of a data set, if --shard-size does not say
 
@@ -168,9 +168,9 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="FOLDER_OR_CONFIG")
+    parser.add_argument("source", type=path_argument, metavar="FOLDER_OR_CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="base.key=value")
-    parser.add_argument("--output-dir", type=Path, required=True, help="a new folder, or one to continue")
+    parser.add_argument("--output-dir", type=path_argument, required=True, help="a new folder, or one to continue")
     parser.add_argument("--format", choices=SUFFIXES, default="parquet", help="of the shards (parquet)")
     parser.add_argument(
         "--shard-size", type=positive, help=f"examples per shard ({LARGEST}, or fewer for {LEAST_SHARDS} shards)"

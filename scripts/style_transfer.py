@@ -22,7 +22,7 @@ from datasets_lib.images.decode import read_picture
 from datasets_lib.images.formats import EXTENSIONS, is_picture
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
-from trainers.inference.command import command, positive, seed
+from trainers.inference.command import command, path_argument, positive, seed
 from trainers.inference.lora_pipeline import (
     add_loras,
     check_finite,
@@ -149,7 +149,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-side", type=positive, default=768, help="pixels; larger pictures are shrunk")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--save-edges", action="store_true", help="into the folder edges")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/style_transfer"))
+    parser.add_argument("--output-dir", type=path_argument, default=Path("outputs/style_transfer"))
     parser.add_argument("--device", help="default: cuda if available")
     parser.set_defaults(words=words, only=None, names=None)
     return parser.parse_intermixed_args(words)

@@ -33,7 +33,7 @@ from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, describe, measure, nearest, pictures_of, train_classifier
 from trainers.engine.validation.sampling import evaluation_requests
 from trainers.inference.arguments import add_sampling_arguments, overrides_of, saved_run_of, trainer_of
-from trainers.inference.command import command, positive
+from trainers.inference.command import command, path_argument, positive
 from trainers.inference.saved_run import AVERAGED, RAW
 
 COLUMNS = {
@@ -133,11 +133,11 @@ def plot(name: str, rows: list[dict], path: Path) -> None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="folder of a run with classes")
-    parser.add_argument("--base", type=Path, help="a finished run: the base model of the adapter in PATH")
+    parser.add_argument("path", type=path_argument, help="folder of a run with classes")
+    parser.add_argument("--base", type=path_argument, help="a finished run: the base model of the adapter in PATH")
     parser.add_argument("--vary", required=True, help="guidance=A,B,..., classifier_scale=, steps=, or checkpoint")
     parser.add_argument("--number", type=positive, default=1000, help="pictures per row")
-    parser.add_argument("--output", type=Path, required=True, help="path of the files, without their suffixes")
+    parser.add_argument("--output", type=path_argument, required=True, help="path of the files, without their suffixes")
     add_sampling_arguments(parser)
     arguments = parser.parse_intermixed_args()
     name, rows, pictures = arguments.vary.partition("=")[0], [], []

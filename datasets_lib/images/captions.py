@@ -64,6 +64,11 @@ class Captions:
             texts = self.fixed if self.texts is None else self.texts[row]
             yield from (self._triggered(text, row) for text in ([texts] if isinstance(texts, str) else texts))
 
+    def with_words(self, row: int) -> str | list[str]:
+        """Return the captions of a row with the trigger word in front of each."""
+        texts = self.fixed if self.texts is None else self.texts[row]
+        return self._triggered(texts, row) if isinstance(texts, str) else [self._triggered(text, row) for text in texts]
+
     def _triggered(self, text: str, row: int) -> str:
         word = self.args.trigger_word if self.trigger_words is None else self.trigger_words[row]
         return ", ".join(part for part in (word, text) if part)

@@ -66,10 +66,14 @@ def _joined(concepts: list[Concept], args: Any, split: str) -> Source:
         notes=[*_summaries(concepts, sources), *notes],
         masks=None if sources[0].masks is None else [mask for source in sources for mask in _files(source.masks)],
         repeats=repeats if set(repeats) != {1} else None,
-        trigger_words=[word for word, count in zip(words, counts, strict=True) for _ in range(count)],
+        trigger_words=_by_row(words, counts) if any(concept.trigger_word for concept in concepts) else None,
         no_labels=next(filter(None, (source.no_labels for source in sources)), None) if labels is None else None,
         unread=unread,
     )
+
+
+def _by_row(words: list[str | None], counts: list[int]) -> list[str | None]:
+    return [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
 
 
 def _files(rows: Rows | None) -> list[Path]:

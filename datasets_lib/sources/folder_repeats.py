@@ -9,7 +9,7 @@ from typing import NamedTuple
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 
-NUMBERED = re.compile(r"(\d{1,5})_(.+)")
+NUMBERED = re.compile(r"(\d{1,5})_(.*\S.*)")
 
 
 class Numbered(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -176,10 +177,14 @@ class EncodedImages:
 
     def _find(self, name: str, row: int) -> Path:
         """The file of a row, in the folder of the data set or beside one of its tables."""
-        inside = check_inside(self.folder / name, self.folder, self.outside)
-        for path in (inside, *(folder / name for folder in self.table_folders)):
-            if path.exists():
-                return check_inside(path, self.folder, self.outside)
+        for path in (self.folder / name, *(folder / name for folder in self.table_folders)):
+            try:
+                path = check_inside(path, self.folder, self.outside)
+            except InputError as error:
+                raise InputError(f"column {self.column!r} of row {row}: {error}") from None
+            with contextlib.suppress(OSError):  # a text of thousands of characters, such as a picture in base64
+                if path.exists():
+                    return path
         raise MissingFileError(
             f"column {self.column!r} of row {row} names {shown(repr(name))}, which is not in {self.folder}, nor beside "
             "a table there; add the file, or make the data set again with the pictures in it"

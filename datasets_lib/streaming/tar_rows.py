@@ -97,13 +97,13 @@ def _column_of(end: str) -> str | None:
 def _columns(parts: dict[str, bytes | None]) -> dict[str, Any]:
     """The columns of an example; an unreadable value becomes an error when the example is made."""
     found: dict[str, Any] = {}
-    for column, data in parts.items():
+    for column, data in sorted(parts.items(), key=lambda part: part[0] == "json"):  # other members come before its own
         if data is None:
             found[column] = None
         elif column == "json":
-            found |= _object(data)
+            found = _object(data) | found
         elif column in TEXTS.values():
-            found[column] = data.decode("utf-8", errors="replace").strip()
+            found[column] = _text(data)
         elif column == "label":
             text = data.decode("ascii", errors="replace").strip()
             found[column] = int(text) if text.isdecimal() and len(text) < LABEL_DIGITS else text
@@ -112,11 +112,20 @@ def _columns(parts: dict[str, bytes | None]) -> dict[str, Any]:
     return found
 
 
+def _text(data: bytes) -> str | bytes:
+    """A text; bytes that are none stay as they are, and its example says so."""
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return data
+
+
 def _object(data: bytes) -> dict[str, Any]:
+    """The members of a JSON object; a text that is none for what is no JSON object, so that its example says so."""
     try:
         found = json.loads(data)
-    except (ValueError, RecursionError):  # then a column is missing, and its example says so
-        found = {}
+    except (ValueError, RecursionError):
+        found = None
     if not isinstance(found, dict):
-        return {}
+        return {"text": None}
     return {key: value for key, value in found.items() if key not in ("image", MASK, LATENTS)}

@@ -34,6 +34,8 @@ def example_of(dataset: ImageDataset, index: int, latents: bytes | None = None) 
     found = {"image": source.images, MASK: source.masks} if latents is None else {}
     found |= {"text": source.captions, "label": source.labels}
     columns = {name: rows[row] for name, rows in found.items() if rows is not None}
+    if source.trigger_words is not None and "text" in columns:  # those of folders; a run has one for all
+        columns["text"] = dataset.texts.with_words(row)
     columns |= {kind: _file(columns[kind], source.name(row)) for kind in ("image", MASK) if kind in columns}
     return columns if latents is None else {**columns, LATENTS: latents}
 

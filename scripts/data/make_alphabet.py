@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from datasets_lib.errors import InputError, MissingFileError
 from trainers.engine.run.files import make_folder
-from trainers.inference.command import check_new, command
+from trainers.inference.command import check_new, command, path_argument
 
 SUFFIXES = {".ttf", ".otf", ".ttc", ".otc"}
 MARGIN = 2  # pixels around a letter at least
@@ -125,8 +125,10 @@ def write_split(folder: Path, members: list[tuple[Face, list[Image.Image]]], let
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="a new folder")
-    parser.add_argument("--fonts", type=Path, help="folder of font files; default: the system's, through fontconfig")
+    parser.add_argument("output", type=path_argument, help="a new folder")
+    parser.add_argument(
+        "--fonts", type=path_argument, help="folder of font files; default: the system's, through fontconfig"
+    )
     parser.add_argument("--size", type=int, default=32, help="pixels")
     parser.add_argument("--held-out", type=float, default=0.1, help="part of the fonts for validation")
     arguments = parser.parse_args()

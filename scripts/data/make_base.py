@@ -24,7 +24,7 @@ from trainers.common.autoencoder.latents import latents_problems
 from trainers.common.autoencoder.options import find_subfolder
 from trainers.engine.config.config import load_config
 from trainers.engine.config.trust import add_trust_argument
-from trainers.inference.command import check_new, command, positive
+from trainers.inference.command import check_new, command, path_argument, positive
 from trainers.pretrained import read_model
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -88,8 +88,10 @@ def make_base(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="a finished vae run, or another folder of an AutoencoderKL")
-    parser.add_argument("config", type=Path, help="a configuration; its section base says what the captions are")
-    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument(
+        "config", type=path_argument, help="a configuration; its section base says what the captions are"
+    )
+    parser.add_argument("output", type=path_argument, help="a new folder")
     parser.add_argument("overrides", nargs="*", metavar="base.key=value")
     parser.add_argument("--width", type=positive, default=64, help="of the text embeddings, a multiple of 32")
     parser.add_argument("--layers", type=positive, default=2, help="of the text encoder")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from trainers.inference.command import check_new, command
+from trainers.inference.command import check_new, command, path_argument
 
 SIZE = 32  # pixels
 MARGIN = 3  # pixels, so that turned digits stay whole
@@ -83,7 +83,7 @@ def make_digits(output: Path) -> dict[str, int]:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("output", type=path_argument, help="a new folder")
     output = parser.parse_args().output
     check_new(output)
     found = make_digits(output)

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from datasets_lib.errors import InputError, MissingFileError
-from trainers.inference.command import check_new, command
+from trainers.inference.command import check_new, command, path_argument
 
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)  # two of them make a flag
 SKIN_TONES = range(0x1F3FB, 0x1F400)
@@ -99,8 +99,10 @@ def make_emoji(output: Path, path: Path, size: int) -> int:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="a new folder")
-    parser.add_argument("--font", type=Path, help="file of a font with colour bitmaps; default: Noto Color Emoji")
+    parser.add_argument("output", type=path_argument, help="a new folder")
+    parser.add_argument(
+        "--font", type=path_argument, help="file of a font with colour bitmaps; default: Noto Color Emoji"
+    )
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     arguments = parser.parse_args()
     if arguments.size < 16:

@@ -64,7 +64,11 @@ ORDER = (
     "scripts.data",
     "scripts.benchmarks",
 )
-FOREIGN = ("datasets_lib.errors", "datasets_lib.foreign")  # what everybody raises, shows, opens and reads with
+FOREIGN = (
+    "datasets_lib.errors",
+    "datasets_lib.foreign",
+    "datasets_lib.checks",
+)  # what everybody raises, shows, opens and reads with
 CONTRACT = (
     "datasets_lib.file_hashes",
     "trainers.version",

@@ -14,10 +14,11 @@ from trainers import TRAINERS
 from trainers.base import Section, TrainerConfig
 from trainers.common.model_files import MODELS_DIR, Grid
 from trainers.common.unet2d import unet2d_problems
-from trainers.engine.config.base_options import BaseConfig, resolve_launcher_values
+from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import load_config
 from trainers.engine.config.describe import describe
 from trainers.engine.config.files import MAX_FILE_BYTES, ConfigError
+from trainers.engine.config.launcher import resolve_launcher_values
 from trainers.engine.config.schema import coerce, options
 
 ARTICLE = {

@@ -6,13 +6,15 @@ import argparse
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from test_config import ARTICLE, problems_of, write  # noqa: F401  # the second is a fixture
 
 from datasets_lib.errors import MissingFileError
-from trainers.engine.config.config import load_config
-from trainers.inference.command import seed
+from trainers.engine.config.config import check_config, load_config
+from trainers.engine.config.files import ConfigError
+from trainers.inference.command import path_argument, seed
 
 LORA = {
     "base": {"dataset": "digits", "max_train_steps": 2},
@@ -63,16 +65,101 @@ def test_hashes_in_lists_and_numbers_beside_texts(write):  # noqa: F811
     assert option(path, "base.output_dir=${base.dataset} #1") == "digits #1"
 
 
-@pytest.mark.parametrize("name", ["train_data_dir", "dataset_name", "output_dir"])
+EMPTY = (
+    "train_data_dir",
+    "dataset_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "validation_split",
+    "seed",
+    "valid_steps",
+)
+
+
+@pytest.mark.parametrize("name", EMPTY)
 def test_an_unset_variable_of_the_shell_is_no_choice(write, name):  # noqa: F811
     found = problems_of(write(LORA), f"base.{name}=")
-    assert f'base.{name} = "": must not be blank (an unset variable of the shell?)' in found
+    null = "" if name in ("output_dir", "seed") else "; write null for none"
+    assert found.endswith(f"base.{name} = : has no value (an unset variable of the shell?){null}")
+    assert found.startswith("1 problem")
 
 
-def test_an_empty_number_is_no_null(write):  # noqa: F811
-    found = problems_of(write(LORA), "base.seed=", "base.valid_steps=")
-    for name in ("base.seed", "base.valid_steps"):
-        assert f"{name} = : has no value (an unset variable of the shell?); write null for none" in found
+@pytest.mark.parametrize("name", ["train_data_dir", "output_dir", "class_data_dir"])
+def test_a_blank_folder_in_a_file(write, name):  # noqa: F811
+    base = {key: value for key, value in LORA["base"].items() if key != "dataset" or name != "train_data_dir"}
+    found = problems_of(write(LORA | {"base": base | {name: " "}}))
+    assert f'base.{name} = " ": must not be blank (an unset variable of the shell?)' in found
+
+
+def test_the_empty_caption_is_a_value(write):  # noqa: F811
+    assert option(write(LORA), "base.caption=") == ""
+    assert option(write(LORA), "lora.negative_prompt=") == ""
+
+
+# --- what no file can be called
+
+
+def test_the_home_folder(write, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HOME", "/somewhere")
+    base = LORA["base"] | {
+        "encoder_cache_dir": "~/cache",
+        "output_dir": "~/run",
+        "trigger_word": "~/x",
+        "center_crop": True,
+    }
+    document = {
+        "base": base,
+        "lora": LORA["lora"] | {"cache_latents": "disk", "pretrained_model_name_or_path": "~/base"},
+    }
+    run = load_config(write(document))
+    assert (run.base.encoder_cache_dir, run.base.output_dir) == ("/somewhere/cache", "/somewhere/run")
+    assert (run.config.pretrained_model_name_or_path, run.base.trigger_word) == ("/somewhere/base", "~/x")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("option_of", "value", "reason"),
+    [
+        ("base.train_data_dir", LONG, "has a name of more than 255 bytes, which no file can have; shorten it"),
+        ("base.output_dir", f"a/{LONG}/b", "has a name of more than 255 bytes"),
+        ("lora.pretrained_model_name_or_path", LONG, "has a name of more than 255 bytes"),
+        ("base.eval_features", LONG, "has a name of more than 255 bytes"),
+        ("base.resume_from_checkpoint", LONG, "has a name of more than 255 bytes"),
+        ("base.output_dir", "a\0b", "has a null byte, which no name can have; remove it"),
+        ("base.output_dir", "a\udcffb", "is not UTF-8 text; type it anew"),
+        ("base.caption", "caf\udce9", "is not UTF-8 text; type it anew"),
+    ],
+)
+def test_texts_that_no_file_can_be_called(write, option_of, value, reason):  # noqa: F811
+    section, key = option_of.split(".")
+    document = json.loads(json.dumps(LORA))
+    document["base"] |= {"eval_steps": 5} if key == "eval_features" else {}
+    if key == "train_data_dir":
+        del document["base"]["dataset"]
+    document[section][key] = value
+    with pytest.raises(ConfigError) as caught:
+        check_config(document)
+    assert f"{option_of} = " in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def test_long_texts_of_other_options(write):  # noqa: F811
+    targets = "|".join(f".*to_{number}" for number in range(100))
+    assert option(write(LORA), f"lora.target_modules={targets}") == targets
+    assert option(write(LORA), f"base.caption={LONG}") == LONG
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is empty"), (" ", "is empty"), (LONG, "File name too long"), ("a\0", "null")]
+)
+def test_paths_of_scripts(text, message):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("place", type=path_argument)
+    with pytest.raises(argparse.ArgumentError, match=message):
+        parser.parse_args([text])
+    assert parser.parse_args(["not/there"]).place == Path("not/there")
 
 
 @pytest.mark.parametrize("text", ["base", "base.", ".seed=1", "base..seed=1", "seed=1", "--seed=1", "base.seed 1"])

@@ -8,9 +8,10 @@ from repository import ROOT
 
 from train import main
 from trainers import TRAINERS
-from trainers.engine.config.base_options import BaseConfig, resolve_launcher_values
+from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.config.config import find_trainer, load_config
 from trainers.engine.config.files import ConfigError
+from trainers.engine.config.launcher import resolve_launcher_values
 from trainers.engine.config.new_config import OF_BASE, OF_TASK, TO_DECIDE
 from trainers.engine.config.schema import options
 

@@ -14,6 +14,7 @@ from streams import base_of, number_of, numbers, stream_of
 
 import datasets_lib
 from datasets_lib.sources.hub import read_captions, read_labels, unread_columns
+from datasets_lib.streaming.writing import example_of
 
 
 def hub_layout(tmp_path):
@@ -108,6 +109,43 @@ def test_what_img2dataset_writes(tmp_path):
         assert example["caption"] == caption(round((float(example["image"].mean()) + 1) * 127.5))
 
 
+TEXTS = {
+    "a mark at the beginning": ({"a.txt": b"\xef\xbb\xbfa cat"}, "a cat"),
+    "another encoding": ({"a.txt": "caf\u00e9".encode("latin-1")}, r"has no caption \(found b'caf"),
+    "a broken json": ({"a.json": b'{"text": "a'}, r"has no caption \(found None\)"),
+    "no object": ({"a.json": b'["a cat"]'}, r"has no caption \(found None\)"),
+    "both": ({"a.json": b'{"text": "of the json"}', "a.txt": b"a cat"}, "a cat"),
+    "both, the other way": ({"a.txt": b"a cat", "a.json": b'{"text": "of the json"}'}, "a cat"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_texts_in_tars(tmp_path, case):
+    members, expected = TEXTS[case]
+    write_tar(tmp_path / "0.tar", {"a.png": png(1), **members})
+    reader = stream_of(tmp_path).open_reader(0, None)
+    if expected == "a cat":
+        assert reader.next(None)["caption"] == "a cat"
+    else:
+        with pytest.raises(ValueError, match=expected):
+            reader.next(None)
+
+
+def test_trigger_words_of_folders_stand_in_the_shards(tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png(number))
+    tables = [
+        {"path": str(tmp_path / "cat"), "caption": "a cat", "trigger_word": "ohwx"},
+        {"path": str(tmp_path / "dog"), "caption": "a dog"},
+    ]
+    args = settings(train_data_dir=tables, caption=None, trigger_word="sks")
+    dataset = datasets_lib.build(args, "train")
+    assert [example_of(dataset, index)["text"] for index in range(2)] == ["ohwx, a cat", "sks, a dog"]
+    plain = datasets_lib.build(settings(train_data_dir=tables[1:], caption=None, trigger_word="sks"), "train")
+    assert example_of(plain, 0)["text"] == "a dog"
+
+
 # --- the columns that `datasets` makes of a tar
 
 
@@ -150,16 +188,16 @@ def test_rows_that_name_files(tmp_path):
     """Beside the table, and not there."""
     (tmp_path / "set" / "data").mkdir(parents=True)
     (tmp_path / "set" / "data" / "a.png").write_bytes(png(7))
-    for name in ("a.png", "gone.png"):
+    for name in ("a.png", "gone.png", "x" * 3000):
         schema = hub.Features({"image": hub.Image()}).arrow_schema
         table = pyarrow.Table.from_pylist([{"image": {"bytes": None, "path": name}}], schema=schema)
         pyarrow.parquet.write_table(table, tmp_path / "set" / "data" / "train.parquet")
-        args = settings(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / name))
+        args = settings(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / name[:9]))
         dataset = datasets_lib.build(args, "train")
         if name == "a.png":
             assert round((float(dataset.get(0, None)["image"].mean()) + 1) * 127.5) == 7
         else:
             with pytest.raises(
-                ValueError, match=r"cannot use image row 0 of .*column 'image' of row 0 names 'gone.png'"
+                ValueError, match=r"cannot use image row 0 of .*column 'image' of row 0 names '(gone.png|xxx)"
             ):
                 dataset.get(0, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,19 @@ def seed(text: str) -> int:
     if not 0 <= number < 2**64:
         raise argparse.ArgumentTypeError(f"{number}: must be from 0 to {2**64 - 1}")
     return number
+
+
+def path_argument(text: str) -> Path:
+    """Argument type: a path that can be one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty (an unset variable of the shell?)")
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, in a locked folder, with a null byte
+        raise argparse.ArgumentTypeError(f"{shown(text)}: cannot be used ({shown(error)})") from None
+    return Path(text)
 
 
 def check_new(path: Path) -> None:

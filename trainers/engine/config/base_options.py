@@ -5,23 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from trainers.engine.config.eval_networks import classifier_problem, features_problem
 from trainers.options import Bounds, NonNegative, Positive, PositiveFloat, Section, Seed
 
 OF_CAPTIONS = (
-    "caption_lines",
-    "trigger_word",
-    "shuffle_tags",
-    "keep_tags",
-    "mask_column",
-    "class_data_dir",
-    "class_caption",
-)
+    "caption_lines", "trigger_word", "shuffle_tags", "keep_tags", "mask_column", "class_data_dir", "class_caption",
+)  # fmt: skip
 DATA_SOURCES = ("dataset_name", "train_data_dir", "dataset")
 FOLDERS = (
     "output_dir", "train_data_dir", "dataset_name", "dataset", "class_data_dir", "cache_dir", "encoder_cache_dir",
@@ -227,8 +221,8 @@ class BaseConfig(Section):
             ("eval_steps", self.eval_steps is not None, "eval_num_samples", "eval_features", "eval_classifier"),
             ("dataset_name and train_data_dir", self.dataset is None, "label_column", "mask_column", "caption_column",
              "repeats_column"),
-            ("train_data_dir", self.train_data_dir is not None and not self.streaming, "caption_lines", "mask_files",
-             "folder_repeats"),
+            ("train_data_dir without streaming", self.train_data_dir is not None and not self.streaming,
+             "caption_lines", "mask_files", "folder_repeats"),
             ("dataset_name and train_data_dir without streaming", not self.streaming, "repeats_column"),
             ("logger: wandb or both", self.logger in ("wandb", "both"), "run_name"),
         ):  # fmt: skip
@@ -239,23 +233,3 @@ class BaseConfig(Section):
             yield "allow_outside", "has an effect with train_data_dir, dataset_name and class_data_dir only"
         if self.tracker_project != "diffloop" and self.logger == "none":
             yield "tracker_project", "has no effect with logger: none"
-
-
-def resolve_launcher_values(base: BaseConfig, environment: Mapping[str, str]) -> Iterator[str]:
-    """Replaces null by the launcher's values, whose defaults `no` and 1 count as unset; yields contradictions."""
-    contradiction = "base.{0} = {1}: the launcher says {2} = {3}; make them equal, or set base.{0}=null".format
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in get_args(Precision):
-        yield f"ACCELERATE_MIXED_PRECISION = {precision}: must be no, fp16 or bf16; change --mixed_precision"
-    elif precision not in ("no", base.mixed_precision or precision):
-        yield contradiction("mixed_precision", base.mixed_precision, "ACCELERATE_MIXED_PRECISION", precision)
-    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", str(base.gradient_accumulation_steps or steps)):
-        variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-        yield contradiction("gradient_accumulation_steps", base.gradient_accumulation_steps, variable, steps)
-    elif steps != "1" and base.global_batch_size is not None:
-        launched = f"the launcher says ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {steps}"
-        yield f"base.global_batch_size = {base.global_batch_size}: {launched}; give one of them"
-    base.mixed_precision = base.mixed_precision or cast(Precision, precision)
-    if base.global_batch_size is None:
-        base.gradient_accumulation_steps = base.gradient_accumulation_steps or int(steps)

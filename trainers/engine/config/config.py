@@ -13,22 +13,18 @@ from typing import Any, NamedTuple, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datasets_lib.checks import nearest
 from datasets_lib.foreign import named_object, shown
 from trainers import TRAINERS
 from trainers.base import Section, Trainer, TrainerConfig
-from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig, resolve_launcher_values
+from trainers.engine.config.base_options import OF_CAPTIONS, BaseConfig
 from trainers.engine.config.files import ConfigError, read_config_file
+from trainers.engine.config.launcher import resolve_launcher_values
 from trainers.engine.config.overrides import parse_overrides, with_typed_texts
-from trainers.engine.config.schema import UNDECIDED, coerce, nearest, options
+from trainers.engine.config.schema import UNDECIDED, coerce, options
+from trainers.engine.config.texts import ENVIRONMENT, OF_TEXTS, text_problem
 from trainers.engine.config.trust import OWN, Trust
 from trainers.engine.optim.table import optimizer_problem
-
-ENVIRONMENT = (
-    "environment variables are not read, as a config is written to the run's folder; write the value, ~ for the "
-    "home folder, or give the option on the command line, where the shell replaces them"
-)
-VARIABLE = re.compile(r"(^|/)\$[A-Za-z_]")  # in a path
-OF_TEXTS = re.compile("caption|prompt|word")  # options whose texts may begin so
 
 Check = Callable[[BaseConfig], Iterable[tuple[str, str]]]
 Schemas = dict[str, type[Section]]  # of the two sections, by name
@@ -207,9 +203,11 @@ def _check_section(section: str, values: dict, schemas: Schemas) -> tuple[dict[s
         if value == UNDECIDED:
             problems.append(f"{section}.{key} = {_show(value)}: is to be decided: {known[key].comment}")
             continue
-        if isinstance(value, str) and VARIABLE.search(value) and not OF_TEXTS.search(key):
-            problems.append(f"{section}.{key} = {_show(value)}: {ENVIRONMENT}")
-            continue
+        if isinstance(value, str):
+            if problem := text_problem(key, value):
+                problems.append(f"{section}.{key} = {_show(shown(value))}: {problem}")
+                continue
+            value = os.path.expanduser(value) if value.startswith("~/") and not OF_TEXTS.search(key) else value
         try:
             checked[key] = coerce(value, known[key].kind)
         except ValueError as allowed:

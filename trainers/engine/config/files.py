@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import reading
+from datasets_lib.foreign import entries, is_folder, reading
 
 ENDINGS = (".json", ".yaml", ".yml")
 OTHERS = {
@@ -48,12 +48,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    if path.is_dir():
-        inside = ", ".join(sorted(each.name for each in path.iterdir() if each.suffix in ENDINGS)[:5]) or "none"
+    if is_folder(path):
+        inside = ", ".join(each.name for each in entries(path) if each.suffix in ENDINGS) or "none"
         raise ConfigError(f"{path} is a folder; give a config file (in it: {inside})")
-    if not path.exists():
+    with reading(path):
+        is_there = path.exists()
+    if not is_there:
         raise MissingFileError(
-            f"config file {path} does not exist (searched {path.resolve()}); see configs/ for examples"
+            f"config file {path} does not exist (searched {path.absolute()}); see configs/ for examples"
         )
     ending = path.suffix.lower()
     if ending not in (*ENDINGS, ""):

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainers.engine.config.schema import coerce, options
+from trainers.engine.config.texts import OF_TEXTS
 from trainers.options import Section
 
 HASH = "\ue000"  # in the place of #, which begins a comment in YAML and is a character like others on a command line
@@ -63,10 +64,12 @@ def with_typed_texts(
         kind = known[key].kind
         value = given[section][key]
         is_null = value is None and typed.lower() != "null"  # an empty text, ~
-        if _takes_text(kind) and (is_null or not _is_another(value, kind)):
+        if not typed.strip() and not (_takes_text(kind) and OF_TEXTS.search(key)):
+            del given[section][key]
+            null = "; write null for none" if _is_another(None, kind) else ""
+            problems.append(f"{name} = : has no value (an unset variable of the shell?){null}")
+        elif _takes_text(kind) and (is_null or not _is_another(value, kind)):
             given[section][key] = value if isinstance(value, str) and _is_quoted(typed) else typed
-        elif not typed.strip():
-            problems.append(f"{name} = : has no value (an unset variable of the shell?); write null for none")
     return given, problems
 
 
@@ -80,7 +83,7 @@ def _takes_text(kind: Any) -> bool:
 
 
 def _is_another(value: Any, kind: Any) -> bool:
-    """Whether a value read as YAML is one of the option's other types, such as null."""
+    """Whether a value is one of the option's types other than text, such as null."""
     try:
         return not isinstance(coerce(value, kind), str)
     except ValueError:

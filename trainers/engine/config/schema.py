@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import io
@@ -11,7 +10,6 @@ import math
 import tokenize
 import types
 import typing
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -123,9 +121,3 @@ def describe_kind(kind: Any) -> str:
     if origin is dict:
         return "a mapping" if args[1] is Any else f"a mapping of names, each value {describe_kind(args[1])}"
     return WORDS.get(kind, "anything")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Finds the known name most like `name`, whatever its case."""
-    by_lower = {each.lower(): each for each in known}
-    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]

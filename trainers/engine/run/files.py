@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +32,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error}{_space(path)}") from None
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none in what is no folder
+            staged.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
