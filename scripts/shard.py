@@ -162,7 +162,10 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
     run_on_all(accelerator, lambda: write_shards(accelerator, dataset, space, folder, options, base.seed))
     shape = None if space is None else list(space.grid.shape)
     run_on_main(accelerator, lambda: write_index(folder, dataset, settings, shape))
-    accelerator.print(f"{folder}: {len(dataset):,} examples")
+    words = ""
+    if dataset.source.trigger_words is not None:
+        words = "; captions begin with the trigger words of their folders: train on them without base.trigger_word"
+    accelerator.print(f"{folder}: {len(dataset):,} examples{words}")
 
 
 @command
