@@ -27,7 +27,7 @@ class Captions:
             )
 
     def _problem(self, source: Source) -> str | None:
-        """What looks like captions and is not read, if nobody said that there are none."""
+        """Names text that looks like captions and is not read, if nobody said that there are none."""
         if self.args.caption is not None or not source.unread:
             return None
         return (

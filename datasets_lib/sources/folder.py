@@ -109,7 +109,7 @@ def _files_of(top: Path, args: Any, split: str) -> tuple[Part, list[str]]:
 
 
 def _listed(part: Part, args: Any, caption: str | None) -> tuple[Listed, str, list[str]]:
-    """What is known of the images, where their classes are from, and notes."""
+    """Return captions, classes, masks and repeats of the images, where the classes are from, and notes."""
     beside = split_masks(part.images)
     images = beside.images
     tables, notes = find_metadata(part.others, part.folder, part.top, args.allow_outside)

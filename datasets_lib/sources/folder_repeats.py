@@ -13,7 +13,7 @@ NUMBERED = re.compile(r"(\d{1,5})_(.*\S.*)")
 
 
 class Numbered(NamedTuple):
-    """What the name of a picture's folder says."""
+    """The two parts of the name of a picture's folder."""
 
     repeats: int
     name: str

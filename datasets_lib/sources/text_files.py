@@ -61,7 +61,7 @@ def _files_of(images: list[Path], found: dict[str, Path]) -> list[Path | None]:
 
 
 def _names(images: list[Path]) -> set[str]:
-    """What an image's text file may be called, without its ending."""
+    """The names that an image's text file may have, without its ending."""
     return {composed(image.with_suffix("")) for image in images} | set(map(composed, images))
 
 

@@ -159,7 +159,7 @@ class BaseConfig(Section):
 
     @property
     def data_name(self) -> str:
-        """What messages and cards call the data."""
+        """The data's name for messages and cards."""
         named = self.dataset_name or self.dataset or self.train_data_dir or ""
         return named if isinstance(named, str) else ", ".join(str(table.get("path")) for table in named)
 
