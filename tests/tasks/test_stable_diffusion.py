@@ -567,6 +567,14 @@ def test_captions_that_are_too_long_are_counted():
     assert f"the first loses {('cat ' * 20) + ' ...'!r}; text_to_image" in note
 
 
+def test_a_base_whose_scaling_factor_is_null(tmp_path):
+    folder = shutil.copytree(tiny_models.model("sd1"), tmp_path / "base")
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": None}))
+    with pytest.raises(ValueError, match="its autoencoder's scaling_factor is null; write it in its config"):
+        make(pretrained_model_name_or_path=str(folder))
+
+
 def test_data_without_captions_is_told(run_in_process, capsys):
     run_in_process("run", "lora", **{"base.caption": ""})
     assert "NOTE: no captions found" in capsys.readouterr().out

@@ -72,6 +72,10 @@ class LatentSpace:
         self.pictures = Grid.of(base)
         self.settings = vae_config(self.source) or self._settings_on_hub()
         self.grid = latent_grid(self.settings, base.resolution)
+        if self.settings.get("scaling_factor", 1) is None:
+            raise InputError(
+                f"{option} = {self.source}: its autoencoder's scaling_factor is null; write it in its config"
+            )
         if base.buckets and base.bucket_step % self.factor:
             factor = f"must be a multiple of {self.factor}, the pixels per latent of {option}"
             raise InputError(f"base.bucket_step = {base.bucket_step}: {factor}")
