@@ -479,6 +479,7 @@ def test_a_log_that_cannot_be_written(tiny_config, capsys):
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("n" * 300), Path("/proc/run")):
+    long = tmp_path.joinpath(*["n" * 200] * 25)  # a path of more than 4,096 bytes
+    for place in (tmp_path / "file", tmp_path / "file" / "run", long, Path("/proc/run")):
         assert main(["configs/tests/ddpm.json", f"base.output_dir={place}"]) == 1
         assert f"base.output_dir = {place}: cannot be written" in capsys.readouterr().err
