@@ -46,6 +46,7 @@ class Section:
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # alternatives: overriding one resets the others
     reset_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: others reset when it is overridden}
     free_on_resume: ClassVar[tuple[str, ...]] = ()  # may change on resume: training does not depend on them
+    same_on_resume: ClassVar[dict[str, tuple[Any, ...]]] = {}  # {option: values that train alike}
     replaced: ClassVar[dict[str, dict[Any, tuple[str, Any]]]] = {}  # renamed options: {old: {value: (new, value)}}
 
     def __init_subclass__(cls) -> None:

@@ -317,3 +317,11 @@ def test_every_option_of_a_task_is_judged(tiny_config):
             saved = {"base": dataclasses.asdict(run.base), "ddpm": dataclasses.asdict(run.config)}
             saved[section][option] = "another" if default != "another" else None
             assert [key for key, _, _ in option_changes(saved, run)] == [f"{section}.{option}"]
+
+
+@pytest.mark.parametrize(("before", "now", "changed"), [("", None, []), (None, "", []), ("x", None, ["base.caption"])])
+def test_the_empty_caption_of_earlier_versions_is_todays_null(tiny_config, before, now, changed):
+    run = load_config(tiny_config("ddpm", "run", **{"base.caption": now}))
+    saved = json.loads(json.dumps(run.as_dict()))
+    saved["base"]["caption"] = before
+    assert [key for key, *_ in option_changes(saved, run)] == changed

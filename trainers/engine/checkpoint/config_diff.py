@@ -84,7 +84,8 @@ def option_changes(saved: dict[str, dict[str, Any]], run: RunConfig) -> Iterator
             value = _plain(getattr(now, name))
             default = value if option.default is dataclasses.MISSING else _plain(option.default)
             old = before.get(name, default)
-            if old != value:
+            alike = now.same_on_resume.get(name, ())
+            if old != value and not (old in alike and value in alike):
                 yield f"{section}.{name}", old, value
 
 

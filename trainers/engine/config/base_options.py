@@ -38,6 +38,7 @@ class BaseConfig(Section):
     reset_with: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
         DATA_SOURCES, ("dataset_config_name", "dataset_args")
     )
+    same_on_resume: ClassVar[dict[str, tuple[Any, ...]]] = {"caption": ("", None)}  # null was the empty text before
     free_on_resume: ClassVar[tuple[str, ...]] = (
         "output_dir", "resume_from_checkpoint", "allow_changes", "max_skipped_steps", "collective_timeout",
         "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs",
