@@ -103,7 +103,7 @@ class BaseConfig(Section):
     # data: exactly one of dataset_name, train_data_dir and dataset
     dataset_name: str | None = None  # hub data set, or a local folder in a hub data set's layout
     dataset_config_name: str | None = None  # configuration of dataset_name, if it has several
-    train_data_dir: str | list[dict[str, Any]] | None = None  # folder, .jsonl file, or list of tables: docs/your_data.md
+    train_data_dir: str | list[dict[str, Any]] | None = None  # folder, .jsonl, or list of tables: docs/your_data.md
     dataset: str | None = None  # a name in datasets_lib.DATASETS such as digits, or "package.module:build"
     dataset_args: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `dataset`
     allow_outside: list[str] = field(default_factory=list)  # folders that links and paths in the data may lead to
