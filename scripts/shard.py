@@ -164,7 +164,8 @@ def shard_split(accelerator: Accelerator, base: BaseConfig, split: str, space: A
     run_on_main(accelerator, lambda: write_index(folder, dataset, settings, shape))
     words = ""
     if dataset.source.trigger_words is not None:
-        words = "; captions begin with the trigger words of their folders: train on them without base.trigger_word"
+        words = "; captions begin with the trigger words of their folders: train on them without base.trigger_word, "
+        words += "and with base.keep_tags one higher if tags are shuffled"
     accelerator.print(f"{folder}: {len(dataset):,} examples{words}")
 
 

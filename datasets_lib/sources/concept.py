@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ def _table_problems(table: Mapping[str, Any]) -> Iterator[str]:
             names = " or ".join({"str": "text", "int": "an integer", "bool": "true or false"}.get(kind.__name__, "null")
                                 for kind in KINDS[key])  # fmt: skip
             yield f"has {key} = {value!r}; it must be {names}"
+        elif key == "path" and ("\0" in value or re.search(r"(^|/)\$[A-Za-z_{]", value)):
+            yield f"has path = {value!r}; write the folder: variables of the environment are not read"
         elif isinstance(value, str) and not value.strip() and (key, value) != ("caption", ""):
             yield f"has a blank {key}; leave it out"
         elif key == "repeats" and not 1 <= value <= LARGEST_REPEATS:

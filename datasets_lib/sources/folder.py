@@ -93,7 +93,9 @@ def read_source(top: Path, args: Any, split: str, caption: str | None = None) ->
         label_names = class_names(classes)
     labels = number_classes(classes, label_names, folder)
     notes += [*more, *_class_notes(f"the {origin} of {folder}", label_names)]
-    return as_source(listed, folder, labels, label_names, notes)
+    named = isinstance(args.validation_split, str)
+    # paths below the top, as they were before a folder called train was looked into
+    return as_source(listed, folder if named else top, labels, label_names, notes, folder)
 
 
 def _files_of(top: Path, args: Any, split: str) -> tuple[Part, list[str]]:
@@ -102,15 +104,16 @@ def _files_of(top: Path, args: Any, split: str) -> tuple[Part, list[str]]:
         folder, excluded, notes = split_folder(top, args.validation_split, split)
         return Part(top, folder, excluded, *list_files(folder, excluded, top, args.allow_outside)), notes
     images, others = list_files(top, (), top, args.allow_outside)
-    folder, notes = training_folder(top, images)
+    folder, left, notes = training_folder(top, images)
     if folder != top:
-        images, others = (list(filter(lambda path: path.is_relative_to(folder), each)) for each in (images, others))
-    return Part(top, folder, [], images, others), notes
+        images = [path for path in images if path.is_relative_to(folder)]
+        others = [path for path in others if not any(map(path.is_relative_to, left))]  # captions may stand above
+    return Part(top, folder, left, images, others), notes
 
 
 def _listed(part: Part, args: Any, caption: str | None) -> tuple[Listed, str, list[str]]:
     """Return captions, classes, masks and repeats of the images, where the classes are from, and notes."""
-    beside = split_masks(part.images)
+    beside = split_masks(part.images, args.mask_files)
     images = beside.images
     tables, notes = find_metadata(part.others, part.folder, part.top, args.allow_outside)
     if tables:
@@ -183,7 +186,12 @@ def _class_notes(origin: str, names: list[str] | None) -> list[str]:
 
 
 def as_source(
-    listed: Listed, folder: Path, labels: list[int] | None, label_names: list[str] | None, notes: list[str]
+    listed: Listed,
+    folder: Path,
+    labels: list[int] | None,
+    label_names: list[str] | None,
+    notes: list[str],
+    origin: Path | None = None,
 ) -> Source:
     """Return the images of a folder as rows; their paths below it and their sizes are its fingerprint."""
     masks = [] if listed.masks is None else [name_and_size(mask, folder) for mask in listed.masks]
@@ -191,8 +199,8 @@ def as_source(
     repeats = [] if listed.repeats is None else [listed.repeats]
     fingerprint = digest(files, labels, listed.captions, *masks, *repeats)
     return Source(
-        listed.images, str(folder), fingerprint, labels, label_names, listed.captions, notes, masks=listed.masks,
-        repeats=listed.repeats, no_labels=listed.no_labels, unread=listed.unread,
+        listed.images, str(origin or folder), fingerprint, labels, label_names, listed.captions, notes,
+        masks=listed.masks, repeats=listed.repeats, no_labels=listed.no_labels, unread=listed.unread,
     )  # fmt: skip
 
 

@@ -66,10 +66,12 @@ def composed(path: Path | str) -> str:
 
 
 def find_metadata(others: list[Path], folder: Path, top: Path, outside: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the tables of a folder and its sub-folders, else those of the one above, and notes on others."""
-    found = [path for path in others if path.name.lower() in METADATA_FILES]
-    if top != folder and not any(path.parent == folder for path in found):
-        above = [path for path in entries(top) if path.name.lower() in METADATA_FILES]
+    """Return the tables of a folder and its sub-folders, else those of the ones above, and notes on others."""
+    found = [path for path in others if path.name.lower() in METADATA_FILES and path.is_relative_to(folder)]
+    place = folder
+    while place != top and not any(path.parent == place for path in found):
+        place = place.parent
+        above = [path for path in entries(place) if path.name.lower() in METADATA_FILES]
         found = [*(check_inside(path, top, outside) for path in above), *found]
     best: dict[Path, Path] = {}
     notes = []

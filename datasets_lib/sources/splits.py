@@ -15,7 +15,7 @@ HELD_OUT = (
     "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "held_out", "heldout",
 )  # fmt: skip
 # as a word of a name, such as test in cifar10-test.parquet, train2017 or seg_test
-WORD = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join((*TRAIN, *HELD_OUT))})(?=[-._ 0-9/]|$)")
+WORD = re.compile(rf"(?:^|[-._0-9/])({'|'.join((*TRAIN, *HELD_OUT))})(?=[-._0-9/]|$)")
 
 
 def split_of(file: Path, top: Path) -> str | None:
@@ -33,14 +33,18 @@ def split_folder(top: Path, validation_split: str, split: str) -> tuple[Path, li
     if split == "validation":
         return named, [], []
     if len(of_training) == 1:
-        return folders[of_training[0]], [], []
+        rest = [name for name in folders if name not in (of_training[0], validation_split)]
+        note = f"trains on the sub-folder {shown(of_training[0])} alone, not on {', '.join(map(shown, rest))}"
+        return folders[of_training[0]], [], [note] if rest else []
     others = [path for name, path in folders.items() if name.lower() in HELD_OUT and path != named]
     left = ", ".join(shown(path.name) for path in others)
     return top, [named, *others], [f"not trained on, as it is called like a split to hold out: {left}"] if left else []
 
 
-def training_folder(top: Path, images: Iterable[Path]) -> tuple[Path, list[str]]:
-    """Return where to train if no split is named, and a note: the one called so, if all images are in such folders.
+def training_folder(top: Path, images: Iterable[Path]) -> tuple[Path, list[Path], list[str]]:
+    """Return where to train if no split is named, the folders of other splits, and a note.
+
+    That is the folder called so, if all images are in such folders.
 
     They may also be in the only sub-folder. Raises InputError if some are in a folder that is usually held out, such as
     `test`, and others are not: nobody trains on those without saying so. A class may be called train.
@@ -60,9 +64,12 @@ def training_folder(top: Path, images: Iterable[Path]) -> tuple[Path, list[str]]
         chosen, others = folder / train[0], sorted(words.keys() - {train[0]})
         left = f", and not on {', '.join(map(shown, others))}" if others else ""
         way = ": name one in base.validation_split" if others and folder == top else ""
-        return chosen, [f"trains on the sub-folder {shown(chosen.relative_to(top))} of {shown(top)}{left}{way}"]
+        note = f"trains on the sub-folder {shown(chosen.relative_to(top))} of {shown(top)}{left}{way}"
+        return chosen, [folder / name for name in others], [note]
+    if len(words) == len(below) and train:  # several to train on, and some to hold out
+        held_out = sorted(words.keys() - set(train)) or held_out
     if not held_out:
-        return top, []
+        return top, [], []
     raise InputError(
         f"base.train_data_dir = {shown(folder)} has images in {', '.join(map(shown, held_out))}, which is what splits "
         f"to hold out are called, beside others; say base.validation_split={shown(held_out[0])} to validate on it, "

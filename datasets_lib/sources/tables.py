@@ -18,7 +18,7 @@ from datasets_lib.sources.parquet_size import check_unpacked
 DELIMITERS = ",;\t"  # the second is Excel's where a comma divides whole from tenths
 
 
-MEANT = ("file_name", "text", "caption", "prompt", "label", "mask")  # columns that are read by themselves
+MEANT = ("file_name", "text", "caption", "prompt")  # columns that are read by themselves
 
 
 class Row(NamedTuple):
@@ -98,8 +98,8 @@ def _json_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
             found = json.loads(line)
             # more colons than keys: one may be there twice; to look always is three times as slow
             doubtful = isinstance(found, dict) and line.count(":") > len(found)
-            row = json.loads(line, object_pairs_hook=_without_doubles) if doubtful else found
-        if not isinstance(row, dict):
+            row = json.loads(line, object_pairs_hook=_or_doubled) if doubtful else found
+        if not isinstance(row, dict) or isinstance(row, _Doubled):
             found = shown(repr(line.strip()))
             raise InputError(
                 f"row {number} of {shown(file)} has the line {found}, which is not a JSON object that can be read; "
@@ -108,11 +108,13 @@ def _json_rows(lines: Iterator[str], file: Path) -> Iterator[Row]:
         yield Row(row, f"row {number} of {file}")
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _Doubled(dict[str, Any]):
+    """An object with a key twice."""
+
+
+def _or_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
-    return found
+    return found if len(found) == len(pairs) else _Doubled(found)
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:

@@ -51,7 +51,6 @@ def test_the_loop_binds_few_names_and_each_once(loop):
 
 # raised for our own code, which catches it, or for who writes a task
 OF_OUR_OWN = {
-    "datasets_lib/sources/tables.py": 1,  # a key that is there twice
     "trainers/engine/config/schema.py": 1,  # what an annotation allows
     "trainers/engine/run/randomness.py": 1,  # a draw that a task asks for twice
 }

@@ -137,6 +137,7 @@ def test_regularization_images_need_a_caption(folders):
         ([{"path": "a", "regularization": "yes"}], "table 1 has regularization = 'yes'; it must be true or false"),
         ([{"path": "a", "caption": 5}], "table 1 has caption = 5; it must be text or null"),
         ([{"path": "a", "regularization": True}], "must have a table without regularization: true, to train on"),
+        ([{"path": "$HOME/x"}], "table 1 has path = '.HOME/x'; write the folder: variables of the environment are not"),
         ([], "must have a table without regularization: true, to train on"),
         (
             [{"path": "a"}, {"path": "b", "regularization": True, "repeats": 2}],

@@ -12,6 +12,7 @@ from image_folders import build, captions, examples, labels, save, values, write
 from PIL import Image
 
 import datasets_lib
+from datasets_lib.images.source import digest
 
 # --- splits
 
@@ -98,7 +99,43 @@ def test_a_named_split_of_any_spelling(tmp_path, train, held_out, left):
     assert (values(dataset), values(held), labels(dataset), labels(held)) == ([0, 1], [2, 3], [0, 1], [0, 1])
 
 
-@pytest.mark.parametrize("folders", [("bullet_train", "crash-test"), ("contest", "trains"), ("evaluator", "tester")])
+@pytest.mark.parametrize(
+    "folders", [("train_1", "train_2", "test_1"), ("DIV_train_HR", "DIV_train_LR", "DIV_valid_HR")]
+)
+def test_several_folders_to_train_on_beside_one_to_hold_out(tmp_path, folders):
+    with pytest.raises(ValueError, match=f"has images in {folders[2]}, which is what splits to hold out are called"):
+        build(split_folders(tmp_path, *folders))
+
+
+def test_metadata_above_the_folder_of_a_split(tmp_path):
+    for number, name in enumerate(("train/a", "val/b")):
+        save(tmp_path / "data" / "images" / f"{name}.png", number)
+    rows = [{"file_name": f"{name}.png", "text": name} for name in ("train/a", "val/b")]
+    write(tmp_path / "data" / "images" / "metadata.jsonl", *rows)
+    assert captions(build(tmp_path / "data")) == ["train/a"]
+
+
+def test_captions_above_the_folder_of_a_split_are_named(tmp_path):
+    for name in ("train/a", "val/b"):
+        save(tmp_path / f"{name}.png")
+    (tmp_path / "captions.csv").write_text("")
+    with pytest.raises(ValueError, match="not read: .*captions.csv"):
+        datasets_lib.check_captions(build(tmp_path, caption=None))
+
+
+def test_the_fingerprint_of_a_folder_train_is_that_of_before(tmp_path):
+    """Its paths are those below the folder that is named, as before it was looked into."""
+    dataset = build(split_folders(tmp_path, "train"))
+    row = digest([("train/a.png", (tmp_path / "train" / "a.png").stat().st_size)], None, None)
+    assert dataset.source.fingerprint == row
+
+
+def test_folders_beside_train_are_named_if_a_split_is(tmp_path):
+    dataset = build(split_folders(tmp_path, "train", "car", "val"), validation_split="val")
+    assert dataset.notes[0] == "trains on the sub-folder train alone, not on car"
+
+
+@pytest.mark.parametrize("folders", [("bullet train", "crash test"), ("contest", "trains"), ("evaluator", "tester")])
 def test_names_that_contain_such_words(tmp_path, folders):
     dataset = build(split_folders(tmp_path, *folders, "other"))
     assert dataset.label_names == sorted([*folders, "other"])
@@ -241,19 +278,28 @@ def test_masks_beside_pictures(tmp_path, names):
     assert dataset.fingerprint != plain.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("image", "mask"),
-    [
-        ("images/a", "masks/a"), ("pictures/a", "mask/a"), ("a", "a_mask"), ("a", "a-MaskLabel"), ("A", "A_MASK"),
-        ("caf\u00e9", "mask/cafe\u0301"), ("x/a", "x/a-mask"), ("deep/er/a", "deep/masks/a"),
-    ],
-)  # fmt: skip
+SURE = [("images/a", "masks/a"), ("img/a", "mask/a"), ("A", "A-MaskLabel"), ("caf\u00e9", "mask/cafe\u0301")]
+SURE += [("deep/images/a", "deep/masks/a"), ("images/a", "masks/a_mask"), ("a", "mask/a-mask")]
+LIKELY = [("a", "a_mask"), ("A", "A_MASK"), ("x/a", "x/a-mask"), ("a", "a.mask")]
+
+
+@pytest.mark.parametrize(("image", "mask"), [*SURE, *LIKELY])
 def test_masks_of_other_names(tmp_path, image, mask):
+    """A picture called a_mask may be one of a mask, so it is one until masks are asked for."""
     save(tmp_path / f"{image}.png", 10)
     save(tmp_path / f"{mask}.png", 100)
-    assert values(build(tmp_path)) == [10]
+    assert sorted(values(build(tmp_path))) == ([10] if (image, mask) in SURE else [10, 100])
     [example] = examples(build(tmp_path, mask_files=True))
     assert round(float(example["mask"].mean()) * 255) == 100
+
+
+@pytest.mark.parametrize(
+    "names", [("mask", "no_mask"), ("mask", "pumpkin", "witch"), ("Gas_mask", "mask"), ("face", "masks")]
+)
+def test_a_class_may_be_called_mask(tmp_path, names):
+    """Its pictures have the same names as those of the other classes."""
+    dataset = build(split_folders(tmp_path, *names))
+    assert (dataset.label_names, len(dataset)) == (sorted(names), len(names))
 
 
 def test_pictures_that_belong_to_another_one(tmp_path):

@@ -181,6 +181,12 @@ def test_a_column_twice_is_named(tmp_path, header):
         build(csv_of(tmp_path, f"{header}\na.png,x,y\n"))
 
 
+def test_a_key_twice_in_an_object_that_nobody_reads(tmp_path):
+    save(tmp_path / "a.png")
+    write(tmp_path / "metadata.jsonl", '{"file_name": "a.png", "text": "x: y", "exif": {"a": 1, "a": 2}}')
+    assert captions(build(tmp_path)) == ["x: y"]
+
+
 # --- names
 
 

@@ -66,14 +66,9 @@ def test_hashes_in_lists_and_numbers_beside_texts(write):  # noqa: F811
 
 
 EMPTY = (
-    "train_data_dir",
-    "dataset_name",
-    "output_dir",
-    "resume_from_checkpoint",
-    "validation_split",
-    "seed",
-    "valid_steps",
-)
+    "train_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint", "validation_split", "seed", "valid_steps",
+    "caption_column",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EMPTY)
