@@ -32,11 +32,15 @@ def translate(options: dict[str, Any], dataset: dict[str, Any], place: Path, scr
         if name == f"{LAUNCHERS}mixed_precision" and "mixed_precision" not in made.given:
             made.write("base.mixed_precision", str(made.given[name]), name)
         made.leave(name, "give it to accelerate launch as before")
+    if script is None and not Path(str(options.get("pretrained_model_name_or_path", ""))).is_dir():
+        model = "XL" if made.is_xl else "1 or 2"
+        made.notes.append(f"taken for Stable Diffusion {model}, as far as names and options tell")
     rules.base_model(made)
     rules.duration(made, "max_train_epochs", "max_train_steps", first="max_train_epochs")
     translate_data(made, subsets)
     for rule in kohya_rules.RULES:
         rule(made)
+    kohya_rules.kept_tags(made)
     for name in ("xformers", "diffusers_xformers"):
         rules.xformers(made, name)
     if made.is_xl:
@@ -73,4 +77,5 @@ def _is_xl(options: dict[str, Any], script: str | None) -> bool:
         return script.startswith("sdxl")
     if Path(base).is_dir():
         return (Path(base) / "text_encoder_2").is_dir()
-    return by_option or "xl" in Path(base).name.lower()
+    two_rates = isinstance(rates := options.get("text_encoder_lr"), list) and len(rates) > 1
+    return by_option or two_rates or any(word in Path(base).name.lower() for word in ("xl", "illustrious", "pony"))

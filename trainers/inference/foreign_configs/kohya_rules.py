@@ -8,7 +8,7 @@ from typing import Any
 
 from trainers.engine.optim.table import OPTIMIZERS
 from trainers.inference.foreign_configs import rules
-from trainers.inference.foreign_configs.readers import NoEqual, number
+from trainers.inference.foreign_configs.readers import SCHEDULES, NoEqual, number
 from trainers.inference.foreign_configs.translation import Translation
 
 TRANSFORMER = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -114,6 +114,10 @@ def optimizer(made: Translation) -> None:
 
 
 def schedule(made: Translation) -> None:
+    given = made.given.get("lr_scheduler")
+    if given is not None and given not in SCHEDULES:
+        made.leave("lr_scheduler", f"has no equal; constant is used (there are {', '.join(SCHEDULES)})")
+        made.write("task.lr_scheduler", "constant", remark="its own has no equal")
     warmup = made.given.get("lr_warmup_steps")
     ratio = _ratio(warmup)
     if ratio is None:
@@ -190,6 +194,16 @@ def cadence(made: Translation) -> None:
             made.leave(name, f"{chosen} decides when pictures are drawn and losses measured" if chosen else "is off")
     if made.given.get("save_every_n_epochs") and "save_every_n_steps" in made.given:
         made.take("save_every_n_steps", "save_every_n_epochs")
+
+
+def kept_tags(made: Translation) -> None:
+    """A prefix of all captions counts among the tags that keep_tokens keeps; the trigger word here does not."""
+    names = [name for name in made.given if name.rpartition(".")[2] == "caption_prefix" and "subsets" not in name]
+    prefixes = [str(made.given[name]) for name in names]
+    entry = made.entries.get("base.keep_tags")
+    if entry is not None and prefixes:
+        entry.value = max(0, entry.value - len([tag for tag in prefixes[0].split(",") if tag.strip()]))
+        entry.remark = "without those of caption_prefix"
 
 
 RULES: tuple[Callable[[Translation], None], ...] = (

@@ -9,6 +9,7 @@ from trainers.engine.optim.table import OPTIMIZERS
 from trainers.inference.foreign_configs.readers import flag
 from trainers.inference.foreign_configs.translation import Translation
 
+LARGE = 0.1  # no rate of AdamW
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
@@ -48,6 +49,10 @@ def _take_optimizer(translation: Translation, ours: str, name: str) -> None:
     else:
         translation.leave(name, f"has no equal; adamw is used. There are {', '.join(OPTIMIZERS)}")
         translation.notes.append("adamw is not the optimizer there: its learning rate, too, must be chosen anew")
+        rates = translation.entries.get("task.learning_rate")
+        values = rates.value.values() if rates and isinstance(rates.value, dict) else [rates.value] if rates else []
+        if any(value >= LARGE for value in values):  # of those that find their own step, where it is 1
+            translation.give_back("task.learning_rate", "is of an optimizer with its own rates; the default is used")
 
 
 def xformers(translation: Translation, name: str) -> None:

@@ -17,7 +17,7 @@ REDIRECTED = re.compile(r"(?<=\s)[12&]>>?(&\d|\s*\S+)")  # 2>&1
 ENDS = re.compile(r"[;&|<>\n]+")
 ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
-COMPUTED = ("$(", "`")
+COMPUTED = ("$(", "`", "${")  # the third is left where a variable has a default, or is not set in the file
 LAUNCHERS = "launch."  # in front of the options of accelerate launch
 
 

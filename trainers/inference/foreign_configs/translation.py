@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -68,6 +69,11 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        for name in [name for name, value in self.given.items() if value == ""]:
+            self.leave(name, "is empty")
+            del self.given[name]
+
     def get(self, name: str) -> Any:
         """The value given, else their default, else None."""
         return self.given.get(name, self.defaults.get(name))
@@ -104,7 +110,14 @@ class Translation:
             self.done.add(name)
             row = self.table.get(_last(name))
             shown = None if row is None or row.secret else self.given[name]
-            self.left.append(Left(name, shown, reason))
+            plain = re.match(r"[\w.-]*", name)
+            self.left.append(Left(plain[0] if plain else "", shown, reason))  # a value may hang on a wrong name
+
+    def give_back(self, here: str, reason: str) -> None:
+        """Leaves out what was taken over already."""
+        for name in self.entries.pop(here).names:
+            self.done.discard(name)
+            self.leave(name, reason)
 
     def forget(self, *names: str) -> None:
         """Leaves defaults of theirs out of account."""

@@ -69,6 +69,7 @@ def value_text(value: Any) -> str:
         return "{" + ", ".join(f"{value_text(key)}: {value_text(each)}" for key, each in value.items()) + "}"
     if isinstance(value, int | float):
         return repr(value)
+    value = re.sub(r"://[^/@\s]*@", "://", str(value))  # a user and password
     text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", str(value))
     if PLAIN.fullmatch(text) and text.lower() not in WORDS:
         return text
