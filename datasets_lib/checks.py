@@ -38,3 +38,16 @@ def find_column(option: str, wanted: str | None, columns: Iterable[str], common:
     if wanted is not None:
         return one_of(option, wanted, columns)
     return next((name for name in common if name in columns), None)
+
+
+def repeats_of(value: Any, place: str) -> int:
+    """How often an example comes in an epoch; raises InputError for anything but a whole number from 1 on."""
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10 else value
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if type(number) is not int or not 1 <= number <= LARGEST_REPEATS:
+        found = shown(repr(value))
+        raise InputError(
+            f"{place} has the repeats {found} (base.repeats_column); give a whole number from 1 to {LARGEST_REPEATS:,}"
+        )
+    return number

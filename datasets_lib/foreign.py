@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -53,6 +54,12 @@ def entries(folder: Path) -> list[Path]:
     """Lists what is in a folder, in order; raises FileError if that may not be read."""
     with reading(folder):
         return sorted(folder.iterdir())
+
+
+def composed(name: Path | str) -> str:
+    """Returns a name in one of the Unicode forms in which its accents may be written."""
+    text = str(name)
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def is_folder(path: Path) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from datasets_lib.checks import one_of
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import composed, shown
 
 LABEL_DIGITS = 18  # as many always fit into an int64
 
@@ -40,7 +39,7 @@ def same_but_for_case(names: Sequence[str]) -> list[str]:
 
 def class_of(image: Path, folder: Path) -> str:
     """Return the class that an image's first-level sub-folder stands for."""
-    return unicodedata.normalize("NFC", image.parts[len(folder.parts)].strip())
+    return composed(image.parts[len(folder.parts)].strip())
 
 
 def class_names(classes: Sequence[str | int] | None) -> list[str] | None:

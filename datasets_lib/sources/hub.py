@@ -9,14 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.checks import find_column, one_of
+from datasets_lib.checks import find_column, one_of, repeats_of
 from datasets_lib.errors import FileError, InputError, MissingFileError
 from datasets_lib.foreign import read_bytes, shown
 from datasets_lib.images.files import PICTURE_BYTES, check_inside, resolved
 from datasets_lib.images.image_dataset import ImageDataset
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, Source, check_caption, digest
 from datasets_lib.sources.hub_files import file_folders, load
-from datasets_lib.sources.metadata import repeats_of
 from datasets_lib.sources.walk import walk
 
 LABEL_COLUMNS = ("label", "labels", "class", "target")  # which may hold classes as integers

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import composed, shown
 
 SURE = re.compile(r"(.+)-(masklabel|condlabel)", re.IGNORECASE)  # OneTrainer's; the second is a condition
 LIKELY = re.compile(r"(.+)[-_.]mask", re.IGNORECASE)  # or a picture of a mask: only if masks are asked for
@@ -51,7 +50,7 @@ def split_masks(found: list[Path], asked: bool = False) -> Beside:
 
 
 def _key(folder: Path, stem: str) -> str:
-    return unicodedata.normalize("NFC", f"{folder}/{stem}")
+    return composed(f"{folder}/{stem}")
 
 
 def masks_of(images: list[Path], masks: dict[Path, Path]) -> list[Path]:

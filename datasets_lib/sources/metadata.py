@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from datasets_lib.checks import LARGEST_REPEATS, find_column
+from datasets_lib.checks import find_column, repeats_of
 from datasets_lib.errors import InputError, MissingFileError, UserError
-from datasets_lib.foreign import check_regular, entries, shown
+from datasets_lib.foreign import check_regular, composed, entries, shown
 from datasets_lib.images.files import check_inside, is_inside, resolved
 from datasets_lib.images.source import CAPTION_COLUMNS, LARGEST_LABEL, check_caption
 from datasets_lib.sources.tables import Row, read_table
@@ -51,18 +51,10 @@ class Lookup:
     def __call__(self, path: Path) -> Path:
         if path in self.present:
             return path
-        for candidate in (path, Path(str(path).replace("\\", "/"))):
-            if candidate in self.present:
-                return candidate
-            if (found := self.composed.get(composed(candidate))) is not None:
-                return found
-        return path
-
-
-def composed(path: Path | str) -> str:
-    """Return a name in one of the Unicode forms in which its accents may be written."""
-    text = str(path)
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+        slashed = Path(str(path).replace("\\", "/"))
+        if (found := self.composed.get(composed(path))) is not None:
+            return found
+        return slashed if slashed in self.present else self.composed.get(composed(slashed), path)
 
 
 def find_metadata(others: list[Path], folder: Path, top: Path, outside: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -175,23 +167,10 @@ def _classes(used: list[Named], column: str | None, args: Any) -> tuple[list[str
 def _label(value: Any) -> str | int | None:
     """A class's name, or its number: pandas writes 1 as 1.0 if a value of the column is missing."""
     if isinstance(value, str):
-        return unicodedata.normalize("NFC", value.strip()) or None
+        return composed(value.strip()) or None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value <= LARGEST_LABEL else None
-
-
-def repeats_of(value: Any, place: str) -> int:
-    """How often an example comes in an epoch; raises InputError for anything but a whole number from 1 on."""
-    number = int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10 else value
-    if isinstance(number, float) and number.is_integer():
-        number = int(number)
-    if type(number) is not int or not 1 <= number <= LARGEST_REPEATS:
-        found = shown(repr(value))
-        raise InputError(
-            f"{place} has the repeats {found} (base.repeats_column); give a whole number from 1 to {LARGEST_REPEATS:,}"
-        )
-    return number
 
 
 def wordy(columns: Iterable[str], rows: Sequence[dict[str, Any]]) -> list[str]:

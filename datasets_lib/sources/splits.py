@@ -44,10 +44,9 @@ def split_folder(top: Path, validation_split: str, split: str) -> tuple[Path, li
 def training_folder(top: Path, images: Iterable[Path]) -> tuple[Path, list[Path], list[str]]:
     """Return where to train if no split is named, the folders of other splits, and a note.
 
-    That is the folder called so, if all images are in such folders.
-
-    They may also be in the only sub-folder. Raises InputError if some are in a folder that is usually held out, such as
-    `test`, and others are not: nobody trains on those without saying so. A class may be called train.
+    That is the one called so, if all images are in such folders, be it in the only sub-folder. Raises InputError if
+    some are in a folder that is usually held out, such as `test`, and others are not: nobody trains on those without
+    saying so. A class may be called train.
     """
     folder, images = top, list(images)
     while True:

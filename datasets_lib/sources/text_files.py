@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import composed, shown
 from datasets_lib.images.files import TEXT_BYTES, open_text
 from datasets_lib.images.source import check_caption
-from datasets_lib.sources.metadata import METADATA_FILES, composed
+from datasets_lib.sources.metadata import METADATA_FILES
 from datasets_lib.sources.walk import by_ending
 
 ENDINGS = (".txt", ".caption")  # of an image's files the first is read

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-OF_TEXTS = re.compile(
-    "(caption|prompt|word)(?!.*_column)"
-)  # options whose texts are shown to a network: they name no file
+# options whose texts are shown to a network: they name no file
+OF_TEXTS = re.compile("(caption|prompt|word)(?!.*_column)")
 ENVIRONMENT = (
     "environment variables are not read, as a config is written to the run's folder; write the value, ~ for the "
     "home folder, or give the option on the command line, where the shell replaces them"
