@@ -10,7 +10,7 @@ import argparse
 import secrets
 import shutil
 
-from trainers.common.lora.files import make_readable
+from trainers.common.lora.tensors import make_readable
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import check_new, command, path_argument
 from trainers.inference.lora_pipeline import add_loras, cast, check_weights, load_pipeline, parse_loras

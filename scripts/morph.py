@@ -27,7 +27,8 @@ from datasets_lib.errors import InputError
 from datasets_lib.images.decode import read_picture
 from trainers.common.autoencoder.options import perceptual_problem
 from trainers.common.autoencoder.perceptual import load_perceptual
-from trainers.common.lora.files import find_lora, read_lora
+from trainers.common.lora.files import read_lora
+from trainers.common.lora.tensors import find_lora
 from trainers.common.text_to_image.base_model import BaseModel, base_model_problems
 from trainers.inference.animation import centred, contact_sheet, write_gif, write_mp4
 from trainers.inference.arguments import DTYPES

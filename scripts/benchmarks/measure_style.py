@@ -22,8 +22,9 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 import datasets_lib
-from trainers.common.lora.files import ADAPTER, find_lora, read_lora
+from trainers.common.lora.files import ADAPTER, read_lora
 from trainers.common.lora.loading import load_into_pipeline
+from trainers.common.lora.tensors import find_lora
 from trainers.common.lora.training import AdapterConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.validation.grids import labelled_grid

@@ -18,9 +18,11 @@ from tiny_models import model
 
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
-from trainers.common.lora.files import FILE_NAME, read_about, save_lora
+from trainers.common.lora import kohya_names
+from trainers.common.lora.files import save_lora
 from trainers.common.lora.header import SETTINGS_KEY
 from trainers.common.lora.loading import load_lora
+from trainers.common.lora.tensors import FILE_NAME, read_about
 from trainers.inference.lora_pipeline import add_loras, parse_lora
 
 # linear and convolution, inside blocks and at the top, and one that occurs in both kinds of networks' names
@@ -254,7 +256,7 @@ PAIR = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3), "unet.conv_in.lor
         ({"vae.conv_in.weight": torch.zeros(1)}, "vae.conv_in.weight is no tensor of a LoRA"),
         (dict([*PAIR.items()][:1]), "unet.conv_in needs lora_A and lora_B of one rank"),
         ({}, "holds no tensor"),
-        ({"lora_unet_conv_in.alpha": torch.ones(())}, "is in the kohya format; convert it with scripts/convert_lora"),
+        ({"lora_unet_conv_in.alpha": torch.ones(())}, "lora_unet_conv_in needs lora_down.weight and lora_up.weight"),
     ],
 )
 def test_a_file_that_is_no_lora(tmp_path, tensors, message):
@@ -357,7 +359,7 @@ def test_the_names_of_all_layers_are_known(family):
     ]
     tags = TAGS["sdxl"]
     kohya = {f"lora_{tags[network]}_{key.replace('.', '_')}": (network, key) for network, key in names}
-    assert convert_lora.module_names(kohya) == kohya
+    assert kohya_names.module_names(kohya) == kohya
     assert len(kohya) > 80
 
 
@@ -385,7 +387,7 @@ ORIGINAL = {
 
 def test_the_names_of_the_original_sdxl_network():
     text = "lora_te2_text_model_encoder_layers_31_self_attn_q_proj"
-    names = convert_lora.module_names([*(f"lora_unet_{name}" for name in ORIGINAL), text])
+    names = kohya_names.module_names([*(f"lora_unet_{name}" for name in ORIGINAL), text])
     assert names.pop(text) == ("text_encoder_2", "text_model.encoder.layers.31.self_attn.q_proj")
     assert names == {f"lora_unet_{name}": ("unet", module) for name, module in ORIGINAL.items()}
 
@@ -398,10 +400,8 @@ def kohya_tensors(name="lora_unet_conv_in", **others):
 @pytest.mark.parametrize(
     ("tensors", "to", "message"),
     [
-        (PAIR, "diffusers", "is in the diffusers format already"),
-        (kohya_tensors(), "kohya", "is in the kohya format already"),
         ({"conv_in.weight": torch.ones(1)}, "kohya", "conv_in.weight is no tensor of a LoRA of"),
-        ({"conv_in.weight": torch.ones(1)}, "diffusers", "conv_in.weight is no tensor of a LoRA in kohya's format"),
+        ({"conv_in.weight": torch.ones(1)}, "diffusers", "conv_in.weight is no tensor of a LoRA of"),
         ({}, "diffusers", "holds no tensor"),
         ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "diffusers", "hada_w1_a is no tensor of a LoRA in kohya's"),
         ({"lora_unet_conv_in.lora_up.weight": torch.ones(1)}, "diffusers", "needs lora_down.weight and lora_up.weight"),
@@ -538,19 +538,16 @@ def test_file_and_weight(tmp_path, monkeypatch):
 def test_what_is_not_merged(files, tmp_path, monkeypatch):
     sd1, _ = files("sd1")
     (tmp_path / "there").mkdir()
-    kohya = tmp_path / "kohya.safetensors"
-    convert_lora.convert(sd1, kohya, "kohya")
     for base, output, lora, message in (
         (model("sd1"), "there", sd1, "there: exists; choose a new folder"),
         (model("sd1"), "new", tmp_path / "none", "no file .*none"),
         (model("sd1"), "new", f"{sd1}:inf", "the weight must be finite"),
-        (model("sd1"), "new", kohya, "is in the kohya format; convert it"),
         (model("sdxl"), "new", sd1, r"changes unet.* which in the base is .*; take the base that it was trained on"),
         (tmp_path / "no_base", "new", sd1, "no_base"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             run_script(monkeypatch, merge_lora, base, tmp_path / output, "--lora", lora)
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "kohya.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"there"}
 
 
 def test_a_network_that_the_base_lacks_and_another_pipeline(files, tmp_path, monkeypatch):

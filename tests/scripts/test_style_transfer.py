@@ -17,7 +17,7 @@ from scipy import ndimage
 from tiny_models import lora_file, model
 
 from scripts import merge_lora, sample, style_transfer
-from trainers.common.lora.files import read_about
+from trainers.common.lora.tensors import read_about
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.picture_files import read_settings

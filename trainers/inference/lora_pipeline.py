@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from datasets_lib.errors import InputError
-from trainers.common.lora.files import find_lora, read_lora
+from trainers.common.lora.files import read_lora
 from trainers.common.lora.loading import load_into_pipeline
+from trainers.common.lora.tensors import find_lora
 from trainers.common.text_to_image.base_model import check_tokenizer
 from trainers.pretrained import read_model
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from datasets_lib.errors import InputError
-from trainers.common.lora.files import read_about
 from trainers.common.lora.header import text_settings
+from trainers.common.lora.tensors import read_about
 from trainers.common.text_to_image.base_model import TEXT_ENCODERS
 from trainers.common.text_to_image.prompts import TextSettings, clip_skip_problem, embed_texts
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
-from trainers.common.lora.files import ADAPTER, LoraFile, file_name, read_lora, transformers_keys
+from trainers.common.lora.files import ADAPTER, read_lora, transformers_keys
+from trainers.common.lora.lora_file import LoraFile, file_name
 
 
 def load_into_pipeline(pipeline: Any, file: Path, lora: LoraFile, adapter: str) -> None:

@@ -155,8 +155,9 @@ class AdapterTrainer(StableDiffusionTrainer):
         """Loads the adapter with its base model, which the file's header names."""
         from diffusers import DiffusionPipeline
 
-        from trainers.common.lora.files import ADAPTER, find_lora, read_lora
+        from trainers.common.lora.files import ADAPTER, read_lora
         from trainers.common.lora.loading import load_into_pipeline
+        from trainers.common.lora.tensors import find_lora
 
         file, lora = find_lora(Path(output_dir)), read_lora(Path(output_dir))
         if not lora.about.get("base_model"):

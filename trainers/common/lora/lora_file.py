@@ -1,0 +1,61 @@
+"""A LoRA's content, whatever format it was read from: tensors by network and module, and what scales them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from datasets_lib.errors import InputError
+from datasets_lib.foreign import shown
+from trainers.common.lora.header import Settings
+
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+
+
+class LoraFile(NamedTuple):
+    """A file's content; tensors have peft's names, and those of text encoders start with `text_model.`."""
+
+    tensors: dict[str, dict[str, Tensor]]  # by network: {"conv_in.lora_A.weight": [rank, 4, 3, 3], ...}
+    settings: dict[str, Settings]  # by network: options of peft's LoraConfig
+    about: dict[str, str]  # the whole header
+
+    @property
+    def is_dora(self) -> bool:
+        return any(key.endswith("magnitude_vector") for state in self.tensors.values() for key in state)
+
+    def ranks(self, network: str) -> dict[str, int]:
+        """Returns the rank of each module that has a LoRA."""
+        factors = self.tensors[network].items()
+        return {key.removesuffix(".lora_A.weight"): len(value) for key, value in factors if key.endswith("A.weight")}
+
+    def scalings(self, network: str) -> dict[str, float]:
+        """Returns the factor of B @ A by module: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        settings, scalings = self.settings[network], {}
+        for module, rank in self.ranks(network).items():
+            alpha = settings["alpha_pattern"].get(module.removeprefix("text_model."), settings["lora_alpha"])
+            scalings[module] = alpha / (rank**0.5 if settings["use_rslora"] else rank)
+        return scalings
+
+
+def check_modules(file: Path, name: str, state: dict[str, Tensor]) -> None:
+    """Raises ValueError unless a network's tensors, by peft's names, are pairs of one rank that fit each other."""
+    for module in {re.sub(r"\.lora_(A\.weight|B\.weight|magnitude_vector)$", "", key) for key in state}:
+        down, up = (state.get(f"{module}.lora_{letter}.weight") for letter in "AB")
+        place = f"{file}: {name}.{shown(module)}"
+        if down is None or up is None or down.dim() < 2 or down.dim() != up.dim() or up.shape[1] != down.shape[0]:
+            raise InputError(f"{place} needs lora_A and lora_B of one rank")
+        if down.shape[0] < 1 or set(up.shape[2:]) - {1}:
+            raise InputError(f"{place}: lora_A {list(down.shape)} and lora_B {list(up.shape)} are none of a LoRA")
+        magnitude = state.get(f"{module}.lora_magnitude_vector")
+        if magnitude is not None and magnitude.numel() != len(up):
+            found = f"has {magnitude.numel()} numbers, and lora_B {len(up)} outputs"
+            raise InputError(f"{place}: lora_magnitude_vector {found}; they must be as many")
+
+
+def file_name(network: str, key: str) -> str:
+    """Returns the name of a module or tensor in files, which have `text_model.` even if transformers 5 dropped it."""
+    bare = network == "unet" or key.startswith(("text_model.", "text_projection"))
+    return key if bare else f"text_model.{key}"
