@@ -1,11 +1,15 @@
-"""Converts a LoRA file to another format: scripts/convert_lora.py INPUT OUTPUT --to kohya|diffusers
+"""Makes a LoRA file for other programs: scripts/convert_lora.py INPUT OUTPUT [--to kohya|diffusers] [--all]
 
-diffusers: what load_lora_weights of diffusers reads, with alpha in the header. kohya: what ComfyUI and AUTOMATIC1111
-read, with an alpha for each module, which includes rsLoRA's scaling; the UNet's blocks have diffusers' names, which
-both read for SDXL, too. From kohya, the block names of the original SDXL network are also read.
+INPUT is a run of task lora or lcm_lora, one of its checkpoints, a LoRA of any format that is read (docs/lora.md), or a
+folder with one; OUTPUT is a new .safetensors file. With --all, INPUT is a run, and OUTPUT a folder that gets a file for
+each checkpoint.
 
-With DoRA, ComfyUI divides by the norm of the base's weight instead of the changed one's, so its pictures differ a
-little; diffusers reads DoRA in its own format only.
+kohya: for ComfyUI, AUTOMATIC1111, Forge, stable-diffusion.cpp and kohya's tools, with an alpha for each module, which
+includes rsLoRA's scale, and for SDXL the original network's names. diffusers: for load_lora_weights, with alpha = rank.
+
+Of a DoRA, ComfyUI and Forge draw nearly the same (they divide by the norm of the base's weight instead of the changed
+one's: 1 % of the change), AUTOMATIC1111 something else (it norms the other axis), and kohya's tools,
+stable-diffusion.cpp and diffusers ignore its scale in kohya's format; --dora writes it nevertheless.
 """
 
 from __future__ import annotations
@@ -13,41 +17,83 @@ from __future__ import annotations
 import argparse
 import secrets
 from pathlib import Path
+from typing import Any
 
-from datasets_lib.errors import InputError
+from datasets_lib.errors import InputError, MissingFileError
 from trainers.common.lora.files import read_lora, write_lora
-from trainers.common.lora.kohya import to_kohya
-from trainers.common.lora.tensors import write_tensors
+from trainers.common.lora.kohya import DORA, write_kohya
+from trainers.common.lora.lora_file import LoraFile
+from trainers.common.lora.tensors import FILE_NAME
+from trainers.engine.checkpoint.manifest import list_checkpoints
+from trainers.engine.checkpoint.state_file import STATE
+from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.files import make_folder
+from trainers.inference.checkpoint_lora import read_checkpoint_lora
 from trainers.inference.command import command, path_argument
+from trainers.inference.saved_run import open_run
 
 
-def convert(source: Path, output: Path, wanted: str) -> None:
-    """Writes `source`, a file or folder, in the `wanted` format; ValueError if it is no LoRA."""
+def convert(
+    source: Path,
+    output: Path,
+    to: str = "kohya",
+    dora: bool = False,
+    weights: str | None = None,
+    trust_code: bool = False,
+) -> None:
+    """Writes the LoRA of `source` in a format; ValueError if there is none, or if readers would misread it."""
     if output.suffix != ".safetensors" or output.exists():
         raise InputError(f"{output}: must be a new file with the ending .safetensors")
-    lora = read_lora(source)
+    lora = read(source, weights, trust_code)
+    if lora.is_dora and to == "kohya" and not dora:
+        raise InputError(f"{source}: is a DoRA; {DORA}; ComfyUI's change is right to about 1 %: --dora writes it")
+    make_folder(output.parent)
     staging = output.with_name(f".tmp-{secrets.token_hex(4)}-{output.name}")
     try:
-        if wanted == "kohya":
-            write_tensors(staging, *to_kohya(lora))
+        if to == "kohya":
+            write_kohya(staging, lora, output.stem)
         else:
             write_lora(staging, lora)
         staging.rename(output)
     finally:
         staging.unlink(missing_ok=True)
+    print(f"{to} format: {output}")
+
+
+def read(source: Path, weights: str | None, trust_code: bool) -> LoraFile:
+    """Reads a LoRA from a file, a finished run, a checkpoint, or else from the newest checkpoint of a run."""
+    unfinished = source.is_dir() and not (source / FILE_NAME).is_file() and list_checkpoints(source)
+    if not (source / STATE).is_file() and not unfinished and weights is None:
+        return read_lora(source)
+    return read_checkpoint_lora(open_run(source, trust_code), weights)
+
+
+def convert_all(source: Path, output: Path, **how: Any) -> None:
+    """Writes a file for each checkpoint of a run, named as kohya's tools name theirs."""
+    checkpoints = list_checkpoints(source)
+    if not checkpoints:
+        raise MissingFileError(f"{source}: holds no checkpoints; --all needs a run's folder with some")
+    for step, folder in reversed(checkpoints):
+        convert(folder, output / f"{source.resolve().name}-step{step:08d}.safetensors", **how)
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=path_argument, help="a run, a checkpoint, a LoRA, or a folder with one")
+    parser.add_argument("output", type=path_argument, help="a new .safetensors file; with --all a folder")
+    parser.add_argument("--to", choices=("kohya", "diffusers"), default="kohya", help="default: kohya")
+    parser.add_argument("--all", action="store_true", help="convert every checkpoint of a run")
+    parser.add_argument("--dora", action="store_true", help="write a DoRA in kohya's format, too")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of checkpoints; default: averaged ones if any")
+    add_trust_argument(parser)
+    return parser.parse_args(words)
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=path_argument, help="a LoRA as .safetensors, or a folder with one")
-    parser.add_argument("output", type=path_argument, help="a new .safetensors file")
-    parser.add_argument("--to", choices=("kohya", "diffusers"), required=True)
-    options = parser.parse_args()
-    make_folder(options.output.parent)
-    convert(options.input, options.output, options.to)
-    print(f"{options.to} format: {options.output}")
+    options = parse()
+    how = {name: getattr(options, name) for name in ("to", "dora", "weights", "trust_code")}
+    (convert_all if options.all else convert)(options.input, options.output, **how)
 
 
 if __name__ == "__main__":

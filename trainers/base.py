@@ -238,6 +238,10 @@ class Trainer(ABC):
         """Returns code that loads and samples the result in `location`, for the end of a run and the model card."""
         return self.usage.format(**vars(self.config) | {"output_dir": in_quotes(location)})
 
+    def usage_notes(self, location: str | Path) -> list[str]:
+        """Returns sentences to follow that code, such as which file is for which program."""
+        return []
+
     def raw(self, name: str) -> Any:
         """Returns a network as init_modules made it; in save_pipeline a float32 CPU copy with averaged weights."""
         return self.unwrapped[name]

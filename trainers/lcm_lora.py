@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from datasets_lib.errors import InputError
 from trainers.base import BaseConfig, NonNegativeFloat, Positive, PositiveFloat
 from trainers.common.diffusion.objective import Timesteps
-from trainers.common.lora.training import ATTENTION, AdapterConfig, AdapterTrainer
+from trainers.common.lora.options import AdapterConfig
+from trainers.common.lora.training import ATTENTION, AdapterTrainer
 from trainers.common.text_to_image.objective import QUARTERS, Learned
 from trainers.common.text_to_image.options import OF_DENOISING
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainers.base import BaseConfig
-from trainers.common.lora.training import AdapterConfig, AdapterTrainer, target_problems
+from trainers.common.lora.options import AdapterConfig, target_problems
+from trainers.common.lora.training import AdapterTrainer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,9 +16,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny_models import model
 
+from datasets_lib.errors import InputError
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
-from trainers.common.lora import kohya_names
+from trainers.common.lora import kohya_names, lora_file
 from trainers.common.lora.files import save_lora
 from trainers.common.lora.header import SETTINGS_KEY
 from trainers.common.lora.loading import load_lora
@@ -30,7 +31,7 @@ UNET = ["to_q", "to_k", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "conv_i
 TEXT = ["q_proj", "out_proj", "fc1"]
 ABOUT = {"base_model": "tiny", "trigger_word": "sks"}
 PATTERNS = {
-    "unet": {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"conv1": 3}},
+    "unet": {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"conv1": 2}},
     "text_encoder": {"alpha_pattern": {"layers.1.mlp.fc1": 1}},
     "text_encoder_2": {"rank_pattern": {"q_proj": 2}},
 }
@@ -44,10 +45,12 @@ def networks_of(family, pipeline=None):
     return {name: network for name, network in found.items() if network is not None}
 
 
-def adapted(family, kind="patterns", seed=0, only=lora_files.NETWORKS, rank=4, alpha=6, unet=UNET):
+def adapted(family, kind="patterns", seed=0, only=lora_files.NETWORKS, rank=4, alpha=8, unet=UNET, layers=1):
     """Networks with random adapters, as if they had been trained."""
     torch.manual_seed(seed)
-    networks = {name: network for name, network in networks_of(family).items() if name in only}
+    networks = {
+        name: network for name, network in networks_of(family, pipeline_of(family, layers)).items() if name in only
+    }
     for name, network in networks.items():
         options = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.5, "init_lora_weights": "gaussian"}
         options |= KINDS[kind] | (PATTERNS[name] if kind == "patterns" else {})
@@ -72,8 +75,17 @@ def differences(networks, adapter="default"):
     }
 
 
-def loaded(family, file):
+def pipeline_of(family, layers=1):
+    """A tiny pipeline, whose UNet can get as many layers in a block as the real ones have."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(model(family))
+    if layers > 1:
+        torch.manual_seed(0)
+        pipeline.unet = type(pipeline.unet).from_config({**pipeline.unet.config, "layers_per_block": layers})
+    return pipeline
+
+
+def loaded(family, file, layers=1):
+    pipeline = pipeline_of(family, layers)
     pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="read")
     return networks_of(family, pipeline)
 
@@ -163,7 +175,9 @@ def test_the_header_holds_texts_and_settings(files):
     settings = json.loads(about.pop(SETTINGS_KEY))
     assert about == ABOUT | {"format": "pt"}
     assert settings["unet.target_modules"] == sorted(UNET)
-    assert settings["text_encoder.lora_alpha"] == 6
+    assert settings["text_encoder.lora_alpha"] == settings["text_encoder.r"] == 4  # the scale is in the B matrices
+    assert settings["unet.alpha_pattern"] == settings["unet.rank_pattern"]
+    assert set(settings["unet.rank_pattern"].values()) == {2}
     assert not any("dropout" in key or "path" in key for key in settings)
     assert file.name == FILE_NAME
     (file.parent / "other").write_text("")
@@ -173,6 +187,47 @@ def test_the_header_holds_texts_and_settings(files):
 def test_a_file_says_whether_it_is_a_dora(files):
     assert lora_files.read_lora(files("sd1", "dora")[0]).is_dora
     assert not lora_files.read_lora(files("sd1", "patterns")[0]).is_dora
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scale_is_in_the_file_once_and_alpha_is_the_rank(files, kind):
+    file, networks = files("sd1", kind, rank=4, alpha=2)
+    tensors, about = load_file(file), read_about(file)
+    settings = json.loads(about[SETTINGS_KEY])
+    for name, network in networks.items():
+        assert settings[f"{name}.lora_alpha"] == settings[f"{name}.r"]
+        assert settings[f"{name}.alpha_pattern"] == settings[f"{name}.rank_pattern"]
+        assert settings[f"{name}.use_rslora"] is False
+        for key, module in network.named_modules():
+            if isinstance(module, LoraLayer):
+                spelling = ("lora_B", "lora_linear_layer.up")[name != "unet"]
+                held = tensors[f"{name}.{lora_file.file_name(name, key)}.{spelling}.weight"]
+                assert torch.equal(held, module.lora_B["default"].weight * module.scaling["default"])  # powers of two
+    scalings = {module.scaling["default"] for module in networks["unet"].modules() if isinstance(module, LoraLayer)}
+    assert scalings == {"patterns": {0.5, 1.0}, "rslora": {1.0}, "dora": {0.5}}[kind]
+
+
+def test_a_scale_that_is_no_power_of_two(files):
+    file, networks = files("sd1", "rslora", rank=9, alpha=5)
+    assert_equal(differences(loaded("sd1", file), "read"), differences(networks), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_is_kept_where_the_product_is_exact(dtype):
+    up = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for scaling in (0.5, 1 / 3):
+        product = lora_file.scaled(up, scaling)
+        assert product.dtype == (dtype if scaling == 0.5 else torch.float32)
+        torch.testing.assert_close(product.double(), up.double() * scaling, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 2}, {"kind": "rslora", "alpha": 4}, {"alpha": 3}])
+def test_another_scale_is_multiplied_into_what_is_loaded(files, monkeypatch, options):
+    file, networks = files("sd1", "rslora", alpha=8)
+    monkeypatch.setattr(sys.modules[__name__], "PATTERNS", {name: {} for name in PATTERNS})
+    others = adapted("sd1", seed=1, **{"kind": "patterns"} | options)
+    load_lora(file, others)
+    assert_equal(differences(others), differences(networks), 0.0 if options["alpha"] != 3 else 1e-6)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -224,17 +279,12 @@ def test_older_spellings_and_no_header(tmp_path):
         ({"unet": ["to_q"]}, r"has besides \d+ tensors of unet, such as conv_in.lora_A.weight; the LoRA's targets"),
         ({"unet": [*UNET, "to_v"]}, r"lacks \d+ tensors of unet, such as .*attn1.to_v.lora_A.weight"),
         ({"rank": 8}, r"unet\..* is \[4, .*\], and \[8, .*\] is wanted; rank and base model must be the same"),
-        ({"alpha": 12}, "is scaled by 1.5, and by 3 here; rank, alpha and rsLoRA must be the same"),
-        ({"kind": "rslora"}, "is scaled by 1.5, and by 3 here"),
         ({"kind": "dora"}, "lacks .* tensors of unet, such as conv_in.lora_magnitude_vector"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_a_lora_of_another_shape_is_refused(files, tmp_path, options, message):
-    usual = adapted("sd1", "rslora", alpha=6)
-    for network in usual.values():  # one rank and alpha, so that one thing differs
-        network.peft_config["default"].use_rslora = False
-    file = save_lora(tmp_path, usual, {})
+    file = save_lora(tmp_path, adapted("sd1", "rslora", alpha=4), {})  # one rank and alpha, so that one thing differs
     if "kind" not in options:
         options = options | {"kind": "patterns"}
     with pytest.MonkeyPatch.context() as patch:
@@ -289,6 +339,8 @@ def kohya_differences(file, family, keys):
     tensors, found = load_file(file), {}
     for network, key in keys:
         module = key if network == "unet" or key.startswith("text_model.") else f"text_model.{key}"
+        if network == "unet" and family == "sdxl":
+            module = kohya_names.original_sdxl_name(module)
         name = f"lora_{TAGS[family][network]}_{module.replace('.', '_')}"
         up, down, alpha = (tensors.pop(f"{name}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
         product = (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
@@ -314,15 +366,19 @@ def test_both_formats_mean_the_same(files, tmp_path, monkeypatch, family, kind):
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_diffusers_reads_the_kohya_format(files, tmp_path, family):
     targets = [name for name in UNET if name != "linear_1"]  # its reader loses SDXL's add_embedding.linear_1
-    file, networks = files(family, "rslora", unet=targets)  # one alpha for all
+    networks = adapted(family, "rslora", unet=targets, layers=2)  # one alpha for all; layers as in the real ones
+    file = save_lora(tmp_path, networks, {"ss_base_model_version": "sdxl_base_v1-0"} if family == "sdxl" else {})
     convert_lora.convert(file, tmp_path / "kohya.safetensors", "kohya")
-    assert_equal(differences(loaded(family, tmp_path / "kohya.safetensors"), "read"), differences(networks), 1e-6)
+    read = loaded(family, tmp_path / "kohya.safetensors", layers=2)
+    assert_equal(differences(read, "read"), differences(networks), 1e-6)
 
 
 def test_dora_in_both_formats(files, tmp_path):
     file, networks = files("sd1", "dora")
     kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
-    convert_lora.convert(file, kohya, "kohya")
+    with pytest.raises(InputError, match="is a DoRA; .* AUTOMATIC1111 makes another change, .*: --dora writes it"):
+        convert_lora.convert(file, kohya)
+    convert_lora.convert(file, kohya, dora=True)
     scales = {key: value for key, value in load_file(kohya).items() if key.endswith("dora_scale")}
     assert scales["lora_unet_conv_in.dora_scale"].shape == (16, 1, 1, 1)
     assert scales["lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale"].shape == (64, 1)
@@ -343,8 +399,22 @@ def test_the_header_of_the_kohya_format(tmp_path):
         convert_lora.convert(tmp_path, tmp_path / f"{width}.safetensors", "kohya")
         about = read_about(tmp_path / f"{width}.safetensors")
         wanted = {"trigger_word": "sks", "ss_network_module": "networks.lora", "ss_network_dim": "8"}
-        wanted |= {"ss_network_alpha": "4", "format": "pt"} | ({"ss_base_model_version": base} if base else {})
-        assert about == wanted | ({"ss_v2": "True"} if width == 1024 else {})
+        wanted |= {"ss_network_alpha": "4", "format": "pt", "ss_output_name": str(width)}
+        wanted |= {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.title": str(width),
+            "modelspec.trigger_phrase": "sks",
+        }
+        wanted |= {
+            "modelspec.usage_hint": "Write sks in the prompt",
+            "ss_tag_frequency": f'{{"{width}": {{"sks": 1}}}}',
+        }
+        assert {key: value for key, value in about.items() if key in wanted} == wanted
+        architecture = {"sd_v1": "stable-diffusion-v1/lora", "sd_v2": "stable-diffusion-v2-512/lora", None: None,
+                        "sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora"}[base]  # fmt: skip
+        assert about.get("ss_base_model_version") == base
+        assert about.get("modelspec.architecture") == architecture
+        assert about.get("ss_v2") == (None if base is None else str(width == 1024))
         tag = "te1" if width == 2048 else "te"
         assert f"lora_{tag}_text_model_encoder_layers_0_mlp_fc1.alpha" in load_file(tmp_path / f"{width}.safetensors")
 
@@ -390,6 +460,9 @@ def test_the_names_of_the_original_sdxl_network():
     names = kohya_names.module_names([*(f"lora_unet_{name}" for name in ORIGINAL), text])
     assert names.pop(text) == ("text_encoder_2", "text_model.encoder.layers.31.self_attn.q_proj")
     assert names == {f"lora_unet_{name}": ("unet", module) for name, module in ORIGINAL.items()}
+
+    for name, module in ORIGINAL.items():
+        assert kohya_names.original_sdxl_name(module).replace(".", "_") == name
 
 
 def kohya_tensors(name="lora_unet_conv_in", **others):
@@ -457,9 +530,9 @@ def weights(folder):
 
 
 def merged_by_hand(family, loras):
-    """base + sum weight * alpha / rank * B @ A, from the files' tensors."""
+    """base + sum weight * B @ A, from the files' tensors: alpha / rank is in B."""
     total = weights(model(family))
-    for file, weight, scaling in loras:
+    for file, weight in loras:
         tensors = load_file(file)
         for key, value in tensors.items():
             if "lora_A" not in key and "layer.down" not in key:
@@ -468,7 +541,7 @@ def merged_by_hand(family, loras):
             product = (up.flatten(1) @ value.flatten(1)).reshape(len(up), *value.shape[1:])
             key = key.replace(".lora_A", "").replace(".lora_linear_layer.down", "")
             key = key if key in total else key.replace("text_model.", "")
-            total[key] = total[key] + weight * scaling * product
+            total[key] = total[key] + weight * product
     return total
 
 
@@ -479,7 +552,7 @@ def test_merged_weights_and_pictures(files, tmp_path, monkeypatch, family):
     output = tmp_path / "merged"
     loras = ["--lora", f"{both.parent}:0.5", "--lora", f"{unet}:-0.25"]
     run_script(monkeypatch, merge_lora, model(family), output, *loras)
-    found, wanted = weights(output), merged_by_hand(family, [(both, 0.5, 3.0), (unet, -0.25, 1.0)])
+    found, wanted = weights(output), merged_by_hand(family, [(both, 0.5), (unet, -0.25)])
     assert_equal(found, wanted, 1e-6)
     base = weights(model(family))
     changed = {key.partition(".")[0] for key in base if not torch.equal(base[key], found[key])}

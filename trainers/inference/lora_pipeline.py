@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datasets_lib.errors import InputError
 from trainers.common.lora.files import read_lora
-from trainers.common.lora.loading import load_into_pipeline
+from trainers.common.lora.loading import adapt_sampler, load_into_pipeline
 from trainers.common.lora.tensors import find_lora
 from trainers.common.text_to_image.base_model import check_tokenizer
 from trainers.pretrained import read_model
@@ -62,12 +62,17 @@ def load_pipeline(base: str, dtype: torch.dtype | dict[str, torch.dtype] = torch
 
 
 def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float]:
-    """Loads LoRA files as adapters lora_0, lora_1, ..., and returns their weights by name; ValueError for a misfit."""
+    """Loads LoRA files as adapters lora_0, lora_1, ..., with the scheduler that they need; returns weights by name.
+
+    Raises ValueError for a LoRA that does not fit the base, or the others.
+    """
     weights = {f"lora_{number}": weight for number, (_, weight) in enumerate(loras)}
+    read = {find_lora(path): read_lora(path) for path, _ in loras}
+    adapt_sampler(pipeline, {find_lora(path): read[find_lora(path)] for path, weight in loras if weight != 0})
     for name, (path, _) in zip(weights, loras, strict=True):
-        file, lora = find_lora(path), read_lora(path)
-        load_into_pipeline(pipeline, file, lora, name)
-        for network in lora.tensors:
+        file = find_lora(path)
+        load_into_pipeline(pipeline, file, read[file], name)
+        for network in read[file].tensors:
             getattr(pipeline, network).eval()  # no dropout in sampling
     weigh_loras(pipeline, weights)
     return weights

@@ -35,9 +35,9 @@ class Morph:
         self, pipeline: Any, loras: list[Path], prompts: list[str], steps: int, attention: float, adain: bool
     ) -> None:
         self.pipeline, self.unet, self.adain = pipeline, pipeline.unet, adain
-        self.sampler, self.inverse = ddim_schedulers(pipeline.scheduler, steps)
         check_morph(pipeline, loras, attention)
         self.names = list(add_loras(pipeline, [(lora, 1.0) for lora in loras]))
+        self.sampler, self.inverse = ddim_schedulers(pipeline.scheduler, steps)
         self.shared = SharedAttention(self.unet) if attention else None
         self.shared_steps = round(attention * steps)
         self.texts = settings_of_loras(loras)

@@ -108,7 +108,7 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     asked |= {} if arguments.clip_skip is None else {"clip_skip": arguments.clip_skip or None}
     asked |= {} if arguments.negative_prompt is None else {"negative_prompt": arguments.negative_prompt}
     pipeline, weights, known, prompts = _of_pipeline(arguments, loras) if saved is None else _of_run(arguments, saved)
-    weights |= add_loras(pipeline, loras)
+    weights |= {} if saved is None else add_loras(pipeline, loras)
     settings = PromptSettings(**known | asked)
     drawer = PromptedPipeline(pipeline.to(find_device(arguments.device)), weights, settings, inpainting)
     if not prompts:
@@ -127,9 +127,10 @@ def _of_pipeline(arguments: argparse.Namespace, loras: list[tuple[Path, float]])
     if texts := settings_of_loras(files, arguments.clip_skip):
         settings |= texts._asdict()
     pipeline = load_pipeline(arguments.path)
+    weights = add_loras(pipeline, loras)  # they may change the scheduler
     if settings.get("sampler") is not None:
         use_sampler(pipeline, settings["sampler"], files)
-    return pipeline, {}, settings, prompts
+    return pipeline, weights, settings, prompts
 
 
 def _of_run(arguments: argparse.Namespace, saved: SavedRun) -> Loaded:

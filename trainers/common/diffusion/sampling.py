@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets_lib.errors import InputError
 
@@ -85,6 +85,13 @@ def trained_with(sampler: SchedulerMixin) -> SchedulerMixin:
     if config.get("use_flow_sigmas"):
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
     return DDPMScheduler.from_config(config, clip_sample=False, thresholding=False)
+
+
+def adapted_sampler(sampler: SchedulerMixin, changes: Mapping[str, Any]) -> SchedulerMixin:
+    """Returns a sampler with changed settings, of DDIM if its own kind lacks zero terminal SNR."""
+    if changes.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in sampler.config:
+        sampler = build_sampler("ddim", trained_with(sampler))  # it is one like PNDM
+    return type(sampler).from_config(sampler.config, **changes)
 
 
 def to_unit_range(sample: Tensor) -> Tensor:

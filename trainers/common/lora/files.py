@@ -19,36 +19,43 @@ from trainers.common.lora.tensors import FILE_NAME, find_lora, read_about, read_
 
 if TYPE_CHECKING:
     from diffusers.loaders import PeftAdapterMixin
-    from peft import LoraConfig
 
 ADAPTER = "default"  # peft's name for it
 TENSOR = re.compile(rf"({'|'.join(NETWORKS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 
-# options that are always written; others only if not default, because an older peft refuses unknown ones
-WRITTEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 
-
-def save_lora(folder: Path, networks: Mapping[str, PeftAdapterMixin], about: dict[str, str]) -> Path:
-    """Writes a file with the adapters of networks by name, in their dtype, and the texts `about`; returns its path."""
+def lora_of(networks: Mapping[str, PeftAdapterMixin], about: dict[str, str]) -> LoraFile:
+    """Collects the adapters of networks by name, on the CPU and in their dtype, with the texts `about`."""
     from peft import get_peft_model_state_dict
 
-    tensors, settings = {}, {}
+    lora = LoraFile({}, {}, about)
     for name, network in networks.items():
         # without the option peft asks the hub for the base's config
         state = get_peft_model_state_dict(network, adapter_name=ADAPTER, save_embedding_layers=False)
-        tensors[name] = {file_name(name, key): value.detach().cpu().contiguous() for key, value in state.items()}
-        modules = {key.rpartition(".lora_")[0].removeprefix("text_model.") for key in tensors[name]}
-        settings[name] = _written_settings(network.peft_config[ADAPTER], sorted(modules))
-    return write_lora(folder / FILE_NAME, LoraFile(tensors, settings, about))
+        lora.tensors[name] = {file_name(name, key): value.detach().cpu().contiguous() for key, value in state.items()}
+        scalings = {file_name(name, key): getattr(module, "scaling", {}) for key, module in network.named_modules()}
+        ranks, config = lora.ranks(name), network.peft_config[ADAPTER]
+        alphas = {module: rank * scalings[module][ADAPTER] for module, rank in ranks.items()}
+        lora.settings[name] = peft_settings(ranks, alphas, config.use_dora, rslora=False)
+        if not (isinstance(config.target_modules, str) or config.exclude_modules):
+            lora.settings[name]["target_modules"] = sorted(config.target_modules)  # shorter than the modules' names
+    return lora
+
+
+def save_lora(folder: Path, networks: Mapping[str, PeftAdapterMixin], about: dict[str, str]) -> Path:
+    """Writes a folder's file in diffusers' format from the adapters of networks; returns its path."""
+    return write_lora(folder / FILE_NAME, lora_of(networks, about))
 
 
 def write_lora(path: Path, lora: LoraFile) -> Path:
-    """Writes a file in diffusers' format, with the texts `about` in its header."""
+    """Writes a file in diffusers' format, folded, with its texts in the header."""
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
+    lora = lora.folded()
     layers = {f"{name}_lora_layers": transformers_keys(name, state) for name, state in lora.tensors.items()}
     settings = {f"{name}_lora_adapter_metadata": dict(value) for name, value in lora.settings.items()}
     writer = StableDiffusionXLLoraLoaderMixin  # its format for Stable Diffusion is the same
+    path.parent.mkdir(parents=True, exist_ok=True)
     writer.save_lora_weights(path.parent, weight_name=path.name, **layers, **settings)
     return write_tensors(path, load_file(path), lora.about | read_about(path))
 
@@ -104,20 +111,6 @@ def _settings_for(place: str, options: Settings, lora: LoraFile, network: str) -
 def ddim_timesteps(path: Path) -> int | None:
     """Reads from a file's header for how many DDIM timesteps an LCM's LoRA was made; None if it does not say."""
     return header_number(str(find_lora(path)), read_about(path), "num_ddim_timesteps")
-
-
-def _written_settings(config: LoraConfig, modules: list[str]) -> Settings:
-    """Converts a LoraConfig to JSON values, with sorted sets, and the names of `modules` for regular expressions.
-
-    It leaves out the base model's local path, and dropout, which diffusers would apply in sampling.
-    """
-    unwanted = ("base_model_name_or_path", "lora_dropout", "exclude_modules")
-    usual = type(config)().to_dict()
-    options = {key: value for key, value in config.to_dict().items() if key not in unwanted}
-    if isinstance(config.target_modules, str) or config.exclude_modules:
-        options["target_modules"] = modules
-    kept = {key: value for key, value in options.items() if key in WRITTEN or value != usual[key]}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
 
 
 def transformers_keys(network: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

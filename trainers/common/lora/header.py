@@ -28,6 +28,13 @@ LEFT_OUT = (
 )  # fmt: skip
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights; the others change the base as well
 
+SCHEDULER_KEY = "scheduler_changes"  # our entry of the header: JSON of what the training changed in the base's
+SCHEDULER: dict[str, tuple] = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "rescale_betas_zero_snr": (True,),
+    "timestep_spacing": ("trailing",),
+}
+
 Settings = dict[str, Any]  # options of peft's LoraConfig
 
 
@@ -106,6 +113,19 @@ def text_settings(file: str, about: Mapping[str, str]) -> TextSettings | None:
         allowed = ", ".join(map(str, CAPTION_TOKENS))
         raise InputError(f"{file}: max_caption_tokens = {tokens} in its header must be one of {allowed}")
     return TextSettings(tokens, found["clip_skip"]) if any(found.values()) else None
+
+
+def scheduler_changes(file: str, about: Mapping[str, str]) -> Settings:
+    """Returns the settings of the base's scheduler that the training changed; ValueError for others than those."""
+    try:
+        found = json.loads(about.get(SCHEDULER_KEY, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not (isinstance(found, dict) and all(value in SCHEDULER.get(name, ()) for name, value in found.items())):
+        allowed = ", ".join(f"{name}: {' or '.join(map(json.dumps, values))}" for name, values in SCHEDULER.items())
+        what = f"{SCHEDULER_KEY} = {shown(about[SCHEDULER_KEY])} in its header"
+        raise InputError(f"{file}: {what} must be a JSON object with some of {allowed}")
+    return found
 
 
 def of_module(patterns: Mapping[str, Any]) -> Callable[[str], Any]:

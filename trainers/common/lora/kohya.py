@@ -8,41 +8,52 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
-from trainers.common.lora.header import SETTINGS_KEY, peft_settings, text_settings
-from trainers.common.lora.kohya_names import is_known, module_names
+from trainers.common.lora.header import SETTINGS_KEY, peft_settings
+from trainers.common.lora.kohya_names import is_known, module_names, original_sdxl_name
+from trainers.common.lora.kohya_texts import family_of, kohya_texts
 from trainers.common.lora.lora_file import LoraFile, check_modules
-from trainers.common.text_to_image.prompts import TextSettings
+from trainers.common.lora.tensors import write_tensors
 
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
 SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-BASES = {  # by the width of the captions' embeddings
-    768: {"ss_base_model_version": "sd_v1"},
-    1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
-    2048: {"ss_base_model_version": "sdxl_base_v1-0"},
-}
 
 
-def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+DORA = "of a DoRA, AUTOMATIC1111 makes another change, and kohya's tools and stable-diffusion.cpp an ordinary LoRA"
+
+
+def write_kohya(path: Path, lora: LoraFile, title: str) -> Path:
+    """Writes a file in kohya's format, which other programs show by its title."""
+    return write_tensors(path, *to_kohya(lora, title))
+
+
+def unnamed_module(networks: Mapping[str, nn.Module]) -> str | None:
+    """Returns the first module with an adapter for which kohya's format has no name."""
+    for name, network in networks.items():
+        for key, module in network.named_modules():
+            if isinstance(module, LoraLayer) and not is_known(key.replace(".", "_")):
+                return f"{name}.{key}"
+    return None
+
+
+def to_kohya(lora: LoraFile, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns tensors and header in kohya's format; the header keeps its texts, except for peft's settings."""
-    unet = lora.tensors.get("unet", {})
-    widths = {value.shape[1] for key, value in unet.items() if key.endswith("attn2.to_k.lora_A.weight")}
-    base = BASES.get(widths.pop(), {}) if len(widths) == 1 else {}
-    sdxl = "text_encoder_2" in lora.tensors or base == BASES[2048]
-    tags = {"unet": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}
+    family = family_of(lora)
+    tags = {"unet": "unet", "text_encoder": "te1" if family == "sdxl" else "te", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
     ranks: Counter[int] = Counter()
     alphas: Counter[float] = Counter()
     for network, state in lora.tensors.items():
         scalings = lora.scalings(network)
         for module, rank in lora.ranks(network).items():
-            words, alpha = module.replace(".", "_"), scalings[module] * rank
-            if not is_known(words):
+            if not is_known(module.replace(".", "_")):
                 raise InputError(f"{shown(module)} is no module of Stable Diffusion's networks that is known here")
-            name = f"lora_{tags[network]}_{words}"
+            original = original_sdxl_name(module) if family == "sdxl" and network == "unet" else module
+            name, alpha = f"lora_{tags[network]}_{original.replace('.', '_')}", scalings[module] * rank
             tensors |= {f"{name}.{new}": state[f"{module}.{old}"] for old, new in SUFFIXES.items()}
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
             if not tensors[f"{name}.alpha"].isfinite():
@@ -53,16 +64,9 @@ def to_kohya(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
             ranks[rank] += 1
             alphas[alpha] += 1
     [(rank, _)], [(alpha, _)] = ranks.most_common(1), alphas.most_common(1)
-    usual = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    sizes = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
     kept = {key: value for key, value in lora.about.items() if key != SETTINGS_KEY}  # with it diffusers reads no alpha
-    return tensors, usual | base | _of_texts(lora.about, sdxl) | kept
-
-
-def _of_texts(about: Mapping[str, str], sdxl: bool) -> dict[str, str]:
-    """Returns kohya's spelling of how texts were embedded; its clip skip counts from 1, and is none of SDXL's."""
-    settings = text_settings("INPUT", about) or TextSettings()
-    skipped = {} if sdxl or settings.clip_skip is None else {"ss_clip_skip": str(settings.clip_skip + 1)}
-    return skipped | ({"ss_max_token_length": str(settings.max_caption_tokens)} if settings.chunks > 1 else {})
+    return tensors, kept | sizes | kohya_texts(lora.about, family, title)
 
 
 def of_kohya(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> LoraFile:

@@ -1,4 +1,7 @@
-"""Names of modules in kohya's LoRA files: lora_unet_mid_block_attentions_0_proj_in, with _ for the dots."""
+"""Names of modules in kohya's LoRA files, with _ for the dots: lora_unet_mid_block_attentions_0_proj_in.
+
+Those of SDXL's UNet are the original network's: lora_unet_middle_block_1_proj_in.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,41 @@ PARTS = (
     r"conv2 encoder layers mlp fc1 fc2 \d+"
 )
 PART = re.compile(rf"({PARTS.replace(' ', '|')})(?=_|$)")
+
+
+# Stable Diffusion XL's UNet in the words of its original network
+RESNET = {
+    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+LAYER = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+
+
+def original_sdxl_name(module: str) -> str:
+    """Converts diffusers' name of a module of SDXL's UNet to the original network's, which numbers all blocks' layers.
+
+    A block has two layers, three on the way up, and a sampler.
+    """
+    match = LAYER.fullmatch(module)
+    if match is None:
+        return ENDS.get(module, module)
+    side, kind, rest = match[1], match[3], match[5]
+    block, layer = int(match[2] or 0), int(match[4])
+    if kind == "resnets":
+        rest = RESNET.get(rest, rest)
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{3 * block + 3}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{3 * block + 2}.2.conv"
+    number = f"input_blocks.{3 * block + layer + 1}" if side == "down" else f"output_blocks.{3 * block + layer}"
+    return f"{number}.{1 if kind == 'attentions' else 0}.{rest}"
 
 
 def module_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
+from trainers.common.diffusion.sampling import adapted_sampler
 from trainers.common.lora.files import ADAPTER, read_lora, transformers_keys
+from trainers.common.lora.header import scheduler_changes
 from trainers.common.lora.lora_file import LoraFile, file_name
 
 
@@ -23,6 +26,21 @@ def load_into_pipeline(pipeline: Any, file: Path, lora: LoraFile, adapter: str) 
     with warnings.catch_warnings():  # several adapters of a network are what is asked for
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model", UserWarning)
         _add_adapter(pipeline, lora, adapter)
+
+
+def adapt_sampler(pipeline: Any, loras: Mapping[Path, LoraFile]) -> None:
+    """Gives a pipeline's scheduler the prediction type and noise that the LoRAs were trained with.
+
+    Raises ValueError if two of them were trained with different ones, each other than its base's.
+    """
+    changes: dict[str, Any] = {}
+    for file, lora in loras.items():
+        for name, value in scheduler_changes(str(file), lora.about).items():
+            if changes.setdefault(name, value) != value:
+                found = f"was trained with {name}: {value}, and another LoRA with {changes[name]}"
+                raise InputError(f"{file}: {found}; give one of them a weight of 0")
+    if changes:
+        pipeline.scheduler = adapted_sampler(pipeline.scheduler, changes)
 
 
 def _add_adapter(pipeline: Any, lora: LoraFile, adapter: str) -> None:
@@ -59,7 +77,8 @@ def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
 def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
     """Loads a file (or a folder's file) into the adapters "default" of networks, in the adapters' dtype.
 
-    Raises FileNotFoundError if there is none, ValueError if networks, modules, shapes or scalings differ.
+    Raises FileNotFoundError if there is none, ValueError if networks, modules or shapes differ; another scale is
+    multiplied into B, so that training starts from what the file does.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -72,8 +91,7 @@ def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
         wanted = get_peft_model_state_dict(network, adapter_name=ADAPTER, save_embedding_layers=False)
         keys = {file_name(name, key): key for key in wanted}
         _check_shapes(path, name, lora.tensors[name], {key: wanted[short] for key, short in keys.items()})
-        _check_scalings(path, name, lora.scalings(name), network)
-        own[name] = {keys[key]: value for key, value in lora.tensors[name].items()}
+        own[name] = {keys[key]: value for key, value in _rescaled(lora, name, network).items()}
     for name, network in networks.items():
         set_peft_model_state_dict(network, own[name], ADAPTER)
 
@@ -90,10 +108,11 @@ def _check_shapes(path: Path, name: str, found: dict[str, Tensor], wanted: dict[
             raise InputError(f"{path}: {name}.{shown(key)} is {shapes}; rank and base model must be the same")
 
 
-def _check_scalings(path: Path, name: str, found: dict[str, float], network: nn.Module) -> None:
+def _rescaled(lora: LoraFile, name: str, network: nn.Module) -> dict[str, Tensor]:
+    """Returns tensors for a network's adapter, which is scaled by its own alpha / r, to act as the file's do."""
     modules = {file_name(name, key): module for key, module in network.named_modules()}
-    for key, scaling in found.items():
-        wanted = modules[key].scaling[ADAPTER]
-        if abs(scaling - wanted) > 1e-6 * abs(wanted):
-            scalings = f"scaled by {scaling:g}, and by {wanted:g} here"
-            raise InputError(f"{path}: {name}.{shown(key)} is {scalings}; rank, alpha and rsLoRA must be the same")
+    tensors = dict(lora.tensors[name])
+    for module, scaling in lora.scalings(name).items():
+        key = f"{module}.lora_B.weight"
+        tensors[key] = tensors[key].float() * (scaling / modules[module].scaling[ADAPTER])
+    return tensors

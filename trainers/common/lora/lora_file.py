@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from datasets_lib.errors import InputError
@@ -38,6 +39,27 @@ class LoraFile(NamedTuple):
             alpha = settings["alpha_pattern"].get(module.removeprefix("text_model."), settings["lora_alpha"])
             scalings[module] = alpha / (rank**0.5 if settings["use_rslora"] else rank)
         return scalings
+
+    def folded(self) -> LoraFile:
+        """Returns the same LoRA with alpha = rank: B is multiplied by the scale, for readers that know no alpha.
+
+        B keeps its dtype if the product is exact in it, and is float32 otherwise.
+        """
+        tensors, settings = {}, {}
+        for network, state in self.tensors.items():
+            keys = {f"{module}.lora_B.weight": scaling for module, scaling in self.scalings(network).items()}
+            tensors[network] = state | {key: scaled(state[key], scaling) for key, scaling in keys.items()}
+            own = self.settings[network]
+            equal = {"lora_alpha": own["r"], "alpha_pattern": dict(own["rank_pattern"]), "use_rslora": False}
+            settings[network] = own | equal
+        return LoraFile(tensors, settings, self.about)
+
+
+def scaled(up: Tensor, scaling: float) -> Tensor:
+    """Multiplies a matrix in float32, and returns it in its own dtype if that holds the same numbers."""
+    product = up.float() * scaling
+    narrow = product.to(up.dtype)
+    return narrow if torch.equal(narrow.float(), product) else product
 
 
 def check_modules(file: Path, name: str, state: dict[str, Tensor]) -> None:

@@ -1,64 +1,25 @@
-"""Base class of tasks that train low-rank adapters: options, pictures next to the base model's, LoRA files."""
+"""Base class of tasks that train low-rank adapters: pictures next to the base model's, and LoRA files."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from datasets_lib.errors import InputError
 from datasets_lib.foreign import in_quotes
-from trainers.base import BaseConfig, Fraction, NonNegativeFloat, Positive, PositiveFloat, RandomSource
-from trainers.common.text_to_image.options import StableDiffusionConfig
+from trainers.base import RandomSource
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.pretrained import read_model
-from trainers.version import VERSION
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
     from torch import Tensor, nn
 
-    from trainers.base import DataSet
+    from trainers.base import DataSet, ImageData
+    from trainers.common.lora.options import AdapterConfig
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
-
-
-@dataclass(kw_only=True)
-class AdapterConfig(StableDiffusionConfig):
-    """Options of the UNet's adapter, arXiv 2106.09685."""
-
-    free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "lora_scale")
-    training_only: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.training_only, "lora_weights")
-
-    rank: Positive = 16  # r: columns of A, rows of B
-    lora_alpha: PositiveFloat | None = None  # alpha: the adapter is scaled by alpha / r; null: r, a scale of 1
-    lora_dropout: Fraction = 0.0  # fraction of the adapters' inputs dropped in training
-    target_modules: list[str] | str | None = None  # endings of the UNet's modules, or one pattern; null: its attention
-    use_rslora: bool = False  # scale by alpha / sqrt(r) (arXiv 2312.03732)
-    use_dora: bool = False  # also train the norm of each row of weights (arXiv 2402.09353)
-    init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"  # of A; B starts at 0
-    lora_weights: str | None = None  # a LoRA file, or its folder, to continue from; null: a new adapter
-    use_ema: bool = False  # average the adapter's weights
-    lora_scale: NonNegativeFloat = 1.0  # factor on the adapter in validation pictures; 0: off
-
-    def problems(self, base: BaseConfig) -> Iterator[tuple[str, str]]:
-        yield from super().problems(base)
-        resumed = bool(base.resume_from_checkpoint)  # then the checkpoint holds the adapter
-        if self.lora_weights is not None and not resumed and not Path(self.lora_weights).exists():
-            yield "lora_weights", "there is no such file or folder"
-        yield from (("target_modules", problem) for problem in target_problems(self.target_modules))
-
-
-def target_problems(targets: list[str] | str | None) -> Iterator[str]:
-    """Yields problems of target modules: endings of names, or one pattern."""
-    if targets in ([], ""):
-        yield "must name at least one module, or be null"
-    elif isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            yield f"is no pattern (a regular expression that matches modules' names): {error}"
 
 
 class AdapterTrainer(StableDiffusionTrainer):
@@ -69,6 +30,7 @@ class AdapterTrainer(StableDiffusionTrainer):
     usage = (
         "from diffusers import DiffusionPipeline\n"
         "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
+        "{scheduler}"
         'pipeline.load_lora_weights("{output_dir}")\n'
         '{prepared}pipeline("a prompt"{clip_skip}).images[0].save("sample.png")'
     )
@@ -105,7 +67,7 @@ class AdapterTrainer(StableDiffusionTrainer):
 
         from trainers.common.lora.adapters import lora_scaled
 
-        generators = rng.generators()
+        generators, own = rng.generators(), self.base_sampler()
         states = [generator.get_state() for generator in generators]
         with lora_scaled(self.modules.values(), self.config.lora_scale):
             drawn = self.draw(requests, generators)
@@ -116,53 +78,124 @@ class AdapterTrainer(StableDiffusionTrainer):
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             with lora_scaled(self.modules.values(), 0.0):
-                self.base_pictures[key] = self.draw(requests, generators).cpu()
+                self.base_pictures[key] = self.draw(requests, generators, own).cpu()
         base = self.base_pictures[key].to(drawn.device)
         return {"samples": drawn, "base_and_lora": torch.cat([base, drawn], dim=3)}
 
     def sample_requests(self, validation_set: DataSet | None) -> list[dict]:
         return [request | {"beside_base": True} for request in super().sample_requests(validation_set)]
 
+    def base_sampler(self) -> SchedulerMixin | None:
+        """Returns the sampler of the base model without its adapter; None: the same as with it."""
+        from trainers.common.diffusion.sampling import build_sampler
+
+        if not self.scheduler_changes:
+            return None
+        name, base_model = self.config.sampler, self.base_model
+        return base_model.sampler if name is None else build_sampler(name, base_model.training_scheduler())
+
+    @property
+    def scheduler_changes(self) -> dict[str, Any]:
+        """The settings of the base's scheduler that the run changes; whoever loads the LoRA must change them, too."""
+        from trainers.common.text_to_image.objective import asked_of_scheduler
+
+        before = self.base_model.sampler.config
+        return {name: value for name, value in asked_of_scheduler(self.config).items() if before.get(name) != value}
+
+    def notes(self, train_set: ImageData) -> list[str]:
+        changes = ", ".join(f"{name}: {value}" for name, value in self.scheduler_changes.items())
+        unlike = (
+            f"unlike the base model the LoRA is for {changes}; wherever it is loaded, the scheduler must be set to it"
+        )
+        return [*super().notes(train_set), *([unlike] if changes else [])]
+
+    def kohya_problem(self) -> str | None:
+        """Returns why no file in kohya's format is written besides, or None if it is."""
+        from trainers.common.lora.kohya import DORA, unnamed_module
+
+        formats = self.config.lora_formats
+        if formats is not None and "kohya" not in formats:
+            return "lora_formats leaves it out"
+        if formats is None and self.config.use_dora:
+            return DORA
+        if (module := unnamed_module(self.unwrapped)) is not None:
+            return f"kohya's format has no name for {module}"
+        return None
+
     def usage_of(self, location: str | Path) -> str:
         config, place = self.config, f'"{in_quotes(self.config.pretrained_model_name_or_path)}"'
         for name in ("revision", "variant"):
             place += f', {name}="{in_quotes(getattr(config, name))}"' if getattr(config, name) else ""
-        about = {"base_model": place, "output_dir": in_quotes(location)}
+        about = {"base_model": place, "output_dir": in_quotes(location), "scheduler": self._scheduler_usage()}
         return self.usage.format(**vars(config) | self.prompts.usage() | about)
 
-    def save_pipeline(self, output_dir: Path) -> None:
-        from trainers.common.lora.files import save_lora
+    def usage_notes(self, location: str | Path) -> list[str]:
+        convert = f"python scripts/convert_lora.py {shlex.quote(str(location))}"
+        if (problem := self.kohya_problem()) is None:
+            found = [f"For ComfyUI, AUTOMATIC1111, Forge and kohya's tools: {self.title}.safetensors"]
+        else:
+            found = [f"No file for ComfyUI and AUTOMATIC1111 was written: {problem}"]
+        if self.base.checkpointing_steps:
+            found.append(f"The LoRAs of all checkpoints, for these programs: {convert} FOLDER --all")
+        return found
 
-        save_lora(output_dir, self.unwrapped, self.about())
+    def _scheduler_usage(self) -> str:
+        """Returns lines that change the base's scheduler as the run did."""
+        if not self.scheduler_changes:
+            return ""
+        kind = type(self.learned.sampler).__name__
+        changes = "".join(f", {name}={value!r}" for name, value in self.scheduler_changes.items())
+        return (
+            f"from diffusers import {kind}\n"
+            f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{changes})\n"
+        )
+
+    def save_pipeline(self, output_dir: Path) -> None:
+        from trainers.common.lora.files import FILE_NAME, lora_of, write_lora
+        from trainers.common.lora.kohya import write_kohya
+
+        lora = lora_of(self.unwrapped, self.about() | self.about_base()).folded()
+        write_lora(output_dir / FILE_NAME, lora)
+        if self.kohya_problem() is None:
+            write_kohya(output_dir / f"{self.title}.safetensors", lora, self.title)
+
+    @property
+    def title(self) -> str:
+        """The name by which users of other programs know the LoRA."""
+        return Path(self.base.output_dir).resolve().name
 
     def about(self) -> dict[str, str]:
-        """Returns the texts of the file's header."""
-        adapter, config = self.adapter(), self.config
-        return {
-            "base_model": self.base_model.source,
-            "base_revision": config.revision or "",
-            "base_variant": config.variant or "",
-            "rank": str(adapter["r"]),
-            "alpha": f"{adapter['lora_alpha']:g}",
-            "target_modules": str(self.targets()),
-            "trigger_word": ", ".join(self.base.trigger_words),
-            **{name: str(value) for name, value in config.texts.unusual().items()},
-            "diffloop_version": VERSION,
-        }
+        """Returns the texts of the file's header that follow from the configuration."""
+        from trainers.common.lora.about import config_texts
+
+        return config_texts(self.config, self.base, self.adapter(), self.targets())
+
+    def about_base(self) -> dict[str, str]:
+        """Returns the texts of the file's header that follow from the base model."""
+        from trainers.common.lora.about import kohya_version
+        from trainers.common.lora.header import SCHEDULER_KEY
+
+        found = {"prediction_type": self.learned.scheduler.config.prediction_type}
+        if version := kohya_version(self.base_model):
+            found["ss_base_model_version"] = version
+        if self.scheduler_changes:
+            found[SCHEDULER_KEY] = json.dumps(self.scheduler_changes)
+        return found
 
     @classmethod
     def load_pipeline(cls, output_dir: str | Path) -> Any:
-        """Loads the adapter with its base model, which the file's header names."""
+        """Loads the adapter with the base model of its run, whose scheduler it may change."""
         from diffusers import DiffusionPipeline
 
+        from trainers.common.lora.about import base_of
         from trainers.common.lora.files import ADAPTER, read_lora
-        from trainers.common.lora.loading import load_into_pipeline
+        from trainers.common.lora.loading import adapt_sampler, load_into_pipeline
         from trainers.common.lora.tensors import find_lora
 
         file, lora = find_lora(Path(output_dir)), read_lora(Path(output_dir))
-        if not lora.about.get("base_model"):
-            raise InputError(f"{file}: its header names no base_model; give a finished run's folder")
-        place = {name: lora.about.get(f"base_{name}") or None for name in ("revision", "variant")}
-        pipeline = read_model(DiffusionPipeline, lora.about["base_model"], safety_checker=None, **place)
+        place = base_of(file.parent, lora.about)
+        source = place.pop("pretrained_model_name_or_path")
+        pipeline = read_model(DiffusionPipeline, source, safety_checker=None, **place)
         load_into_pipeline(pipeline, file, lora, ADAPTER)
+        adapt_sampler(pipeline, {file: lora})
         return pipeline

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets_lib.errors import InputError
 from trainers.common.diffusion.objective import DDPMObjective, ObjectiveOptions, RectifiedFlow, Timesteps
-from trainers.common.diffusion.sampling import build_sampler
+from trainers.common.diffusion.sampling import adapted_sampler, build_sampler
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.options import StableDiffusionConfig
 
@@ -36,11 +36,7 @@ def build_diffusion(task: str, config: StableDiffusionConfig, base_model: BaseMo
 
     Raises ValueError if the base model does not fit the config.
     """
-    changes: dict[str, Any] = {}
-    if config.prediction_type is not None:
-        changes["prediction_type"] = config.prediction_type
-    if config.rescale_betas_zero_snr:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    changes = asked_of_scheduler(config)
     scheduler = base_model.training_scheduler(**changes)
     _check_prediction(task, config, scheduler)
     timesteps = build_timesteps(task, config, scheduler.config.num_train_timesteps)
@@ -50,12 +46,19 @@ def build_diffusion(task: str, config: StableDiffusionConfig, base_model: BaseMo
         huber_c=config.huber_c if config.loss_type == "huber" else None,
         timesteps=timesteps,
     )
-    own = base_model.sampler
-    if config.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in own.config:
-        own = build_sampler("ddim", scheduler)  # own is one like PNDM, which lacks it
-    own = type(own).from_config(own.config, **changes)
+    own = adapted_sampler(base_model.sampler, changes)
     quarters = [DDPMObjective(scheduler, timesteps=part) for part in timesteps.parts(QUARTERS)]
     return Learned(objective, quarters, scheduler, own)
+
+
+def asked_of_scheduler(config: StableDiffusionConfig) -> dict[str, Any]:
+    """Returns the settings of the scheduler that the options name."""
+    changes: dict[str, Any] = {}
+    if config.prediction_type is not None:
+        changes["prediction_type"] = config.prediction_type
+    if config.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
 
 
 def _check_prediction(task: str, config: StableDiffusionConfig, scheduler: DDPMScheduler) -> None:

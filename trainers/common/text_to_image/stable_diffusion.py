@@ -209,7 +209,9 @@ class StableDiffusionTrainer(Trainer):
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         return {"samples": self.draw(requests, rng.generators())}
 
-    def draw(self, requests: list[dict], generators: list[torch.Generator]) -> Tensor:
+    def draw(
+        self, requests: list[dict], generators: list[torch.Generator], sampler: SchedulerMixin | None = None
+    ) -> Tensor:
         """Draws pictures [N, 3, H, W] in [0, 1]; the pipeline draws the same from the same generators."""
         import torch
 
@@ -225,7 +227,7 @@ class StableDiffusionTrainer(Trainer):
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return guidance.predict(self._network, noisy, timestep, asked, none, sigma=0.0)
 
-        sampler, steps = self.chosen_sampler(), config.num_inference_steps
+        sampler, steps = sampler or self.chosen_sampler(), config.num_inference_steps
         return self._as_pictures(denoise(predict, sampler, noise, steps, generators, self.progress))
 
     def pipeline(self) -> Any:
