@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 import datasets_lib
 from trainers.common.lora.files import ADAPTER, read_lora
 from trainers.common.lora.loading import load_into_pipeline
+from trainers.common.lora.options import AdapterConfig
 from trainers.common.lora.tensors import find_lora
-from trainers.common.lora.training import AdapterConfig
 from trainers.engine.config.config import RunConfig
 from trainers.engine.validation.grids import labelled_grid
 from trainers.engine.validation.metrics import Described, class_accuracy, describe, pictures_of, train_classifier

@@ -343,7 +343,9 @@ def test_a_run_whose_lora_is_broken(good, tmp_path):
     changed(good, tmp_path, rank_pattern={EVIL: 4}).rename(tmp_path / files.FILE_NAME)
     with pytest.raises(ValueError, match=re.escape(NO_NAME)):
         LoRATrainer.load_pipeline(tmp_path)
-    with pytest.raises(ValueError, match=r"its header names no base_model; give a finished run's folder"):
+    with pytest.raises(
+        ValueError, match=r"neither a config.yaml nor the LoRA's header names its base model; give a run's"
+    ):
         LoRATrainer.load_pipeline(good.parent)
     assert issubclass(LoRATrainer, StableDiffusionTrainer)
 
@@ -390,7 +392,7 @@ def test_kohya_files_that_are_not_converted(tmp_path, tensors, message):
     with pytest.raises(SystemExit) as raised:
         run_script(convert_lora, file, out, "--to", "diffusers")
     assert message in str(raised.value.code)
-    assert not list(out.parent.iterdir())
+    assert not out.parent.exists()
 
 
 def test_texts_of_a_kohya_header_are_only_texts(tmp_path):
@@ -403,7 +405,10 @@ def test_texts_of_a_kohya_header_are_only_texts(tmp_path):
     file = write(tmp_path, tensors=kohya_alpha(1), **texts, **{SETTINGS_KEY: "no JSON"})
     run_script(convert_lora, file, tmp_path / "y.safetensors", "--to", "diffusers")
     lora = files.read_lora(tmp_path / "y.safetensors")
-    assert lora.scalings("unet") == {"conv_in": 0.5}
+    assert lora.scalings("unet") == {"conv_in": 1.0}  # 0.5 is in B
+    assert torch.equal(
+        lora.tensors["unet"]["conv_in.lora_B.weight"], kohya_alpha(1)["lora_unet_conv_in.lora_up.weight"] / 2
+    )
     assert lora.about.items() >= texts.items()
 
 
@@ -422,6 +427,8 @@ def test_an_alpha_that_the_kohya_format_cannot_hold(tmp_path):
     file, out = write(tmp_path, {"unet.r": 2, "unet.lora_alpha": 1e300}), tmp_path / "out" / "y.safetensors"
     with pytest.raises(SystemExit, match=r"unet.conv_in: its alpha, 1e\+300, is too large for the kohya format"):
         run_script(convert_lora, file, out, "--to", "kohya")
+    with pytest.raises(SystemExit, match=r"unet.conv_in: times its scale alpha / rank, 5e\+299, its B is not finite"):
+        run_script(convert_lora, file, out, "--to", "diffusers")
     for value in (float("nan"), "8"):
         with pytest.raises(SystemExit, match=ALPHA):
             run_script(convert_lora, write(tmp_path, {"unet.lora_alpha": value}), out, "--to", "kohya")

@@ -23,7 +23,7 @@ from torch import nn
 from scripts import convert_lora, sample
 from train import main
 from trainers.base import RunInfo
-from trainers.common.lora import kohya
+from trainers.common.lora import kohya_texts
 from trainers.common.lora.files import save_lora
 from trainers.common.lora.header import text_settings
 from trainers.common.lora.tensors import FILE_NAME, read_about
@@ -388,8 +388,8 @@ def test_the_header_says_it_and_in_kohyas_words(trained, tmp_path):
     assert found["ss_clip_skip"] == "2"
     assert found["ss_max_token_length"] == "150"
     texts = {"max_caption_tokens": "225", "clip_skip": "1"}
-    assert kohya._of_texts(texts, sdxl=False) == {"ss_clip_skip": "2", "ss_max_token_length": "225"}
-    assert kohya._of_texts(texts, sdxl=True) == {"ss_max_token_length": "225"}  # kohya's XL knows no clip skip
+    assert kohya_texts._of_captions(texts, "sd1") == {"ss_clip_skip": "2", "ss_max_token_length": "225"}
+    assert kohya_texts._of_captions(texts, "sdxl") == {"ss_max_token_length": "225"}  # kohya's XL knows no clip skip
     plain = tiny_models.lora_file(tmp_path)
     convert_lora.convert(plain, tmp_path / "plain.safetensors", "kohya")
     assert not {"ss_clip_skip", "ss_max_token_length"} & read_about(tmp_path / "plain.safetensors").keys()

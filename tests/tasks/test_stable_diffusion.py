@@ -314,12 +314,18 @@ def test_the_file_says_what_it_is(run_in_process):
     folder = run_in_process("run", "lora", **{"base.trigger_word": "sks"})
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
         about = file.metadata()
-    wanted = {"rank": "4", "alpha": "8", "trigger_word": "sks", "base_model": "outputs/tests/sd1-1"}
+    wanted = {
+        "rank": "4",
+        "alpha": "8",
+        "trigger_word": "sks",
+        "base_model": "sd1-1",
+        "resolution": "32",
+        "prediction_type": "epsilon",
+    }
     assert {name: about[name] for name in wanted} == wanted
     assert about["diffloop_version"]
     settings = json.loads(about["lora_adapter_metadata"])
-    assert settings["unet.r"] == 4
-    assert settings["unet.lora_alpha"] == 8
+    assert settings["unet.r"] == settings["unet.lora_alpha"] == 4  # alpha / r is in the B matrices
 
 
 def test_at_scale_0_the_base_comes_back_bit_for_bit(run_in_process):

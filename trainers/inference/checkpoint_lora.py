@@ -53,7 +53,7 @@ def read_checkpoint_lora(saved: SavedRun, weights: str | None = None) -> LoraFil
         lora.settings[name] = peft_settings(ranks, alphas, adapter["use_dora"], adapter["use_rslora"])
     if not lora.tensors:
         raise InputError(f"{checkpoint}: holds no LoRA")
-    return lora
+    return lora.folded()  # as a run's own files are
 
 
 def _about_base(trainer: AdapterTrainer) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets_lib
 from datasets_lib.errors import InputError
 from train import train
-from trainers.common.lora.training import AdapterConfig
+from trainers.common.lora.options import AdapterConfig
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.engine.config.config import check_config
 from trainers.engine.config.files import read_config_file

@@ -47,8 +47,12 @@ class LoraFile(NamedTuple):
         """
         tensors, settings = {}, {}
         for network, state in self.tensors.items():
-            keys = {f"{module}.lora_B.weight": scaling for module, scaling in self.scalings(network).items()}
-            tensors[network] = state | {key: scaled(state[key], scaling) for key, scaling in keys.items()}
+            tensors[network] = dict(state)
+            for module, scaling in self.scalings(network).items():
+                up = tensors[network][f"{module}.lora_B.weight"] = scaled(state[f"{module}.lora_B.weight"], scaling)
+                if not up.isfinite().all():
+                    found = f"times its scale alpha / rank, {scaling:g}, its B is not finite"
+                    raise InputError(f"{shown(f'{network}.{module}')}: {found}; lower its alpha")
             own = self.settings[network]
             equal = {"lora_alpha": own["r"], "alpha_pattern": dict(own["rank_pattern"]), "use_rslora": False}
             settings[network] = own | equal

@@ -70,7 +70,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         generators, own = rng.generators(), self.base_sampler()
         states = [generator.get_state() for generator in generators]
         with lora_scaled(self.modules.values(), self.config.lora_scale):
-            drawn = self.draw(requests, generators)
+            drawn = self.draw(requests, generators, own if self.config.lora_scale == 0 else None)
         if not all(request.get("beside_base") for request in requests):
             return {"samples": drawn}
         key = repr((requests, [state.sum().item() for state in states]))
@@ -126,7 +126,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         config, place = self.config, f'"{in_quotes(self.config.pretrained_model_name_or_path)}"'
         for name in ("revision", "variant"):
             place += f', {name}="{in_quotes(getattr(config, name))}"' if getattr(config, name) else ""
-        about = {"base_model": place, "output_dir": in_quotes(location), "scheduler": self._scheduler_usage()}
+        about = {"base_model": place, "output_dir": in_quotes(location), "scheduler": self.scheduler_usage()}
         return self.usage.format(**vars(config) | self.prompts.usage() | about)
 
     def usage_notes(self, location: str | Path) -> list[str]:
@@ -139,7 +139,7 @@ class AdapterTrainer(StableDiffusionTrainer):
             found.append(f"The LoRAs of all checkpoints, for these programs: {convert} FOLDER --all")
         return found
 
-    def _scheduler_usage(self) -> str:
+    def scheduler_usage(self) -> str:
         """Returns lines that change the base's scheduler as the run did."""
         if not self.scheduler_changes:
             return ""
@@ -175,7 +175,10 @@ class AdapterTrainer(StableDiffusionTrainer):
         from trainers.common.lora.about import kohya_version
         from trainers.common.lora.header import SCHEDULER_KEY
 
-        found = {"prediction_type": self.learned.scheduler.config.prediction_type}
+        noise = self.learned.scheduler.config
+        found = {"prediction_type": noise.prediction_type}
+        if noise.rescale_betas_zero_snr:
+            found["rescale_betas_zero_snr"] = "True"
         if version := kohya_version(self.base_model):
             found["ss_base_model_version"] = version
         if self.scheduler_changes:

@@ -1,0 +1,251 @@
+"""The LoRA files of runs and their checkpoints: for diffusers and for ComfyUI, and what they say of the scheduler."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import lora_file, model
+
+from datasets_lib.errors import InputError, MissingFileError
+from scripts import convert_lora, merge_lora, sample
+from trainers.common.lora.files import read_lora
+from trainers.common.lora.header import SCHEDULER_KEY
+from trainers.common.lora.tensors import FILE_NAME, read_about
+from trainers.sd_lora import LoRATrainer
+
+V = {"lora.prediction_type": "v_prediction", "lora.rescale_betas_zero_snr": True}
+CHANGES = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def run_script(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    script.main()
+
+
+def assert_same_tensors(first, second):
+    first, second = load_file(first), load_file(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request):
+    """A run with rsLoRA, averaged weights, a trigger word and two checkpoints."""
+    from train import train
+    from trainers.engine.config.config import load_config
+
+    folder = tmp_path_factory.mktemp("runs") / "ink wash"
+    options = {"base.output_dir": folder, "base.checkpointing_steps": 3, "base.trigger_word": "sks",
+               "lora.use_rslora": True, "lora.rank": 9, "lora.lora_alpha": 5}  # fmt: skip
+    train(load_config("configs/tests/lora.json", [f"{name}={value}" for name, value in options.items()]))
+    return folder
+
+
+# two files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_file_for_diffusers_and_one_for_other_programs(finished):
+    assert sorted(path.name for path in finished.glob("*.safetensors")) == ["ink wash.safetensors", FILE_NAME]
+    ours, theirs = read_lora(finished), read_lora(finished / "ink wash.safetensors")
+    for network, tensors in ours.tensors.items():
+        assert all(torch.equal(value, theirs.tensors[network][key]) for key, value in tensors.items())
+        assert set(ours.scalings(network).values()) == set(theirs.scalings(network).values()) == {1.0}
+    alphas = {value.item() for key, value in load_file(finished / "ink wash.safetensors").items() if "alpha" in key}
+    assert alphas == {9.0}
+
+
+def test_headers_say_what_was_asked_for_and_name_no_path(finished):
+    for name in (FILE_NAME, "ink wash.safetensors"):
+        about = read_about(finished / name)
+        assert {key: about[key] for key in ("rank", "alpha", "use_rslora")} == {
+            "rank": "9",
+            "alpha": "5",
+            "use_rslora": "True",
+        }
+        assert about["base_model"] == "sd1-1"
+        assert not any("/" in value for key, value in about.items() if key != "modelspec.architecture")
+    shown = {key: about[key] for key in ("ss_output_name", "ss_sd_model_name", "modelspec.title", "modelspec.trigger_phrase",
+                                         "modelspec.prediction_type", "modelspec.resolution", "ss_resolution")}  # fmt: skip
+    assert shown == {
+        "ss_output_name": "ink wash", "ss_sd_model_name": "sd1-1", "modelspec.title": "ink wash",
+        "modelspec.trigger_phrase": "sks", "modelspec.prediction_type": "epsilon", "modelspec.resolution": "32x32",
+        "ss_resolution": "(32, 32)",
+    }  # fmt: skip
+    assert json.loads(about["ss_tag_frequency"]) == {"ink wash": {"sks": 1}}
+
+
+@pytest.mark.parametrize(
+    ("options", "files", "said"),
+    [
+        ({"lora.lora_formats": ["diffusers"]}, [FILE_NAME], "No file for ComfyUI .*: lora_formats leaves it out"),
+        ({"lora.use_dora": True}, [FILE_NAME], "No file for ComfyUI .*: of a DoRA, AUTOMATIC1111 makes another change"),
+        (
+            {"lora.use_dora": True, "lora.lora_formats": ["diffusers", "kohya"]},
+            [FILE_NAME, "run.safetensors"],
+            "For ComfyUI",
+        ),
+    ],
+)
+def test_when_there_is_one_file_alone(run_in_process, capsys, options, files, said):
+    options = {"base.max_train_steps": 1, "lora.train_text_encoder": False, "lora.learning_rate": 1e-3} | options
+    folder = run_in_process("run", "lora", **options)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == sorted(files)
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_the_format_of_diffusers_is_always_written(tiny_config):
+    from trainers.engine.config.config import load_config
+
+    with pytest.raises(InputError, match="lora_formats.*must contain diffusers, whose file scripts and load_lora_w"):
+        load_config(tiny_config("lora", **{"lora.lora_formats": ["kohya"]}))
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_the_last_checkpoint_is_what_the_run_exported(finished, tmp_path, to):
+    convert_lora.convert(finished / "checkpoint-6", tmp_path / "ink wash.safetensors", to)
+    exported = finished / (FILE_NAME if to == "diffusers" else "ink wash.safetensors")
+    assert_same_tensors(tmp_path / "ink wash.safetensors", exported)
+    mine, theirs = read_about(tmp_path / "ink wash.safetensors"), read_about(exported)
+    assert mine.keys() == theirs.keys()
+    assert {key for key in mine if mine[key] != theirs[key]} <= {"lora_adapter_metadata"}  # targets by modules' names
+
+
+def test_all_checkpoints_at_once_as_the_end_of_the_run_says(finished, tmp_path, monkeypatch):
+    run_script(monkeypatch, convert_lora, finished, tmp_path / "epochs", "--all")
+    names = ["ink wash-step00000003.safetensors", "ink wash-step00000006.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "epochs").iterdir()) == names
+    first, last = (load_file(tmp_path / "epochs" / name) for name in names)
+    assert any(not torch.equal(value, last[key]) for key, value in first.items())
+    raw = tmp_path / "raw.safetensors"
+    convert_lora.convert(finished / "checkpoint-6", raw, weights="raw")
+    trained = load_file(finished / "checkpoint-6" / "unet" / "trainable.safetensors")
+    key = next(key for key in trained if "lora_A" in key)
+    name = "lora_unet_" + key.removesuffix(".lora_A.default.weight").replace(".", "_")
+    assert torch.equal(load_file(raw)[f"{name}.lora_down.weight"], trained[key])
+    assert not torch.equal(last[f"{name}.lora_down.weight"], trained[key])
+
+
+def test_a_checkpoint_without_its_base_and_a_run_without_its_end(finished, tmp_path, capsys):
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "checkpoint-6").symlink_to(finished / "checkpoint-6")
+    state = json.loads((finished / "checkpoint-6" / "state.json").read_text())
+    assert state["config"]["lora"]["pretrained_model_name_or_path"] == "outputs/tests/sd1-1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # where the base's relative path leads nowhere
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        convert_lora.convert(run / "checkpoint-6", tmp_path / "ink wash.safetensors")
+    assert "NOTE: the file does not say what its base model predicts: " in capsys.readouterr().err
+    assert_same_tensors(tmp_path / "ink wash.safetensors", finished / "ink wash.safetensors")
+
+
+def test_checkpoints_that_hold_no_lora(run_in_process, of_v, tmp_path):
+    folder = run_in_process("other", "ddpm", **{"base.max_train_steps": 1})
+    output = tmp_path / "out.safetensors"
+    with pytest.raises(InputError, match="is of task ddpm, which trains no LoRA; give a run of lora or lcm_lora"):
+        convert_lora.convert(folder, output)
+    with pytest.raises(MissingFileError, match="holds no checkpoints; --all needs a run's folder with some"):
+        convert_lora.convert_all(model("sd1"), tmp_path)
+    with pytest.raises(InputError, match="has no averaged weights, its run had use_ema: false; ask for raw"):
+        convert_lora.convert(of_v / "checkpoint-2", output, weights="ema")
+    with pytest.raises(MissingFileError, match="no file .*; give a LoRA as .safetensors, or a folder with"):
+        convert_lora.convert(tmp_path, output)
+    assert not output.exists()
+
+
+# the scheduler -------------------------------------------------------------------------------------------------------
+
+
+def pixels(folder):
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "samples").glob("*.png"))]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def of_v(tmp_path_factory):
+    """A run on a base that predicts noise, whose adapter predicts v with zero terminal SNR."""
+    from train import train
+    from trainers.engine.config.config import load_config
+
+    folder = tmp_path_factory.mktemp("runs") / "v"
+    options = {"base.output_dir": folder, "base.max_train_steps": 2, "lora.use_ema": False} | V
+    train(load_config("configs/tests/lora.json", [f"{name}={value}" for name, value in options.items()]))
+    return folder
+
+
+def test_a_lora_that_predicts_v_draws_the_same_with_its_base_as_in_its_run(of_v, tmp_path, monkeypatch):
+    asked = ["--prompt", "a photo of a cat", "--steps", "2", "--guidance", "2", "--device", "cpu"]
+    run_script(monkeypatch, sample, of_v, *asked, "--output-dir", tmp_path / "run")
+    for name, lora in {"folder": of_v, "kohya": of_v / "v.safetensors"}.items():
+        run_script(monkeypatch, sample, model("sd1"), *asked, "--lora", lora, "--output-dir", tmp_path / name)
+        assert np.abs(pixels(tmp_path / "run") - pixels(tmp_path / name)).max() <= 1
+    run_script(monkeypatch, sample, model("sd1"), *asked, "--lora", f"{of_v}:0", "--output-dir", tmp_path / "off")
+    run_script(monkeypatch, sample, model("sd1"), *asked, "--output-dir", tmp_path / "base")
+    assert np.array_equal(pixels(tmp_path / "off"), pixels(tmp_path / "base"))
+    assert np.abs(pixels(tmp_path / "run") - pixels(tmp_path / "base")).mean() > 1
+
+
+def test_the_start_the_header_and_the_lines_say_so(of_v, run_in_process, capsys):
+    assert json.loads(read_about(of_v)[SCHEDULER_KEY]) == CHANGES
+    assert read_about(of_v / "v.safetensors")["ss_zero_terminal_snr"] == "True"
+    assert read_about(of_v / "v.safetensors")["modelspec.prediction_type"] == "v"
+    run_in_process("again", "lora", **{"base.max_train_steps": 1} | V)
+    printed = capsys.readouterr().out
+    assert (
+        "NOTE: unlike the base model the LoRA is for prediction_type: v_prediction, rescale_betas_zero_snr: True"
+        in printed
+    )
+    lines = printed.partition("To load and sample it:\n\n")[2].partition("pipeline.load_lora_weights")[0]
+    found = {}
+    exec("\n".join(line.removeprefix("  ") for line in lines.splitlines()), found)  # the lines that the user is shown
+    config = found["pipeline"].scheduler.config
+    assert {name: config[name] for name in CHANGES} == CHANGES
+    card = (of_v / "README.md").read_text()
+    assert 'prediction_type="v_prediction"' in card or "prediction_type='v_prediction'" in card
+
+
+def test_loading_and_merging_take_the_scheduler_along(of_v, tmp_path, monkeypatch):
+    run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", "--lora", of_v)
+    merged, loaded = DiffusionPipeline.from_pretrained(tmp_path / "merged"), LoRATrainer.load_pipeline(of_v)
+    for pipeline in (merged, loaded):
+        assert {name: pipeline.scheduler.config[name] for name in CHANGES} == CHANGES
+
+
+def test_an_ordinary_lora_changes_no_scheduler(finished, tmp_path, monkeypatch):
+    assert SCHEDULER_KEY not in read_about(finished)
+    assert LoRATrainer.load_pipeline(finished).scheduler.config.prediction_type == "epsilon"
+    run_script(monkeypatch, merge_lora, model("sd2"), tmp_path / "sd2", "--lora", lora_file(tmp_path, "sd2"))
+    assert DiffusionPipeline.from_pretrained(tmp_path / "sd2").scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"beta_end": 1}', '{"prediction_type": "sample"}', "null"])
+def test_a_header_that_asks_for_something_else(of_v, tmp_path, monkeypatch, text):
+    from safetensors.torch import save_file
+
+    save_file(load_file(of_v / FILE_NAME), tmp_path / FILE_NAME, metadata=read_about(of_v) | {SCHEDULER_KEY: text})
+    with pytest.raises(
+        SystemExit, match="scheduler_changes = .* in its header must be a JSON object with some of predict"
+    ):
+        run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", "--lora", tmp_path)
+
+
+def test_loras_that_need_different_schedulers(of_v, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    other = json.dumps({"prediction_type": "epsilon"})
+    save_file(load_file(of_v / FILE_NAME), tmp_path / FILE_NAME, metadata=read_about(of_v) | {SCHEDULER_KEY: other})
+    both = ["--lora", of_v, "--lora", tmp_path]
+    message = "was trained with prediction_type: epsilon, and another LoRA with v_prediction; give one of them a weight"
+    with pytest.raises(SystemExit, match=message):
+        run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", *both)
+    run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", "--lora", of_v, "--lora", f"{tmp_path}:0")
