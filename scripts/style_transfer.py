@@ -32,7 +32,7 @@ from trainers.inference.lora_pipeline import (
     parse_loras,
 )
 from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
-from trainers.inference.prompted_drawing import SAMPLERS, use_sampler
+from trainers.inference.prompted_drawing import SAMPLERS, named_sampler
 from trainers.inference.saved_run import find_device
 from trainers.inference.text_embedding import prompt_arguments, settings_of_loras
 from trainers.model_configs import check_files
@@ -102,7 +102,7 @@ def build(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Any
     pipeline = AutoPipelineForImage2Image.from_pipe(base, controlnet=controlnet)
     add_loras(pipeline, loras)
     if arguments.sampler is not None:
-        use_sampler(pipeline, arguments.sampler, [path for path, _ in loras])
+        pipeline.scheduler = named_sampler(arguments.sampler, pipeline.scheduler, [path for path, _ in loras])
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     return pipeline.to(device)
 

@@ -277,7 +277,7 @@ def weights_with(loras, shares, of_factors=False):
         else:
             product = sum(share * up @ down for share, (up, down) in zip(shares, pairs, strict=True))
         name = key.removeprefix("unet.").replace(".lora_A", "")
-        state[name] = state[name] + 6 / 4 * product.reshape(state[name].shape)
+        state[name] = state[name] + product.reshape(state[name].shape)
     return state
 
 

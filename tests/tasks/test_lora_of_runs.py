@@ -193,6 +193,13 @@ def test_a_lora_that_predicts_v_draws_the_same_with_its_base_as_in_its_run(of_v,
     run_script(monkeypatch, sample, model("sd1"), *asked, "--output-dir", tmp_path / "base")
     assert np.array_equal(pixels(tmp_path / "off"), pixels(tmp_path / "base"))
     assert np.abs(pixels(tmp_path / "run") - pixels(tmp_path / "base")).mean() > 1
+    columns = [*asked, "--lora-scales", "0,1", "--output-dir"]
+    run_script(monkeypatch, sample, model("sd1"), *columns, tmp_path / "with base", "--lora", of_v)
+    run_script(monkeypatch, sample, of_v, *columns, tmp_path / "of run")
+    for folder in (tmp_path / "with base", tmp_path / "of run"):
+        for column, wanted in {"weight_0": "base", "weight_1": "run"}.items():
+            drawn = np.asarray(Image.open(folder / column / "00000.png")).astype(int)
+            assert np.abs(drawn - pixels(tmp_path / wanted)[0]).max() <= 1
 
 
 def test_the_start_the_header_and_the_lines_say_so(of_v, run_in_process, capsys):

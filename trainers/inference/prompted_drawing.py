@@ -77,7 +77,8 @@ class PromptSettings(Section):
 class PromptedPipeline:
     """Draws with `sample(requests, rng)` like a Trainer; a picture depends only on its request and generator.
 
-    `loras` are the weights of the pipeline's adapters by name.
+    `loras` are the weights of the pipeline's adapters by name, `plain_sampler` is the sampler where all of them are 0,
+    if it is another: LoRAs can change what the UNet predicts.
     """
 
     draws_held_out, grid_columns, sample_batch_size = False, None, 4  # as in a Trainer
@@ -87,12 +88,18 @@ class PromptedPipeline:
     modules: dict[str, Any]  # networks by name
 
     def __init__(
-        self, pipeline: Any, loras: dict[str, float], settings: PromptSettings, inpainting: Inpainting | None = None
+        self,
+        pipeline: Any,
+        loras: dict[str, float],
+        settings: PromptSettings,
+        inpainting: Inpainting | None = None,
+        plain_sampler: SchedulerMixin | None = None,
     ) -> None:
         from diffusers import AutoPipelineForInpainting
 
         self.loras, self.settings, self.inpainting = loras, settings, inpainting
         self.pipeline = AutoPipelineForInpainting.from_pipe(pipeline) if inpainting else pipeline
+        self.samplers = {True: pipeline.scheduler, False: plain_sampler or pipeline.scheduler}  # with LoRAs, without
         self.modules = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
         self.pipeline.set_progress_bar_config(desc="sampling", leave=False)
         self.pipeline.vae.enable_slicing()  # decoding needs more memory than all the rest
@@ -142,7 +149,9 @@ class PromptedPipeline:
         scales, generators = self.settings.lora_scales, rng.generators()
         found = {}
         for scale in scales or [1.0]:
-            weigh_loras(self.pipeline, {name: weight * scale for name, weight in self.loras.items()})
+            weights = {name: weight * scale for name, weight in self.loras.items()}
+            weigh_loras(self.pipeline, weights)
+            self.pipeline.scheduler = self.samplers[any(weights.values())]
             same_noise = [generator.clone_state() for generator in generators]
             found["samples" if scales is None else self.column(scale)] = self._draw(requests, same_noise)
         return found
@@ -179,17 +188,16 @@ class PromptedPipeline:
         return known
 
 
-def use_sampler(pipeline: Any, name: str, loras: Iterable[Path] = ()) -> None:
-    """Gives a pipeline the sampler ddpm, ddim, dpmsolver++, euler or lcm, with the noise it was trained with.
+def named_sampler(name: str, scheduler: SchedulerMixin, loras: Iterable[Path] = ()) -> SchedulerMixin:
+    """Builds the sampler ddpm, ddim, dpmsolver++, euler or lcm, with the noise of a pipeline's scheduler.
 
     lcm takes its number of DDIM timesteps from the header of one of the LoRA files, or else 50.
     """
-    noise = trained_with(pipeline.scheduler)
+    noise = trained_with(scheduler)
     if name == "lcm" and noise.config.get("beta_schedule"):
         said = [ddim_timesteps(path) for path in loras]
-        pipeline.scheduler = lcm_scheduler(noise, next(filter(None, said), DDIM_TIMESTEPS))
-    else:
-        pipeline.scheduler = for_pipelines(build_sampler(name, noise))
+        return lcm_scheduler(noise, next(filter(None, said), DDIM_TIMESTEPS))
+    return for_pipelines(build_sampler(name, noise))
 
 
 def for_pipelines(sampler: SchedulerMixin) -> SchedulerMixin:

@@ -13,12 +13,19 @@ from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.images.decode import read_picture
 from trainers.base import Trainer
 from trainers.common.lora.files import ADAPTER
+from trainers.common.lora.training import AdapterTrainer
 from trainers.common.text_to_image.prompt_requests import prompt_requests
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.inference.arguments import pipeline_options, trainer_of
 from trainers.inference.command import not_negative
 from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_loras
-from trainers.inference.prompted_drawing import Inpainting, PromptedPipeline, PromptSettings, for_pipelines, use_sampler
+from trainers.inference.prompted_drawing import (
+    Inpainting,
+    PromptedPipeline,
+    PromptSettings,
+    for_pipelines,
+    named_sampler,
+)
 from trainers.inference.saved_run import SavedRun, find_device
 from trainers.inference.text_embedding import settings_of_loras
 
@@ -97,8 +104,8 @@ def is_pipeline(path: str) -> bool:
     return path.count("/") == 1 and path[0] not in "./~" and not folder.parent.exists()
 
 
-# a pipeline, the weights of its adapters by name, values of PromptSettings, and prompts
-Loaded = tuple[Any, dict[str, float], dict[str, Any], list[str]]
+# a pipeline, the weights of its adapters by name, values of PromptSettings, prompts, the sampler without adapters
+Loaded = tuple[Any, dict[str, float], dict[str, Any], list[str], Any]
 
 
 def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing:
@@ -107,10 +114,11 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     asked: dict[str, Any] = {"lora_scales": scales_of(arguments)}
     asked |= {} if arguments.clip_skip is None else {"clip_skip": arguments.clip_skip or None}
     asked |= {} if arguments.negative_prompt is None else {"negative_prompt": arguments.negative_prompt}
-    pipeline, weights, known, prompts = _of_pipeline(arguments, loras) if saved is None else _of_run(arguments, saved)
-    weights |= {} if saved is None else add_loras(pipeline, loras)
+    pipeline, weights, known, prompts, plain = (
+        _of_pipeline(arguments, loras) if saved is None else _of_run(arguments, saved, loras)
+    )
     settings = PromptSettings(**known | asked)
-    drawer = PromptedPipeline(pipeline.to(find_device(arguments.device)), weights, settings, inpainting)
+    drawer = PromptedPipeline(pipeline.to(find_device(arguments.device)), weights, settings, inpainting, plain)
     if not prompts:
         raise InputError(f"{arguments.path}: has no validation_prompts; say what to draw with --prompt or --prompts")
     requests = prompt_requests([{"prompt": prompt} for prompt in prompts], arguments.number or len(prompts))
@@ -127,23 +135,25 @@ def _of_pipeline(arguments: argparse.Namespace, loras: list[tuple[Path, float]])
     if texts := settings_of_loras(files, arguments.clip_skip):
         settings |= texts._asdict()
     pipeline = load_pipeline(arguments.path)
-    weights = add_loras(pipeline, loras)  # they may change the scheduler
-    if settings.get("sampler") is not None:
-        use_sampler(pipeline, settings["sampler"], files)
-    return pipeline, weights, settings, prompts
+    plain, weights = pipeline.scheduler, add_loras(pipeline, loras)  # which may change the scheduler
+    if (name := settings.get("sampler")) is not None:
+        plain = named_sampler(name, plain, files)
+        pipeline.scheduler = named_sampler(name, pipeline.scheduler, files)
+    return pipeline, weights, settings, prompts, plain
 
 
-def _of_run(arguments: argparse.Namespace, saved: SavedRun) -> Loaded:
+def _of_run(arguments: argparse.Namespace, saved: SavedRun, loras: list[tuple[Path, float]]) -> Loaded:
     trainer = trainer_of(arguments, saved)
     assert isinstance(trainer, StableDiffusionTrainer)  # scripts/sample.py draws other tasks itself
     config, pipeline = trainer.config, trainer.pipeline()
     config.valid_batch_size = arguments.number or config.valid_batch_size
     prompts = prompts_of(arguments) or [request["prompt"] for request in trainer.sample_requests(None)]
     pipeline.scheduler = for_pipelines(trainer.chosen_sampler())
+    plain = trainer.base_sampler() if isinstance(trainer, AdapterTrainer) else None
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(PromptSettings) if hasattr(config, f.name)}
     settings["size"] = (trainer.base.resolution,) * 2
     weights = {ADAPTER: config.lora_scale} if hasattr(config, "lora_scale") else {}
-    return pipeline, weights, settings, prompts
+    return pipeline, weights | add_loras(pipeline, loras), settings, prompts, plain
 
 
 def inpainting_of(arguments: argparse.Namespace) -> Inpainting | None:
