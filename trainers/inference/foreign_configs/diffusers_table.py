@@ -148,7 +148,7 @@ TABLE: dict[str, Row] = {
     "lora_dropout": Row("task.lora_dropout", read=number),
     "lora_target_modules": Row("task.target_modules", read=words),
     "use_dora": Row("task.use_dora", read=flag),
-    "output_kohya_format": Row("", "scripts/convert_lora.py --to kohya makes such a file"),
+    "output_kohya_format": Row("", "a run leaves such a file beside the one of diffusers"),
     "train_text_encoder": Row("task.train_text_encoder", read=flag),
     "pre_compute_text_embeddings": Row("task.cache_text", "memory", flag),
     "tokenizer_max_length": Row("", "captions have task.max_caption_tokens: 75, 150 or 225"),

@@ -172,7 +172,7 @@ MAIN: dict[str, Row] = {
     "initial_epoch": Row("", CHECKPOINTS),
     "initial_step": Row("", CHECKPOINTS),
     "skip_until_initial_step": Row("", CHECKPOINTS),
-    "save_model_as": Row("", "always safetensors; scripts/convert_lora.py --to kohya makes kohya's file of a LoRA"),
+    "save_model_as": Row("", "always safetensors; of a LoRA the second file is kohya's"),
     "use_safetensors": Row("", ALWAYS),
     "save_precision": Row("", "files have the precision of what was trained, float32"),
     # the hub
