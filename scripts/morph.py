@@ -15,6 +15,7 @@ distortion; frames get their aspect ratio back, or one in between. --output-dir 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -34,12 +35,14 @@ from trainers.inference.animation import centred, contact_sheet, write_gif, writ
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, path_argument, positive, seed
 from trainers.inference.fitting import Fitted, fit, size_between, unfit
+from trainers.inference.infotext import Infotext, clip_skip_of, named_lora, sampler_name
 from trainers.inference.inversion import ddim_schedulers
 from trainers.inference.lora_pipeline import load_pipeline
 from trainers.inference.morphing import Morph, check_morph, evenly_distant
 from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
 from trainers.inference.saved_run import find_device
 from trainers.inference.single_picture import single_picture_lora
+from trainers.inference.text_embedding import settings_of_loras
 
 SHEET_COLUMNS = 6
 
@@ -108,7 +111,32 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
     return [arguments.prompt, arguments.prompt if arguments.prompt_b is None else arguments.prompt_b]
 
 
-def write(folder: Path, squares: Tensor, pictures: list[Fitted], settings: dict[str, Any]) -> list[float]:
+def infotext_of(arguments: argparse.Namespace, pipeline: Any, loras: list[Path]) -> Infotext:
+    texts = settings_of_loras(loras)
+    return Infotext(
+        model=arguments.base,
+        sampler=sampler_name(ddim_schedulers(pipeline.scheduler, arguments.steps)[0]),
+        steps=arguments.steps,
+        guidance=1.0,
+        seed=None,
+        loras=tuple(named_lora(path, 1.0) for path in loras),
+        clip_skip=clip_skip_of(pipeline, None if texts is None else texts.clip_skip),
+    )
+
+
+def text_of_frame(infotext: Infotext, prompts: list[str], weight: float, size: tuple[int, int]) -> str:
+    """Says how a frame was drawn; of two prompts, whose embeddings are interpolated, it names the shares."""
+    shares = [(1 - weight), weight]
+    loras = [lora._replace(weight=share) for lora, share in zip(infotext.loras, shares, strict=True)]
+    acting = [(prompt, share) for prompt, share in zip(prompts, shares, strict=True) if share]
+    alike = len({prompt for prompt, _ in acting}) == 1
+    prompt = acting[0][0] if alike else " AND ".join(f"{prompt} :{share:g}" for prompt, share in acting)
+    return dataclasses.replace(infotext, loras=tuple(loras)).of(prompt, size)
+
+
+def write(
+    folder: Path, squares: Tensor, pictures: list[Fitted], settings: dict[str, Any], infotext: Infotext
+) -> list[float]:
     """Writes frames in their own sizes; animations and the sheet, which has the pictures too, on white of one size.
 
     Returns the PSNR of the first and of the last frame to the pictures.
@@ -121,8 +149,9 @@ def write(folder: Path, squares: Tensor, pictures: list[Fitted], settings: dict[
     psnr = [-10 * error.log10().item() for error in errors]
     settings = settings | {"psnr_of_ends": psnr}
     for number, (frame, weight) in enumerate(zip(frames, weights, strict=True)):
-        file = f"frames/{number:05d}.png"
-        save_picture(as_pil(frame), folder / file, settings | {"file": file, "frame": number, "weight": weight})
+        file, picture = f"frames/{number:05d}.png", as_pil(frame)
+        text = text_of_frame(infotext, settings["prompts"], weight, picture.size)
+        save_picture(picture, folder / file, settings | {"file": file, "frame": number, "weight": weight}, text)
     sheet = centred([*map(as_pil, [given[0], *frames, given[1]])])
     write_gif(sheet[1:-1], folder / "morph.gif", json.dumps(settings))
     if not write_mp4(sheet[1:-1], folder / "morph.mp4", json.dumps(settings)):
@@ -159,7 +188,8 @@ def run(arguments: argparse.Namespace) -> str:
             loras.append(Path(lora or single_picture_lora(picture, path.stem, prompt, base, arguments)))
         pipeline = load_pipeline(str(base.folder), dtypes_of(arguments)).to(device)
         weights, squares = draw(pipeline, pictures, loras, distance, arguments)
-        psnr = write(folder, squares, pictures, settings_for(arguments, loras, weights, device))
+        settings = settings_for(arguments, loras, weights, device)
+        psnr = write(folder, squares, pictures, settings, infotext_of(arguments, pipeline, loras))
     ends = f"first and last: {psnr[0]:.1f} and {psnr[1]:.1f} dB PSNR to the pictures"
     return f"{len(weights)} frames ({ends}): {arguments.output_dir}"
 

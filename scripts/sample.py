@@ -77,19 +77,21 @@ def write(folder: Path, pictures: dict[str, Tensor], numbers: list[int], drawing
     texts = [request["prompt"] for request in requests] if "prompt" in requests[0] else None
     for title, images in pictures.items():
         name = title.replace(" ", "_")
-        grid = as_pil(grid_of([images], drawing.drawer.grid_columns, texts))
-        save(grid, folder, f"{name}.png", settings, None)
+        grid, size = as_pil(grid_of([images], drawing.drawer.grid_columns, texts)), (images.shape[3], images.shape[2])
+        save(grid, folder, f"{name}.png", settings, None, drawing.infotext_of(requests, title, size))
         for number, image, request in zip(numbers, images, requests, strict=True):
             label = request.get("label")
             class_name = "" if label is None else str(drawing.class_names[label] if drawing.class_names else label)
             file = Path(name, re.sub(r"[^\w. -]|^\.", "_", class_name), f"{number:05d}.png")
-            save(as_pil(image), folder, file, settings, number)
+            save(as_pil(image), folder, file, settings, number, drawing.infotext_of([request], title, size))
 
 
-def save(image: Image.Image, folder: Path, file: str | Path, settings: dict, only: int | None) -> None:
+def save(
+    image: Image.Image, folder: Path, file: str | Path, settings: dict, only: int | None, infotext: str | None = None
+) -> None:
     """Saves a picture; `only` is its number, or None for one that shows all of them."""
     pinned = settings["pinned"] | {"only": only}
-    save_picture(image, folder / file, settings | {"file": str(file), "pinned": pinned})
+    save_picture(image, folder / file, settings | {"file": str(file), "pinned": pinned}, infotext)
 
 
 def parse(words: list[str]) -> argparse.Namespace:

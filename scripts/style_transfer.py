@@ -23,6 +23,7 @@ from datasets_lib.images.formats import EXTENSIONS, is_picture
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.command import command, path_argument, positive, seed
+from trainers.inference.infotext import Infotext, clip_skip_of, named_loras, sampler_name
 from trainers.inference.lora_pipeline import (
     add_loras,
     check_finite,
@@ -133,6 +134,22 @@ def restyle(
     return as_pil(drawn.images[0].float().cpu())
 
 
+def infotext_of(
+    pipeline: Any, arguments: argparse.Namespace, loras: list[tuple[Path, float]], clip_skip: int | None
+) -> Infotext:
+    return Infotext(
+        model=arguments.base,
+        sampler=sampler_name(pipeline.scheduler),
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        negative_prompt=arguments.negative_prompt,
+        loras=named_loras(loras),
+        clip_skip=clip_skip_of(pipeline, clip_skip),
+        strength=arguments.strength,
+    )
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a folder or hub name")
@@ -174,6 +191,7 @@ def run(arguments: argparse.Namespace) -> str:
             raise InputError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
         texts, guided = settings_of_loras(read), arguments.guidance > 1
         asked = prompt_arguments(pipeline, [arguments.prompt], arguments.negative_prompt, guided, texts)
+        infotext = infotext_of(pipeline, arguments, loras, None if texts is None else texts.clip_skip)
         progress = tqdm(files, desc="pictures", disable=len(files) == 1)
         for number, file, name in zip(numbers, progress, names, strict=True):
             image = fitted(read_picture(file), pipeline.vae_scale_factor, arguments.max_side)
@@ -181,10 +199,11 @@ def run(arguments: argparse.Namespace) -> str:
             settings = settings_of(["style_transfer", *arguments.words], [file, *read], pipeline.device)
             settings |= {"pinned": {"only": number, "pictures": [str(file)], "names": [name]}}
             settings |= {"size": list(image.size), "options": {name: getattr(arguments, name) for name in OPTIONS}}
-            made = {f"{name}.png": restyle(pipeline, asked, image, edges, number, arguments)}
-            made |= {f"edges/{name}.png": edges} if arguments.save_edges else {}
-            for target, picture in made.items():
-                save_picture(picture, folder / target, settings | {"file": target})
+            drawn, target = restyle(pipeline, asked, image, edges, number, arguments), f"{name}.png"
+            text = infotext.of(arguments.prompt, drawn.size)
+            save_picture(drawn, folder / target, settings | {"file": target}, text)
+            if arguments.save_edges:
+                save_picture(edges, folder / "edges" / target, settings | {"file": f"edges/{target}"})
     return f"{len(files)} pictures: {arguments.output_dir}"
 
 

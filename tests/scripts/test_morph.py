@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -515,6 +516,10 @@ def test_loras_are_trained_and_found_again(tmp_path, pictures, monkeypatch, caps
         assert settings["psnr_of_ends"][end] == pytest.approx(-10 * np.log10(np.mean((drawn - wanted) ** 2)), abs=0.05)
     frame = read_settings(tmp_path / "out" / "frames" / "00001.png")
     assert frame == settings | {"file": "frames/00001.png", "frame": 1, "weight": 0.5}
+    text = Image.open(tmp_path / "out" / "frames" / "00001.png").text["parameters"]
+    names = [Path(settings["pinned"][name]).name for name in ("lora_a", "lora_b")]
+    assert text.startswith(f"a: photo <lora:{names[0]}:0.5> <lora:{names[1]}:0.5>\nSteps: 2, Sampler: DDIM, CFG scale: 1")
+    assert "Size: 24x24, " in text
     assert settings["pictures"] == [*map(str, pictures)]
     assert settings["prompts"] == ["a: photo"] * 2
     found = sorted(map(str, tmp_path.glob("lora-*")))

@@ -165,6 +165,10 @@ def test_pictures_are_the_pipelines(call, controlnets, pictures, tmp_path, famil
     lora = lora_file(tmp_path, family)
     found = call(family, pictures, *OPTIONS, "--lora", f"{lora}:0.8", "--save-edges")
     assert list(found) == ["disc.png", "edges/disc.png", "edges/step.png", "step.png"]
+    text = Image.open(tmp_path / "out" / "disc.png").text["parameters"]
+    assert text.startswith(f"{CAT} <lora:{tmp_path.name}:0.8>\nNegative prompt: a dog\nSteps: 3, Sampler: ")
+    assert f", CFG scale: 3, Seed: 4, Size: 48x32, Model: {model(family).name}, Denoising strength: 0.7, " in text
+    assert "parameters" not in Image.open(tmp_path / "out" / "edges" / "disc.png").text
     name = {"sd1": "StableDiffusion", "sdxl": "StableDiffusionXL"}[family]
     kind = getattr(diffusers, f"{name}ControlNetImg2ImgPipeline")
     controlnet = diffusers.ControlNetModel.from_pretrained(controlnets(family))

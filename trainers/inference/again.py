@@ -17,7 +17,7 @@ from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from trainers.engine.config.files import ConfigError
 from trainers.engine.config.overrides import parse_overrides
-from trainers.inference.picture_files import check_files, is_ours, read_settings, save_picture
+from trainers.inference.picture_files import PARAMETERS, check_files, is_ours, read_settings, save_picture
 
 NOTHING = type(None)
 TEXTS = (list, str)
@@ -62,7 +62,7 @@ def again(picture: Path) -> Path:
         arguments.output_dir = Path(folder)
         module.run(arguments)
         made = Image.open(Path(folder) / file, formats=["PNG"])
-        save_picture(made, path, read_settings(Path(folder) / file))
+        save_picture(made, path, read_settings(Path(folder) / file), made.info.get(PARAMETERS))
     with Image.open(picture, formats=["PNG"]) as image:
         before, now = np.asarray(image), np.asarray(made)
     origin = f"it was made on {shown(settings['device'])} with torch {shown(settings['versions'].get('torch'))}"

@@ -21,6 +21,7 @@ from datasets_lib.foreign import check_regular, read_json, shown
 from trainers.engine.run.files import make_folder, new_file, write_text
 
 KEY = "diffloop"  # of the PNG's text chunk
+PARAMETERS = "parameters"  # of the chunk that other programs read: see infotext.py
 MARK = ".diffloop.json"  # lists the files that were drawn into a folder
 MARK_BYTES = 64 << 20
 LIBRARIES = ("diffloop", "torch", "diffusers", "transformers", "peft")
@@ -48,10 +49,12 @@ def as_pil(image: Tensor) -> Image.Image:
     return to_pil_image((image * 255).round().to(torch.uint8))
 
 
-def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Writes a PNG with its settings in it, and next to it as .json."""
+def save_picture(image: Image.Image, path: Path, settings: dict[str, Any], infotext: str | None = None) -> None:
+    """Writes a PNG with its settings in it, and next to it as .json; `infotext` is for other programs."""
     make_folder(path.parent)
     chunk = PngImagePlugin.PngInfo()
+    if infotext is not None:
+        chunk.add_text(PARAMETERS, infotext)
     chunk.add_text(KEY, write_settings(path.with_suffix(".json"), settings))
     with new_file(path) as file:
         image.save(file, "PNG", pnginfo=chunk)

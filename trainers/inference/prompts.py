@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from trainers.common.text_to_image.prompt_requests import prompt_requests
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.inference.arguments import pipeline_options, trainer_of
 from trainers.inference.command import not_negative
+from trainers.inference.infotext import Infotext, clip_skip_of, lora_of_run, named_loras, sampler_name
 from trainers.inference.lora_pipeline import add_loras, load_pipeline, parse_loras
 from trainers.inference.prompted_drawing import (
     Inpainting,
@@ -94,6 +95,14 @@ class Drawing(NamedTuple):
     files: Sequence[Path] = ()  # small files that the pictures depend on
     class_names: list[str] | None = None
     held_out: Any = None  # the data set whose examples the requests name
+    infotext: Infotext | None = None  # of pictures of prompts
+    scales: Mapping[str, float] = {}  # of the LoRAs' weights by column; 1 for others
+
+    def infotext_of(self, requests: list[dict], column: str, size: tuple[int, int]) -> str | None:
+        """Says for other programs how a picture was drawn; None without a prompt, or for a grid of several."""
+        if self.infotext is None or len({request["prompt"] for request in requests}) > 1:
+            return None
+        return self.infotext.of(requests[0]["prompt"], size, self.scales.get(column, 1.0))
 
 
 def is_pipeline(path: str) -> bool:
@@ -104,8 +113,15 @@ def is_pipeline(path: str) -> bool:
     return path.count("/") == 1 and path[0] not in "./~" and not folder.parent.exists()
 
 
-# a pipeline, the weights of its adapters by name, values of PromptSettings, prompts, the sampler without adapters
-Loaded = tuple[Any, dict[str, float], dict[str, Any], list[str], Any]
+class Loaded(NamedTuple):
+    """What pictures of prompts are drawn with."""
+
+    pipeline: Any
+    weights: dict[str, float]  # of its adapters by name
+    settings: dict[str, Any]  # of PromptSettings
+    prompts: list[str]
+    plain: Any  # the sampler without adapters
+    model: str  # folder, file or hub name of what draws, without adapters
 
 
 def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing:
@@ -114,9 +130,8 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     asked: dict[str, Any] = {"lora_scales": scales_of(arguments)}
     asked |= {} if arguments.clip_skip is None else {"clip_skip": arguments.clip_skip or None}
     asked |= {} if arguments.negative_prompt is None else {"negative_prompt": arguments.negative_prompt}
-    pipeline, weights, known, prompts, plain = (
-        _of_pipeline(arguments, loras) if saved is None else _of_run(arguments, saved, loras)
-    )
+    loaded = _of_pipeline(arguments, loras) if saved is None else _of_run(arguments, saved, loras)
+    pipeline, weights, known, prompts, plain, _ = loaded
     settings = PromptSettings(**known | asked)
     drawer = PromptedPipeline(pipeline.to(find_device(arguments.device)), weights, settings, inpainting, plain)
     if not prompts:
@@ -124,7 +139,22 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     requests = prompt_requests([{"prompt": prompt} for prompt in prompts], arguments.number or len(prompts))
     files = [path for path, _ in loras]
     files += [Path(path) for path in (arguments.image, arguments.mask, arguments.prompts) if path is not None]
-    return Drawing(drawer, requests, dataclasses.asdict(settings) | {"lora_weights": list(weights.values())}, files)
+    options = dataclasses.asdict(settings) | {"lora_weights": list(weights.values())}
+    scales = {drawer.column(scale): scale for scale in settings.lora_scales or []}
+    own = [lora_of_run(saved, arguments, weights[ADAPTER])] if saved is not None and ADAPTER in weights else []
+    infotext = Infotext(
+        model=loaded.model,
+        sampler=sampler_name(pipeline.scheduler),
+        plain_sampler=None if plain is None else sampler_name(plain),
+        steps=settings.num_inference_steps,
+        guidance=settings.guidance_scale,
+        seed=arguments.seed,
+        negative_prompt=settings.negative_prompt,
+        loras=(*own, *named_loras(loras)),
+        clip_skip=clip_skip_of(pipeline, settings.clip_skip),
+        strength=None if inpainting is None else inpainting.strength,
+    )
+    return Drawing(drawer, requests, options, files, infotext=infotext, scales=scales)
 
 
 def _of_pipeline(arguments: argparse.Namespace, loras: list[tuple[Path, float]]) -> Loaded:
@@ -139,7 +169,7 @@ def _of_pipeline(arguments: argparse.Namespace, loras: list[tuple[Path, float]])
     if (name := settings.get("sampler")) is not None:
         plain = named_sampler(name, plain, files)
         pipeline.scheduler = named_sampler(name, pipeline.scheduler, files)
-    return pipeline, weights, settings, prompts, plain
+    return Loaded(pipeline, weights, settings, prompts, plain, arguments.path)
 
 
 def _of_run(arguments: argparse.Namespace, saved: SavedRun, loras: list[tuple[Path, float]]) -> Loaded:
@@ -153,7 +183,8 @@ def _of_run(arguments: argparse.Namespace, saved: SavedRun, loras: list[tuple[Pa
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(PromptSettings) if hasattr(config, f.name)}
     settings["size"] = (trainer.base.resolution,) * 2
     weights = {ADAPTER: config.lora_scale} if hasattr(config, "lora_scale") else {}
-    return pipeline, weights | add_loras(pipeline, loras), settings, prompts, plain
+    model = config.pretrained_model_name_or_path if weights else str(saved.folder)
+    return Loaded(pipeline, weights | add_loras(pipeline, loras), settings, prompts, plain, str(model))
 
 
 def inpainting_of(arguments: argparse.Namespace) -> Inpainting | None:
