@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from datasets_lib.example import DataSet, ImageData
 
 __all__ = [  # what a task imports from here
-    "BaseConfig", "Bounds", "CacheKind", "Encoder", "Fraction", "MeasuresData", "NonNegative", "NonNegativeFloat",
-    "Positive", "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
+    "BaseConfig", "Bounds", "CacheKind", "CardFacts", "Encoder", "Fraction", "MeasuresData", "NonNegative",
+    "NonNegativeFloat", "Positive", "PositiveFloat", "RandomSource", "RunInfo", "Section", "Trainer", "TrainerConfig",
 ]  # fmt: skip
 
 
@@ -83,6 +83,18 @@ class RunInfo:
     encoded_by: str | None = None  # digest of the network that made the data set's latents
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a task says of its result in the header of the model card, in the words of the hub."""
+
+    pipeline_tag: str | None = None  # what the result does; None: the hub has no word for it
+    tags: tuple[str, ...] = ()
+    base_model: str | None = None  # folder, file or hub name of the model that was trained on
+    base_revision: str | None = None  # of a hub name
+    base_model_relation: Literal["adapter", "finetune"] | None = None
+    instance_prompt: str | None = None  # words that ask for what was learned
+
+
 class Trainer(ABC):
     """One task: its networks, loss, samples and saved pipeline.
 
@@ -103,6 +115,8 @@ class Trainer(ABC):
         'pipeline = DiffusionPipeline.from_pretrained("{output_dir}")\n'
         'pipeline().images[0].save("sample.png")'
     )
+    pipeline_tag: ClassVar[str | None] = None  # see CardFacts
+    hub_tags: ClassVar[tuple[str, ...]] = ()
     draws_held_out: ClassVar[bool] = False  # whether sample_requests names examples of the validation set
     sample_batch_size: ClassVar[int | None] = None  # pictures per call at validations; None: all of a process's
 
@@ -241,6 +255,17 @@ class Trainer(ABC):
     def usage_notes(self, location: str | Path) -> list[str]:
         """Returns sentences to follow that code, such as which file is for which program."""
         return []
+
+    def card_facts(self) -> CardFacts:
+        """Returns what the header of the model card says of the result."""
+        base = getattr(self.config, "pretrained_model_name_or_path", None)
+        return CardFacts(
+            pipeline_tag=self.pipeline_tag,
+            tags=self.hub_tags,
+            base_model=base,
+            base_revision=getattr(self.config, "revision", None),
+            base_model_relation=None if base is None else "finetune",
+        )
 
     def raw(self, name: str) -> Any:
         """Returns a network as init_modules made it; in save_pipeline a float32 CPU copy with averaged weights."""

@@ -17,6 +17,7 @@ class DDPMTrainer(PixelDiffusionTrainer):
     """Trains a UNet2DModel; the result is a diffusers DDPMPipeline."""
 
     Config = PixelDiffusionConfig
+    pipeline_tag = "unconditional-image-generation"
     usage = (
         "from diffusers import DDPMPipeline\n"
         'pipeline = DDPMPipeline.from_pretrained("{output_dir}")\n'

@@ -38,6 +38,7 @@ class NoisyClassifierTrainer(Trainer):
     Config = NoisyClassifierConfig
     config: NoisyClassifierConfig
     num_classes: int
+    pipeline_tag = "image-classification"
     usage = (
         "from diffusers import UNet2DModel\n"
         'classifier = UNet2DModel.from_pretrained("{output_dir}", subfolder="classifier")\n'

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from datasets_lib.foreign import in_quotes
-from trainers.base import BaseConfig, PositiveFloat
+from trainers.base import BaseConfig, CardFacts, PositiveFloat
 from trainers.common.diffusion.objective import ObjectiveOptions
 from trainers.common.text_to_image.objective import Learned, build_flow
 from trainers.common.text_to_image.options import OF_DENOISING, StableDiffusionConfig
@@ -71,6 +71,11 @@ class TextToImageTrainer(StableDiffusionTrainer):
         widths = [sum(settings["hidden_size"] for settings in encoders)]
         widths += [encoders[-1]["projection_dim"]] if self.base_model.is_xl else []
         return {"unet": build_unet(self.config.model_config, self.latents.grid, *widths)}
+
+    def card_facts(self) -> CardFacts:
+        """Names the base model without a relation if the UNet is not the base's: the other parts are."""
+        found = super().card_facts()
+        return found if self.config.model_config is None else replace(found, base_model_relation=None)
 
     def usage_of(self, location: str | Path) -> str:
         return self.usage.format(**vars(self.config) | self.prompts.usage() | {"output_dir": in_quotes(location)})

@@ -26,6 +26,8 @@ class VAETrainer(MeasuresData):
     Config = VAEConfig
     config: VAEConfig
     draws_held_out = True
+    pipeline_tag = "image-to-image"  # reconstructs pictures
+    hub_tags = ("autoencoder",)
     usage = (
         "from diffusers import AutoencoderKL\n"
         'vae = AutoencoderKL.from_pretrained("{output_dir}")\n'

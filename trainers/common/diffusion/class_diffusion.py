@@ -77,6 +77,8 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
     """Trains a network conditioned on a class number, with one number past the last class for "no class"."""
 
     config: ClassDiffusionConfig
+    pipeline_tag = "unconditional-image-generation"  # the nearest of the hub's words: without a prompt
+    hub_tags = ("class-conditional-image-generation",)
     task: ClassVar[str]  # the section's name, for messages
     num_classes: int
     classifier: ClassifierGuidance | None = None

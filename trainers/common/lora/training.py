@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets_lib.foreign import in_quotes
-from trainers.base import RandomSource
+from trainers.base import CardFacts, RandomSource
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.pretrained import read_model
 
@@ -121,6 +122,11 @@ class AdapterTrainer(StableDiffusionTrainer):
         if (module := unnamed_module(self.unwrapped)) is not None:
             return f"kohya's format has no name for {module}"
         return None
+
+    def card_facts(self) -> CardFacts:
+        kind = "dora" if self.config.use_dora else "lora"
+        found = super().card_facts()
+        return replace(found, tags=(*found.tags, kind, "template:sd-lora"), base_model_relation="adapter")
 
     def usage_of(self, location: str | Path) -> str:
         config, place = self.config, f'"{in_quotes(self.config.pretrained_model_name_or_path)}"'

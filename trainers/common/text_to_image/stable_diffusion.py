@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasets_lib.errors import InputError
 from datasets_lib.file_hashes import FileHashes, cache_directory
-from trainers.base import Encoder, RandomSource, Trainer
+from trainers.base import CardFacts, Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.diffusion.guidance import Condition, Guidance
 from trainers.common.diffusion.objective import Predict, columns
@@ -30,6 +31,7 @@ class StableDiffusionTrainer(Trainer):
     """Trains the UNet of a pipeline, whole or with adapters, on pictures with captions; tasks choose the weights."""
 
     config: StableDiffusionConfig
+    pipeline_tag = "text-to-image"
     sample_batch_size = 4
     clip_score: ClipScore | None = None
     trains_text: bool = False  # whether text encoders are trained, so that captions must be encoded at every step
@@ -67,6 +69,12 @@ class StableDiffusionTrainer(Trainer):
 
     def build_objective(self) -> Learned:
         return build_diffusion(self.task, self.config, self.base_model)
+
+    def card_facts(self) -> CardFacts:
+        family = "stable-diffusion-xl" if self.base_model.is_xl else "stable-diffusion"
+        tags = (family, f"{family}-diffusers", "text-to-image", "diffusers-training")
+        words = [*self.base.trigger_words, *filter(None, [self.base.caption])]
+        return replace(super().card_facts(), tags=(*tags, *self.hub_tags), instance_prompt=", ".join(words) or None)
 
     # --- data
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import shown
-from trainers.base import Trainer
+from datasets_lib.foreign import in_quotes, shown
+from trainers.base import CardFacts, Trainer
 from trainers.engine.config.config import RunConfig
+from trainers.engine.export.base_card import BaseCard, read_base_card
+from trainers.engine.export.card_header import card_header
 from trainers.engine.run.context import RunContext
 from trainers.engine.run.files import write_text
+from trainers.engine.tracking.gallery import read_gallery
 from trainers.engine.tracking.tracker import Tracker
 
 # absolute, of a home folder, or from above, alone or after NAME: or NAME=; no URL
@@ -23,35 +27,66 @@ OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that do not describe 
 
 
 def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: Tracker) -> None:
-    """Writes README.md: task, data, options, final metrics, a grid, and how to load the result from `location`."""
+    """Writes README.md: the header, pictures, how to load the result from `location`, metrics and options."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    output_dir = tracker.output_dir
-    name, data = output_dir.resolve().name, run.base.data_name
-    on_hub = run.base.dataset_name is not None and not Path(data).exists()
-    header = ModelCardData(library_name="diffusers", tags=["diffloop", run.task], datasets=[data] if on_hub else None)
-    pictures = [f"![{grid.stem}](samples/{grid.name})" for grid in tracker.grids]
-    if run.config.use_ema and pictures:
-        raw, averaged = ("Above", "Below") if trainer.grid_columns else ("Left", "Right")
-        which = "their moving average, which this pipeline holds"
-        pictures.append(f"{raw}: the weights of the last step. {averaged}: {which}.")
-    found = [(name, value) for name, value in sorted(tracker.latest.items()) if not name.endswith(OF_THE_MACHINE)]
-    rows = [f"| {name} | {value:.6g} |" for name, value in found]
+    name, facts = tracker.output_dir.resolve().name, trainer.card_facts()
+    base = read_base_card(facts.base_model, facts.base_revision, online=run.base.push_to_hub)
+    gallery = read_gallery(tracker.output_dir)
+    found = card_header(run, name, facts, base, tracker.latest, gallery).to_dict()
+    header = ModelCardData(**_without_paths(found))
+    data = header.datasets[0] if header.datasets else Path(run.base.data_name).name
+    rows = [(name, value) for name, value in sorted(tracker.latest.items()) if not name.endswith(OF_THE_MACHINE)]
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {html.escape(shown(name))}",
-        f"Trained with diffloop: task `{run.task}`, data `{_in_code(data if on_hub else Path(data).name)}`.",
-        *pictures,
+        *(["<Gallery />"] if gallery else []),
+        f"Trained with diffloop: task `{run.task}`, data `{_in_code(data)}`.",
+        *_about_base(facts, base),
+        *_grids(run, trainer, tracker),
         "## Use",
-        f"```python\n{trainer.usage_of(location)}\n```",
+        f"```python\n{_usage(trainer, facts, base, location)}\n```",
+        *(html.escape(shown(_without_paths(note))) for note in trainer.usage_notes(location)),
         "## Final metrics",
-        "\n".join(["| metric | value |", "|---|---|", *rows]),
+        "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value:.6g} |" for name, value in rows)]),
         "## Configuration",
         f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(_without_paths(run.as_dict())))}```",
     ]
     text = "\n\n".join(sections) + "\n"
     ModelCard(text)  # raises ValueError if the hub would refuse the header
-    write_text(output_dir / "README.md", text)
+    write_text(tracker.output_dir / "README.md", text)
+
+
+def _about_base(facts: CardFacts, base: BaseCard) -> Iterator[str]:
+    """Yields a paragraph on the model that was trained on and its licence, and one on the words that ask for it."""
+    if facts.base_model is not None:
+        link = (
+            f"[{base.name}](https://huggingface.co/{base.name})"
+            if base.name
+            else f"`{_in_code(_base_name(facts, base))}`"
+        )
+        licence = f"its licence, `{base.license}`, applies" if base.license else "its licence applies; see its page"
+        yield f"Trained on {link}: {licence}."
+    if facts.instance_prompt is not None:
+        yield f"Use `{_in_code(_without_paths(facts.instance_prompt))}` in a prompt."
+
+
+def _grids(run: RunConfig, trainer: Trainer, tracker: Tracker) -> Iterator[str]:
+    yield from (f"![{grid.stem}](samples/{grid.name})" for grid in tracker.grids)
+    if run.config.use_ema and tracker.grids:
+        raw, averaged = ("Above", "Below") if trainer.grid_columns else ("Left", "Right")
+        which = "their moving average, which this pipeline holds"
+        yield f"{raw}: the weights of the last step. {averaged}: {which}."
+
+
+def _usage(trainer: Trainer, facts: CardFacts, base: BaseCard, location: str | Path) -> str:
+    """Returns the code, in which the base model is called as others can find it."""
+    code, used = trainer.usage_of(location), in_quotes(facts.base_model or "")
+    return code.replace(f'"{used}"', f'"{in_quotes(_base_name(facts, base))}"') if used else code
+
+
+def _base_name(facts: CardFacts, base: BaseCard) -> str:
+    return base.name or Path(facts.base_model or "").name
 
 
 def _in_code(text: str) -> str:
@@ -91,6 +126,7 @@ def publish(ctx: RunContext, trainer: Trainer, tracker: Tracker, pipeline_files:
     write_card(ctx.run, trainer, repository, tracker)
     patterns = [pattern for name in pipeline_files for pattern in (name, f"{name}/*")]
     patterns += ["README.md", *(f"samples/{grid.name}" for grid in tracker.grids)]
+    patterns += [shown.place for shown in read_gallery(ctx.output_dir)]
     HfApi().upload_folder(
         repo_id=repository, folder_path=ctx.output_dir, allow_patterns=patterns, commit_message="Upload pipeline"
     )

@@ -32,6 +32,7 @@ from trainers.engine.run.run_folder import (
 from trainers.engine.run.signals import FAULT
 from trainers.engine.tracking import COMBINED, TRACKERS
 from trainers.engine.tracking.external import ExternalTracker
+from trainers.engine.tracking.gallery import write_gallery
 from trainers.engine.tracking.meters import take_peak_memory
 
 METRIC = re.compile(r"[\w/@.-]+")  # the name of a number in the log of an earlier start, which goes into the card
@@ -158,6 +159,8 @@ class Tracker:
             self._optional(tracker.log_grids, grids, step)
 
     def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
+        if self.accelerator.is_main_process and "prompt" in requests[0]:
+            self._optional(write_gallery, self.output_dir, requests, pictures[-1]["samples"])
         for tracker in self.trackers:
             self._optional(tracker.log_table, requests, pictures, step)
 
