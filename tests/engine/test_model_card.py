@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +12,12 @@ import torch
 from features import Features
 from huggingface_hub import ModelCard
 from PIL import Image
+from repository import tiny
 from tiny_models import model
 
 from trainers import TRAINERS
 from trainers.common.lora.training import AdapterTrainer
-from trainers.engine.config.config import find_trainer
+from trainers.engine.config.config import find_trainer, load_config
 from trainers.engine.export.base_card import BaseCard, hub_name, read_base_card
 from trainers.engine.export.card_header import METRICS, card_header
 from trainers.engine.tracking.gallery import MOST, Shown, read_gallery, write_gallery
@@ -37,7 +37,7 @@ EXPECTED = {
 }
 # of huggingface.js, in which the hub looks them up
 HUB_TASKS = {"text-to-image", "unconditional-image-generation", "image-to-image", "image-classification"}
-PIPELINES = [task for task in TRAINERS if EXPECTED[task]["pipeline_tag"] == "text-to-image"]
+PROMPTED_TASKS = [task for task, words in EXPECTED.items() if words["pipeline_tag"] == "text-to-image"]
 
 
 def card_of(folder):
@@ -77,12 +77,12 @@ def test_the_header_of_every_task(run_in_process, tmp_path, task):
     assert str(tmp_path) not in card.content
     assert "outputs/tests" not in card.data.to_yaml() + card.text.partition("## Configuration")[0]
     text = card.text
-    if task not in PIPELINES:
+    if task not in PROMPTED_TASKS:
         assert "widget" not in header
         return
     assert header["instance_prompt"] == "a handwritten three"
     assert "<Gallery />" in text
-    assert "Trained on `sd1-1`: its licence applies; see its page." in text
+    assert "Trained on `sd1-1`: its licence applies." in text
     assert [example["text"] for example in header["widget"]] == ["a handwritten three"] * 2
     for example in header["widget"]:
         with Image.open(folder / example["output"]["url"]) as image:
@@ -95,20 +95,44 @@ def test_the_tasks_are_all_here():
     assert all(find_trainer(task).pipeline_tag == EXPECTED[task]["pipeline_tag"] for task in TRAINERS)
 
 
-@pytest.mark.parametrize(("family", "dora"), [("sd2", False), ("sdxl", True)])
-def test_tags_of_families(run_in_process, family, dora):
-    options = {"pretrained_model_name_or_path": str(model(family)), "use_dora": dora, "train_text_encoder": False}
-    options |= {"learning_rate": 1e-3, "validation_prompts": []}
-    settings = {"base.max_train_steps": 1, "base.trigger_word": "sks", "base.caption": ""}
-    folder = run_in_process("run", "lora", **settings, **{f"lora.{name}": value for name, value in options.items()})
-    card, header = card_of(folder)
-    name = "stable-diffusion-xl" if family == "sdxl" else "stable-diffusion"
-    assert header["tags"][:2] == [name, f"{name}-diffusers"]
-    assert ("dora" in header["tags"], "lora" in header["tags"][:-1]) == (dora, not dora)
-    assert header["instance_prompt"] == "sks"
-    assert "Use `sks` in a prompt." in card.text
-    assert "widget" not in header
-    assert "<Gallery />" not in card.text
+def facts_of(task, family="sd1", **options):
+    """What a trainer says that has not been set up, but for its base model."""
+    words = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+    run = load_config(tiny(task), [*words, f"{task}.pretrained_model_name_or_path={model(family)}"])
+    trainer = find_trainer(task)(run.config, run.base)
+    trainer.base_model = SimpleNamespace(is_xl=family == "sdxl")
+    return trainer.card_facts()
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("sd1", "stable-diffusion"), ("sd2", "stable-diffusion"), ("sdxl", "stable-diffusion-xl")]
+)
+def test_tags_of_families(family, name):
+    for task in ("lora", "lcm_lora", "text_to_image"):
+        assert facts_of(task, family).tags[:2] == (name, f"{name}-diffusers")
+
+
+def test_relations_to_the_base():
+    for task, relation in (("lora", "adapter"), ("lcm_lora", "adapter"), ("text_to_image", "finetune")):
+        assert facts_of(task).base_model_relation == relation
+        assert facts_of(task).base_model == str(model("sd1"))
+    new_unet = {"text_to_image.model_config": str(model("sd1") / "unet")}
+    assert facts_of("text_to_image", **new_unet).base_model_relation is None
+    dora = facts_of("lora", **{"lora.use_dora": True}).tags
+    assert ("dora" in dora, "lora" in dora, "template:sd-lora" in dora) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("word", "caption", "prompt"),
+    [
+        ("sks", "a dog", "sks, a dog"),
+        ("sks", "", "sks"),
+        (None, "a photo of a fox", "a photo of a fox"),
+        (None, "", None),
+    ],
+)
+def test_words_that_ask_for_what_was_learned(word, caption, prompt):
+    assert facts_of("lora", **{"base.trigger_word": word, "base.caption": caption}).instance_prompt == prompt
 
 
 def test_metrics_of_drawn_pictures(run_in_process, tmp_path):
@@ -184,7 +208,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_come_back(run_in_process, tmp_path, text):
+def test_texts_come_back(text):
     """By YAML as the hub parses it."""
     from trainers.base import CardFacts
 
@@ -194,17 +218,6 @@ def test_texts_come_back(run_in_process, tmp_path, text):
     read = ModelCard(f"---\n{header.to_yaml()}\n---\n\n# Text\n").data
     assert (read.instance_prompt, read.widget) == (text, [{"text": text, "output": {"url": "samples/prompt-00.png"}}])
     assert read.to_dict() == header.to_dict()
-
-
-def test_no_path_of_the_machine_in_any_field(run_in_process, tmp_path):
-    shutil.copytree(model("sd1"), tmp_path / "my base")
-    options = {"lora.pretrained_model_name_or_path": str(tmp_path / "my base"), "base.max_train_steps": 1}
-    options |= {"lora.validation_prompts": [f"a cat of {tmp_path}/cats", "a dog"]}
-    folder = run_in_process("run", "lora", **options)
-    card, header = card_of(folder)
-    assert str(tmp_path) not in card.content
-    assert [example["text"] for example in header["widget"]] == ["a cat of cats", "a dog"]
-    assert 'DiffusionPipeline.from_pretrained("my base")' in card.text
 
 
 # --- the gallery
@@ -218,8 +231,10 @@ def test_a_gallery_holds_the_pictures_of_the_last_validation(tmp_path):
     assert found == [Shown(f"samples/prompt-{n:02d}.png", f"{n}: für 猫 ?") for n in range(MOST)]
     with Image.open(tmp_path / found[7].place) as image:
         assert (image.size, image.getpixel((0, 0))) == ((5, 4), (round(7 / 9 * 255),) * 3)
+    (tmp_path / "samples" / "prompt-mine.png").touch()
     write_gallery(tmp_path, requests[:2], images[:2])
-    assert len(read_gallery(tmp_path)) == len(list((tmp_path / "samples").iterdir())) == 2
+    assert len(read_gallery(tmp_path)) == 2
+    assert len(list((tmp_path / "samples").iterdir())) == 3
 
 
 def test_pictures_of_others_in_a_gallery(tmp_path):
@@ -231,36 +246,6 @@ def test_pictures_of_others_in_a_gallery(tmp_path):
     (samples / "prompt-02.png").symlink_to(samples / "prompt-03.png")
     (samples / "prompt-04.png").write_bytes((samples / "prompt-04.png").read_bytes()[:40])
     assert read_gallery(tmp_path) == [Shown("samples/prompt-03.png", "a")]
-
-
-def test_a_gallery_is_published(run_in_process, monkeypatch):
-    import huggingface_hub
-
-    calls = {}
-
-    class Api:
-        def create_repo(self, name, exist_ok):
-            return SimpleNamespace(repo_id=f"me/{name}")
-
-        def upload_folder(self, **arguments):
-            calls.update(arguments)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    folder = run_in_process("run", "lora", **{"base.push_to_hub": True, "base.max_train_steps": 1})
-    urls = [example["output"]["url"] for example in card_of(folder)[1]["widget"]]
-    assert urls
-    assert set(urls) <= set(calls["allow_patterns"])
-
-
-# --- notes of a task
-
-
-def test_a_task_adds_paragraphs_to_the_use(run_in_process, monkeypatch):
-    monkeypatch.setattr(AdapterTrainer, "usage_notes", lambda self, location: [f"<a> is for {location}", f"At {tmp_path}/b"])
-    folder = run_in_process("run", "lora", **{"base.max_train_steps": 1})
-    text = (folder / "README.md").read_text()
-    assert re.search(r"```\n\n`a.safetensors` is for \*\*A\*\*\.\n\nAnother\.\n\n## Final metrics\n", text)
 
 
 # --- the base model's card
@@ -359,17 +344,51 @@ def test_no_names_on_the_hub(name):
     assert hub_name(name) is None
 
 
-@pytest.mark.parametrize(("task", "relation"), [("lora", "adapter"), ("text_to_image", "finetune")])
-def test_the_licence_of_the_base_is_carried_over(run_in_process, tmp_path, task, relation):
-    shutil.copytree(model("sd1"), tmp_path / "base")
+def test_a_published_lora_on_a_local_base(run_in_process, tmp_path, monkeypatch):
+    """Its base's name and licence, its pictures, paragraphs of its task, and no path of this machine."""
+    import huggingface_hub
+
+    calls = {}
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, **arguments):
+            calls.update(arguments)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    notes = [f"<a> is at {tmp_path}/b", "Another."]
+    monkeypatch.setattr(AdapterTrainer, "usage_notes", lambda self, location: [*notes, f"For {location}"])
+    shutil.copytree(model("sd1"), tmp_path / "my base")
     card = "---\nlicense: creativeml-openrail-m\nbase_model: runwayml/stable-diffusion-v1-5\n---\n"
-    (tmp_path / "base" / "README.md").write_text(card)
-    options = {f"{task}.pretrained_model_name_or_path": str(tmp_path / "base"), "base.max_train_steps": 1}
-    folder = run_in_process("run", task, **options)
+    (tmp_path / "my base" / "README.md").write_text(card)
+    options = {"lora.pretrained_model_name_or_path": str(tmp_path / "my base"), "base.max_train_steps": 1}
+    options |= {"lora.validation_prompts": [f"a cat of {tmp_path}/cats", "a dog"], "base.trigger_word": "sks"}
+    folder = run_in_process("run", "lora", **options, **{"base.push_to_hub": True})
     card, header = card_of(folder)
     assert header["license"] == "creativeml-openrail-m"
-    assert (header["base_model"], header["base_model_relation"]) == ("runwayml/stable-diffusion-v1-5", relation)
-    assert "its licence, `creativeml-openrail-m`, applies." in card.text
+    assert (header["base_model"], header["base_model_relation"]) == ("runwayml/stable-diffusion-v1-5", "adapter")
+    assert header["instance_prompt"] == "sks, a handwritten three"
+    assert [example["text"] for example in header["widget"]] == ["a cat of cats", "a dog"]
+    assert {example["output"]["url"] for example in header["widget"]} <= set(calls["allow_patterns"])
+    for part in (
+        'from_pretrained("runwayml/stable-diffusion-v1-5")', 'load_lora_weights("me/run")',
+        "Trained on [runwayml/stable-diffusion-v1-5](https://huggingface.co/runwayml/stable-diffusion-v1-5): "
+        "its licence, `creativeml-openrail-m`, applies.", "Use `sks, a handwritten three` in a prompt.",
+        "```\n\n&lt;a&gt; is at b\n\nAnother.\n\nFor me/run\n\n## Final metrics\n",
+    ):  # fmt: skip
+        assert part in card.text
     assert str(tmp_path) not in card.content
-    if task == "lora":
-        assert 'from_pretrained("runwayml/stable-diffusion-v1-5")' in card.text
+
+
+def test_a_base_without_a_card_is_named_by_its_folder(run_in_process, tmp_path):
+    shutil.copytree(model("sd1"), tmp_path / "my `base`")
+    options = {"lora.pretrained_model_name_or_path": str(tmp_path / "my `base`"), "lora.validation_prompts": []}
+    card, header = card_of(run_in_process("run", "lora", **options, **{"base.max_train_steps": 1}))
+    assert 'DiffusionPipeline.from_pretrained("my `base`")' in card.text
+    assert "Trained on `my 'base'`: its licence applies." in card.text
+    assert "<Gallery />" not in card.text
+    assert not {"base_model", "base_model_relation", "license", "widget"} & header.keys()
+    assert str(tmp_path) not in card.content

@@ -518,7 +518,9 @@ def test_loras_are_trained_and_found_again(tmp_path, pictures, monkeypatch, caps
     assert frame == settings | {"file": "frames/00001.png", "frame": 1, "weight": 0.5}
     text = Image.open(tmp_path / "out" / "frames" / "00001.png").text["parameters"]
     names = [Path(settings["pinned"][name]).name for name in ("lora_a", "lora_b")]
-    assert text.startswith(f"a: photo <lora:{names[0]}:0.5> <lora:{names[1]}:0.5>\nSteps: 2, Sampler: DDIM, CFG scale: 1")
+    assert text.startswith(
+        f"a: photo <lora:{names[0]}:0.5> <lora:{names[1]}:0.5>\nSteps: 2, Sampler: DDIM, CFG scale: 1"
+    )
     assert "Size: 24x24, " in text
     assert settings["pictures"] == [*map(str, pictures)]
     assert settings["prompts"] == ["a: photo"] * 2
