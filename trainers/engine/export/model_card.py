@@ -65,7 +65,7 @@ def _about_base(facts: CardFacts, base: BaseCard) -> Iterator[str]:
             if base.name
             else f"`{_in_code(_base_name(facts, base))}`"
         )
-        licence = f"its licence, `{base.license}`, applies" if base.license else "its licence applies; see its page"
+        licence = f"its licence, `{base.license}`, applies" if base.license else "its licence applies"
         yield f"Trained on {link}: {licence}."
     if facts.instance_prompt is not None:
         yield f"Use `{_in_code(_without_paths(facts.instance_prompt))}` in a prompt."

@@ -29,8 +29,8 @@ def write_gallery(output_dir: Path, requests: list[dict[str, Any]], images: Tens
     """Replaces samples/prompt-00.png and so on by pictures [N, C, H, W] in [0, 1] of requests, with their prompts."""
     folder = output_dir / SAMPLES
     make_folder(folder)
-    for path in folder.glob("prompt-*.png"):
-        path.unlink()
+    for number in range(len(requests), MOST):  # of earlier prompts, which were more
+        (folder / f"prompt-{number:02d}.png").unlink(missing_ok=True)
     for number, (request, image) in enumerate(zip(requests[:MOST], images, strict=False)):
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt(PROMPT, request["prompt"].encode(errors="replace").decode())

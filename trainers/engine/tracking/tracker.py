@@ -160,7 +160,8 @@ class Tracker:
 
     def log_table(self, requests: list[dict[str, Any]], pictures: list[dict[str, Tensor]], step: int) -> None:
         if self.accelerator.is_main_process and "prompt" in requests[0]:
-            self._optional(write_gallery, self.output_dir, requests, pictures[-1]["samples"])
+            first = next(iter(pictures[-1].values()))  # what was drawn; others, such as strips, are made of it
+            self._optional(write_gallery, self.output_dir, requests, first)
         for tracker in self.trackers:
             self._optional(tracker.log_table, requests, pictures, step)
 
