@@ -15,7 +15,6 @@ distortion; frames get their aspect ratio back, or one in between. --output-dir 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -126,12 +125,11 @@ def infotext_of(arguments: argparse.Namespace, pipeline: Any, loras: list[Path])
 
 def text_of_frame(infotext: Infotext, prompts: list[str], weight: float, size: tuple[int, int]) -> str:
     """Says how a frame was drawn; of two prompts, whose embeddings are interpolated, it names the shares."""
-    shares = [(1 - weight), weight]
-    loras = [lora._replace(weight=share) for lora, share in zip(infotext.loras, shares, strict=True)]
+    shares = [1 - weight, weight]
     acting = [(prompt, share) for prompt, share in zip(prompts, shares, strict=True) if share]
     alike = len({prompt for prompt, _ in acting}) == 1
     prompt = acting[0][0] if alike else " AND ".join(f"{prompt} :{share:g}" for prompt, share in acting)
-    return dataclasses.replace(infotext, loras=tuple(loras)).of(prompt, size)
+    return infotext.of(prompt, size, shares)
 
 
 def write(

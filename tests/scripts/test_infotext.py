@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -153,6 +152,14 @@ def test_names_of_models_and_loras(tmp_path, name, found):
     assert "private" not in text
 
 
+def test_the_hash_of_a_model_is_that_of_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my model.safetensors").write_bytes(b"weights")
+    details = by_a1111(infotext(model=str(tmp_path / "my model.safetensors")).of("x", (8, 8)))[2]
+    assert (details["Model"], details["Model hash"]) == ("my model", hashlib.sha256(b"weights").hexdigest()[:10])
+    assert "Model hash" not in by_a1111(infotext(model=str(tmp_path)).of("x", (8, 8)))[2]
+
+
 def test_weights_of_a_column():
     text = infotext(loras=LORAS).of("x", (8, 8), 0.5)
     assert "<lora:my_style-2.0:0.4> <lora:no file:0.5>" in text
@@ -254,4 +261,3 @@ def test_frames_of_a_morph():
     assert morph.text_of_frame(given, ["x", "x"], 0.5, (8, 8)).startswith("x <lora:a:0.5> <lora:b:0.5>\nSteps: 20, ")
     assert "Seed" not in by_a1111(texts[1])[2]
     assert by_a1111(texts[2])[2]["Lora hashes"] == f"b: {'1' * 12}"
-    assert dataclasses.replace(given, loras=()).of("x", (8, 8)).count("\n") == 1

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datasets_lib.file_hashes import FileHashes
 from trainers.common.lora.tensors import FILE_NAME, find_lora
 from trainers.inference.saved_run import SavedRun
 from trainers.version import VERSION
@@ -30,7 +32,8 @@ SAMPLERS = {
 }  # fmt: skip
 # what readers search for in the prompts; in small letters it is the same to CLIP, which knows no capitals
 WORDS_OF_READERS = re.compile(r"Negative prompt:|^(Steps|Template|Negative Template): ", re.MULTILINE)
-HASH_DIGITS = 12  # of a LoRA; older versions of AUTOMATIC1111 had 8
+HASH_DIGITS, MODEL_DIGITS = 12, 10  # of a LoRA, of a model
+HASHES = Path("outputs", "encoder-cache")  # remembers those of models, as runs in outputs/ do
 
 
 class NamedLora(NamedTuple):
@@ -56,9 +59,17 @@ class Infotext:
     clip_skip: int | None = None  # by clip_skip_of
     strength: float | None = None  # fraction of the steps for a picture that is redrawn
 
-    def of(self, prompt: str, size: tuple[int, int], scale: float = 1.0) -> str:
-        """Returns the text for a picture of `size` (width, height), drawn with `scale` times the LoRAs' weights."""
-        active = [lora._replace(weight=lora.weight * scale) for lora in self.loras if lora.weight * scale]
+    @cached_property
+    def model_hash(self) -> str | None:
+        """By which AUTOMATIC1111 finds the file of a model; None for a folder or a name on the hub."""
+        path = Path(self.model)
+        return FileHashes(HASHES).sha256(path)[:MODEL_DIGITS] if path.is_file() else None
+
+    def of(self, prompt: str, size: tuple[int, int], scales: float | Sequence[float] = 1.0) -> str:
+        """Returns the text for a picture of `size` (width, height), drawn with `scales` times the LoRAs' weights."""
+        factors = scales if isinstance(scales, Sequence) else [scales] * len(self.loras)
+        scaled = [lora._replace(weight=lora.weight * n) for lora, n in zip(self.loras, factors, strict=True)]
+        active = [lora for lora in scaled if lora.weight]
         tags = [f"<lora:{plain(lora.name)}:{lora.weight:g}>" for lora in active]
         hashes = dict.fromkeys(f"{plain(lora.name)}: {lora.digest}" for lora in active if lora.digest)
         values = {
@@ -67,6 +78,7 @@ class Infotext:
             "CFG scale": f"{max(self.guidance, 1.0):g}",  # at most 1 means no guidance, which is 1 there
             "Seed": self.seed,
             "Size": f"{size[0]}x{size[1]}",
+            "Model hash": self.model_hash,
             "Model": plain(model_name(self.model)),
             "Denoising strength": None if self.strength is None else f"{self.strength:g}",
             "Clip skip": self.clip_skip,
