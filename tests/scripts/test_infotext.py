@@ -163,7 +163,9 @@ def test_the_hash_of_a_model_is_that_of_its_file(tmp_path, monkeypatch):
 def test_weights_of_a_column():
     text = infotext(loras=LORAS).of("x", (8, 8), 0.5)
     assert "<lora:my_style-2.0:0.4> <lora:no file:0.5>" in text
-    assert "lora" not in infotext(loras=LORAS).of("x", (8, 8), 0.0).lower()
+    off = infotext(loras=LORAS, plain_sampler="PLMS").of("x", (8, 8), 0.0)
+    assert "lora" not in off.lower()
+    assert by_a1111(off)[2]["Sampler"] == "PLMS"  # of the base alone
 
 
 SAMPLERS = [
@@ -192,7 +194,9 @@ def test_the_hash_of_a_lora_is_that_of_its_tensors(tmp_path):
 
 def test_a_lora_is_named_after_its_run(tmp_path):
     file = lora_file(tmp_path)
-    assert named_lora(tmp_path, 0.5) == named_lora(file, 0.5) == (tmp_path.name, 0.5, lora_hash(file))
+    (tmp_path / "b").mkdir()
+    for path in (tmp_path, file, tmp_path / "b" / ".."):
+        assert named_lora(path, 0.5) == (tmp_path.name, 0.5, lora_hash(file))
     save_file({"a": torch.ones(1)}, tmp_path / f"{tmp_path.name}.safetensors")  # as AUTOMATIC1111 reads it
     assert named_lora(file, 1.0).digest == lora_hash(tmp_path / f"{tmp_path.name}.safetensors") != lora_hash(file)
     file.rename(tmp_path / "style.v2.safetensors")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def plain(name: str) -> str:
 
 def model_name(source: str) -> str:
     """Returns the last part of a folder, file or hub name."""
-    return Path(source).absolute().name.removesuffix(".safetensors")
+    return os.path.basename(os.path.abspath(source)).removesuffix(".safetensors")
 
 
 def sampler_name(scheduler: SchedulerMixin) -> str:
@@ -127,8 +128,9 @@ def named_lora(path: Path, weight: float) -> NamedLora:
     That is the hash of the run's other file, where it lies beside the one for diffusers.
     """
     file = find_lora(path)
-    name = file.absolute().parent.name if file.name == FILE_NAME else file.stem
-    other = file.with_name(f"{name}.safetensors")
+    folder = path if path.is_dir() else file.parent
+    name = model_name(str(folder if path.is_dir() or file.name == FILE_NAME else file))
+    other = folder / f"{name}.safetensors"
     return NamedLora(name, weight, lora_hash(other if other.is_file() else file))
 
 
