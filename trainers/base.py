@@ -252,8 +252,8 @@ class Trainer(ABC):
         """Returns code that loads and samples the result in `location`, for the end of a run and the model card."""
         return self.usage.format(**vars(self.config) | {"output_dir": in_quotes(location)})
 
-    def usage_notes(self, location: str | Path) -> list[str]:
-        """Returns sentences to follow that code, such as which file is for which program."""
+    def usage_notes(self, run_folder: Path | None = None) -> list[str]:
+        """Returns sentences to follow that code: which file is for which program, and what can be done in the folder."""
         return []
 
     def card_facts(self) -> CardFacts:

@@ -360,7 +360,7 @@ def test_a_published_lora_on_a_local_base(run_in_process, tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     notes = [f"<a> is at {tmp_path}/b", "Another."]
-    monkeypatch.setattr(AdapterTrainer, "usage_notes", lambda self, location: [*notes, f"For {location}"])
+    monkeypatch.setattr(AdapterTrainer, "usage_notes", lambda self, run_folder=None: notes)
     shutil.copytree(model("sd1"), tmp_path / "my base")
     card = "---\nlicense: creativeml-openrail-m\nbase_model: runwayml/stable-diffusion-v1-5\n---\n"
     (tmp_path / "my base" / "README.md").write_text(card)
@@ -377,7 +377,7 @@ def test_a_published_lora_on_a_local_base(run_in_process, tmp_path, monkeypatch)
         'from_pretrained("runwayml/stable-diffusion-v1-5")', 'load_lora_weights("me/run")',
         "Trained on [runwayml/stable-diffusion-v1-5](https://huggingface.co/runwayml/stable-diffusion-v1-5): "
         "its licence, `creativeml-openrail-m`, applies.", "Use `sks, a handwritten three` in a prompt.",
-        "```\n\n&lt;a&gt; is at b\n\nAnother.\n\nFor me/run\n\n## Final metrics\n",
+        "```\n\n&lt;a&gt; is at b\n\nAnother.\n\n## Final metrics\n",
     ):  # fmt: skip
         assert part in card.text
     assert str(tmp_path) not in card.content

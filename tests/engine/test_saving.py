@@ -12,7 +12,7 @@ from processes import start, wait_for
 from run_folders import final_state, hidden, logged_steps, losses, read_metrics, steps_of
 
 from train import main, train
-from trainers.common.lora import files as lora_files
+from trainers.common.lora import tensors
 from trainers.engine.checkpoint import saver, writer
 from trainers.engine.checkpoint.manifest import verify
 from trainers.engine.checkpoint.saver import Saver
@@ -226,5 +226,5 @@ def test_the_mode_of_files_is_found_without_a_change_that_all_threads_would_see(
     (tmp_path / "plain").touch()
     files.write_tensors({}, tmp_path / "tensors")
     (tmp_path / "private").touch(0o600)
-    lora_files.make_readable(tmp_path / "private")
+    tensors.make_readable(tmp_path / "private")
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1

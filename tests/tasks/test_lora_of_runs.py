@@ -256,3 +256,13 @@ def test_loras_that_need_different_schedulers(of_v, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", *both)
     run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", "--lora", of_v, "--lora", f"{tmp_path}:0")
+
+
+def test_the_end_of_a_run_names_the_command_and_the_card_the_file(run_in_process, capsys):
+    folder = run_in_process("my run", "lora", **{"base.checkpointing_steps": 3})
+    printed = capsys.readouterr().out
+    assert "For ComfyUI, AUTOMATIC1111, Forge and kohya's tools: my run.safetensors" in printed
+    assert f"python scripts/convert_lora.py '{folder}' FOLDER --all" in printed
+    card = (folder / "README.md").read_text()
+    assert "my run.safetensors" in card
+    assert "--all" not in card

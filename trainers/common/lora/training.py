@@ -135,14 +135,14 @@ class AdapterTrainer(StableDiffusionTrainer):
         about = {"base_model": place, "output_dir": in_quotes(location), "scheduler": self.scheduler_usage()}
         return self.usage.format(**vars(config) | self.prompts.usage() | about)
 
-    def usage_notes(self, location: str | Path) -> list[str]:
-        convert = f"python scripts/convert_lora.py {shlex.quote(str(location))}"
+    def usage_notes(self, run_folder: Path | None = None) -> list[str]:
         if (problem := self.kohya_problem()) is None:
             found = [f"For ComfyUI, AUTOMATIC1111, Forge and kohya's tools: {self.title}.safetensors"]
         else:
             found = [f"No file for ComfyUI and AUTOMATIC1111 was written: {problem}"]
-        if self.base.checkpointing_steps:
-            found.append(f"The LoRAs of all checkpoints, for these programs: {convert} FOLDER --all")
+        if self.base.checkpointing_steps and run_folder is not None:
+            convert = f"python scripts/convert_lora.py {shlex.quote(str(run_folder))} FOLDER --all"
+            found.append(f"The LoRAs of all checkpoints, for these programs: {convert}")
         return found
 
     def scheduler_usage(self) -> str:

@@ -46,7 +46,7 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
         *_grids(run, trainer, tracker),
         "## Use",
         f"```python\n{_usage(trainer, facts, base, location)}\n```",
-        *(html.escape(shown(_without_paths(note))) for note in trainer.usage_notes(location)),
+        *(html.escape(shown(_without_paths(note))) for note in trainer.usage_notes()),
         "## Final metrics",
         "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value:.6g} |" for name, value in rows)]),
         "## Configuration",
