@@ -253,7 +253,7 @@ class Trainer(ABC):
         return self.usage.format(**vars(self.config) | {"output_dir": in_quotes(location)})
 
     def usage_notes(self, run_folder: Path | None = None) -> list[str]:
-        """Returns sentences to follow that code: which file is for which program, and what can be done in the folder."""
+        """Returns sentences to follow that code: which file is for which program, what can be done in the folder."""
         return []
 
     def card_facts(self) -> CardFacts:
