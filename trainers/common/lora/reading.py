@@ -15,7 +15,7 @@ from trainers.common.lora.header import SETTINGS_KEY, Settings, header_options, 
 from trainers.common.lora.lora_file import NETWORKS, LoraFile, check_pair, file_name
 from trainers.common.lora.peft_folder import PREFIX, peft_options
 from trainers.common.lora.spellings import KOHYAS, READ, spelled
-from trainers.common.lora.tensors import read_about, read_tensors
+from trainers.common.lora.tensors import read_about, read_names, read_tensors
 
 EMBEDDING = "bundle_emb."  # of OneTrainer, beside a LoRA that was trained with it
 
@@ -24,9 +24,10 @@ Parts = dict[str, Tensor]  # of a module, by the names of spellings.PART
 
 def read_file(file: Path) -> LoraFile:
     """Reads a file's tensors and settings; ValueError if it holds anything else than a LoRA of Stable Diffusion."""
-    about, state = read_about(file), read_tensors(file)
+    about, names = read_about(file), read_names(file)
+    check_kind(file, [name for name in names if not name.startswith(EMBEDDING)])
+    state = read_tensors(file)
     notes = _without_embeddings(file, state)
-    check_kind(file, state)
     modules = _modules(file, state)
     if any(key.startswith(KOHYAS) for key in state):  # every reader takes their alphas, and none the header's
         about.pop(SETTINGS_KEY, None)
@@ -98,12 +99,13 @@ def _with_kernel(place: str, mid: Tensor, down: Tensor) -> Tensor:
 
 
 def _magnitude(place: str, part: str, scale: Tensor, up: Tensor) -> Tensor:
-    """Returns peft's magnitude vector, [out] or [1, out, 1, 1]; a dora_scale per input is another DoRA."""
+    """Returns peft's magnitude vector, [out] or [1, out, 1, 1]."""
     is_per_output = part == "magnitude" or (scale.dim() > 0 and len(scale) == scale.numel())
     if scale.numel() != len(up) or not is_per_output:
         name = "lora_magnitude_vector" if part == "magnitude" else part
         found = f"{name} has the shape {list(scale.shape)}, and lora_B {len(up)} outputs"
-        raise InputError(f"{place}: {found}; one number for each output is wanted")
+        wanted = "one number for each output is wanted (OneTrainer and LyCORIS have an option for norms of inputs)"
+        raise InputError(f"{place}: {found}; {wanted}")
     return scale.flatten() if up.dim() == 2 else scale.reshape(1, -1, *[1] * (up.dim() - 2))
 
 

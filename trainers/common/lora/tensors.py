@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import entries, shown
 from trainers.common.lora.lora_file import NETWORKS
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -35,7 +35,7 @@ def lora_parts(path: Path) -> list[Path]:
     if not (path / FILE_NAME).is_file() and (found := [f / PEFT_NAME for f in folders if (f / PEFT_NAME).is_file()]):
         return found
     if not (path / FILE_NAME).is_file():
-        others = sorted(file.name for file in path.glob("*") if file.suffix in (".safetensors", *PICKLES))
+        others = [file.name for file in entries(path) if file.suffix in (".safetensors", *PICKLES)]
         advice = f"it has {', '.join(map(shown, others[:5]))}: give a file" if others else f"or a folder with {WANTED}"
         raise MissingFileError(f"no file {path / FILE_NAME}; give a LoRA as .safetensors, {advice}")
     return [path / FILE_NAME]
@@ -69,6 +69,12 @@ def read_about(path: Path) -> dict[str, str]:
     file = find_lora(path)
     with _reading(file), safe_open(file, framework="pt") as opened:
         return opened.metadata() or {}
+
+
+def read_names(file: Path) -> list[str]:
+    """Reads the names of a safetensors file's tensors, without the tensors."""
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> Path:
