@@ -19,6 +19,7 @@ from script_calls import run_script
 from tiny_models import model
 
 from scripts import convert_lora, merge_lora, sample
+from train import main
 from trainers.common.lora.files import read_lora
 from trainers.common.lora.foreign_kinds import KINDS
 from trainers.common.lora.loading import load_lora
@@ -26,6 +27,7 @@ from trainers.common.lora.spellings import spelled
 from trainers.inference.lora_pipeline import add_loras, parse_loras
 
 RANK, ALPHA = 4, 6.0
+NOTE = "{}: only its LoRA is read; left out: {}, trained with it for words of prompts"
 ALL = ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut", "time_emb_proj", "conv", "conv_in",
        "conv_out", "time_embedding.linear_1"]  # fmt: skip
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -324,11 +326,11 @@ def products(lora):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_user_reads_every_format(base, written, tmp_path, name):
-    file, arguments, networks = written(name)
+    file, (_, *targets), networks = written(name)
     wanted = differences(networks)
     assert_same(through_lora_option(base, file), wanted)
 
-    continued = adapted(base, *arguments, seed=1)  # lora.lora_weights
+    continued = adapted(base, 2.0, *targets, seed=1)  # lora.lora_weights, whatever the run's own alpha
     load_lora(file, continued)
     assert_same(differences(continued), wanted)
 
@@ -347,6 +349,21 @@ def test_a_foreign_file_is_merged_and_drawn_with(base, written, tmp_path):
     out = tmp_path / "out"
     run_script(sample, base, "--prompt", "a cat", "--steps", "1", "--lora", file, "--output", out)
     assert list(out.rglob("*.png"))
+
+
+def test_a_run_continues_from_a_foreign_file(base, trained, tiny_config, tmp_path, capsys):
+    networks, rows = trained(ALPHA, ATTENTION, [])
+    tensors = {"bundle_emb.sks.clip_l": torch.ones(2, 32)}
+    for row in rows:
+        tensors |= FORMATS["ComfyUI"][3](networks["unet"], row)
+    file = tmp_path / "comfy.safetensors"
+    save_file(tensors, file)
+    options = {"pretrained_model_name_or_path": str(base), "lora_weights": str(file), "train_text_encoder": False,
+               "learning_rate": 1e-9, "use_ema": False}  # fmt: skip
+    options = {f"lora.{name}": value for name, value in options.items()} | {"base.max_train_steps": 1}
+    assert main([str(tiny_config("lora", **options))]) == 0
+    assert "NOTE: " + NOTE.format(file, "1 embedding (sks)") in capsys.readouterr().out
+    assert_same(products(read_lora(tmp_path / "config")), differences(networks), 1e-5)
 
 
 # peft's folders ------------------------------------------------------------------------------------------------------
@@ -527,7 +544,7 @@ def test_embeddings_beside_a_lora_are_left_out_and_named(base, written, capsys):
     file, arguments, networks = written("kohya")
     words = {"bundle_emb.<cat>.clip_l": torch.ones(2, 32), "bundle_emb.a.dog.clip_l": torch.ones(2, 32)}
     save_file(load_file(file) | words | {"bundle_emb.a.dog.clip_l_out": torch.ones(2, 32)}, file)
-    note = f"{file}: only its LoRA is read; left out: 2 embeddings (<cat>, a.dog), trained with it for words of prompts"
+    note = NOTE.format(file, "2 embeddings (<cat>, a.dog)")
     assert_same(through_lora_option(base, file), differences(networks))
     assert capsys.readouterr().out == f"NOTE: {note}\n"
     assert load_lora(file, adapted(base, *arguments)) == (note,)  # the start of a run says it
