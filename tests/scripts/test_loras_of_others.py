@@ -67,13 +67,13 @@ def networks_of(base):
     return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
 
 
-def adapted(base, alpha, unet, text, seed=0, **options):
+def adapted(base, lora_alpha, unet, text, seed=0, **options):
     """Networks with adapters of random numbers."""
     torch.manual_seed(seed)
     networks = {name: part for name, part in networks_of(base).items() if name == "unet" or text}
     for name, network in networks.items():
         targets = unet if name == "unet" else text
-        config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=targets, init_lora_weights=False, **options)
+        config = LoraConfig(r=RANK, lora_alpha=lora_alpha, target_modules=targets, init_lora_weights=False, **options)
         network.requires_grad_(False)
         network.add_adapter(config)
     return networks
@@ -366,27 +366,12 @@ def test_a_run_continues_from_a_foreign_file(base, trained, tiny_config, tmp_pat
     assert_same(products(read_lora(tmp_path / "config")), differences(networks), 1e-5)
 
 
-# peft's folders ------------------------------------------------------------------------------------------------------
-
 PEFT = {
     "plain": {"lora_alpha": 6},
     "rslora": {"lora_alpha": 6, "use_rslora": True},
     "patterns": {"lora_alpha": 6, "rank_pattern": {"conv_in": 2}, "alpha_pattern": {"to_q": 3}},
     "dora": {"lora_alpha": 6, "use_dora": True},
 }
-
-
-def saved_by_peft(base, folder, network, options):
-    """A folder that peft writes, and the network with the adapter in it."""
-    torch.manual_seed(0)
-    targets = ["to_q", "to_out.0", "conv1", "conv_in"] if network == "unet" else ["q_proj", "fc1"]
-    config = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False, **options)
-    made = get_peft_model(networks_of(base)[network], config)
-    for name, parameter in made.named_parameters():
-        if "magnitude" in name:
-            parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
-    made.save_pretrained(folder)
-    return made
 
 
 def merged(networks):
@@ -402,6 +387,32 @@ def merged(networks):
             if ".lora_" not in key:
                 plain[name, key.replace(".base_layer.", ".")] = value
     return plain
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_what_a_network_saves_by_itself(base, tmp_path, kind):
+    """diffusers' save_lora_adapter: no prefix, and options in the header that name no network either."""
+    networks = adapted(base, unet=ATTENTION, text=[], **PEFT[kind])
+    networks["unet"].save_lora_adapter(tmp_path)
+    pipeline = copied(base)
+    add_loras(pipeline, [(tmp_path, 1.0)])
+    assert_same(merged({"unet": pipeline.unet}), merged(networks))
+
+
+# peft's folders ------------------------------------------------------------------------------------------------------
+
+
+def saved_by_peft(base, folder, network, options):
+    """A folder that peft writes, and the network with the adapter in it."""
+    torch.manual_seed(0)
+    targets = ["to_q", "to_out.0", "conv1", "conv_in"] if network == "unet" else ["q_proj", "fc1"]
+    config = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False, **options)
+    made = get_peft_model(networks_of(base)[network], config)
+    for name, parameter in made.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
+    made.save_pretrained(folder)
+    return made
 
 
 @pytest.mark.parametrize("kind", PEFT)

@@ -38,15 +38,19 @@ SCHEDULER: dict[str, tuple] = {
 Settings = dict[str, Any]  # options of peft's LoraConfig
 
 
-def header_options(file: str, about: Mapping[str, str]) -> dict[str, Settings]:
-    """Returns the options that are read, by network; ValueError for wrong values, and for others with an effect."""
+def header_options(file: str, about: Mapping[str, str], alone: str = "") -> dict[str, Settings]:
+    """Returns the options that are read, by network; ValueError for wrong values, and for others with an effect.
+
+    Of a network that is `alone` in a file, as a network's own save_lora_adapter writes it, the options may not name it.
+    """
     try:
         options = json.loads(about.get(SETTINGS_KEY, "{}"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: {SETTINGS_KEY} in its header is no JSON ({shown(error)})") from None
     if not isinstance(options, dict):
         raise InputError(f"{file}: {SETTINGS_KEY} in its header must be a JSON object, found {shown(options)}")
-    return checked_options(file, options, "its header")
+    named = {key if "." in key or not alone else f"{alone}.{key}": value for key, value in options.items()}
+    return checked_options(file, named, "its header")
 
 
 def checked_options(file: str, options: Mapping[str, Any], place: str) -> dict[str, Settings]:

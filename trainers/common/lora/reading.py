@@ -31,7 +31,8 @@ def read_file(file: Path) -> LoraFile:
     modules = _modules(file, state)
     if any(key.startswith(KOHYAS) for key in state):  # every reader takes their alphas, and none the header's
         about.pop(SETTINGS_KEY, None)
-    options, place = header_options(str(file), about), "its header"
+    alone = next(iter(modules)) if len(modules) == 1 else ""
+    options, place = header_options(str(file), about, alone), "its header"
     if any(key.startswith(PREFIX) for key in state):
         options, place = {network: peft_options(file, network) for network in modules}, "its adapter_config.json"
     lora = LoraFile({}, {}, about, notes)
