@@ -658,3 +658,20 @@ def test_tensors_that_do_not_belong_together(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         read_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("start", "network"),
+    [
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_encoder"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "text_encoder_2"),
+        ("lora_te2.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2"),
+        ("clip_g.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2"),
+        ("text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2"),
+        ("text_encoders.clip_h.transformer.text_model.encoder.layers.0.mlp.fc1", "text_encoder"),
+        ("lycoris_text_model_encoder_layers_0_mlp_fc1", "text_encoder"),
+        ("text_encoder_2.base_model.model.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2"),
+    ],
+)
+def test_the_two_text_encoders(start, network):
+    assert spelled(f"{start}.lora_up.weight") == (network, "text_model.encoder.layers.0.mlp.fc1", "up")

@@ -14,13 +14,13 @@ READ = "diffusers, peft, kohya's trainer, LyCORIS (LoCon), ComfyUI and OneTraine
 PREFIXES: dict[str, str | None] = {
     **dict.fromkeys(("unet.", "diffusion_model.", "model.diffusion_model.", "lora_unet.", "lora_unet_"), "unet"),
     **dict.fromkeys(("text_encoder.", "lora_te.", "lora_te1.", "lora_te_", "lora_te1_"), "text_encoder"),
-    **dict.fromkeys((f"{place}clip_{size}{inside}" for place, inside in (("", "."), ("text_encoders.", ".transformer."))
-                     for size in "lh"), "text_encoder"),  # h is Stable Diffusion 2's
+    **dict.fromkeys(("clip_l.", "text_encoders.clip_l.transformer."), "text_encoder"),
+    **dict.fromkeys(("clip_h.", "text_encoders.clip_h.transformer."), "text_encoder"),  # Stable Diffusion 2's
     **dict.fromkeys(("text_encoder_2.", "lora_te2.", "lora_te2_"), "text_encoder_2"),
     **dict.fromkeys(("clip_g.", "text_encoders.clip_g.transformer."), "text_encoder_2"),
     "lycoris_": None,
     "": None,
-}  # fmt: skip
+}
 START = re.compile(f"({'|'.join(map(re.escape, PREFIXES))})" + r"(?:base_model\.model\.)?(.+)")
 KOHYAS = ("lora_", "lycoris_")  # starts of names in files that have an alpha for each module, and no settings
 
