@@ -30,6 +30,7 @@ from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.files import make_folder
 from trainers.inference.checkpoint_lora import read_checkpoint_lora
 from trainers.inference.command import command, path_argument
+from trainers.inference.lora_pipeline import print_notes
 from trainers.inference.saved_run import open_run
 
 
@@ -45,6 +46,7 @@ def convert(
     if output.suffix != ".safetensors" or output.exists():
         raise InputError(f"{output}: must be a new file with the ending .safetensors")
     lora = read(source, weights, trust_code)
+    print_notes(lora)
     if lora.is_dora and to == "kohya" and not dora:
         raise InputError(f"{source}: is a DoRA; {DORA}; ComfyUI's change is right to about 1 %: --dora writes it")
     make_folder(output.parent)

@@ -1,6 +1,6 @@
 """Bakes LoRAs into a pipeline: scripts/merge_lora.py BASE OUTPUT --lora FILE[:WEIGHT] [--lora FILE[:WEIGHT] ...]
 
-BASE is a folder or hub name of Stable Diffusion or SDXL, FILE a LoRA in diffusers' format or a folder with one. OUTPUT
+BASE is a folder or hub name of Stable Diffusion or SDXL, FILE a LoRA of any program that docs/lora.md names. OUTPUT
 is an ordinary pipeline: each weight W becomes W + the sum of WEIGHT * alpha / rank * B @ A, computed in float32.
 """
 

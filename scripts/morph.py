@@ -28,7 +28,7 @@ from datasets_lib.images.decode import read_picture
 from trainers.common.autoencoder.options import perceptual_problem
 from trainers.common.autoencoder.perceptual import load_perceptual
 from trainers.common.lora.files import read_lora
-from trainers.common.lora.tensors import find_lora
+from trainers.common.lora.tensors import lora_files
 from trainers.common.text_to_image.base_model import BaseModel, base_model_problems
 from trainers.inference.animation import centred, contact_sheet, write_gif, write_mp4
 from trainers.inference.arguments import DTYPES
@@ -36,7 +36,7 @@ from trainers.inference.command import command, path_argument, positive, seed
 from trainers.inference.fitting import Fitted, fit, size_between, unfit
 from trainers.inference.infotext import Infotext, clip_skip_of, named_lora, sampler_name
 from trainers.inference.inversion import ddim_schedulers
-from trainers.inference.lora_pipeline import load_pipeline
+from trainers.inference.lora_pipeline import load_pipeline, print_notes
 from trainers.inference.morphing import Morph, check_morph, evenly_distant
 from trainers.inference.picture_files import as_pil, output_folder, save_picture, settings_of
 from trainers.inference.saved_run import find_device
@@ -69,7 +69,7 @@ def check(arguments: argparse.Namespace) -> BaseModel:
     base = BaseModel("BASE", arguments.base)
     ddim_schedulers(base.sampler, arguments.steps)
     for lora in given:
-        read_lora(lora)
+        print_notes(read_lora(lora))
     if len(given) < 2:  # otherwise nothing is trained before Morph checks the same
         check_morph(load_pipeline(str(base.folder), dtypes_of(arguments)), given, arguments.attention)
     return base
@@ -167,7 +167,8 @@ def settings_for(
     lora_a, lora_b = map(str, loras)
     pinned = {"lora_a": lora_a, "lora_b": lora_b, "weights": weights, "seed": None, "config": None, "overrides": []}
     options = {name: getattr(arguments, name) for name in ("steps", "attention", "adain", "reschedule", "dtype")}
-    settings = settings_of(["morph", *arguments.words], [*paths, *map(find_lora, loras)], device)
+    files = [file for lora in loras for file in lora_files(lora)]
+    settings = settings_of(["morph", *arguments.words], [*paths, *files], device)
     settings |= {"pinned": pinned, "weights": weights, "options": options}
     return settings | {"pictures": [*map(str, paths)], "prompts": prompts_of(arguments)}
 

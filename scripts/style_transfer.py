@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.images.decode import read_picture
 from datasets_lib.images.formats import EXTENSIONS, is_picture
+from trainers.common.lora.tensors import lora_files
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.canny import canny
 from trainers.inference.command import command, path_argument, positive, seed
@@ -182,14 +183,14 @@ def run(arguments: argparse.Namespace) -> str:
     loras, files = parse_loras(arguments.lora), pictures_of(arguments.pictures)
     names = [Path(name).name for name in arguments.names or names_of(files)]
     numbers = range(len(files)) if arguments.only is None else [arguments.only]
-    read = [path for path, _ in loras]
+    read = [part for path, _ in loras for part in lora_files(path)]
     with output_folder(arguments.output_dir, [*files, *read]) as folder:
         for file in files:  # before a base is loaded
             read_picture(file)
         pipeline = build(arguments, loras)
         if arguments.max_side < pipeline.vae_scale_factor:
             raise InputError(f"--max-side {arguments.max_side}: must be at least {pipeline.vae_scale_factor}")
-        texts, guided = settings_of_loras(read), arguments.guidance > 1
+        texts, guided = settings_of_loras([path for path, _ in loras]), arguments.guidance > 1
         asked = prompt_arguments(pipeline, [arguments.prompt], arguments.negative_prompt, guided, texts)
         infotext = infotext_of(pipeline, arguments, loras, None if texts is None else texts.clip_skip)
         progress = tqdm(files, desc="pictures", disable=len(files) == 1)

@@ -19,10 +19,12 @@ from tiny_models import model
 from datasets_lib.errors import InputError
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
-from trainers.common.lora import kohya_names, lora_file
+from trainers.common.lora import lora_file, original_names
 from trainers.common.lora.files import save_lora
 from trainers.common.lora.header import SETTINGS_KEY
 from trainers.common.lora.loading import load_lora
+from trainers.common.lora.lora_file import NETWORKS
+from trainers.common.lora.spellings import spelled
 from trainers.common.lora.tensors import FILE_NAME, read_about
 from trainers.inference.lora_pipeline import add_loras, parse_lora
 
@@ -41,11 +43,11 @@ CASES = [slow(kind) if kind == "rslora" else kind for kind in KINDS]
 
 def networks_of(family, pipeline=None):
     pipeline = pipeline or diffusers.DiffusionPipeline.from_pretrained(model(family))
-    found = {name: getattr(pipeline, name, None) for name in lora_files.NETWORKS}
+    found = {name: getattr(pipeline, name, None) for name in NETWORKS}
     return {name: network for name, network in found.items() if network is not None}
 
 
-def adapted(family, kind="patterns", seed=0, only=lora_files.NETWORKS, rank=4, alpha=8, unet=UNET, layers=1):
+def adapted(family, kind="patterns", seed=0, only=NETWORKS, rank=4, alpha=8, unet=UNET, layers=1):
     """Networks with random adapters, as if they had been trained."""
     torch.manual_seed(seed)
     networks = {
@@ -303,10 +305,10 @@ PAIR = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3), "unet.conv_in.lor
     ("tensors", "message"),
     [
         (PAIR | {"unet.conv_in.lora_B.bias": torch.zeros(16)}, "unet.conv_in.lora_B.bias is no tensor of a LoRA of"),
-        ({"vae.conv_in.weight": torch.zeros(1)}, "vae.conv_in.weight is no tensor of a LoRA"),
-        (dict([*PAIR.items()][:1]), "unet.conv_in needs lora_A and lora_B of one rank"),
+        ({"vae.conv_in.weight": torch.zeros(1)}, "vae.conv_in.weight belongs to a whole network"),
+        (dict([*PAIR.items()][:1]), "unet.conv_in needs lora_A and lora_B .* of one rank"),
         ({}, "holds no tensor"),
-        ({"lora_unet_conv_in.alpha": torch.ones(())}, "lora_unet_conv_in needs lora_down.weight and lora_up.weight"),
+        ({"lora_unet_conv_in.alpha": torch.ones(())}, "unet.conv_in needs lora_A and lora_B .lora_down and lora_up"),
     ],
 )
 def test_a_file_that_is_no_lora(tmp_path, tensors, message):
@@ -319,12 +321,13 @@ def test_no_file_and_a_pickle(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no file .*{FILE_NAME}; give a LoRA as .safetensors, or a folder"):
         lora_files.read_lora(tmp_path)
     texts = {
-        "lora.bin": "the name of a LoRA must end in .safetensors",
-        "lora.safetensors": "cannot be read as safetensors",
+        "lora.bin": "the name of a LoRA must end in .safetensors; this one is a pickle, which can run code",
+        "lora.gguf": "the name of a LoRA must end in .safetensors; other formats are not read",
+        "lora.safetensors": "cannot be read as safetensors .*; other formats are not read",
     }
     for name, text in texts.items():
         torch.save(PAIR, tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name}: {text}.*; other formats are not read"):
+        with pytest.raises(ValueError, match=f"{name}: {text}"):
             lora_files.read_lora(tmp_path / name)
 
 
@@ -340,7 +343,7 @@ def kohya_differences(file, family, keys):
     for network, key in keys:
         module = key if network == "unet" or key.startswith("text_model.") else f"text_model.{key}"
         if network == "unet" and family == "sdxl":
-            module = kohya_names.original_sdxl_name(module)
+            module = original_names.original_sdxl_name(module)
         name = f"lora_{TAGS[family][network]}_{module.replace('.', '_')}"
         up, down, alpha = (tensors.pop(f"{name}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
         product = (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
@@ -429,7 +432,7 @@ def test_the_names_of_all_layers_are_known(family):
     ]
     tags = TAGS["sdxl"]
     kohya = {f"lora_{tags[network]}_{key.replace('.', '_')}": (network, key) for network, key in names}
-    assert kohya_names.module_names(kohya) == kohya
+    assert {name: spelled(f"{name}.alpha")[:2] for name in kohya} == kohya
     assert len(kohya) > 80
 
 
@@ -457,12 +460,12 @@ ORIGINAL = {
 
 def test_the_names_of_the_original_sdxl_network():
     text = "lora_te2_text_model_encoder_layers_31_self_attn_q_proj"
-    names = kohya_names.module_names([*(f"lora_unet_{name}" for name in ORIGINAL), text])
-    assert names.pop(text) == ("text_encoder_2", "text_model.encoder.layers.31.self_attn.q_proj")
-    assert names == {f"lora_unet_{name}": ("unet", module) for name, module in ORIGINAL.items()}
+    assert spelled(f"{text}.alpha")[:2] == ("text_encoder_2", "text_model.encoder.layers.31.self_attn.q_proj")
+    names = {name: spelled(f"lora_unet_{name}.alpha")[:2] for name in ORIGINAL}
+    assert names == {name: ("unet", module) for name, module in ORIGINAL.items()}
 
     for name, module in ORIGINAL.items():
-        assert kohya_names.original_sdxl_name(module).replace(".", "_") == name
+        assert original_names.original_sdxl_name(module).replace(".", "_") == name
 
 
 def kohya_tensors(name="lora_unet_conv_in", **others):
@@ -473,33 +476,33 @@ def kohya_tensors(name="lora_unet_conv_in", **others):
 @pytest.mark.parametrize(
     ("tensors", "to", "message"),
     [
-        ({"conv_in.weight": torch.ones(1)}, "kohya", "conv_in.weight is no tensor of a LoRA of"),
-        ({"conv_in.weight": torch.ones(1)}, "diffusers", "conv_in.weight is no tensor of a LoRA of"),
+        ({"conv_in.weight": torch.ones(1)}, "kohya", "conv_in.weight belongs to a whole network"),
+        ({"conv_in.weight": torch.ones(1)}, "diffusers", "conv_in.weight belongs to a whole network"),
         ({}, "diffusers", "holds no tensor"),
-        ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "diffusers", "hada_w1_a is no tensor of a LoRA in kohya's"),
-        ({"lora_unet_conv_in.lora_up.weight": torch.ones(1)}, "diffusers", "needs lora_down.weight and lora_up.weight"),
-        (kohya_tensors("lora_unet_blocks_0_img"), "diffusers", "lora_unet_blocks_0_img is no module of Stable Diff"),
+        ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "diffusers", "hada_w1_a belongs to a LoHa"),
+        ({"lora_unet_conv_in.lora_up.weight": torch.ones(1)}, "diffusers", "needs lora_A and lora_B .lora_down and lora_up"),
+        (kohya_tensors("lora_unet_gate_0_img"), "diffusers", "gate_0_img.* is no tensor of a LoRA of .* known here"),
         (
             {key.replace("conv_in", "gate"): value for key, value in PAIR.items()},
             "kohya",
             "gate is no module of Stable Diffusion's networks that is known here",
         ),
         (
-            kohya_tensors("lora_unet_down_blocks_0_resnets_0_conv1") | kohya_tensors("lora_unet_middle_block_1_proj_in"),
+            kohya_tensors("lora_unet_mid_block_attentions_0_proj_in") | kohya_tensors("lora_unet_middle_block_1_proj_in"),
             "diffusers",
-            "names of the original SDXL network and of diffusers' are mixed",
+            "lora_unet_mid.*proj_in.lora_.* and lora_unet_mid.*proj_in.lora_.* mean the same tensor; remove one of them",
         ),
         (
             kohya_tensors("lora_te_text_model_encoder_layers_0_mlp_fc1")
             | kohya_tensors("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
             "diffusers",
-            "two names mean the same module",
+            "mean the same tensor",
         ),
-        (kohya_tensors(dora_scale=torch.ones(1, 4, 1, 1)), "diffusers", r"dora_scale is \[1, 4, 1, 1\]; one number"),
+        (kohya_tensors(dora_scale=torch.ones(1, 4, 1, 1)), "diffusers", r"dora_scale has the shape \[1, 4, 1, 1\], and"),
         (
             kohya_tensors(dora_scale=torch.ones(16, 1, 1, 1)) | kohya_tensors("lora_unet_conv_out"),
             "diffusers",
-            "1 of 2 modules of unet have a dora_scale",
+            "unet: 1 of 2 modules are DoRAs",
         ),
     ],
 )  # fmt: skip

@@ -13,17 +13,24 @@ from torch import Tensor, nn
 from datasets_lib.errors import InputError
 from trainers.common.lora.files import read_lora
 from trainers.common.lora.loading import adapt_sampler, load_into_pipeline
+from trainers.common.lora.lora_file import LoraFile
 from trainers.common.lora.tensors import find_lora
 from trainers.common.text_to_image.base_model import check_tokenizer
 from trainers.pretrained import read_model
 
 
 def parse_loras(texts: list[str] | None) -> list[tuple[Path, float]]:
-    """Finds the files of FILE[:WEIGHT] texts, and reads them so that errors come before a base is loaded."""
+    """Parses FILE[:WEIGHT] texts; reads the files, so that errors come before a base is loaded, and prints notes."""
     loras = [parse_lora(text) for text in texts or []]
     for path, _ in loras:
-        read_lora(path)
-    return [(find_lora(path), weight) for path, weight in loras]
+        print_notes(read_lora(path))
+    return loras
+
+
+def print_notes(lora: LoraFile) -> None:
+    """Prints what of a file is left out."""
+    for note in lora.notes:
+        print(f"NOTE: {note}")
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -67,12 +74,11 @@ def add_loras(pipeline: Any, loras: list[tuple[Path, float]]) -> dict[str, float
     Raises ValueError for a LoRA that does not fit the base, or the others.
     """
     weights = {f"lora_{number}": weight for number, (_, weight) in enumerate(loras)}
-    read = {find_lora(path): read_lora(path) for path, _ in loras}
-    adapt_sampler(pipeline, {find_lora(path): read[find_lora(path)] for path, weight in loras if weight != 0})
+    read = {path: read_lora(path) for path, _ in loras}
+    adapt_sampler(pipeline, {find_lora(path): read[path] for path, weight in loras if weight != 0})
     for name, (path, _) in zip(weights, loras, strict=True):
-        file = find_lora(path)
-        load_into_pipeline(pipeline, file, read[file], name)
-        for network in read[file].tensors:
+        load_into_pipeline(pipeline, find_lora(path), read[path], name)
+        for network in read[path].tensors:
             getattr(pipeline, network).eval()  # no dropout in sampling
     weigh_loras(pipeline, weights)
     return weights

@@ -13,6 +13,7 @@ from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.images.decode import read_picture
 from trainers.base import Trainer
 from trainers.common.lora.files import ADAPTER
+from trainers.common.lora.tensors import lora_files
 from trainers.common.lora.training import AdapterTrainer
 from trainers.common.text_to_image.prompt_requests import prompt_requests
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
@@ -137,7 +138,7 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     if not prompts:
         raise InputError(f"{arguments.path}: has no validation_prompts; say what to draw with --prompt or --prompts")
     requests = prompt_requests([{"prompt": prompt} for prompt in prompts], arguments.number or len(prompts))
-    files = [path for path, _ in loras]
+    files = [file for path, _ in loras for file in lora_files(path)]
     files += [Path(path) for path in (arguments.image, arguments.mask, arguments.prompts) if path is not None]
     options = dataclasses.asdict(settings) | {"lora_weights": list(weights.values())}
     scales = {drawer.column(scale): scale for scale in settings.lora_scales or []}

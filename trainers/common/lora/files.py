@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +10,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from datasets_lib.errors import InputError
-from datasets_lib.foreign import shown
-from trainers.common.lora.header import Settings, header_number, header_options, of_module, peft_settings
-from trainers.common.lora.kohya import of_kohya
-from trainers.common.lora.lora_file import NETWORKS, LoraFile, check_modules, file_name
-from trainers.common.lora.tensors import FILE_NAME, find_lora, read_about, read_tensors, write_tensors
+from trainers.common.lora.header import header_number, peft_settings
+from trainers.common.lora.lora_file import LoraFile, file_name
+from trainers.common.lora.reading import read_file
+from trainers.common.lora.tensors import FILE_NAME, find_lora, lora_parts, read_about, write_tensors
 
 if TYPE_CHECKING:
     from diffusers.loaders import PeftAdapterMixin
 
 ADAPTER = "default"  # peft's name for it
-TENSOR = re.compile(rf"({'|'.join(NETWORKS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 
 
 def lora_of(networks: Mapping[str, PeftAdapterMixin], about: dict[str, str]) -> LoraFile:
@@ -61,51 +58,18 @@ def write_lora(path: Path, lora: LoraFile) -> Path:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Reads a file (or a folder's file) in diffusers' format, including older spellings.
+    """Reads a LoRA of any program that is known here, from a file or a folder.
 
-    The settings are what peft needs for these tensors, and follow from them and from the header's checked options.
+    The settings are what peft needs for these tensors, and follow from them and from checked options.
     Raises FileNotFoundError if there is none, ValueError if it holds anything else, or numbers that are not finite.
     """
-    file = find_lora(path)
-    about = read_about(file)
-    state = read_tensors(file)
-    if any(key.startswith("lora_") for key in state):
-        return of_kohya(file, state, about)
-    state = _peft_keys(state)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        match = TENSOR.fullmatch(key)
-        if match is None:
-            raise InputError(f"{file}: {shown(key)} is no tensor of a LoRA of {', '.join(NETWORKS)}")
-        tensors.setdefault(match[1], {})[file_name(match[1], f"{match[2]}.{match[3]}")] = value
-    if not tensors:
-        raise InputError(f"{file}: holds no tensor")
-    for name, state in tensors.items():
-        check_modules(file, name, state)
-    options = header_options(str(file), about)
-    lora = LoraFile(tensors, {}, about)
-    for name in tensors:
-        lora.settings[name] = _settings_for(f"{file}: {name}", options.get(name, {}), lora, name)
-    return lora
-
-
-def _settings_for(place: str, options: Settings, lora: LoraFile, network: str) -> Settings:
-    """Returns peft's settings of a network's tensors; ValueError if the header's options are for others."""
-    ranks = {module.removeprefix("text_model."): rank for module, rank in lora.ranks(network).items()}
-    doras = sum(key.endswith("magnitude_vector") for key in lora.tensors[network])
-    if doras not in (0, len(ranks)):
-        raise InputError(f"{place}: {doras} of {len(ranks)} modules have a lora_magnitude_vector; all or none must")
-    if options.get("use_dora", doras > 0) != (doras > 0):
-        raise InputError(f"{place}: use_dora = {options['use_dora']} in its header, and {doras} modules are DoRAs")
-    own_rank, own_alpha = (of_module(options.get(f"{name}_pattern", {})) for name in ("rank", "alpha"))
-    rslora, alphas = options.get("use_rslora", False), {}
-    for module, rank in ranks.items():
-        said = own_rank(module) or options.get("r", rank)
-        if said != rank:
-            found = f"is of rank {rank}, and the header says {shown(said)}"
-            raise InputError(f"{place}.{shown(module)}: {found}; the file is not as its program wrote it")
-        alphas[module] = own_alpha(module) or options.get("lora_alpha", rank**0.5 if rslora else rank)
-    return peft_settings(ranks, alphas, doras > 0, rslora)
+    first, *others = map(read_file, lora_parts(path))
+    for other in others:  # peft has a folder for each network
+        if twice := first.tensors.keys() & other.tensors.keys():
+            raise InputError(f"{path}: two of its folders hold a LoRA of {', '.join(sorted(twice))}; one must")
+        merged = first.tensors | other.tensors, first.settings | other.settings, first.about | other.about
+        first = LoraFile(*merged, first.notes + other.notes)
+    return first
 
 
 def ddim_timesteps(path: Path) -> int | None:
@@ -120,14 +84,3 @@ def transformers_keys(network: str, state: dict[str, Tensor]) -> dict[str, Tenso
     mapping = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
     mapping["magnitude_vector"] = "magnitude_vector.weight"
     return state if network == "unet" else convert_state_dict(state, mapping)
-
-
-def _peft_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts diffusers' three spellings to peft's."""
-    from diffusers.utils import state_dict_utils as spellings
-
-    text = {key: value for key, value in state.items() if key.startswith("text_encoder")}
-    others = {key: value for key, value in state.items() if key not in text}
-    mapping = spellings.DIFFUSERS_OLD_TO_PEFT | spellings.DIFFUSERS_TO_PEFT
-    text = spellings.convert_state_dict(text, mapping | {"magnitude_vector.weight": "magnitude_vector"})
-    return text | spellings.convert_unet_state_dict_to_peft(others)

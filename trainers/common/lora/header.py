@@ -14,7 +14,7 @@ from trainers.common.text_to_image.prompts import CAPTION_TOKENS, TextSettings
 
 SETTINGS_KEY = "lora_adapter_metadata"  # diffusers' entry of the header: JSON of "network.option"
 MODULE = re.compile(r"\^?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)  # ^: the whole name, not its end
-ADVICE = "remove the option from the header, or save the LoRA anew with its own program"
+ADVICE = "remove the option there, or save the LoRA anew with its own program"
 
 # Only these say what a file's tensors mean. Which modules have them, and of which rank, the tensors show.
 READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
@@ -38,14 +38,23 @@ SCHEDULER: dict[str, tuple] = {
 Settings = dict[str, Any]  # options of peft's LoraConfig
 
 
-def header_options(file: str, about: Mapping[str, str]) -> dict[str, Settings]:
-    """Returns the options that are read, by network; ValueError for wrong values, and for others with an effect."""
+def header_options(file: str, about: Mapping[str, str], alone: str = "") -> dict[str, Settings]:
+    """Returns the options that are read, by network; ValueError for wrong values, and for others with an effect.
+
+    Of a network that is `alone` in a file, as a network's own save_lora_adapter writes it, the options may not name it.
+    """
     try:
         options = json.loads(about.get(SETTINGS_KEY, "{}"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: {SETTINGS_KEY} in its header is no JSON ({shown(error)})") from None
     if not isinstance(options, dict):
         raise InputError(f"{file}: {SETTINGS_KEY} in its header must be a JSON object, found {shown(options)}")
+    named = {key if "." in key or not alone else f"{alone}.{key}": value for key, value in options.items()}
+    return checked_options(file, named, "its header")
+
+
+def checked_options(file: str, options: Mapping[str, Any], place: str) -> dict[str, Settings]:
+    """Returns those of the options "network.option" that are read, by network; ValueError as header_options."""
     found: dict[str, Settings] = {}
     for key, value in options.items():
         network, _, option = key.partition(".")
@@ -53,11 +62,11 @@ def header_options(file: str, about: Mapping[str, str]) -> dict[str, Settings]:
             found.setdefault(network, {})[option] = value
         elif option not in LEFT_OUT and not _is_usual(option, value):
             what = "changes what the LoRA does, and is not supported here"
-            raise InputError(f"{file}: {shown(key)} = {shown(value)} in its header {what}; {ADVICE}")
+            raise InputError(f"{file}: {shown(key)} = {shown(value)} in {place} {what}; {ADVICE}")
     for network, values in found.items():
         for option, problem in _problems(values):
             name, value = shown(f"{network}.{option}"), shown(values[option])
-            raise InputError(f"{file}: {name} = {value} in its header: {problem}; {ADVICE}")
+            raise InputError(f"{file}: {name} = {value} in {place}: {problem}; {ADVICE}")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
-from trainers.common.lora.header import SETTINGS_KEY, peft_settings
-from trainers.common.lora.kohya_names import is_known, module_names, original_sdxl_name
+from trainers.common.lora.header import SETTINGS_KEY
+from trainers.common.lora.kohya_names import is_known
 from trainers.common.lora.kohya_texts import family_of, kohya_texts
-from trainers.common.lora.lora_file import LoraFile, check_modules
+from trainers.common.lora.lora_file import LoraFile
+from trainers.common.lora.original_names import original_sdxl_name
 from trainers.common.lora.tensors import write_tensors
 
-KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
 SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
@@ -67,52 +66,3 @@ def to_kohya(lora: LoraFile, title: str) -> tuple[dict[str, Tensor], dict[str, s
     sizes = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
     kept = {key: value for key, value in lora.about.items() if key != SETTINGS_KEY}  # with it diffusers reads no alpha
     return tensors, kept | sizes | kohya_texts(lora.about, family, title)
-
-
-def of_kohya(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> LoraFile:
-    """Converts kohya's format to diffusers'; ValueError for keys that belong to no LoRA of Stable Diffusion."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        if KOHYA.fullmatch(key) is None:
-            raise InputError(
-                f"{file}: {shown(key)} is no tensor of a LoRA in kohya's format; nothing else is converted"
-            )
-        name, _, suffix = key.partition(".")
-        modules.setdefault(name, {})[suffix] = value
-    if not modules:
-        raise InputError(f"{file}: holds no tensor")
-    lora = LoraFile({}, {}, {key: value for key, value in about.items() if key != SETTINGS_KEY})
-    alphas: dict[str, dict[str, float]] = {}
-    for name, (network, module) in module_names(modules).items():
-        parts = modules[name]
-        if not {"lora_down.weight", "lora_up.weight"} <= parts.keys():
-            raise InputError(f"{file}: {shown(name)} needs lora_down.weight and lora_up.weight")
-        own = lora.tensors.setdefault(network, {})
-        pair = {f"{module}.{new}": parts[old] for new, old in SUFFIXES.items()}
-        check_modules(file, network, pair)
-        own |= pair
-        if "dora_scale" in parts:
-            own[f"{module}.lora_magnitude_vector"] = _magnitude(f"{file}: {name}", parts)
-        rank = len(parts["lora_down.weight"])
-        alphas.setdefault(network, {})[module] = _alpha(f"{file}: {name}", parts.get("alpha", torch.tensor(rank)))
-    for network, own in lora.tensors.items():
-        doras = sum(key.endswith("magnitude_vector") for key in own)
-        if doras not in (0, len(alphas[network])):
-            raise InputError(f"{file}: {doras} of {len(alphas[network])} modules of {network} have a dora_scale")
-        lora.settings[network] = peft_settings(lora.ranks(network), alphas[network], doras > 0, rslora=False)
-    return lora
-
-
-def _magnitude(name: str, parts: dict[str, Tensor]) -> Tensor:
-    """Returns peft's magnitude vector, [out] or [1, out, 1, 1], of a scale [out, 1, ...] or [out]."""
-    scale, up = parts["dora_scale"], parts["lora_up.weight"]
-    if scale.dim() == 0 or scale.shape[0] != scale.numel() or len(scale) != len(up):
-        raise InputError(f"{name}.dora_scale is {list(scale.shape)}; one number per output is wanted, {len(up)} in all")
-    return scale.flatten() if up.dim() == 2 else scale.reshape(1, -1, 1, 1)
-
-
-def _alpha(name: str, value: Tensor) -> float:
-    if value.numel() != 1 or not value.item() > 0:
-        found = shown(value.tolist()) if value.numel() <= 1 else list(value.shape)
-        raise InputError(f"{name}.alpha is {found}; one positive number is wanted")
-    return float(value)

@@ -74,11 +74,11 @@ def check_fit(file: Path, lora: LoraFile, pipeline: Any) -> None:
                 raise InputError(f"{file}: changes {name} {shape}, which in the base is {found}; {advice}")
 
 
-def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
+def load_lora(path: Path, networks: dict[str, nn.Module]) -> tuple[str, ...]:
     """Loads a file (or a folder's file) into the adapters "default" of networks, in the adapters' dtype.
 
     Raises FileNotFoundError if there is none, ValueError if networks, modules or shapes differ; another scale is
-    multiplied into B, so that training starts from what the file does.
+    multiplied into B, so that training starts from what the file does. Returns notes of what the file holds besides.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -94,6 +94,7 @@ def load_lora(path: Path, networks: dict[str, nn.Module]) -> None:
         own[name] = {keys[key]: value for key, value in _rescaled(lora, name, network).items()}
     for name, network in networks.items():
         set_peft_model_state_dict(network, own[name], ADAPTER)
+    return lora.notes
 
 
 def _check_shapes(path: Path, name: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ class LoraFile(NamedTuple):
     tensors: dict[str, dict[str, Tensor]]  # by network: {"conv_in.lora_A.weight": [rank, 4, 3, 3], ...}
     settings: dict[str, Settings]  # by network: options of peft's LoraConfig
     about: dict[str, str]  # the whole header
+    notes: tuple[str, ...] = ()  # what of the file is left out
 
     @property
     def is_dora(self) -> bool:
@@ -69,16 +70,21 @@ def scaled(up: Tensor, scaling: float) -> Tensor:
 def check_modules(file: Path, name: str, state: dict[str, Tensor]) -> None:
     """Raises ValueError unless a network's tensors, by peft's names, are pairs of one rank that fit each other."""
     for module in {re.sub(r"\.lora_(A\.weight|B\.weight|magnitude_vector)$", "", key) for key in state}:
-        down, up = (state.get(f"{module}.lora_{letter}.weight") for letter in "AB")
-        place = f"{file}: {name}.{shown(module)}"
-        if down is None or up is None or down.dim() < 2 or down.dim() != up.dim() or up.shape[1] != down.shape[0]:
-            raise InputError(f"{place} needs lora_A and lora_B of one rank")
-        if down.shape[0] < 1 or set(up.shape[2:]) - {1}:
-            raise InputError(f"{place}: lora_A {list(down.shape)} and lora_B {list(up.shape)} are none of a LoRA")
+        place, down, up = f"{file}: {name}.{shown(module)}", *(state.get(f"{module}.lora_{x}.weight") for x in "AB")
+        _, up = check_pair(place, down, up)
         magnitude = state.get(f"{module}.lora_magnitude_vector")
         if magnitude is not None and magnitude.numel() != len(up):
             found = f"has {magnitude.numel()} numbers, and lora_B {len(up)} outputs"
             raise InputError(f"{place}: lora_magnitude_vector {found}; they must be as many")
+
+
+def check_pair(place: str, down: Tensor | None, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns A and B; ValueError unless both are there, and of one rank."""
+    if down is None or up is None or down.dim() < 2 or down.dim() != up.dim() or up.shape[1] != down.shape[0]:
+        raise InputError(f"{place} needs lora_A and lora_B (lora_down and lora_up) of one rank")
+    if down.shape[0] < 1 or set(up.shape[2:]) - {1}:
+        raise InputError(f"{place}: lora_A {list(down.shape)} and lora_B {list(up.shape)} are none of a LoRA")
+    return down, up
 
 
 def file_name(network: str, key: str) -> str:

@@ -6,28 +6,62 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datasets_lib.errors import InputError, MissingFileError
-from datasets_lib.foreign import shown
+from datasets_lib.foreign import entries, shown
+from trainers.common.lora.lora_file import NETWORKS
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WANTED = f"{FILE_NAME}, or peft's {PEFT_NAME}"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADER_BYTES = 32 << 20  # at most: tools write how often each tag occurred in training
 
 
-def find_lora(path: Path) -> Path:
-    """Returns the file itself, or a folder's pytorch_lora_weights.safetensors.
+def lora_parts(path: Path) -> list[Path]:
+    """Returns the files of a LoRA's tensors: the file itself or a folder's, of which peft writes one per network.
 
     Raises FileNotFoundError if there is none, ValueError for another extension.
     """
-    file = path / FILE_NAME if path.is_dir() else path
+    if not path.is_dir():
+        return [_checked(path)]
+    folders = (path, *(path / network for network in NETWORKS))
+    if not (path / FILE_NAME).is_file() and (found := [f / PEFT_NAME for f in folders if (f / PEFT_NAME).is_file()]):
+        return found
+    if not (path / FILE_NAME).is_file():
+        others = [file.name for file in entries(path) if file.suffix in (".safetensors", *PICKLES)]
+        advice = f"it has {', '.join(map(shown, others[:5]))}: give a file" if others else f"or a folder with {WANTED}"
+        raise MissingFileError(f"no file {path / FILE_NAME}; give a LoRA as .safetensors, {advice}")
+    return [path / FILE_NAME]
+
+
+def _checked(file: Path) -> Path:
     if not file.is_file():
-        raise MissingFileError(f"no file {file}; give a LoRA as .safetensors, or a folder with {FILE_NAME}")
-    if file.suffix != ".safetensors":  # diffusers would unpickle it
+        raise MissingFileError(f"no file {file}; give a LoRA as .safetensors, or a folder with {WANTED}")
+    if file.suffix in PICKLES:  # diffusers would unpickle it
+        why = "this one is a pickle, which can run code when it is read"
+        raise InputError(f"{file}: the name of a LoRA must end in .safetensors; {why}: save it anew as safetensors")
+    if file.suffix != ".safetensors":
         raise InputError(f"{file}: the name of a LoRA must end in .safetensors; other formats are not read")
     return file
+
+
+def find_lora(path: Path) -> Path:
+    """Returns the file with the header of a LoRA, the first of lora_parts; raises as that."""
+    return lora_parts(path)[0]
+
+
+def lora_files(path: Path) -> list[Path]:
+    """Returns all files that a LoRA's meaning depends on: its tensors, and peft's settings."""
+    parts = lora_parts(path)
+    configs = (part.with_name(PEFT_CONFIG) for part in parts)
+    return parts + [config for config in configs if config.is_file()]
 
 
 def read_about(path: Path) -> dict[str, str]:
@@ -35,6 +69,12 @@ def read_about(path: Path) -> dict[str, str]:
     file = find_lora(path)
     with _reading(file), safe_open(file, framework="pt") as opened:
         return opened.metadata() or {}
+
+
+def read_names(file: Path) -> list[str]:
+    """Reads the names of a safetensors file's tensors, without the tensors."""
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> Path:
@@ -53,12 +93,17 @@ def make_readable(path: Path) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file's tensors; ValueError unless they are finite, and of floating point but for alphas."""
+    """Reads a safetensors file's tensors, those in 8 bits as float32, which holds their values.
+
+    Raises ValueError unless they are finite, and of floating point but for alphas.
+    """
     with _reading(file):
         tensors = load_file(file)
     for key, value in tensors.items():
-        if not (value.is_floating_point() or key.endswith(".alpha")):
-            kind = str(value.dtype).removeprefix("torch.")
+        kind = str(value.dtype).removeprefix("torch.")
+        if kind.startswith("float8"):
+            tensors[key] = value = value.float()
+        if value.dtype not in NUMBERS and not (key.endswith(".alpha") and value.dtype in WHOLE):
             raise InputError(f"{file}: {shown(key)} holds numbers of type {kind}; those of a LoRA are floating-point")
         if not value.float().isfinite().all():
             raise InputError(f"{file}: {shown(key)} holds numbers that are not finite; take a LoRA that is not broken")

@@ -40,8 +40,9 @@ class AdapterTrainer(StableDiffusionTrainer):
         from trainers.common.lora.loading import load_lora
 
         networks = self.add_adapters()
+        self.left_out: tuple[str, ...] = ()
         if self.config.lora_weights is not None and self.run.start_step == 0:
-            load_lora(Path(self.config.lora_weights), networks)
+            self.left_out = load_lora(Path(self.config.lora_weights), networks)
         self.base_pictures: dict[str, Tensor] = {}  # cached: they never change
         return networks
 
@@ -108,7 +109,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         unlike = (
             f"unlike the base model the LoRA is for {changes}; wherever it is loaded, the scheduler must be set to it"
         )
-        return [*super().notes(train_set), *([unlike] if changes else [])]
+        return [*super().notes(train_set), *self.left_out, *([unlike] if changes else [])]
 
     def kohya_problem(self) -> str | None:
         """Returns why no file in kohya's format is written besides, or None if it is."""

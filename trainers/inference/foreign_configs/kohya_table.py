@@ -57,7 +57,7 @@ MAIN: dict[str, Row] = {
     "network_alpha": Row("task.lora_alpha", read=number),
     "network_dropout": Row("task.lora_dropout", "of the input here, of A's output there", number),
     "network_args": Row("task.target_modules", "conv_dim adds the convolutions; other keys have no equal"),
-    "network_weights": Row("task.lora_weights", "scripts/convert_lora.py --to diffusers makes a file that is read"),
+    "network_weights": Row("task.lora_weights", "kohya's files are read as they are"),
     "network_train_unet_only": Row("task.train_text_encoder", "the opposite", flag),
     "network_train_text_encoder_only": Row("", "the UNet's adapter is always trained"),
     "dim_from_weights": Row("", "give the rank: task.rank"),
