@@ -16,8 +16,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from trainers.common.lora.files import read_about, save_lora
+from trainers.common.lora.files import lora_of, write_lora
 from trainers.common.lora.header import SETTINGS_KEY
+from trainers.common.lora.kohya import write_kohya
+from trainers.common.lora.tensors import FILE_NAME, read_about
 
 SETTINGS = {
     "alpha": {"r": 2, "lora_alpha": 3},
@@ -78,11 +80,12 @@ def files(request, tmp_path_factory):
 
 
 def written(folder, found):
-    from scripts.convert_lora import convert
-
-    diffusers = save_lora(folder, found, {"base_model": "base", "trigger_word": "sks"})
-    convert(diffusers, folder / "kohya.safetensors", "kohya")
-    return {"diffusers": diffusers, "kohya": folder / "kohya.safetensors"}
+    """The two files as a run writes them."""
+    lora = lora_of(found, {"base_model": "base", "trigger_word": "sks"}).folded()
+    paths = {"diffusers": folder / FILE_NAME, "kohya": folder / "full.safetensors"}
+    write_lora(paths["diffusers"], lora)
+    write_kohya(paths["kohya"], lora, "full")
+    return paths
 
 
 # layers that a program never takes from kohya's format, with all targets; of the UNet's two ends and its embeddings
