@@ -24,6 +24,7 @@ from trainers.common.lora.tensors import FILE_NAME, read_about
 SETTINGS = {
     "alpha": {"r": 2, "lora_alpha": 3},
     "rslora": {"r": 2, "lora_alpha": 3, "use_rslora": True},
+    "dora": {"r": 2, "lora_alpha": 3, "use_dora": True},
     "patterns": {"r": 2, "lora_alpha": 1, "rank_pattern": {"to_k": 1}, "alpha_pattern": {"to_v": 5}},
 }
 PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -51,6 +52,8 @@ def adapted(name, targets, settings):
         for layer in adapters(module).values():
             for factor in (layer.lora_A, layer.lora_B):
                 factor["default"].weight = nn.Parameter(torch.randn(factor["default"].weight.shape, device="cpu"))
+            for magnitude in layer.lora_magnitude_vector.values():
+                magnitude.weight = nn.Parameter(torch.rand(magnitude.weight.shape, device="cpu"))
     return found
 
 
@@ -199,6 +202,29 @@ def shown_by_forge(about):
     if about.get("ss_base_model_version", "").startswith("sdxl_") or about.get("ss_v2") == "True":
         return shown_by_a1111(about)
     return "SD1" if architecture == "stable-diffusion-v1/lora" else "unknown"
+
+
+IGNORE_DORA = ("kohya", "kohya's merge", "stable-diffusion.cpp")
+
+
+@pytest.fixture(scope="module")
+def dora(tmp_path_factory):
+    """Names in the file in kohya's format of a DoRA of all layers, as `convert_lora.py --dora` writes it."""
+    path = tmp_path_factory.mktemp("dora") / "dora.safetensors"
+    write_kohya(path, lora_of(adapted("sd1", "attention", "dora"), {}).folded(), "dora")
+    return load_file(path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_who_takes_the_scale_of_a_dora(dora, reader):
+    reading = READERS[reader](list(dora), family("sd1"))
+    assert len(reading.used) == 176
+    unused = [name for name in dora if name.endswith(".dora_scale")] if reader in IGNORE_DORA else []
+    assert reading.unused == unused
+    assert reader in IGNORE_DORA or all("dora" in parts for parts in reading.used.values())
+    for layer, parts in reading.used.items():
+        rows = family("sd1").shapes[layer][0]
+        assert "dora" not in parts or dora[parts["dora"]].shape[0] == dora[parts["dora"]].numel() == rows
 
 
 # formulas -----------------------------------------------------------------------------------------------------------
