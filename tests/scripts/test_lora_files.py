@@ -370,7 +370,7 @@ def test_both_formats_mean_the_same(files, tmp_path, monkeypatch, family, kind):
 def test_diffusers_reads_the_kohya_format(files, tmp_path, family):
     targets = [name for name in UNET if name != "linear_1"]  # its reader loses SDXL's add_embedding.linear_1
     networks = adapted(family, "rslora", unet=targets, layers=2)  # one alpha for all; layers as in the real ones
-    file = save_lora(tmp_path, networks, {"ss_base_model_version": "sdxl_base_v1-0"} if family == "sdxl" else {})
+    file = save_lora(tmp_path, networks, {})
     convert_lora.convert(file, tmp_path / "kohya.safetensors", "kohya")
     read = loaded(family, tmp_path / "kohya.safetensors", layers=2)
     assert_equal(differences(read, "read"), differences(networks), 1e-6)

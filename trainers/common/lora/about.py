@@ -10,7 +10,7 @@ import yaml
 from datasets_lib.errors import InputError
 from datasets_lib.foreign import read_bytes, shown
 from trainers.base import BaseConfig
-from trainers.common.lora.kohya_texts import FAMILIES, VERSIONS
+from trainers.common.lora.kohya_texts import FAMILIES, LAYERS, VERSIONS
 from trainers.common.lora.options import AdapterConfig
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.model_configs import read_config
@@ -42,12 +42,13 @@ def published_name(source: str) -> str:
     return Path(source).expanduser().resolve().name if is_path else source
 
 
-def kohya_version(base_model: BaseModel) -> str | None:
-    """Returns kohya's name of a base's family, or None for networks of other sizes."""
-    if base_model.is_xl:
-        return VERSIONS["sdxl"]
-    width = read_config(base_model.folder / "unet" / "config.json").get("cross_attention_dim")
-    return VERSIONS.get(FAMILIES.get(width, "")) if isinstance(width, int) else None
+def family_texts(base_model: BaseModel) -> dict[str, str]:
+    """Returns kohya's name of a base's family, except for networks of other sizes, and unusual layers of the UNet."""
+    unet = read_config(base_model.folder / "unet" / "config.json")
+    width, layers = unet.get("cross_attention_dim"), unet.get("layers_per_block", 2)
+    family = "sdxl" if base_model.is_xl else FAMILIES.get(width, "") if isinstance(width, int) else ""
+    named = {"ss_base_model_version": VERSIONS[family]} if family in VERSIONS else {}
+    return named | ({} if layers == 2 else {LAYERS: str(layers)})
 
 
 def base_of(folder: Path, about: dict[str, str]) -> dict[str, Any]:

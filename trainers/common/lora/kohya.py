@@ -14,14 +14,12 @@ from datasets_lib.errors import InputError
 from datasets_lib.foreign import shown
 from trainers.common.lora.header import SETTINGS_KEY
 from trainers.common.lora.kohya_names import is_known
-from trainers.common.lora.kohya_texts import family_of, kohya_texts
+from trainers.common.lora.kohya_texts import LAYERS, family_of, kohya_texts
 from trainers.common.lora.lora_file import LoraFile
 from trainers.common.lora.original_names import original_sdxl_name
 from trainers.common.lora.tensors import write_tensors
 
 SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-
-
 DORA = "of a DoRA, AUTOMATIC1111 makes another change, and kohya's tools and stable-diffusion.cpp an ordinary LoRA"
 
 
@@ -43,6 +41,7 @@ def to_kohya(lora: LoraFile, title: str) -> tuple[dict[str, Tensor], dict[str, s
     """Returns tensors and header in kohya's format; the header keeps its texts, except for peft's settings."""
     family = family_of(lora)
     tags = {"unet": "unet", "text_encoder": "te1" if family == "sdxl" else "te", "text_encoder_2": "te2"}
+    renamed = family == "sdxl" and LAYERS not in lora.about
     tensors: dict[str, Tensor] = {}
     ranks: Counter[int] = Counter()
     alphas: Counter[float] = Counter()
@@ -51,7 +50,7 @@ def to_kohya(lora: LoraFile, title: str) -> tuple[dict[str, Tensor], dict[str, s
         for module, rank in lora.ranks(network).items():
             if not is_known(module.replace(".", "_")):
                 raise InputError(f"{shown(module)} is no module of Stable Diffusion's networks that is known here")
-            original = original_sdxl_name(module) if family == "sdxl" and network == "unet" else module
+            original = original_sdxl_name(module) if renamed and network == "unet" else module
             name, alpha = f"lora_{tags[network]}_{original.replace('.', '_')}", scalings[module] * rank
             tensors |= {f"{name}.{new}": state[f"{module}.{old}"] for old, new in SUFFIXES.items()}
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)

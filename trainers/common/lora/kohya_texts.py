@@ -9,6 +9,7 @@ from trainers.common.lora.header import text_settings
 from trainers.common.lora.lora_file import LoraFile
 from trainers.common.text_to_image.prompts import TextSettings
 
+LAYERS = "layers_per_block"  # of a UNet that has not two, as the original networks have
 FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the captions' embeddings
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 ARCHITECTURES = {

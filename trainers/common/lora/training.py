@@ -179,15 +179,13 @@ class AdapterTrainer(StableDiffusionTrainer):
 
     def about_base(self) -> dict[str, str]:
         """Returns the texts of the file's header that follow from the base model."""
-        from trainers.common.lora.about import kohya_version
+        from trainers.common.lora.about import family_texts
         from trainers.common.lora.header import SCHEDULER_KEY
 
         noise = self.learned.scheduler.config
-        found = {"prediction_type": noise.prediction_type}
+        found = family_texts(self.base_model) | {"prediction_type": noise.prediction_type}
         if noise.rescale_betas_zero_snr:
             found["rescale_betas_zero_snr"] = "True"
-        if version := kohya_version(self.base_model):
-            found["ss_base_model_version"] = version
         if self.scheduler_changes:
             found[SCHEDULER_KEY] = json.dumps(self.scheduler_changes)
         return found

@@ -69,7 +69,7 @@ def end_block(ctx: RunContext, trainer: Trainer, train_set: ImageData, lost_writ
     """Says where the pipeline is, how to load and sample it, and what could not be read or written. Collective."""
     folders, output_dir = ctx.folders, ctx.output_dir
     location = folders.paths[0] if folders.several else output_dir
-    usage = "\n\n".join([trainer.usage_of(location), *trainer.usage_notes(location)])
+    usage = "\n\n".join([trainer.usage_of(location), *trainer.usage_notes(Path(location))])
     if bad := train_set.bad_count:
         usage += f"\n\nNOTE: {bad} of {len(train_set)} training images could not be read and were replaced"
     if any(counts := skipped(train_set).values()):
