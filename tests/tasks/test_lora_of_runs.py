@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -148,6 +149,16 @@ def test_a_checkpoint_without_its_base_and_a_run_without_its_end(finished, tmp_p
         convert_lora.convert(run / "checkpoint-6", tmp_path / "ink wash.safetensors")
     assert "NOTE: the file does not say what its base model predicts: " in capsys.readouterr().err
     assert_same_tensors(tmp_path / "ink wash.safetensors", finished / "ink wash.safetensors")
+
+
+def test_a_checkpoint_is_no_lora_file_and_the_message_names_what_makes_one(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    for folder in (finished / "checkpoint-6", tmp_path / "run"):
+        message = f"no file .*; python scripts/convert_lora.py {folder} FILE.safetensors makes it of a checkpoint"
+        with pytest.raises(SystemExit, match=message):
+            run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", "--lora", folder)
+    convert_lora.convert(tmp_path / "run", tmp_path / "newest.safetensors")
+    assert_same_tensors(tmp_path / "newest.safetensors", finished / "ink wash.safetensors")
 
 
 def test_checkpoints_that_hold_no_lora(run_in_process, of_v, tmp_path):
