@@ -22,6 +22,7 @@ class TrainerConfig(Section):
     initial_weights: ClassVar[tuple[str, ...]] = ("pretrained_model_name_or_path",)  # ignored if all weights are saved
     export_is_base_model: ClassVar[bool] = False  # whether a finished run is a valid pretrained_model_name_or_path
     reads_captions: ClassVar[bool] = False  # whether captions and class images are used
+    exports_networks: ClassVar[bool] = True  # whether a finished run holds whole networks
     takes_buckets: ClassVar[bool] = False  # whether height and width may differ between batches
 
     learning_rate: PositiveFloat | dict[str, float] = 1e-4  # peak of the schedule; a dict: one rate per network

@@ -81,4 +81,8 @@ class TextToImageTrainer(StableDiffusionTrainer):
         return self.usage.format(**vars(self.config) | self.prompts.usage() | {"output_dir": in_quotes(location)})
 
     def save_pipeline(self, output_dir: Path) -> None:
-        self.pipeline().save_pretrained(output_dir)
+        from trainers.common.text_to_image.pipeline_files import write_pipeline
+
+        networks = {name: self.raw(name) for name in self.unwrapped}
+        place = self.base_model, networks, self.learned.sampler, self.latents
+        write_pipeline(output_dir, *place, kept=self.base.export_variant)

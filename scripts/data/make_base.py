@@ -22,6 +22,7 @@ import datasets_lib
 from datasets_lib.errors import InputError
 from trainers.common.autoencoder.latents import latents_problems
 from trainers.common.autoencoder.options import find_subfolder
+from trainers.common.lora.lora_file import file_name
 from trainers.engine.config.config import load_config
 from trainers.engine.config.trust import add_trust_argument
 from trainers.inference.command import check_new, command, path_argument, positive
@@ -64,6 +65,12 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
     return CLIPTextModel(config)
 
 
+def save_text_encoder(encoder: CLIPTextModel, folder: Path) -> None:
+    """Saves an encoder with the names of tensors that the hub's have, and transformers 4 needs."""
+    state = {file_name("text_encoder", key): value for key, value in encoder.state_dict().items()}
+    encoder.save_pretrained(folder, state_dict=state)
+
+
 def make_base(options: argparse.Namespace) -> str:
     """Writes the folder and returns a line about its content; raises ValueError for unsuitable input."""
     check_new(options.output)
@@ -78,7 +85,8 @@ def make_base(options: argparse.Namespace) -> str:
     vae = read_model(AutoencoderKL, options.vae, subfolder=find_subfolder(options.vae, None))
     vae.save_pretrained(options.output / "vae")
     tokenizer = write_tokenizer(options.output / "tokenizer", sorted(captions), options.max_length)
-    build_text_encoder(tokenizer, options.width, options.layers).save_pretrained(options.output / "text_encoder")
+    encoder = build_text_encoder(tokenizer, options.width, options.layers)
+    save_text_encoder(encoder, options.output / "text_encoder")
     sampler = DDIMScheduler(**NOISE, clip_sample=False, timestep_spacing="trailing")
     sampler.save_pretrained(options.output / "scheduler")
     return f"{len(captions)} captions, {len(tokenizer)} tokens: {options.output}"

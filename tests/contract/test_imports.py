@@ -33,6 +33,7 @@ ORDER = (
     "trainers.options",
     "trainers.model_configs",
     "trainers.pretrained",
+    "trainers.weight_files",
     "trainers.engine.config.eval_networks",
     "trainers.engine.config.base_options",
     "trainers.task_options",
@@ -75,6 +76,7 @@ CONTRACT = (
     "trainers.options",
     "trainers.model_configs",
     "trainers.pretrained",
+    "trainers.weight_files",
     "trainers.task_options",
     "trainers.base",
 )  # between loop and tasks

@@ -20,7 +20,7 @@ CAPTIONS = ["a photo of a cat", "a photo of a dog", "a handwritten three", "sks,
 TEXT_WIDTH = 32
 LONG = {"length": 77, "layers": 3}
 
-VERSION = 1  # raise it when what is made here changes
+VERSION = 2  # raise it when what is made here changes
 
 
 def model(family):
@@ -176,6 +176,11 @@ def _save(pipeline, folder):
     for name, path in kept.items():
         path.rename(folder / f".{name}")
     pipeline.save_pretrained(folder)
+    from scripts.data.make_base import save_text_encoder
+
+    for name in ("text_encoder", "text_encoder_2"):
+        if getattr(pipeline, name, None) is not None:
+            save_text_encoder(getattr(pipeline, name), folder / name)
     for name, path in kept.items():
         shutil.rmtree(path)
         (folder / f".{name}").rename(path)

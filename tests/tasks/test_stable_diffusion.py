@@ -318,7 +318,7 @@ def test_the_file_says_what_it_is(run_in_process):
         "rank": "4",
         "alpha": "8",
         "trigger_word": "sks",
-        "base_model": "sd1-1",
+        "base_model": "sd1-2",
         "resolution": "32",
         "prediction_type": "epsilon",
     }

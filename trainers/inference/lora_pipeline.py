@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -97,20 +96,6 @@ def weigh_loras(pipeline: Any, weights: dict[str, float]) -> None:
         pipeline.disable_lora()
 
 
-def cast(pipeline: Any, dtype: torch.dtype) -> Any:
-    """Casts a pipeline's networks, without diffusers' warning of modules to be kept in float32 where there are none."""
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-
-    def is_founded(record: logging.LogRecord) -> bool:
-        return "should be kept in float32: []" not in record.getMessage()
-
-    logger.addFilter(is_founded)
-    try:
-        return pipeline.to(dtype)
-    finally:
-        logger.removeFilter(is_founded)
-
-
 def check_negative_prompt(text: str | None, guidance: float) -> None:
     if text is not None and guidance <= 1:
         raise InputError(f"--negative-prompt: has no effect with guidance {guidance:g}; give --guidance above 1")
@@ -127,9 +112,13 @@ def check_weights(pipeline: Any) -> None:
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     for network, owner in networks.items():
         for key, weights in owner.state_dict().items():
-            if weights.is_floating_point() and not weights.isfinite().all():
-                found = f"{network}.{key} holds numbers that are not finite"
-                raise InputError(f"{found}; lower the LoRAs' weights, take --dtype float32, or check the base")
+            check_values(f"{network}.{key}", weights)
+
+
+def check_values(name: str, weights: Tensor) -> None:
+    if weights.is_floating_point() and not weights.isfinite().all():
+        found = f"{name} holds numbers that are not finite"
+        raise InputError(f"{found}; lower the LoRAs' weights, take --dtype float32, or check the base")
 
 
 def check_strength(strength: float, steps: int) -> None:

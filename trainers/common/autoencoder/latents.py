@@ -15,11 +15,18 @@ from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.options import find_subfolder, latent_grid, load_autoencoder
 from trainers.common.model_files import Grid, files_digest
 from trainers.model_configs import read_config
+from trainers.pretrained import reading
+from trainers.weight_files import copy_part
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
     from torch import Tensor
+
+HUB_FILES = (
+    "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)  # fmt: skip
 
 
 def vae_config(source: str) -> dict[str, Any] | None:
@@ -111,6 +118,17 @@ class LatentSpace:
 
         options: dict[str, Any] = {"variant": self.variant, "torch_dtype": dtype or torch.float32}
         return load_autoencoder(self.option, self.source, self.pictures, **options)
+
+    def copy_to(self, folder: Path, kept: str | None = None) -> None:
+        """Copies the autoencoder's files as they are, and those of the variant `kept` if there are any."""
+        from diffusers import AutoencoderKL
+        from huggingface_hub import snapshot_download
+
+        source = Path(self.source) / (find_subfolder(self.source, None) or "")
+        if not source.is_dir():
+            with reading(AutoencoderKL, self.source, f"{self.option} = {self.source}"):
+                source = Path(snapshot_download(self.source, allow_patterns=[*HUB_FILES]))  # they are there already
+        copy_part(source, folder, self.variant, kept)
 
     @cached_property
     def digest(self) -> str:

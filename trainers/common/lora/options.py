@@ -19,6 +19,8 @@ class AdapterConfig(StableDiffusionConfig):
     free_on_resume: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.free_on_resume, "lora_scale", "lora_formats")
     training_only: ClassVar[tuple[str, ...]] = (*StableDiffusionConfig.training_only, "lora_weights", "lora_formats")
 
+    exports_networks: ClassVar[bool] = False
+
     rank: Positive = 16  # r: columns of A, rows of B
     lora_alpha: PositiveFloat | None = None  # alpha: the adapter is scaled by alpha / r; null: r, a scale of 1
     lora_dropout: Fraction = 0.0  # fraction of the adapters' inputs dropped in training

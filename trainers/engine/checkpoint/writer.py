@@ -13,8 +13,9 @@ from datasets_lib.errors import FileError
 from datasets_lib.file_hashes import sha256
 from trainers.engine.checkpoint.manifest import MANIFEST
 from trainers.engine.checkpoint.snapshot import Snapshot
-from trainers.engine.run.files import flush, write_tensors, write_text
+from trainers.engine.run.files import flush, write_text
 from trainers.engine.run.run_folder import METRICS
+from trainers.weight_files import write_tensors
 
 SPARE_BYTES = 1 << 20  # for headers, texts and the file system, besides the tensors
 INTACT = "older checkpoints are intact; make room and continue with base.resume_from_checkpoint=latest"

@@ -45,7 +45,7 @@ class BaseConfig(Section):
         "save_model_steps", "push_to_hub", "hub_model_id", "valid_epochs", "valid_steps", "logging_dir", "logger",
         "logging_steps", "tracker_project", "run_name", "cache_dir", "encoder_cache_dir", "image_cache_mb",
         "eval_steps", "eval_num_samples", "eval_features", "eval_classifier", "dataloader_num_workers",
-        "dataloader_timeout",
+        "dataloader_timeout", "export_variant",
         # compared by their effect: the global batch size, the remaining learning rates, the data set's fingerprint
         "train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs", "max_train_steps",
         "dataset_name", "dataset_config_name", "train_data_dir", "dataset", "dataset_args", "max_train_samples",
@@ -81,6 +81,7 @@ class BaseConfig(Section):
     checkpoints_total_limit: Positive | None = None  # keep the newest this many checkpoints; null: all
     save_model_epochs: Positive | None = None  # export the pipeline every this many epochs; null: only at the end
     save_model_steps: Positive | None = None  # the same in optimizer steps
+    export_variant: Literal["fp16", "bf16"] | None = None  # also write weights in half, *.fp16.safetensors; null: no
     push_to_hub: bool = False  # upload the finished pipeline and its card; log in with `hf auth login`
     hub_model_id: str | None = None  # repository to push to, such as me/digits; null: the name of output_dir
 

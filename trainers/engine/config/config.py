@@ -88,6 +88,9 @@ def check_config(
     of_base += base.without_effect(("encoder_cache_dir",), "cache_latents or cache_text: disk", on_disk)
     if base.buckets and not config.takes_buckets:
         of_base.append(("buckets", f"{task} takes pictures of one size; set it to false"))
+    if base.export_variant and not config.exports_networks:
+        found = f"{task} exports an adapter, and no network that could have variants; set it to null"
+        of_base.append(("export_variant", found))
     of_task = list(config.problems(base))
     if problem := optimizer_problem(config.optimizer):
         of_task.append(("optimizer", problem))

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from datasets_lib.errors import FileError, InputError
 from datasets_lib.foreign import shown
-from trainers.engine.run.files import flush, write_tensors
+from trainers.engine.run.files import flush
+from trainers.weight_files import write_tensors
 
 CHECKSUMS = "checksums"  # the tensor [rows], int64, of each file, in the order of the keys
 

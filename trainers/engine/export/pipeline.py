@@ -14,6 +14,7 @@ from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.snapshot import TrainState, first_not_finite, full_tensor
 from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.distributed.sharding import is_sharded, weight_of
+from trainers.engine.export.variant import write_variant
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled
 from trainers.engine.run.context import RunContext
@@ -21,6 +22,7 @@ from trainers.engine.run.run_folder import publish_pipeline
 from trainers.engine.run.signals import Abandoned
 from trainers.engine.tracking.tracker import Tracker
 from trainers.engine.validation.validation import Validation
+from trainers.weight_files import make_readable
 
 
 def export_pipeline(
@@ -54,6 +56,10 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
         trainer.unwrapped = {name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()}
         try:
             trainer.save_pipeline(staging)
+            if ctx.run.base.export_variant is not None:
+                for warning in write_variant(staging, ctx.run.base.export_variant):
+                    print(f"WARNING: base.export_variant: {warning}", flush=True)
+            make_readable(staging)
             names = publish_pipeline(staging, output_dir)
             tracker.log_pipeline(names, {"step": steps_done} | ctx.clock.epochs(steps_done))
         except (OSError, SafetensorError) as error:

@@ -11,9 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from datasets_lib.errors import FileError
 
 
@@ -57,14 +54,6 @@ def _space(path: Path) -> str:
         return f"; {shutil.disk_usage(path.parent).free:,} bytes are free"
     except OSError:  # the folder is gone
         return ""
-
-
-def write_tensors(values: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file with the usual permissions; the library's own can be read by the owner only."""
-    path.touch()
-    mode = path.stat().st_mode & 0o777  # asking os.umask() would change it for all threads
-    save_file(values, path, metadata={"format": "pt"})
-    path.chmod(mode)
 
 
 def flush(path: Path) -> None:

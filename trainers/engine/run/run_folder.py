@@ -23,6 +23,7 @@ from trainers.engine.config.base_options import BaseConfig
 from trainers.engine.distributed.shared_folders import PROBE, Folders, find_folders
 from trainers.engine.run.files import write_text
 from trainers.engine.run.held_folder import HeldFolder
+from trainers.weight_files import weight_files
 
 # of a finished pipeline, a single network, or an adapter
 INDEX_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
@@ -130,6 +131,8 @@ def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
     for index in INDEX_FILES:
         (output_dir / index).unlink(missing_ok=True)  # until one is back, a mixture is not mistaken for a pipeline
     names = sorted(path.name for path in staging.iterdir())
+    for file in weight_files(output_dir):  # such as of a variant that an earlier export had
+        file.path.unlink()
     for name in sorted(names, key=INDEX_FILES.__contains__):
         old = output_dir / name
         if old.is_dir() and not old.is_symlink():
