@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
+from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer, usage_by_class
 
 
 class ConditionalDDPMTrainer(ClassDiffusionTrainer):
@@ -12,6 +12,7 @@ class ConditionalDDPMTrainer(ClassDiffusionTrainer):
 
     Config = ClassDiffusionConfig
     task = "conditional_ddpm"
+    usage = usage_by_class("UNet2DModel", "unet")
 
     def network_settings(self) -> dict[str, Any]:
         return {"num_class_embeds": self.num_classes + 1, "class_embed_type": None}

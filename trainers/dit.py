@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
+from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer, usage_by_class
 from trainers.common.diffusion.dit_transformer import build_dit, dit_problems
 from trainers.common.model_files import Grid
 
@@ -26,6 +26,7 @@ class DiTTrainer(ClassDiffusionTrainer):
     Config = DiTConfig
     task = "dit"
     network_name = "transformer"
+    usage = usage_by_class("DiTTransformer2DModel", network_name)
 
     def build_network(self, grid: Grid) -> nn.Module:
         config = self.config

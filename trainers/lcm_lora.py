@@ -18,8 +18,8 @@ from trainers.common.text_to_image.options import OF_DENOISING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainers.common.class_pipeline import Condition
     from trainers.common.diffusion.consistency import Networks
-    from trainers.common.diffusion.guidance import Condition
 
 # all layers of the UNet except the first and the last, as in the published adapters
 EVERYWHERE = [

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import shown
-from trainers.model_configs import INDEX, check_files, numbers_in, read_config
+from trainers.model_configs import INDEX, OWN_PIPELINE, check_files, numbers_in, read_config
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -32,6 +32,7 @@ def read_model(
         with reading(kind, source, place):
             source = kind.download(source, use_safetensors=True, **wanted)
     folder = Path(source) / (subfolder or "")
+    kind = _own_class(folder) or kind if getattr(kind, "__name__", "") == "DiffusionPipeline" else kind
     _check_source(kind, source, place, " in safetensors format", options | {"subfolder": subfolder})
     options = _without_checker(kind, folder, options) | ({"subfolder": subfolder} if subfolder else {})
     for network, own in _networks(kind, folder):
@@ -42,6 +43,14 @@ def read_model(
     for part in getattr(whole, "components", {"": whole}).values():
         _check_read(part, place)
     return found
+
+
+def _own_class(folder: Path) -> Any:
+    """Returns the class of a pipeline of ours, which diffusers would look for in the folder's code; or else None."""
+    index = folder / INDEX
+    name = read_config(index).get("_class_name") if index.is_file() else None
+    ours = name in (OWN_PIPELINE, OWN_PIPELINE[1])  # the name alone before folders brought their class
+    return import_module("trainers.common.class_pipeline").ClassConditionalPipeline if ours else None
 
 
 def _without_checker(kind: Any, folder: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import datasets_lib
 from scripts.benchmarks.runs import DEVICE
 from trainers.base import Positive
+from trainers.common.class_pipeline import Condition
 from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig, ClassDiffusionTrainer
-from trainers.common.diffusion.guidance import Condition
 from trainers.common.model_files import Grid
 from trainers.engine.config.config import RunConfig
 from trainers.engine.optim.optimizer import learning_rate_schedule

@@ -38,12 +38,11 @@ ORDER = (
     "trainers.engine.config.base_options",
     "trainers.task_options",
     "trainers.base",
+    "trainers.common.class_pipeline",  # of which finished runs hold a copy: imports nothing of ours
     "trainers.common.model_files",
     "trainers.common.unet2d",
     "trainers.common.autoencoder",
     "trainers.common.diffusion",
-    "trainers.common.class_pipeline",  # finished runs' cards name its path
-    "trainers.common.diffusion.class_diffusion",
     "trainers.common.text_to_image",
     "trainers.common.lora",
     "trainers",

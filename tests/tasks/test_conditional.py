@@ -15,9 +15,8 @@ from run_folders import losses, read_metrics
 
 from train import main
 from trainers.base import RunInfo
-from trainers.common.class_pipeline import ClassConditionalPipeline
+from trainers.common.class_pipeline import ClassConditionalPipeline, Guidance, noise_levels
 from trainers.common.diffusion.class_diffusion import ClassDiffusionConfig
-from trainers.common.diffusion.guidance import Guidance, noise_levels
 from trainers.common.diffusion.sampling import build_sampler
 from trainers.conditional_ddpm import ConditionalDDPMTrainer
 from trainers.engine.config.base_options import BaseConfig

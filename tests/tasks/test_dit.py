@@ -14,9 +14,8 @@ from run_folders import losses
 
 from train import main
 from trainers.base import RunInfo
-from trainers.common.class_pipeline import ClassConditionalPipeline
+from trainers.common.class_pipeline import ClassConditionalPipeline, Guidance
 from trainers.common.diffusion.dit_transformer import PATCHES, build_dit, default_dit, dit_problems
-from trainers.common.diffusion.guidance import Guidance
 from trainers.common.model_files import Grid
 from trainers.dit import DiTConfig, DiTTrainer
 from trainers.engine.config.base_options import BaseConfig

@@ -8,11 +8,10 @@ from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from resuming import check_resume
 from run_folders import losses
 
-from trainers.common.class_pipeline import ClassConditionalPipeline
-from trainers.common.diffusion.guidance import Guidance
+from trainers.common.class_pipeline import ClassConditionalPipeline, Guidance, denoise
 from trainers.common.diffusion.objective import RectifiedFlow
 from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig
-from trainers.common.diffusion.sampling import build_sampler, denoise
+from trainers.common.diffusion.sampling import build_sampler
 from trainers.engine.config.config import ConfigError, load_config
 from trainers.engine.run.randomness import SlotRandom
 from trainers.inference.saved_run import load_trainer, open_run

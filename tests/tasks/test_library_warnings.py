@@ -16,9 +16,9 @@ from tiny_models import lora_file, model
 
 from scripts import merge_lora
 from trainers.common.autoencoder.latents import LatentSpace
-from trainers.common.class_pipeline import ClassConditionalPipeline
+from trainers.common.class_pipeline import ClassConditionalPipeline, _fresh, denoise
 from trainers.common.diffusion.consistency import lcm_scheduler
-from trainers.common.diffusion.sampling import _fresh, build_sampler, denoise
+from trainers.common.diffusion.sampling import build_sampler
 from trainers.engine.config.base_options import BaseConfig
 from trainers.inference.lora_pipeline import add_loras, load_pipeline
 from trainers.pretrained import read_model

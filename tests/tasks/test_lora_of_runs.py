@@ -71,12 +71,12 @@ def test_headers_say_what_was_asked_for_and_name_no_path(finished):
             "alpha": "5",
             "use_rslora": "True",
         }
-        assert about["base_model"] == "sd1-1"
+        assert about["base_model"] == "sd1-2"
         assert not any("/" in value for key, value in about.items() if key != "modelspec.architecture")
     shown = {key: about[key] for key in ("ss_output_name", "ss_sd_model_name", "modelspec.title", "modelspec.trigger_phrase",
                                          "modelspec.prediction_type", "modelspec.resolution", "ss_resolution")}  # fmt: skip
     assert shown == {
-        "ss_output_name": "ink wash", "ss_sd_model_name": "sd1-1", "modelspec.title": "ink wash",
+        "ss_output_name": "ink wash", "ss_sd_model_name": "sd1-2", "modelspec.title": "ink wash",
         "modelspec.trigger_phrase": "sks", "modelspec.prediction_type": "epsilon", "modelspec.resolution": "32x32",
         "ss_resolution": "(32, 32)",
     }  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_checkpoint_without_its_base_and_a_run_without_its_end(finished, tmp_p
     run.mkdir()
     (run / "checkpoint-6").symlink_to(finished / "checkpoint-6")
     state = json.loads((finished / "checkpoint-6" / "state.json").read_text())
-    assert state["config"]["lora"]["pretrained_model_name_or_path"] == "outputs/tests/sd1-1"
+    assert state["config"]["lora"]["pretrained_model_name_or_path"] == "outputs/tests/sd1-2"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)  # where the base's relative path leads nowhere
         patch.setenv("HF_HUB_OFFLINE", "1")

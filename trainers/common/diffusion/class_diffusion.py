@@ -11,7 +11,7 @@ from trainers.base import BaseConfig, CacheKind, Encoder, RandomSource
 from trainers.common.autoencoder.latents import LatentSpace, cache_problems, latents_problems, vae_config
 from trainers.common.autoencoder.options import latent_grid
 from trainers.common.diffusion.classes import class_numbers, count_classes, labels_of
-from trainers.common.diffusion.guidance import ClassifierGuidance, Condition, Guidance, classifier_problems
+from trainers.common.diffusion.guidance import ClassifierGuidance, classifier_problems
 from trainers.common.diffusion.objective import Predict
 from trainers.common.diffusion.pixel_diffusion import PixelDiffusionConfig, PixelDiffusionTrainer
 from trainers.common.model_files import Grid
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainers.base import DataSet
+    from trainers.common.class_pipeline import Condition
 
 
 @dataclass(kw_only=True)
@@ -73,6 +74,18 @@ class ClassDiffusionConfig(PixelDiffusionConfig):
         return None if settings is None else latent_grid(settings, base.resolution)
 
 
+def usage_by_class(network: str, subfolder: str) -> str:
+    """Returns the code that loads and samples a result; `network` is the class of what lies in the sub-folder."""
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        'pipeline = DiffusionPipeline.from_pretrained("{output_dir}", trust_remote_code=True)  # runs its pipeline.py\n'
+        "images = pipeline([0, 1], {guidance_scale}, num_inference_steps={ddpm_num_inference_steps}).images\n"
+        'images[0].save("sample.png")\n'
+        "# for what runs no code of a model, the network alone: "
+        f'{network}.from_pretrained("{{output_dir}}", subfolder="{subfolder}")'
+    )
+
+
 class ClassDiffusionTrainer(PixelDiffusionTrainer):
     """Trains a network conditioned on a class number, with one number past the last class for "no class"."""
 
@@ -82,12 +95,6 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
     task: ClassVar[str]  # the section's name, for messages
     num_classes: int
     classifier: ClassifierGuidance | None = None
-    usage = (
-        "from trainers.common.class_pipeline import ClassConditionalPipeline\n"
-        'pipeline = ClassConditionalPipeline.from_pretrained("{output_dir}")\n'
-        "images = pipeline([0, 1], {guidance_scale}, num_inference_steps={ddpm_num_inference_steps}).images\n"
-        'images[0].save("sample.png")'
-    )
 
     def setup(self) -> None:
         config = self.config
@@ -129,6 +136,8 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
     def sample(self, requests: list[dict], rng: RandomSource) -> dict[str, Tensor]:
         import torch
 
+        from trainers.common.class_pipeline import Guidance
+
         config = self.config
         labels = torch.tensor([request["label"] for request in requests], device=self.device)
         guidance = Guidance(config.guidance_scale, config.guidance_rescale, config.guidance_interval)
@@ -147,10 +156,13 @@ class ClassDiffusionTrainer(PixelDiffusionTrainer):
 
         network = {self.network_name: self.raw(self.network_name)}
         id2label = dict(enumerate(self.run.label_names)) if self.run.label_names else None
-        vae = None if self.latents is None else self.latents.load()  # the loaded one may be in half precision
         sampler = self.config.chosen_sampler
-        pipeline = ClassConditionalPipeline(self.scheduler, **network, id2label=id2label, sampler=sampler, vae=vae)
+        pipeline = ClassConditionalPipeline(self.scheduler, **network, id2label=id2label, sampler=sampler)
         pipeline.save_pretrained(output_dir)
+        if self.latents is not None:
+            self.latents.copy_to(output_dir / "vae", kept=self.base.export_variant)
+            pipeline.register_to_config(vae=("diffusers", "AutoencoderKL"))
+            pipeline.save_config(output_dir)
 
     @classmethod
     def load_pipeline(cls, output_dir: str | Path) -> Any:

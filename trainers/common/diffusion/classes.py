@@ -32,16 +32,13 @@ def count_classes(task: str, trainer: Trainer, num_classes: int | None) -> int:
 
 
 def class_numbers(option: str, classes: Sequence[str | int], names: list[str], num_classes: int) -> list[int]:
-    """Resolves names and numbers; names come first: with the names "1" and "0" the class "1" is number 0.
+    """Resolves names and numbers as the pipeline does; ValueError, naming the `option`, for any other class."""
+    from trainers.common.class_pipeline import find_classes
 
-    Raises ValueError, naming the `option`, for any other class.
-    """
-    known = {str(number): number for number in range(num_classes)} | {n: i for i, n in enumerate(names)}
-    for item in classes:
-        if item not in (known if isinstance(item, str) else range(num_classes)):
-            allowed = f"0 to {num_classes - 1}" + (f", or {', '.join(map(shown, names))}" if names else "")
-            raise InputError(f"{option}: {item!r} is no class; allowed: {allowed}")
-    return [item if isinstance(item, int) else known[item] for item in classes]
+    try:
+        return find_classes(option, classes, names, num_classes)
+    except ValueError as error:
+        raise InputError(shown(error)) from None
 
 
 def labels_of(task: str, batch: dict[str, Any]) -> Tensor:

@@ -1,12 +1,10 @@
-"""Guidance towards a class or a text: without a classifier (arXiv 2207.12598) and with one (arXiv 2105.05233)."""
+"""Guidance towards a class by a classifier of noisy pictures, arXiv 2105.05233."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from datasets_lib.errors import InputError
 from trainers.base import BaseConfig
@@ -15,48 +13,8 @@ from trainers.pretrained import read_model, read_part
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DDPMScheduler, SchedulerMixin
+    from diffusers import DDPMScheduler
     from torch import Tensor
-
-Condition: TypeAlias = "dict[str, Tensor]"  # a network's conditioning inputs: tensors [B, ...] by name
-Network: TypeAlias = (
-    "Callable[[Tensor, Tensor, Condition], Tensor]"  # (noisy [B, ...], timesteps, condition) -> prediction [B, ...]
-)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: its strength, and the noise levels at which it acts.
-
-    With `scale` 1 the prediction is the conditional one and with 0 the unconditional one; neither doubles the batch.
-    `rescale` in [0, 1] is phi of arXiv 2305.08891, section 3.4. For noise levels sigma (see noise_levels) outside of
-    the `interval` (low, high] the prediction is the conditional one, arXiv 2404.07724.
-    """
-
-    scale: float = 1.0
-    rescale: float = 0.0
-    interval: Sequence[float] | None = None
-
-    def predict(
-        self, network: Network, noisy: Tensor, timestep: Tensor, asked: Condition, none: Condition, sigma: float
-    ) -> Tensor:
-        """Predicts in one forward, of twice the batch if guidance acts; `none` is the condition to move away from."""
-        import torch
-
-        scale = self.scale if self.interval is None or self.interval[0] < sigma <= self.interval[1] else 1.0
-        if scale == 1.0:
-            return network(noisy, timestep, asked)
-        if scale == 0.0:
-            return network(noisy, timestep, none)
-        conditions = {name: torch.cat([rows, none[name]]) for name, rows in asked.items()}
-        both = network(torch.cat([noisy, noisy]), timestep, conditions).float()
-        conditional, unconditional = both.chunk(2)
-        guided = unconditional + scale * (conditional - unconditional)
-        if self.rescale == 0.0:
-            return guided
-        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-
-        return rescale_noise_cfg(guided, conditional, guidance_rescale=self.rescale)
 
 
 class ClassifierGuidance:
@@ -121,16 +79,3 @@ def classifier_problems(run: str, base: BaseConfig) -> Iterator[str]:
         return
     if channels != base.channels:
         yield f"sees pictures with {channels} channels, base.channels is {base.channels}; train one for these"
-
-
-def noise_levels(scheduler: SchedulerMixin) -> Callable[[Tensor | float], float]:
-    """Returns sigma(timestep), noise over signal: sqrt((1 - alpha_bar) / alpha_bar), or t / (1 - t) for a flow."""
-    if not hasattr(scheduler, "alphas_cumprod"):
-        total = scheduler.config.num_train_timesteps
-        return lambda timestep: _ratio(float(timestep) / total, 1 - float(timestep) / total)
-    alphas_cumprod = scheduler.alphas_cumprod.tolist()  # a copy: the scheduler's tensor moves to the device
-    return lambda timestep: _ratio((1 - alphas_cumprod[int(timestep)]) ** 0.5, alphas_cumprod[int(timestep)] ** 0.5)
-
-
-def _ratio(noise: float, signal: float) -> float:
-    return noise / signal if signal > 0 else math.inf

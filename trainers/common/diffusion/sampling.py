@@ -1,12 +1,12 @@
-"""Sampling, the reverse process from noise to pictures, with any of diffusers' schedulers."""
+"""Where sampling begins, by which scheduler, and what becomes of its result; the process is in class_pipeline.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from inspect import signature
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasets_lib.errors import InputError
+from datasets_lib.foreign import shown
 
 if TYPE_CHECKING:
     import torch
@@ -21,60 +21,14 @@ def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator], dev
     return randn_tensor((len(generators), *shape), generator=generators, device=device)
 
 
-def denoise(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    scheduler: SchedulerMixin,
-    noise: Tensor,
-    num_inference_steps: int,
-    generators: list[torch.Generator] | torch.Generator | None,
-    progress: Callable[[Iterable], Iterable] = iter,
-    after_step: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """Runs the reverse process on a copy of `scheduler`; a pipeline with the same generators draws the same."""
-    scheduler = _fresh(scheduler)  # set_timesteps changes a scheduler
-    scheduler.set_timesteps(num_inference_steps)
-    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)  # a flow has none
-    random = {"generator": generators} if "generator" in signature(scheduler.step).parameters else {}
-    sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in progress(scheduler.timesteps):
-        prediction = predict(scale(sample, timestep), timestep).float()
-        sample = scheduler.step(prediction, timestep, sample, **random).prev_sample
-        if after_step is not None:
-            after_step(sample)
-    return sample
-
-
-def _fresh(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Makes a scheduler with the same settings; `from_config` would warn of those of the kind that it was made from."""
-    known = signature(type(scheduler)).parameters
-    return type(scheduler)(**{name: value for name, value in scheduler.config.items() if name in known})
-
-
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Builds the sampler ddpm, ddim, dpmsolver++ or euler (of a flow one of the last two) for a training schedule.
+    """Builds a sampler by its name as the class-conditional pipeline does; ValueError for another name."""
+    from trainers.common.class_pipeline import find_sampler
 
-    Raises ValueError for any other name.
-    """
-    import diffusers
-
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        if name == "dpmsolver++":
-            config = scheduler.config
-            settings = {"num_train_timesteps": config.num_train_timesteps, "flow_shift": config.shift}
-            settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            return diffusers.DPMSolverMultistepScheduler(**settings)
-        if name != "euler":
-            raise InputError(f"sampler = {name}: a flow has euler or dpmsolver++")
-        return type(scheduler).from_config(scheduler.config)
-    if name == "ddim":
-        return diffusers.DDIMScheduler.from_config(scheduler.config)
-    if name == "dpmsolver++":
-        return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
-    if name == "euler":
-        return diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
-    if name != "ddpm":
-        raise InputError(f"sampler = {name}: must be one of ddpm, ddim, dpmsolver++, euler")
-    return type(scheduler).from_config(scheduler.config)
+    try:
+        return find_sampler(name, scheduler)
+    except ValueError as error:
+        raise InputError(shown(error)) from None
 
 
 def trained_with(sampler: SchedulerMixin) -> SchedulerMixin:
