@@ -43,7 +43,7 @@ def test_names_of_classes_are_read_in_silence(tmp_path):
     texts, again = hear(lambda: ClassConditionalPipeline.from_pretrained(tmp_path))
     assert (texts, again.label_names) == ([], ["cat", "dog"])
     index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": 1.5}}))
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"id2label": 1.5}))
     texts, _ = hear(lambda: ClassConditionalPipeline.from_pretrained(tmp_path))
     assert len(texts) == 1
     assert texts[0].startswith("Expected types for id2label: ")

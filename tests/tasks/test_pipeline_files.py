@@ -14,7 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_calls import run_script
 
-from scripts import merge_lora
+from scripts import merge_lora, sample
+from trainers.engine.config.config import load_config
+from trainers.engine.config.files import ConfigError
+from trainers.engine.export.variant import write_variant
 from trainers.weight_files import WeightFile, copy_part, variant_name, weight_files
 
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -218,3 +221,212 @@ def test_a_scheduler_that_the_run_changed_is_its_own(run_in_process):
     folder = run_in_process("run", "text_to_image", **options)
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert (config["_class_name"], config["prediction_type"]) == ("PNDMScheduler", "v_prediction")
+
+
+# --- merging
+
+
+def merged_with(base, output, lora, *options):
+    run_script(merge_lora, base, output, "--lora", lora, *options)
+    return output
+
+
+@pytest.fixture
+def encoder_lora(tmp_path):
+    """A LoRA of the UNet and of the text encoder."""
+    from peft import LoraConfig
+
+    from trainers.common.lora.files import save_lora
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tiny_models.model("sd1"))
+    torch.manual_seed(0)
+    for network, targets in ((pipeline.unet, ["to_q", "to_v"]), (pipeline.text_encoder, ["q_proj", "v_proj"])):
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": targets, "init_lora_weights": False}
+        network.add_adapter(LoraConfig(**settings), adapter_name="default")
+    return save_lora(tmp_path / "lora", {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, {})
+
+
+def fused(base, lora):
+    """{network: {tensor: value}} as peft merges in float32."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return {name: getattr(pipeline, name).state_dict() for name in ("unet", "text_encoder")}
+
+
+@pytest.mark.parametrize("kind", ["float32", "half", "shards"])
+def test_a_merge_changes_only_what_the_lora_changes(tmp_path, encoder_lora, kind):
+    networks = ("unet", "text_encoder", "vae")
+    changes = {"half": {"half": networks}, "shards": {"half": ("vae",), "shards": ("unet", "text_encoder")}}
+    base = copy_of("sd1", tmp_path / "base", **changes.get(kind, {}))
+    output, wanted = merged_with(base, tmp_path / "merged", encoder_lora), fused(base, encoder_lora)
+    found, of_base = contents(output), contents(base)
+    assert found.keys() == of_base.keys()
+    different = {name for name in found if found[name] != of_base[name] and name != "model_index.json"}
+    changed = {
+        str(file.path.relative_to(base)) for name in wanted for file in weight_files(base / name) if not file.is_index
+    }
+    assert different <= changed  # a shard may hold nothing that a LoRA changes
+    assert {name.split("/")[0] for name in different} == set(wanted)
+    assert len(changed) == (4 if kind == "shards" else 2)
+    for name in changed:
+        assert layout(output / name) == layout(base / name)
+        state = {key.removeprefix("text_model."): value for key, value in wanted[name.split("/")[0]].items()}
+        for key, value in load_file(output / name).items():
+            assert torch.equal(value, state[key.removeprefix("text_model.")].to(value.dtype)), key
+    assert all(key.startswith("text_model.") for key in load_file(next(output.glob("text_encoder/*.safetensors"))))
+    index = json.loads(found["model_index.json"])
+    assert index == json.loads(of_base["model_index.json"])
+    assert draws(output).isfinite().all()
+
+
+def test_a_merge_in_another_precision_casts_every_network(tmp_path, encoder_lora):
+    base = copy_of("sd1", tmp_path / "base", shards=("vae",))
+    output, wanted = (
+        merged_with(base, tmp_path / "merged", encoder_lora, "--dtype", "bfloat16"),
+        fused(base, encoder_lora),
+    )
+    for name in ("unet", "text_encoder", "vae"):
+        for file in weight_files(base / name):
+            if file.is_index:
+                about = json.loads((output / name / file.path.name).read_text())["metadata"]
+                assert about["total_size"] == json.loads(file.path.read_text())["metadata"]["total_size"] // 2
+                continue
+            found, of_base = load_file(output / name / file.path.name), load_file(file.path)
+            assert found.keys() == of_base.keys()
+            state = {key.removeprefix("text_model."): value for key, value in wanted.get(name, of_base).items()}
+            for key, value in found.items():
+                assert torch.equal(value, state[key.removeprefix("text_model.")].bfloat16()), key
+    assert contents(output / "tokenizer") == contents(base / "tokenizer")
+    assert draws(output).isfinite().all()
+
+
+def test_a_merge_leaves_out_a_checker_and_what_is_not_there(tmp_path):
+    base = copy_of("sd1", tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    about = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (base / "model_index.json").write_text(json.dumps(index | about | {"_name_or_path": "/home/somebody/base"}))
+    output = merged_with(base, tmp_path / "merged", tiny_models.lora_file(tmp_path / "lora"))
+    assert json.loads((output / "model_index.json").read_text()) == index
+    parts, folders = listed(output)
+    assert parts == folders
+
+
+def test_a_base_whose_other_networks_are_broken_is_not_merged(tmp_path):
+    base = copy_of("sd1", tmp_path / "base")
+    [file] = weight_files(base / "vae")
+    values = load_file(file.path)
+    values["decoder.conv_in.bias"][0] = float("nan")
+    save_file(values, file.path, metadata={"format": "pt"})
+    with pytest.raises(
+        SystemExit, match=r"vae\.decoder\.conv_in\.bias holds numbers that are not finite; .*check the base"
+    ):
+        merged_with(base, tmp_path / "merged", tiny_models.lora_file(tmp_path / "lora"))
+    assert not (tmp_path / "merged").exists()
+
+
+# --- variants
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_every_network_has_a_variant(run_in_process, variant):
+    folder = run_in_process("run", "text_to_image", **{"base.export_variant": variant})
+    for name in ("unet", "vae", "text_encoder"):
+        files = {file.variant: file for file in weight_files(folder / name)}
+        assert files.keys() == {None, variant}
+        full, half = load_file(files[None].path), load_file(files[variant].path)
+        assert half.keys() == full.keys()
+        assert all(torch.equal(half[key], value.to(HALF[variant])) for key, value in full.items())
+    pictures = draws(folder, variant=variant, torch_dtype=HALF[variant])
+    torch.testing.assert_close(pictures.float(), draws(folder).float(), rtol=0, atol=0.05)
+
+
+def test_a_variant_that_the_base_brings_is_copied(run_in_process, tmp_path):
+    base = copy_of("sd1", tmp_path / "base")
+    own = base / "text_encoder" / "model.fp16.safetensors"
+    values = {key: value.half() * 1.5 for key, value in load_file(base / "text_encoder" / "model.safetensors").items()}
+    save_file(values, own, metadata={"format": "pt", "its": "own"})
+    options = {"text_to_image.pretrained_model_name_or_path": str(base), "base.export_variant": "fp16"}
+    folder = run_in_process("run", "text_to_image", **options)
+    assert (folder / "text_encoder" / own.name).read_bytes() == own.read_bytes()
+    assert (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("vae", {"."}), ("ddpm", {"unet"}), ("noisy_classifier", {"classifier"}), ("conditional_ddpm", {"unet"}),
+        ("dit", {"transformer"}),
+    ],
+)  # fmt: skip
+def test_variants_of_other_tasks(run_in_process, task, names):
+    folder = run_in_process("run", task, **{"base.export_variant": "fp16", "base.max_train_steps": 4})
+    name = "diffusion_pytorch_model.fp16.safetensors"
+    found = {str(path.parent.relative_to(folder)) for path in folder.rglob(name)}
+    assert found == names
+    [place] = names
+    kind = json.loads((folder / place / "config.json").read_text())["_class_name"]
+    network = getattr(diffusers, kind).from_pretrained(folder / place, variant="fp16", torch_dtype=torch.float16)
+    assert network.dtype == torch.float16
+
+
+def test_a_resumed_run_may_change_it(run_in_process):
+    options = {"base.max_train_steps": 4, "base.export_variant": "fp16"}
+    folder = run_in_process("run", "vae", **options)
+    assert {file.variant for file in weight_files(folder)} == {None, "fp16"}
+    resumed = {"base.max_train_steps": 5, "base.resume_from_checkpoint": "latest"}
+    run_in_process("run", "vae", **resumed)
+    assert {file.variant for file in weight_files(folder)} == {None}  # not that of an earlier step
+    run_in_process("run", "vae", **resumed | {"base.export_variant": "bf16", "base.max_train_steps": 6})
+    assert {file.variant for file in weight_files(folder)} == {None, "bf16"}
+
+
+def test_numbers_beyond_half_precision(tmp_path):
+    for name, value in (("unet", 1e6), ("vae", 1.0)):
+        (tmp_path / name).mkdir()
+        values = {"weight": torch.tensor([value]), "steps": torch.tensor([7])}
+        save_file(values, tmp_path / name / "diffusion_pytorch_model.safetensors")
+    [warning] = write_variant(tmp_path, "fp16")
+    assert (
+        warning
+        == "no fp16 weights of unet: weight has numbers beyond the range of fp16; bf16 has the range of full precision"
+    )
+    assert {file.variant for file in weight_files(tmp_path / "unet")} == {None}
+    half = load_file(tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    assert (half["weight"].dtype, half["steps"].item()) == (torch.float16, 7)
+    assert write_variant(tmp_path, "bf16") == []
+
+
+@pytest.mark.parametrize("task", ["lora", "lcm_lora"])
+def test_an_adapter_has_no_variant(tiny_config, task):
+    with pytest.raises(ConfigError, match=rf'base.export_variant = "fp16": {task} exports an adapter, and no network'):
+        load_config(tiny_config(task, **{"base.export_variant": "fp16"}))
+
+
+def test_an_export_that_is_killed_leaves_the_pipeline_before(run_in_process, monkeypatch):
+    """What is written lies in a hidden folder until all of it is there."""
+    folder = run_in_process("run", "text_to_image", **{"base.max_train_steps": 1})
+    before = only(contents(folder), "unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(OSError, match="the pipeline could not be written to .*no space left"):
+        run_in_process("run", "text_to_image", **{"base.max_train_steps": 2, "base.resume_from_checkpoint": "latest"})
+    assert only(contents(folder), *{name.split("/")[0] for name in before}) == before
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_a_finished_run_from_a_variant_is_drawn_from(run_in_process, tmp_path):
+    """Its config names the base's variant, and its own files have none."""
+    base = copy_of("sd1", tmp_path / "base", half=("unet", "vae", "text_encoder"), variant="fp16")
+    place = {"text_to_image.pretrained_model_name_or_path": str(base), "text_to_image.variant": "fp16"}
+    folder = run_in_process("run", "text_to_image", **place, **{"base.max_train_steps": 1})
+    shutil.rmtree(folder / "checkpoint-1")
+    shutil.rmtree(base)
+    run_script(sample, folder, "--output", tmp_path / "drawn", "--number", "1")
+    assert list((tmp_path / "drawn").glob("*.png"))

@@ -177,6 +177,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         index = json.loads(super().to_json_string()) | {"_class_name": [MODULE, "ClassConditionalPipeline"]}
+        index.pop("_name_or_path", None)  # a path of this machine
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @property
