@@ -82,7 +82,7 @@ def test_the_header_of_every_task(run_in_process, tmp_path, task):
         return
     assert header["instance_prompt"] == "a handwritten three"
     assert "<Gallery />" in text
-    assert "Trained on `sd1-1`: its licence applies." in text
+    assert "Trained on `sd1-2`: its licence applies." in text
     assert [example["text"] for example in header["widget"]] == ["a handwritten three"] * 2
     for example in header["widget"]:
         with Image.open(folder / example["output"]["url"]) as image:

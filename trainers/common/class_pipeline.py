@@ -219,7 +219,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         size = (size, size) if isinstance(size, int) else tuple(size)
         noise = randn_tensor((len(labels), channels, *size), generator=generator, device=self._execution_device)
         scheduler = find_sampler(sampler or self.config.sampler, self.scheduler)
-        guidance = guidance_scale if isinstance(guidance_scale, Guidance) else Guidance(guidance_scale)
+        guidance = Guidance(guidance_scale) if isinstance(guidance_scale, int | float) else guidance_scale
         sigma_of = noise_levels(self.scheduler)
         asked, none = {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.num_classes)}
 

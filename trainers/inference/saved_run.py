@@ -112,6 +112,7 @@ def _for_inference(document: dict[str, Any], folder: Path, run: Path, trust: Tru
         kept[task]["pretrained_model_name_or_path"] = str(run)
     if schema.export_is_base_model and (folder / "model_index.json").is_file():
         kept[task] |= {"pretrained_model_name_or_path": str(run), "model_config": None}
+        kept[task] |= {"revision": None, "variant": None}  # those of the base: the run's files have neither
     if kept[task].get("vae") and (run / "vae" / "config.json").is_file():
         kept[task]["vae"] = str(run / "vae")  # the pipeline's own
     return kept
