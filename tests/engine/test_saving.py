@@ -12,6 +12,7 @@ from processes import start, wait_for
 from run_folders import final_state, hidden, logged_steps, losses, read_metrics, steps_of
 
 from train import main, train
+from trainers import weight_files
 from trainers.common.lora import tensors
 from trainers.engine.checkpoint import saver, writer
 from trainers.engine.checkpoint.manifest import verify
@@ -19,7 +20,6 @@ from trainers.engine.checkpoint.saver import Saver
 from trainers.engine.config.config import load_config
 from trainers.engine.export import pipeline
 from trainers.engine.optim import optimizer
-from trainers.engine.run import files
 from trainers.engine.validation import validation
 
 EVERY_THIRD = {"base.checkpointing_steps": 3}
@@ -224,7 +224,7 @@ def test_a_long_validation_does_not_keep_a_checkpoint_open(run_in_process, monke
 def test_the_mode_of_files_is_found_without_a_change_that_all_threads_would_see(tmp_path, monkeypatch):
     monkeypatch.setattr("os.umask", lambda mask: pytest.fail("another thread may create a file now"))
     (tmp_path / "plain").touch()
-    files.write_tensors({}, tmp_path / "tensors")
+    weight_files.write_tensors({}, tmp_path / "tensors")
     (tmp_path / "private").touch(0o600)
     tensors.make_readable(tmp_path / "private")
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1

@@ -334,6 +334,7 @@ def test_wandb_keeps_pipelines_and_tables_of_pictures(run_in_process, monkeypatc
     held = {entry.path for entry in pipelines[-1].manifest.contents}
     assert held == {
         "model_index.json",
+        "pipeline.py",
         "scheduler/scheduler_config.json",
         *(p for p in PIPELINE if p.startswith("unet")),
     }
@@ -528,7 +529,7 @@ def train_and_draw(task, run_in_process, **options):
 @pytest.mark.parametrize("task", TRAINERS)
 def test_every_task_has_a_tiny_config_and_learns_and_draws(task, run_in_process):
     """Over some steps on the same 8 examples the loss must fall clearly: the update goes the right way."""
-    steps = 40 if task in ("dit", "vae", "lora") else 20
+    steps = 40 if task in ("dit", "vae", "lora", "lcm_lora") else 20
     folder = train_and_draw(task, run_in_process, **{"base.max_train_steps": steps, "base.logging_steps": steps // 4})
     first, *_, last = [line["loss"] for line in read_metrics(folder, prefix="loss")]
     assert last < 0.9 * first
@@ -673,7 +674,7 @@ def test_steps_do_not_wait_for_the_device(run_in_process, monkeypatch):
     }
     run_in_process(**{"base.logging_steps": 3, "base.validation_split": 0.02, "ddpm.snr_gamma": 5.0})
     assert readers.pop("trainers.engine.validation.means tolist") == 2  # validation metrics, raw and averaged
-    assert readers.pop("trainers.common.diffusion.guidance tolist") == 1  # the noise levels, before the first step
+    assert readers.pop("trainers.common.class_pipeline tolist") == 1  # the noise levels, before the first step
     assert readers.pop("trainers.engine.optim.nonfinite tolist") == 6  # of copies on the host, once the device is done
     assert readers.pop("trainers.engine.checkpoint.snapshot tolist") == 2  # one save, and the export's host copies
     assert readers.pop("trainers.engine.optim.optimizer item") == 6  # where the device is the CPU, which has no queue

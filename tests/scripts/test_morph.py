@@ -22,7 +22,7 @@ from tiny_models import model
 
 from scripts import morph as script
 from scripts import sample
-from trainers.common.class_pipeline import denoise
+from trainers.common.diffusion.sampling import denoise
 from trainers.common.lora.files import save_lora
 from trainers.engine.config.errors import Interrupted
 from trainers.inference import animation, single_picture

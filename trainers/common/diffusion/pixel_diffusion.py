@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from trainers.base import BaseConfig, Positive, PositiveFloat, RandomSource, Trainer, TrainerConfig
 from trainers.common.autoencoder.latents import LatentSpace, images_of
 from trainers.common.diffusion.objective import DDPMObjective, ObjectiveOptions, Predict, RectifiedFlow
-from trainers.common.diffusion.sampling import build_sampler, initial_noise, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.model_files import Grid
 from trainers.common.unet2d import build_unet2d, unet2d_problems
 
@@ -160,8 +160,6 @@ class PixelDiffusionTrainer(Trainer):
 
     def draw(self, predict: Predict, rng: RandomSource) -> Tensor:
         """Draws pictures [B, C, H, W] in [0, 1] with the network's `predict(noisy, timestep)`."""
-        from trainers.common.class_pipeline import denoise
-
         frames, generators, steps = self.frames, rng.generators(), self.config.ddpm_num_inference_steps
         noise = initial_noise(self.grid.shape, generators, self.device)
         scheduler = build_sampler(self.config.chosen_sampler, self.scheduler)

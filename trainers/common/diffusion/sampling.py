@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasets_lib.errors import InputError
@@ -19,6 +19,21 @@ def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator], dev
     from diffusers.utils.torch_utils import randn_tensor
 
     return randn_tensor((len(generators), *shape), generator=generators, device=device)
+
+
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    num_inference_steps: int,
+    generators: list[torch.Generator] | torch.Generator | None,
+    progress: Callable[[Iterable], Iterable] = iter,
+    after_step: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Runs the reverse process as the class-conditional pipeline does, with the same draws from the generators."""
+    from trainers.common import class_pipeline
+
+    return class_pipeline.denoise(predict, scheduler, noise, num_inference_steps, generators, progress, after_step)
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:

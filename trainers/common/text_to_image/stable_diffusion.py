@@ -10,7 +10,7 @@ from datasets_lib.file_hashes import FileHashes, cache_directory
 from trainers.base import CardFacts, Encoder, RandomSource, Trainer
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.diffusion.objective import Predict, columns
-from trainers.common.diffusion.sampling import build_sampler, initial_noise, to_unit_range
+from trainers.common.diffusion.sampling import build_sampler, denoise, initial_noise, to_unit_range
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.common.text_to_image.objective import Learned, build_diffusion
 from trainers.common.text_to_image.options import StableDiffusionConfig
@@ -223,7 +223,7 @@ class StableDiffusionTrainer(Trainer):
         """Draws pictures [N, 3, H, W] in [0, 1]; the pipeline draws the same from the same generators."""
         import torch
 
-        from trainers.common.class_pipeline import Guidance, denoise
+        from trainers.common.class_pipeline import Guidance
 
         config = self.config
         noise = initial_noise(self.latents.grid.shape, generators, self.device)
