@@ -30,8 +30,10 @@ def main() -> None:
     check_new(options.output)
     loras = [(path, weight) for path, weight in parse_loras(options.lora) if weight != 0]  # a DoRA would act at 0
     pipeline = load_pipeline(options.base)
+    scheduler = pipeline.scheduler
     pipeline.fuse_lora(adapter_names=list(add_loras(pipeline, loras)))
     changed = {network for path, _ in loras for network in read_lora(path).tensors}
+    changed |= {"scheduler"} if pipeline.scheduler is not scheduler else set()  # one that the LoRA needs
     pipeline.unload_lora_weights()
     check_weights(pipeline)
     staging = options.output.with_name(f".tmp-{options.output.name}-{secrets.token_hex(4)}")

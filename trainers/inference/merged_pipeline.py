@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from trainers.weight_files import copy_part, copy_texts, rewrite_weights, weight
 PREFIX = "text_model."  # of a text encoder's tensors in files, which transformers 5 drops in memory
 
 
-def write_merged(pipeline: Any, changed: Collection[str], folder: Path, dtype: torch.dtype | None) -> None:
-    """Writes a pipeline that was read from a folder, and whose networks `changed` have other weights than its files.
+def write_merged(pipeline: Any, changed: Set[str], folder: Path, dtype: torch.dtype | None) -> None:
+    """Writes a pipeline that was read from a folder, and whose parts `changed` are others than in its files.
 
     With a dtype all networks are cast to it; otherwise every tensor keeps its file's. Raises ValueError for weights
     that are not finite.
@@ -30,11 +30,14 @@ def write_merged(pipeline: Any, changed: Collection[str], folder: Path, dtype: t
         if isinstance(part, nn.Module) and (name in changed or dtype is not None):
             copy_texts(base / name, folder / name)
             _write_network(name, base / name, folder / name, part, dtype)
+        elif name in changed:
+            part.save_pretrained(folder / name)
         else:
             copy_part(base / name, folder / name)
         if name.startswith("tokenizer") and lacks_vocabulary(folder / name):
             write_vocabulary(folder / name, part)
     index = _index(read_config(base / INDEX), pipeline.components)
+    index |= {name: ["diffusers", type(parts[name]).__name__] for name in changed & {"scheduler"}}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
