@@ -90,6 +90,7 @@ def test_a_run_copies_what_it_did_not_train(run_in_process, family):
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (folder / "tokenizer").iterdir()}
     names = layout(base / "unet" / WEIGHTS[1])
     assert layout(folder / "unet" / WEIGHTS[1]) == names
+    assert str(base) not in (folder / "unet" / "config.json").read_text()  # where it was read from is nobody's business
     index, of_base = (json.loads((place / "model_index.json").read_text()) for place in (folder, base))
     assert index == of_base
     (folder / "other").touch()
@@ -430,3 +431,30 @@ def test_a_finished_run_from_a_variant_is_drawn_from(run_in_process, tmp_path):
     shutil.rmtree(base)
     run_script(sample, folder, "--output", tmp_path / "drawn", "--number", "1")
     assert list((tmp_path / "drawn").glob("*.png"))
+
+
+def test_a_vae_of_the_hub_is_copied_from_its_snapshot(tmp_path, monkeypatch):
+    from trainers.common.autoencoder.latents import LatentSpace
+    from trainers.engine.config.base_options import BaseConfig
+
+    vae, asked = tiny_models.model("sd1") / "vae", []
+    base = BaseConfig(resolution=32, num_epochs=1, dataset="digits")
+    space = LatentSpace("dit.vae", str(vae), base, torch.device("cpu"), torch.float32)
+    space.source = "owner/name"
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *place, **options: asked.append((place, options)) or str(vae)
+    )
+    space.copy_to(tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(vae)
+    [(place, options)] = asked
+    assert place == ("owner/name",)
+    assert "*" not in options["allow_patterns"]
+
+    def fail(*_, **__):
+        raise OSError("no net")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        FileNotFoundError, match=r"dit.vae = owner/name: no AutoencoderKL .* could be read; .*\(no net\)"
+    ):
+        space.copy_to(tmp_path / "again")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -54,6 +56,8 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
                 f"the pipeline is not written: {shown(broken)} is not finite; continue from an earlier checkpoint"
             )
         trainer.unwrapped = {name: filled(plain, weights[name]).eval() for name, plain in state.meta_networks.items()}
+        for network in trainer.unwrapped.values():
+            _forget_place(network)
         try:
             trainer.save_pipeline(staging)
             if ctx.run.base.export_variant is not None:
@@ -70,6 +74,12 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
         return names
 
     return run_on_main(ctx.accelerator, write)
+
+
+def _forget_place(network: Any) -> None:
+    """Clears the folder of this machine that a network of diffusers was read from, which its config would name."""
+    if hasattr(network, "register_to_config") and Path(network.config.get("_name_or_path") or "-").exists():
+        network.register_to_config(_name_or_path=None)
 
 
 def _averaged_weights(name: str, network: nn.Module, ema: EMA | None, wanted: bool) -> dict[str, Tensor]:
