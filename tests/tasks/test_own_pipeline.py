@@ -53,6 +53,11 @@ assert not any(name.startswith(("trainers", "datasets_lib")) for name in sys.mod
 """
 
 
+def latents():
+    """Options of task dit for latents of 8 x 8."""
+    return {"base.resolution": 32, "base.channels": 3, "dit.vae": str(tiny_models.model("sd1") / "vae")}
+
+
 @pytest.fixture
 def run(run_in_process):
     return lambda name="run", task=TASK, **options: run_in_process(name, task, **{"base.max_train_steps": 1} | options)
@@ -70,12 +75,10 @@ def draw(pipeline, **asked):
 
 def test_plain_diffusers_draws_where_there_is_no_diffloop(run, run_in_process, tmp_path):
     """Pixels, latents and a flow; in a process that can import nothing of diffloop's, from another folder."""
-    vae = str(tiny_models.model("sd1") / "vae")
-    latents = {"base.resolution": 32, "base.channels": 3}
     folders = [
         run("unet"),
         run("flow", **{f"{TASK}.objective": "rectified_flow"}),
-        run("dit", "dit", **latents, **{"dit.vae": vae, "dit.model_config": None}),
+        run("dit", "dit", **latents()),
     ]
     asked = {"guidance_scale": 2.0, "num_inference_steps": 2}
     arguments = json.dumps([list(map(str, folders)), asked, str(tmp_path / "again")])
@@ -121,9 +124,7 @@ def test_a_finished_run_holds_the_class_and_its_pictures_are_the_validations(run
 
 def test_pictures_of_a_vae_that_is_copied(run):
     """The index lists it, its files are those of its folder, and sample.py reads it from the run."""
-    vae = tiny_models.model("sd1") / "vae"
-    options = {"base.resolution": 32, "base.channels": 3, "dit.vae": str(vae), "dit.model_config": None}
-    folder = run("run", "dit", **options)
+    vae, folder = Path(latents()["dit.vae"]), run("run", "dit", **latents())
     assert index_of(folder)["vae"] == ["diffusers", "AutoencoderKL"]
     for path in vae.iterdir():
         assert (folder / "vae" / path.name).read_bytes() == path.read_bytes()
