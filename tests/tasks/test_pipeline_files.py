@@ -458,3 +458,13 @@ def test_a_vae_of_the_hub_is_copied_from_its_snapshot(tmp_path, monkeypatch):
         FileNotFoundError, match=r"dit.vae = owner/name: no AutoencoderKL .* could be read; .*\(no net\)"
     ):
         space.copy_to(tmp_path / "again")
+
+
+def test_a_merge_saves_the_scheduler_that_the_lora_needs(run_in_process, tmp_path):
+    run = run_in_process("run", "lora", **{"lora.prediction_type": "v_prediction", "base.max_train_steps": 1})
+    output = merged_with(tiny_models.model("sd1"), tmp_path / "merged", run)
+    config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == "v_prediction"
+    index = json.loads((output / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", config["_class_name"]]
+    assert draws(output).isfinite().all()
