@@ -43,6 +43,7 @@ def finished(tmp_path_factory, request):
     from train import train
     from trainers.engine.config.config import load_config
 
+    model("sd1")  # which the config names
     folder = tmp_path_factory.mktemp("runs") / "ink wash"
     options = {"base.output_dir": folder, "base.checkpointing_steps": 3, "base.trigger_word": "sks",
                "lora.use_rslora": True, "lora.rank": 9, "lora.lora_alpha": 5}  # fmt: skip
@@ -188,6 +189,7 @@ def of_v(tmp_path_factory):
     from train import train
     from trainers.engine.config.config import load_config
 
+    model("sd1")
     folder = tmp_path_factory.mktemp("runs") / "v"
     options = {"base.output_dir": folder, "base.max_train_steps": 2, "lora.use_ema": False} | V
     train(load_config("configs/tests/lora.json", [f"{name}={value}" for name, value in options.items()]))
@@ -220,7 +222,7 @@ def test_the_start_the_header_and_the_lines_say_so(of_v, run_in_process, capsys)
     run_in_process("again", "lora", **{"base.max_train_steps": 1} | V)
     printed = capsys.readouterr().out
     assert (
-        "NOTE: unlike the base model the LoRA is for prediction_type: v_prediction, rescale_betas_zero_snr: True"
+        "NOTE: Unlike the base model the LoRA is for prediction_type: v_prediction, rescale_betas_zero_snr: True"
         in printed
     )
     lines = printed.partition("To load and sample it:\n\n")[2].partition("pipeline.load_lora_weights")[0]
@@ -229,6 +231,7 @@ def test_the_start_the_header_and_the_lines_say_so(of_v, run_in_process, capsys)
     config = found["pipeline"].scheduler.config
     assert {name: config[name] for name in CHANGES} == CHANGES
     card = (of_v / "README.md").read_text()
+    assert "Unlike the base model the LoRA is for prediction_type: v_prediction" in card
     assert 'prediction_type="v_prediction"' in card or "prediction_type='v_prediction'" in card
 
 

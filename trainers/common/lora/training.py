@@ -105,11 +105,13 @@ class AdapterTrainer(StableDiffusionTrainer):
         return {name: value for name, value in asked_of_scheduler(self.config).items() if before.get(name) != value}
 
     def notes(self, train_set: ImageData) -> list[str]:
+        return [*super().notes(train_set), *self.left_out, *self._unlike_base()]
+
+    def _unlike_base(self) -> list[str]:
+        """Returns a sentence on what the LoRA predicts, if its base predicts something else."""
         changes = ", ".join(f"{name}: {value}" for name, value in self.scheduler_changes.items())
-        unlike = (
-            f"unlike the base model the LoRA is for {changes}; wherever it is loaded, the scheduler must be set to it"
-        )
-        return [*super().notes(train_set), *self.left_out, *([unlike] if changes else [])]
+        advice = "wherever it is loaded, the scheduler must be set to it"
+        return [f"Unlike the base model the LoRA is for {changes}; {advice}"] if changes else []
 
     def kohya_problem(self) -> str | None:
         """Returns why no file in kohya's format is written besides, or None if it is."""
@@ -144,7 +146,7 @@ class AdapterTrainer(StableDiffusionTrainer):
         if self.base.checkpointing_steps and run_folder is not None:
             convert = f"python scripts/convert_lora.py {shlex.quote(str(run_folder))} FOLDER --all"
             found.append(f"The LoRAs of all checkpoints, for these programs: {convert}")
-        return found
+        return [*self._unlike_base(), *found]
 
     def scheduler_usage(self) -> str:
         """Returns lines that change the base's scheduler as the run did."""
