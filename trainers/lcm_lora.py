@@ -58,8 +58,8 @@ class LCMLoRATrainer(AdapterTrainer):
     task = "lcm_lora"
     usual_targets = EVERYWHERE
     usage = (
-        "from diffusers import DiffusionPipeline, LCMScheduler\n"
-        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
+        "from diffusers import {pipeline}, LCMScheduler\n"
+        "pipeline = {pipeline}.{reader}({base_model})\n"
         "settings = pipeline.scheduler.config\n"
         "pipeline.scheduler = LCMScheduler.from_config(settings, original_inference_steps={num_ddim_timesteps})\n"
         'pipeline.load_lora_weights("{output_dir}")\n'

@@ -29,8 +29,8 @@ class AdapterTrainer(StableDiffusionTrainer):
     config: AdapterConfig
     usual_targets = ATTENTION  # if target_modules is null
     usage = (
-        "from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
+        "from diffusers import {pipeline}\n"
+        "pipeline = {pipeline}.{reader}({base_model})\n"
         "{scheduler}"
         'pipeline.load_lora_weights("{output_dir}")\n'
         '{prepared}pipeline("a prompt"{clip_skip}).images[0].save("sample.png")'
@@ -133,7 +133,9 @@ class AdapterTrainer(StableDiffusionTrainer):
         config, place = self.config, f'"{in_quotes(self.config.pretrained_model_name_or_path)}"'
         for name in ("revision", "variant"):
             place += f', {name}="{in_quotes(getattr(config, name))}"' if getattr(config, name) else ""
-        about = {"base_model": place, "output_dir": in_quotes(location), "scheduler": self.scheduler_usage()}
+        pipeline, reader, _ = self.base_model.loading()
+        about = {"pipeline": pipeline, "reader": reader, "base_model": place, "scheduler": self.scheduler_usage()}
+        about["output_dir"] = in_quotes(location)
         return self.usage.format(**vars(config) | self.prompts.usage() | about)
 
     def usage_notes(self, run_folder: Path | None = None) -> list[str]:
@@ -147,11 +149,12 @@ class AdapterTrainer(StableDiffusionTrainer):
         return found
 
     def scheduler_usage(self) -> str:
-        """Returns lines that change the base's scheduler as the run did."""
-        if not self.scheduler_changes:
+        """Returns lines that change the loaded scheduler into the base's, as the run changed it."""
+        settings = self.base_model.loading()[2] | self.scheduler_changes
+        if not settings:
             return ""
         kind = type(self.learned.sampler).__name__
-        changes = "".join(f", {name}={value!r}" for name, value in self.scheduler_changes.items())
+        changes = "".join(f", {name}={value!r}" for name, value in settings.items())
         return (
             f"from diffusers import {kind}\n"
             f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{changes})\n"
