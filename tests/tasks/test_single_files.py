@@ -476,6 +476,20 @@ def test_families_are_told_by_their_text_encoders():
 
 
 @NEEDS_VOCABULARY
+def test_the_lines_that_load_an_lcm_lora_set_it_too(tmp_path):
+    from trainers.lcm_lora import LCMLoRAConfig, LCMLoRATrainer
+
+    save_file(tensors_of("sd2"), tmp_path / "x.safetensors", {"modelspec.prediction_type": "epsilon"})
+    base, config = BaseModel("BASE", str(tmp_path / "x.safetensors")), LCMLoRAConfig(pretrained_model_name_or_path="x")
+    prompts = SimpleNamespace(usage=lambda: {"clip_skip": "", "prepared": ""})
+    trainer = SimpleNamespace(usage=LCMLoRATrainer.usage, config=config, prompts=prompts, base_model=base)
+    trainer.scheduler_usage = lambda: ""
+    lines = LCMLoRATrainer.usage_of(trainer, "out").splitlines()
+    assert lines[1] == 'pipeline = StableDiffusionPipeline.from_single_file("x")'
+    assert "original_inference_steps=50, prediction_type='epsilon')" in lines[3]
+
+
+@NEEDS_VOCABULARY
 def test_the_lines_that_load_a_lora_set_what_diffusers_does_not_find_out(tmp_path):
     """diffusers takes a Stable Diffusion 2 for one of velocity, and all others for noise."""
     from trainers.common.lora.training import AdapterTrainer

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
+def as_arguments(settings: dict[str, Any]) -> str:
+    """Writes settings as further arguments of a call in Python."""
+    return "".join(f", {name}={value!r}" for name, value in settings.items())
+
+
 class AdapterTrainer(StableDiffusionTrainer):
     """Trains an adapter; the result is a LoRA file that every diffusers pipeline of the same family can load."""
 
@@ -133,9 +138,9 @@ class AdapterTrainer(StableDiffusionTrainer):
         config, place = self.config, f'"{in_quotes(self.config.pretrained_model_name_or_path)}"'
         for name in ("revision", "variant"):
             place += f', {name}="{in_quotes(getattr(config, name))}"' if getattr(config, name) else ""
-        pipeline, reader, _ = self.base_model.loading()
+        pipeline, reader, unfound = self.base_model.loading()
         about = {"pipeline": pipeline, "reader": reader, "base_model": place, "scheduler": self.scheduler_usage()}
-        about["output_dir"] = in_quotes(location)
+        about |= {"output_dir": in_quotes(location), "unfound": as_arguments(unfound)}
         return self.usage.format(**vars(config) | self.prompts.usage() | about)
 
     def usage_notes(self, run_folder: Path | None = None) -> list[str]:
@@ -154,10 +159,9 @@ class AdapterTrainer(StableDiffusionTrainer):
         if not settings:
             return ""
         kind = type(self.learned.sampler).__name__
-        changes = "".join(f", {name}={value!r}" for name, value in settings.items())
         return (
             f"from diffusers import {kind}\n"
-            f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{changes})\n"
+            f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{as_arguments(settings)})\n"
         )
 
     def save_pipeline(self, output_dir: Path) -> None:
