@@ -14,7 +14,7 @@ from trainers.single_file.header import ENDING, PICKLES, Header, read_header
 from trainers.single_file.names import CLIP, OPEN_CLIP, UNET, VAE
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # of every UNet in the original names
-TYPES = ("F16", "BF16", "F32", "F64")
+TYPES = ("F16", "BF16", "F32", "F64", "I32", "I64", "BOOL")  # of whole numbers are counts and positions
 CHANNELS = {4: "", 9: "inpainting"}  # that a UNet sees
 OTHER_CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "an instruct-pix2pix model"}
 
@@ -110,8 +110,7 @@ def _problems(header: Header) -> Iterator[str]:
         first = shown(min(names, default="nothing"))
         yield next(known, f"is no model that is known here (its first tensor is {first})")
         return
-    odd = {kind for name, kind in header.types.items() if kind not in TYPES and name.startswith("model.diffusion_")}
-    if odd:
+    if odd := set(header.types.values()) - set(TYPES):
         yield f"is quantised ({', '.join(sorted(map(shown, odd)))}), which can be neither trained nor merged"
     for name in EDM.keys() & names.keys():
         yield f"is {EDM[name]}, whose noise is another"
