@@ -24,7 +24,7 @@ SETTINGS = ".class_images.json"  # hidden, so that it is no part of the data
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="a folder or hub name of Stable Diffusion or SDXL")
+    parser.add_argument("base", help="a folder, .safetensors file or hub name of Stable Diffusion or SDXL")
     parser.add_argument("prompt", help="what the pictures show, such as 'a photo of a dog'")
     parser.add_argument("folder", type=path_argument)
     parser.add_argument("--number", type=positive, default=100, help="pictures in total (100)")

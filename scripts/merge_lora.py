@@ -22,7 +22,7 @@ from trainers.inference.merged_pipeline import write_merged
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="a folder or hub name")
+    parser.add_argument("base", help="a folder, .safetensors file or hub name")
     parser.add_argument("output", type=path_argument, help="a new folder")
     parser.add_argument("--lora", action="append", required=True, metavar="FILE[:WEIGHT]", help="default weight: 1")
     parser.add_argument("--dtype", choices=DTYPES, help="of all files' weights; default: the base's own")

@@ -71,7 +71,7 @@ def check(arguments: argparse.Namespace) -> BaseModel:
     for lora in given:
         print_notes(read_lora(lora))
     if len(given) < 2:  # otherwise nothing is trained before Morph checks the same
-        check_morph(load_pipeline(str(base.folder), dtypes_of(arguments)), given, arguments.attention)
+        check_morph(load_pipeline(base.location, dtypes_of(arguments)), given, arguments.attention)
     return base
 
 
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> str:
         loras = []
         for lora, picture, path, prompt in zip(given, pictures, paths, prompts_of(arguments), strict=True):
             loras.append(Path(lora or single_picture_lora(picture, path.stem, prompt, base, arguments)))
-        pipeline = load_pipeline(str(base.folder), dtypes_of(arguments)).to(device)
+        pipeline = load_pipeline(base.location, dtypes_of(arguments)).to(device)
         weights, squares = draw(pipeline, pictures, loras, distance, arguments)
         settings = settings_for(arguments, loras, weights, device)
         psnr = write(folder, squares, pictures, settings, infotext_of(arguments, pipeline, loras))
@@ -195,7 +195,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="a folder or hub name")
+    parser.add_argument("base", help="a folder, .safetensors file or hub name")
     parser.add_argument("first", type=path_argument, help="a picture")
     parser.add_argument("last", type=path_argument, help="another picture")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the LoRAs' training")

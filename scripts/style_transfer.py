@@ -153,7 +153,7 @@ def infotext_of(
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="a folder or hub name")
+    parser.add_argument("base", help="a folder, .safetensors file or hub name")
     parser.add_argument("pictures", nargs="+", help="files and folders")
     parser.add_argument("--controlnet", required=True, help="folder or hub name, for Canny edges")
     parser.add_argument("--prompt", required=True)

@@ -58,10 +58,11 @@ class LCMLoRATrainer(AdapterTrainer):
     task = "lcm_lora"
     usual_targets = EVERYWHERE
     usage = (
-        "from diffusers import DiffusionPipeline, LCMScheduler\n"
-        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
+        "from diffusers import {pipeline}, LCMScheduler\n"
+        "pipeline = {pipeline}.{reader}({base_model})\n"
         "settings = pipeline.scheduler.config\n"
-        "pipeline.scheduler = LCMScheduler.from_config(settings, original_inference_steps={num_ddim_timesteps})\n"
+        "pipeline.scheduler = LCMScheduler.from_config("
+        "settings, original_inference_steps={num_ddim_timesteps}{unfound})\n"
         'pipeline.load_lora_weights("{output_dir}")\n'
         '{prepared}pipeline("a prompt"{clip_skip}, num_inference_steps=4, guidance_scale=1.0)'
         '.images[0].save("sample.png")'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,8 +15,10 @@ from typing import Any
 from datasets_lib.errors import InputError, MissingFileError
 from datasets_lib.foreign import shown
 from trainers.model_configs import INDEX, OWN_PIPELINE, check_files, numbers_in, read_config
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from trainers.single_file.header import PICKLES, is_single_file
+from trainers.single_file.reading import read_network
+from trainers.single_file.recognition import SingleFile, open_autoencoder, open_single_file
+from trainers.single_file.skeleton import write_skeleton
 
 
 def read_model(
@@ -23,9 +26,13 @@ def read_model(
 ) -> Any:
     """Reads what has weights, by kind.from_pretrained of diffusers or transformers; `place` names it in messages.
 
+    A source may be a single file, whose networks have the names of a pipeline's folders, as `subfolder`.
     Raises FileNotFoundError if nothing can be read, and ValueError for files that are refused.
     """
     place = shown(place or source)
+    if is_single_file(source):
+        opened = (open_autoencoder if subfolder == "vae" else open_single_file)(Path(source), place)
+        return _read_single_file(kind, opened, subfolder, options)
     if hasattr(kind, "download") and not Path(source).is_dir():  # a pipeline on the hub: checked before it is loaded
         names = ("revision", "variant", "safety_checker")
         wanted = {name: options[name] for name in names if name in options}
@@ -43,6 +50,29 @@ def read_model(
     for part in getattr(whole, "components", {"": whole}).values():
         _check_read(part, place)
     return found
+
+
+def _read_single_file(kind: Any, single: SingleFile, network: str | None, options: dict[str, Any]) -> Any:
+    """Reads a network of a single file, or a pipeline of all of them, whose other parts are written for it."""
+    import torch
+
+    asked = options.pop("dtype", None) or options.pop("torch_dtype", None) or torch.float32
+    if network is not None:
+        return read_network(single, network, kind, asked)
+    dtypes = asked if isinstance(asked, dict) else {"default": asked}
+    if not hasattr(kind, "download"):
+        raise single.error(f"holds a pipeline, and no {kind.__name__}")
+    with tempfile.TemporaryDirectory() as made:
+        write_skeleton(Path(made), single)
+        networks = {
+            own.name: read_network(single, own.name, part, dtypes.get(own.name, dtypes["default"]))
+            for part, own in _networks(kind, Path(made))
+            if own.name in single.family.networks
+        }
+        others = {name: value for name, value in options.items() if name not in ("revision", "variant")}
+        pipeline = read_model(kind, made, single.place, **others, **networks)
+        pipeline.register_to_config(_name_or_path=str(single.path))
+        return pipeline
 
 
 def _own_class(folder: Path) -> Any:

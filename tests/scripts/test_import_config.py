@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 
 import pytest
+import torch
 from image_folders import save
 from run_folders import read_metrics
+from safetensors.torch import save_file
 from script_calls import run_script
 from tiny_models import model
 
@@ -17,7 +20,7 @@ from scripts import import_config
 from train import main as train
 from trainers.engine.config.config import load_config
 from trainers.engine.config.files import read_config_file
-from trainers.inference.foreign_configs import diffusers_table, kohya_table, readers
+from trainers.inference.foreign_configs import diffusers_table, kohya, kohya_table, readers
 from trainers.inference.foreign_configs.diffusers_scripts import SCRIPTS
 from trainers.inference.foreign_configs.importing import import_config as imported
 from trainers.inference.foreign_configs.kohya_data_table import DATA
@@ -497,16 +500,33 @@ def test_a_variable_of_elsewhere_stays_and_is_a_problem(folder, capsys):
     assert read_config_file(folder / "out.yaml")["base"]["output_dir"] == "$OUT"
 
 
-def test_a_single_file_is_taken_over_and_the_check_says_what_to_do(folder, capsys):
-    (folder / "model.safetensors").write_bytes(b"")
-    path = written(FLAT.format(base="model.safetensors"))
+def test_a_pickle_is_taken_over_and_the_check_says_what_to_do(folder, capsys):
+    (folder / "model.ckpt").write_bytes(b"")
+    path = written(FLAT.format(base="model.ckpt"))
     with pytest.raises(SystemExit) as ended:
         run_script(import_config, path)
     out, error = capsys.readouterr()
     assert ended.value.code == 1
-    assert "pretrained_model_name_or_path: model.safetensors  # is one file; a folder is needed: Stable" in out
+    assert "pretrained_model_name_or_path: model.ckpt  # is a pickle, which is not read; take it as .safetensors" in out
     assert "lora.pretrained_model_name_or_path" in error
-    assert "is a file, and a pipeline's folder is needed" in error
+    assert ".ckpt is a pickle, which can run any code when it is read" in error
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_single_file_is_taken_over_and_says_its_family(family, folder):
+    """By its tensors' names, and not by its own name."""
+    first, text = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"
+    xl = [
+        "conditioner.embedders.0.transformer.x",
+        "conditioner.embedders.1.model.x",
+        "model.diffusion_model.label_emb.0.0.weight",
+    ]
+    tensors = dict.fromkeys([text] if family == "sd1" else xl, (1,)) | {first: (8, 4, 3, 3)}
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, folder / "model.safetensors")
+    translation = kohya.translate(tomllib.loads(FLAT.format(base="model.safetensors")), {}, folder)
+    assert translation.is_xl == (family == "sdxl")
+    assert not [note for note in translation.notes if note.startswith("taken for Stable Diffusion")]
+    assert translation.entries["task.pretrained_model_name_or_path"].remark == ""
 
 
 PLAUSIBLE = {

@@ -605,7 +605,7 @@ def test_the_base_is_downloaded_without_its_safety_checker(monkeypatch):
 
 
 MISTAKES = [
-    ("lora", {"lora.pretrained_model_name_or_path": None}, "must be the folder or hub name of a Stable Diffusion pip"),
+    ("lora", {"lora.pretrained_model_name_or_path": None}, "must be the folder, single file or hub name of a Stab"),
     ("lora", {"lora.pretrained_model_name_or_path": "configs"}, "has no unet, vae, text_encoder, tokenizer; a Stable"),
     ("lora", {"base.channels": 1}, "sees pictures with 3 channels, and base.channels is 1"),
     ("lora", {"lora.huber_c": 0.2}, "huber_c = 0.2: has an effect with loss_type: huber only"),
@@ -640,8 +640,8 @@ MISTAKES = [
     ("lora", {"lora.guidance_scale": 1.0, "lora.guidance_rescale": 0.5}, "with a guidance_scale above 1 only"),
     ("lora", {"lora.lora_weights": "nowhere"}, "there is no such file or folder"),
     ("lora", {"lora.target_modules": "(unclosed"}, "is no pattern (a regular expression that matches modules' names)"),
-    ("lora", {"lora.pretrained_model_name_or_path": "train.py"}, "is a file, and a pipeline's folder is needed; diff"),
-    ("lora", {"lora.revision": "main"}, "has an effect with a name on the hub only, and this is a folder"),
+    ("lora", {"lora.pretrained_model_name_or_path": "train.py"}, "must be .safetensors, found .py"),
+    ("lora", {"lora.revision": "main"}, "has an effect with a name on the hub only, and this is on disk"),
     ("lora", {"lora.negative_prompt": "blurry", "lora.guidance_scale": 1.0}, "with a guidance_scale above 1 only"),
     (
         "lora",

@@ -26,6 +26,7 @@ def test_the_lines_name_the_folder(task, name):
     prompts = SimpleNamespace(usage=lambda: {"clip_skip": "", "prepared": ""})
     trainer = SimpleNamespace(usage=trainer_class.usage, config=trainer_class.Config(**settings), prompts=prompts)
     trainer.scheduler_usage = lambda: ""
+    trainer.base_model = SimpleNamespace(loading=lambda: ("DiffusionPipeline", "from_pretrained", {}))
     code = trainer_class.usage_of(trainer, f"outputs/{name}")
     assert f"outputs/{name}" in texts_in(code)
     assert set(settings.values()) <= set(texts_in(code))

@@ -13,6 +13,7 @@ from datasets_lib.file_hashes import sha256
 from trainers.base import BaseConfig
 from trainers.model_configs import check_files, read_config
 from trainers.pretrained import read_model, reading
+from trainers.single_file.header import is_single_file
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MODELS_DIR = Path(__file__).parents[2] / "configs" / "models"
 
 Settings = dict[str, Any]
+Misfits = Callable[[Mapping[str, Any]], Iterator[str]]
 
 
 class Grid(NamedTuple):
@@ -112,7 +114,7 @@ def load_pretrained(
     kind: type[ModelMixin],
     place: tuple[str, str],
     folder: str,
-    misfits: Callable[[Mapping[str, Any]], Iterator[str]],
+    misfits: Misfits,
     settings: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Any:
@@ -126,6 +128,9 @@ def load_pretrained(
     import torch
 
     source, shown = place[1], " = ".join(place)
+    if is_single_file(source):
+        dtype = options.get("torch_dtype", torch.float32)
+        return _checked(shown, read_model(kind, source, shown, folder, torch_dtype=dtype), misfits, settings)
     options = {"subfolder": None if (Path(source) / "config.json").is_file() else folder} | options
     check_files(Path(source) / (options["subfolder"] or ""))
     with reading(kind, source, shown):
@@ -137,6 +142,11 @@ def load_pretrained(
     network, info = read_model(kind, source, shown, **options)
     if info["missing_keys"]:
         raise InputError(f"{shown}: its weights lack {info['missing_keys'][0]}")
+    return _checked(shown, network, misfits, settings)
+
+
+def _checked(shown: str, network: Any, misfits: Misfits, settings: Mapping[str, Any]) -> Any:
+    """Returns a network whose config fits; ValueError otherwise."""
     for misfit in misfits(network.config):
         raise InputError(f"{shown}: {misfit}")
     for name, value in settings.items():

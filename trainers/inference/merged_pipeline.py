@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from trainers.common.text_to_image.pipeline_files import lacks_vocabulary, write_vocabulary
 from trainers.inference.lora_pipeline import check_values
 from trainers.model_configs import INDEX, read_config
+from trainers.single_file.header import is_single_file
+from trainers.single_file.part_files import write_part
+from trainers.single_file.recognition import SingleFile, open_single_file
+from trainers.single_file.skeleton import write_skeleton
 from trainers.weight_files import copy_part, copy_texts, rewrite_weights, weight_files
 
 PREFIX = "text_model."  # of a text encoder's tensors in files, which transformers 5 drops in memory
@@ -25,6 +29,8 @@ def write_merged(pipeline: Any, changed: Set[str], folder: Path, dtype: torch.dt
     that are not finite.
     """
     base = Path(pipeline.config._name_or_path)
+    if is_single_file(base):
+        return _write_of_single_file(pipeline, changed, folder, dtype, open_single_file(base, str(base)))
     parts = {name: part for name, part in pipeline.components.items() if part is not None}
     for name, part in parts.items():
         if isinstance(part, nn.Module) and (name in changed or dtype is not None):
@@ -39,6 +45,20 @@ def write_merged(pipeline: Any, changed: Set[str], folder: Path, dtype: torch.dt
     index = _index(read_config(base / INDEX), pipeline.components)
     index |= {name: ["diffusers", type(parts[name]).__name__] for name in changed & {"scheduler"}}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_of_single_file(
+    pipeline: Any, changed: Set[str], folder: Path, dtype: torch.dtype | None, single: SingleFile
+) -> None:
+    folder.mkdir(parents=True)
+    write_skeleton(folder, single)
+    for network in single.family.networks:
+        values = getattr(pipeline, network).state_dict() if network in changed else {}
+        write_part(folder / network, single, network, dtype, values)
+    if "scheduler" in changed:
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        index = read_config(folder / INDEX) | {"scheduler": ["diffusers", type(pipeline.scheduler).__name__]}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _index(of_base: dict[str, Any], components: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from trainers.inference.prompted_drawing import (
 )
 from trainers.inference.saved_run import SavedRun, find_device
 from trainers.inference.text_embedding import settings_of_loras
+from trainers.single_file.header import is_single_file
 
 ARGUMENTS = (
     "prompt", "prompts", "negative_prompt", "lora", "lora_scales", "clip_skip", "image", "mask", "strength",
@@ -107,7 +108,9 @@ class Drawing(NamedTuple):
 
 
 def is_pipeline(path: str) -> bool:
-    """Whether a path is a pipeline but not a run: a folder without config.yaml, or a hub name."""
+    """Whether a path is a pipeline but not a run: a folder without config.yaml, a single file, or a hub name."""
+    if is_single_file(path):
+        return True
     folder = Path(path)
     if folder.is_dir():
         return (folder / "model_index.json").is_file() and not (folder / "config.yaml").is_file()

@@ -16,6 +16,10 @@ from trainers.common.autoencoder.options import find_subfolder, latent_grid, loa
 from trainers.common.model_files import Grid, files_digest
 from trainers.model_configs import read_config
 from trainers.pretrained import reading
+from trainers.single_file.configs import network_config
+from trainers.single_file.header import is_single_file
+from trainers.single_file.part_files import write_part
+from trainers.single_file.recognition import open_autoencoder
 from trainers.weight_files import copy_part
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from torch import Tensor
 
+UNSAID = ("scaling_factor", "shift_factor", "force_upcast")  # by an autoencoder's tensors
 HUB_FILES = (
     "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
@@ -30,13 +35,18 @@ HUB_FILES = (
 
 
 def vae_config(source: str) -> dict[str, Any] | None:
-    """Reads the config of an autoencoder in a local folder; None if there is none, as for a hub name."""
+    """Reads the config of an autoencoder in a local folder or file; None if there is none, as for a hub name."""
+    if is_single_file(source):
+        return network_config(open_autoencoder(Path(source), source), "vae")
     path = Path(source) / (find_subfolder(source, None) or "") / "config.json"
     return read_config(path) if path.is_file() else None
 
 
-def latents_problems(source: str) -> Iterator[str]:
-    """Yields problems of an option that names an autoencoder, as far as a local folder shows them."""
+def latents_problems(source: str, has_base: bool = False) -> Iterator[str]:
+    """Yields problems of an option that names an autoencoder, as far as a local folder or file shows them.
+
+    With a base model, whose latents are scaled in one way, a file need not say how.
+    """
     try:
         settings = vae_config(source)
     except (OSError, ValueError) as error:
@@ -44,7 +54,11 @@ def latents_problems(source: str) -> Iterator[str]:
         return
     if settings is None and Path(source).exists():
         yield "must be a finished vae run: a folder with config.json or vae/config.json"
-    if settings is not None and settings.get("scaling_factor", 1) is None:
+    unknown = settings is not None and settings.get("scaling_factor", 1) is None
+    if unknown and is_single_file(source):
+        if not has_base:
+            yield "is an autoencoder alone, which does not say its scaling_factor; give a folder with config.json"
+    elif unknown:
         yield "its scaling_factor is not known yet: give the finished run, not one of its checkpoints"
 
 
@@ -73,11 +87,14 @@ class LatentSpace:
     encoded_by: str | None = None
     variant: str | None = None
     offloaded: bool = False  # whether the autoencoder leaves the device when it is not in use
+    base_settings: Mapping[str, Any] | None = None  # of the base model's, for a file that does not say its scale
 
     def __post_init__(self) -> None:
         option, base = self.option, self.base
         self.pictures = Grid.of(base)
         self.settings = vae_config(self.source) or self._settings_on_hub()
+        self.unsaid = self._unsaid() if self.settings.get("scaling_factor", 1) is None else {}
+        self.settings |= self.unsaid
         self.grid = latent_grid(self.settings, base.resolution)
         if self.settings.get("scaling_factor", 1) is None:
             raise InputError(
@@ -99,6 +116,12 @@ class LatentSpace:
         except OSError:
             return dict(self.load().config)  # or an error that explains
 
+    def _unsaid(self) -> dict[str, Any]:
+        """What an autoencoder alone in a file does not say: it is in the place of the base model's."""
+        if self.base_settings is None or not is_single_file(self.source):
+            return {}
+        return {"scaling_factor": 0.18215} | {n: self.base_settings[n] for n in UNSAID if n in self.base_settings}
+
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The frozen autoencoder on the device; in float32 if its config says that half precision overflows."""
@@ -117,13 +140,18 @@ class LatentSpace:
         import torch
 
         options: dict[str, Any] = {"variant": self.variant, "torch_dtype": dtype or torch.float32}
-        return load_autoencoder(self.option, self.source, self.pictures, **options)
+        found = load_autoencoder(self.option, self.source, self.pictures, **options)
+        found.register_to_config(**self.unsaid)
+        return found
 
     def copy_to(self, folder: Path, kept: str | None = None) -> None:
         """Copies the autoencoder's files as they are, and those of the variant `kept` if there are any."""
         from diffusers import AutoencoderKL
         from huggingface_hub import snapshot_download
 
+        if is_single_file(self.source):
+            place = f"{self.option} = {self.source}"
+            return write_part(folder, open_autoencoder(Path(self.source), place), "vae", settings=self.unsaid)
         source = Path(self.source) / (find_subfolder(self.source, None) or "")
         if not source.is_dir():
             with reading(AutoencoderKL, self.source, f"{self.option} = {self.source}"):

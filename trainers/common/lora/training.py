@@ -23,14 +23,19 @@ if TYPE_CHECKING:
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
+def as_arguments(settings: dict[str, Any]) -> str:
+    """Writes settings as further arguments of a call in Python."""
+    return "".join(f", {name}={value!r}" for name, value in settings.items())
+
+
 class AdapterTrainer(StableDiffusionTrainer):
     """Trains an adapter; the result is a LoRA file that every diffusers pipeline of the same family can load."""
 
     config: AdapterConfig
     usual_targets = ATTENTION  # if target_modules is null
     usage = (
-        "from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained({base_model})\n"
+        "from diffusers import {pipeline}\n"
+        "pipeline = {pipeline}.{reader}({base_model})\n"
         "{scheduler}"
         'pipeline.load_lora_weights("{output_dir}")\n'
         '{prepared}pipeline("a prompt"{clip_skip}).images[0].save("sample.png")'
@@ -135,7 +140,9 @@ class AdapterTrainer(StableDiffusionTrainer):
         config, place = self.config, f'"{in_quotes(self.config.pretrained_model_name_or_path)}"'
         for name in ("revision", "variant"):
             place += f', {name}="{in_quotes(getattr(config, name))}"' if getattr(config, name) else ""
-        about = {"base_model": place, "output_dir": in_quotes(location), "scheduler": self.scheduler_usage()}
+        pipeline, reader, unfound = self.base_model.loading()
+        about = {"pipeline": pipeline, "reader": reader, "base_model": place, "scheduler": self.scheduler_usage()}
+        about |= {"output_dir": in_quotes(location), "unfound": as_arguments(unfound)}
         return self.usage.format(**vars(config) | self.prompts.usage() | about)
 
     def usage_notes(self, run_folder: Path | None = None) -> list[str]:
@@ -149,14 +156,14 @@ class AdapterTrainer(StableDiffusionTrainer):
         return [*self._unlike_base(), *found]
 
     def scheduler_usage(self) -> str:
-        """Returns lines that change the base's scheduler as the run did."""
-        if not self.scheduler_changes:
+        """Returns lines that change the loaded scheduler into the base's, as the run changed it."""
+        settings = self.base_model.loading()[2] | self.scheduler_changes
+        if not settings:
             return ""
         kind = type(self.learned.sampler).__name__
-        changes = "".join(f", {name}={value!r}" for name, value in self.scheduler_changes.items())
         return (
             f"from diffusers import {kind}\n"
-            f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{changes})\n"
+            f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{as_arguments(settings)})\n"
         )
 
     def save_pipeline(self, output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -14,6 +15,12 @@ from datasets_lib.foreign import shown
 from trainers.common.model_files import files_digest
 from trainers.model_configs import INDEX, check_files, read_config
 from trainers.pretrained import read_model, read_part, reading
+from trainers.single_file.configs import text_layers as file_text_layers
+from trainers.single_file.families import SD2
+from trainers.single_file.header import is_single_file
+from trainers.single_file.prediction import has_zero_snr
+from trainers.single_file.recognition import SingleFile, open_single_file
+from trainers.single_file.skeleton import single_file_problems, write_skeleton
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +31,15 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[str]:
-    """Yields problems of `pretrained_model_name_or_path`, as far as a local folder shows them."""
+    """Yields problems of `pretrained_model_name_or_path`, as far as a local folder or file shows them."""
     if source is None:
-        yield "must be the folder or hub name of a Stable Diffusion pipeline (1.x, 2.x or XL)"
+        yield "must be the folder, single file or hub name of a Stable Diffusion pipeline (1.x, 2.x or XL)"
+        return
+    if is_single_file(source):
+        yield from single_file_problems(Path(source), parts)
         return
     folder = Path(source)
     if not folder.exists():  # a hub name, or a folder that another run will make
-        return
-    if not folder.is_dir():
-        one = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        yield f"is a file, and a pipeline's folder is needed; diffusers makes one of it: {one}"
         return
     lacking = [part for part in parts if not any((folder / part).glob("*.json"))]
     if lacking:
@@ -42,7 +48,10 @@ def base_model_problems(source: str | None, parts: tuple[str, ...]) -> Iterator[
 
 
 def text_layers(source: str | None) -> list[int]:
-    """Reads the numbers of layers of a local folder's text encoders, as far as their configs say them."""
+    """Reads the numbers of layers of a local folder's or file's text encoders, as far as they say them."""
+    if source is not None and is_single_file(source):
+        with suppress(OSError, ValueError):  # as below
+            return file_text_layers(open_single_file(Path(source), source))
     found = []
     for path in [Path(source or "") / name / "config.json" for name in TEXT_ENCODERS]:
         with suppress(OSError, ValueError):  # what is wrong with it is said when the encoder is read
@@ -53,8 +62,9 @@ def text_layers(source: str | None) -> list[int]:
 class BaseModel:
     """The components of a pipeline; `option` names the option that locates it, for messages.
 
-    A hub name is downloaded without its safety checker, safetensors only; `hash_of` hashes a file. Raises
-    FileNotFoundError if it cannot be reached or read.
+    A hub name is downloaded without its safety checker, safetensors only; `hash_of` hashes a file. A single file's
+    configs and tokenizers are written to a folder of this process. Raises FileNotFoundError if it cannot be reached or
+    read.
     """
 
     def __init__(
@@ -67,11 +77,22 @@ class BaseModel:
     ) -> None:
         self.option, self.source, self.variant, self.hash_of = option, source, variant, hash_of
         self.place = f"{option} = {source}"
-        if not Path(source).is_dir() and (source.count("/") > 1 or source[0] in "./~"):
-            raise MissingFileError(f"{option} = {source}: there is no such folder, and hub names read owner/name")
-        self.folder = Path(source) if Path(source).is_dir() else self._download(source, revision)
+        self.single = open_single_file(Path(source), self.place) if is_single_file(source) else None
+        self.folder = self._without_weights(self.single) if self.single else self._find(source, revision)
         check_files(self.folder)
         self.index: dict[str, Any] = read_config(self.folder / INDEX) if (self.folder / INDEX).is_file() else {}
+
+    def _without_weights(self, single: SingleFile) -> Path:
+        self._made = tempfile.TemporaryDirectory()  # removed with this object
+        write_skeleton(Path(self._made.name), single)
+        return Path(self._made.name)
+
+    def _find(self, source: str, revision: str | None) -> Path:
+        if Path(source).is_dir():
+            return Path(source)
+        if source.count("/") > 1 or source[0] in "./~":
+            raise MissingFileError(f"{self.place}: there is no such folder, and hub names read owner/name")
+        return self._download(source, revision)
 
     def _download(self, source: str, revision: str | None) -> Path:
         from diffusers import DiffusionPipeline
@@ -121,7 +142,23 @@ class BaseModel:
         return self._read(UNet2DConditionModel, "unet", torch_dtype=dtype)
 
     def _read(self, kind: type[ModelMixin | PreTrainedModel], name: str, **options: Any) -> Any:
-        return read_model(kind, self.folder / name, f"{self.place}, {name}", variant=self.variant, **options)
+        place = f"{self.place}, {name}"
+        if self.single is not None:
+            return read_model(kind, self.location, place, subfolder=name, **options)
+        return read_model(kind, self.folder / name, place, variant=self.variant, **options)
+
+    @property
+    def location(self) -> str:
+        """Where the networks are read from: the folder, or the single file."""
+        return str(self.single.path if self.single else self.folder)
+
+    def vae_settings(self) -> dict[str, Any]:
+        """Returns the config of its autoencoder, or without one what is known of its latents."""
+        if self.single is not None:
+            family = self.single.family
+            return {"scaling_factor": family.scaling_factor, "force_upcast": family.is_xl}
+        path = self.folder / "vae" / "config.json"
+        return read_config(path) if path.is_file() else {}
 
     @cached_property
     def sampler(self) -> SchedulerMixin:
@@ -158,8 +195,18 @@ class BaseModel:
         return DDPMScheduler.from_config(self.sampler.config, clip_sample=False, thresholding=False, **changes)
 
     def digest(self, *names: str) -> str:
-        """Hashes the files of components: 16 hex digits."""
-        return files_digest(*(self.folder / name for name in names), hash_of=self.hash_of)
+        """Hashes the files of components: 16 hex digits, and 16 of a single file."""
+        digest = files_digest(*(self.folder / name for name in names), hash_of=self.hash_of)
+        return digest if self.single is None else digest + self.hash_of(self.single.path)[:16]
+
+    def loading(self) -> tuple[str, str, dict[str, Any]]:
+        """Returns diffusers' class and method that load it, and what of its scheduler these do not find out."""
+        if self.single is None:
+            return "DiffusionPipeline", "from_pretrained", {}
+        found = {"prediction_type": "v_prediction" if self.single.family is SD2 else "epsilon"}
+        names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+        own = {name: self.sampler.config[name] for name in (names if has_zero_snr(self.single) else names[:1])}
+        return self.index["_class_name"], "from_single_file", {k: v for k, v in own.items() if found.get(k) != v}
 
 
 def check_tokenizer(place: str, tokenizer: Any, config: Any) -> None:

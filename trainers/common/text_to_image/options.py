@@ -13,6 +13,7 @@ from trainers.common.autoencoder.latents import cache_problems, latents_problems
 from trainers.common.text_to_image.base_model import base_model_problems, text_layers
 from trainers.common.text_to_image.prompts import TextSettings, clip_skip_problem
 from trainers.options import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from trainers.single_file.header import is_single_file
 
 BIAS = ("timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end")
 
@@ -34,7 +35,7 @@ class StableDiffusionConfig(TrainerConfig):
     reads_captions: ClassVar[bool] = True
     training_only: ClassVar[tuple[str, ...]] = ("cache_latents", "cache_text", "clip_score_model")
 
-    pretrained_model_name_or_path: str | None = None  # folder or hub name of a pipeline: Stable Diffusion 1, 2 or XL
+    pretrained_model_name_or_path: str | None = None  # folder, .safetensors or hub name: Stable Diffusion 1, 2 or XL
     revision: str | None = None  # of the base model on the hub; null: the latest
     variant: str | None = None  # of its weight files, such as fp16; null: none
     vae: str | None = None  # another AutoencoderKL, such as one made for half precision; null: the base model's
@@ -74,9 +75,11 @@ class StableDiffusionConfig(TrainerConfig):
         for problem in base_model_problems(self.pretrained_model_name_or_path, self.parts_needed()):
             yield "pretrained_model_name_or_path", problem
         if self.vae is not None:
-            yield from (("vae", problem) for problem in latents_problems(self.vae))
-        if self.revision is not None and Path(self.pretrained_model_name_or_path or "").is_dir():
-            yield "revision", "has an effect with a name on the hub only, and this is a folder"
+            yield from (("vae", problem) for problem in latents_problems(self.vae, has_base=True))
+        if self.revision is not None and Path(self.pretrained_model_name_or_path or "").exists():
+            yield "revision", "has an effect with a name on the hub only, and this is on disk"
+        if self.variant is not None and is_single_file(self.pretrained_model_name_or_path or ""):
+            yield "variant", "has an effect with folders and hub names only, and this is a single file"
         if skipped := clip_skip_problem(self.clip_skip, text_layers(self.pretrained_model_name_or_path)):
             yield "clip_skip", skipped
         yield from self._objective_problems()

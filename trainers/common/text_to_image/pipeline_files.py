@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.model_configs import INDEX
+from trainers.single_file.part_files import write_part
 from trainers.weight_files import copy_part
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def write_pipeline(
         network.save_pretrained(folder / name)
     tokenizers = ("tokenizer", "tokenizer_2")[: len(base.text_encoder_names)]
     for name in (*base.text_encoder_names, *tokenizers):
-        if name not in networks:
+        if name not in networks and base.single is not None and name in base.text_encoder_names:
+            write_part(folder / name, base.single, name)
+        elif name not in networks:
             copy_part(base.folder / name, folder / name, base.variant, kept)
     for number, name in enumerate(tokenizers):
         if lacks_vocabulary(folder / name):

@@ -43,10 +43,10 @@ class StableDiffusionTrainer(Trainer):
         assert source is not None  # the config was checked
         hashes = FileHashes(cache_directory(self.base))
         self.base_model = BaseModel(option, source, config.revision, config.variant, hashes.sha256)
-        vae = (option, str(self.base_model.folder)) if config.vae is None else (f"{self.task}.vae", config.vae)
+        vae = (option, self.base_model.location) if config.vae is None else (f"{self.task}.vae", config.vae)
         variant, cached = config.variant if config.vae is None else None, config.cache_latents is not None
         place = *vae, self.base, self.device, self.weight_dtype, self.run.encoded_by, variant
-        self.latents = LatentSpace(*place, offloaded=cached)
+        self.latents = LatentSpace(*place, offloaded=cached, base_settings=self.base_model.vae_settings())
         self.prompts = Prompts(self.base_model, self.device, self.weight_dtype, config.texts)
         self.learned = self.build_objective()
         if config.clip_score_model is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainers.inference.foreign_configs.kohya_prompts import sample_prompts
 from trainers.inference.foreign_configs.kohya_table import DEFAULTS, OF_ADAPTERS, REFUSED, TABLE
 from trainers.inference.foreign_configs.shell import LAUNCHERS
 from trainers.inference.foreign_configs.translation import Translation
+from trainers.single_file.recognition import open_single_file
 
 SCRIPTS = {  # the task of each
     "train_network": "lora", "sdxl_train_network": "lora", "fine_tune": "text_to_image", "sdxl_train": "text_to_image",
@@ -32,7 +34,7 @@ def translate(options: dict[str, Any], dataset: dict[str, Any], place: Path, scr
         if name == f"{LAUNCHERS}mixed_precision" and "mixed_precision" not in made.given:
             made.write("base.mixed_precision", str(made.given[name]), name)
         made.leave(name, "give it to accelerate launch as before")
-    if script is None and not Path(str(options.get("pretrained_model_name_or_path", ""))).is_dir():
+    if script is None and _is_xl_by_files(options) is None:
         model = "XL" if made.is_xl else "1 or 2"
         made.notes.append(f"taken for Stable Diffusion {model}, as far as names and options tell")
     rules.base_model(made)
@@ -75,7 +77,17 @@ def _is_xl(options: dict[str, Any], script: str | None) -> bool:
     by_option = bool(options.get("cache_text_encoder_outputs") or options.get("cache_text_encoder_outputs_to_disk"))
     if script is not None:
         return script.startswith("sdxl")
-    if Path(base).is_dir():
-        return (Path(base) / "text_encoder_2").is_dir()
+    if (found := _is_xl_by_files(options)) is not None:
+        return found
     two_rates = isinstance(rates := options.get("text_encoder_lr"), list) and len(rates) > 1
     return by_option or two_rates or any(word in Path(base).name.lower() for word in ("xl", "illustrious", "pony"))
+
+
+def _is_xl_by_files(options: dict[str, Any]) -> bool | None:
+    """Whether the base's folder or file is of Stable Diffusion XL; None if it is not here, or is neither."""
+    base = Path(str(options.get("pretrained_model_name_or_path", "")))
+    if base.is_dir():
+        return (base / "text_encoder_2").is_dir()
+    with suppress(OSError, ValueError):  # what is wrong with it is said when the config is checked
+        return open_single_file(base, "").family.is_xl
+    return None

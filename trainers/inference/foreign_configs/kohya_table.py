@@ -41,7 +41,7 @@ def part_held_out(value: object) -> float:
 
 MAIN: dict[str, Row] = {
     # the base model
-    "pretrained_model_name_or_path": Row("task.pretrained_model_name_or_path", "a folder or hub name, no single file"),
+    "pretrained_model_name_or_path": Row("task.pretrained_model_name_or_path", "folder, .safetensors file or hub name"),
     "v2": Row("", "the base model's files say it"),
     "v_parameterization": Row("task.prediction_type", "v_prediction", as_v),
     "zero_terminal_snr": Row("task.rescale_betas_zero_snr", read=flag),

@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from trainers.engine.optim.table import OPTIMIZERS
 from trainers.inference.foreign_configs.readers import flag
 from trainers.inference.foreign_configs.translation import Translation
+from trainers.single_file.header import PICKLES
 
 LARGE = 0.1  # no rate of AdamW
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
 def base_model(translation: Translation, name: str = "pretrained_model_name_or_path") -> None:
     source = translation.read(name)
-    pipeline = f"StableDiffusion{'XL' if translation.is_xl else ''}Pipeline"
-    single = f"is one file; a folder is needed: {pipeline}.from_single_file(FILE).save_pretrained(FOLDER)"
     if source is not None:
-        remark = single if source.endswith(SINGLE_FILES) else ""
+        remark = "is a pickle, which is not read; take it as .safetensors" if source.endswith(PICKLES) else ""
         translation.write("task.pretrained_model_name_or_path", source, name, remark=remark)
 
 
