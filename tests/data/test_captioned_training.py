@@ -104,9 +104,12 @@ def test_without_prompts_captions_of_the_data_are_drawn(run_in_process, pictures
     """Held-out ones, else those that are trained on, with the trigger word."""
     asked = []
     original = StableDiffusionTrainer.draw
-    monkeypatch.setattr(
-        StableDiffusionTrainer, "draw", lambda self, requests, g: asked.append(requests) or original(self, requests, g)
-    )
+
+    def draw(self, requests, *others):
+        asked.append(requests)
+        return original(self, requests, *others)
+
+    monkeypatch.setattr(StableDiffusionTrainer, "draw", draw)
     run_in_process("data", "lora", **options_of(write_pairs(pictures), **{"base.trigger_word": "inkwash"}))
     assert {request["prompt"] for request in asked[0]} == {"inkwash, sks, red, blue, left, right"}
     asked.clear()

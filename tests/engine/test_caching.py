@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 
 import datasets_lib
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.encoders import fill
+from trainers.engine.encoders import fill, rows_file
 from trainers.engine.encoders.cache import Cache, folder_of, text_key
 from trainers.engine.encoders.stages import FrozenEncoders
-from trainers.engine.run import files as durable
 
 WORDS = ["cat", "dog", "three", "photo"]
 
@@ -232,7 +231,7 @@ def test_a_cache_that_cannot_be_written_or_read(tmp_path, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "save_file", full)
+        patch.setattr(rows_file, "write_tensors", full)
         with pytest.raises(
             OSError, match=r"a cache cannot be written \(.*No space left.*\); it needs 8 bytes, [\d,]+ are f"
         ):

@@ -52,28 +52,33 @@ def _count(pattern: str, keys: Iterable[str]) -> int:
 
 
 def _of_unet(keys: Collection[str]) -> Callable[[str], str]:
-    per_block = _count(r"down_blocks\.0\.resnets\.(\d+)\.", keys) + 1  # its layers, and what halves or doubles
+    per_block = _count(r"down_blocks\.0\.resnets\.(\d+)\.", keys) + 1
     attended = {int(key.split(".")[1]) for key in keys if key.startswith("up_blocks.") and ".attentions." in key}
+    return lambda key: unet_name(key, per_block, attended)
 
-    def name(key: str) -> str:
-        module, _, end = key.rpartition(".")
-        if module in UNET_ENDS:
-            return f"{UNET_ENDS[module]}.{end}"
-        side, *parts = key.split(".")
-        block = 0 if side == "mid_block" else int(parts.pop(0))
-        what, number, rest = parts[0], int(parts[1]), ".".join(parts[2:])
-        rest = _replaced(UNET_RESNET, rest) if what == "resnets" else rest
-        if side == "mid_block":
-            return f"middle_block.{1 if what == 'attentions' else 2 * number}.{rest}"
-        if what == "downsamplers":
-            return f"input_blocks.{(block + 1) * per_block}.0.op.{end}"
-        if what == "upsamplers":
-            return f"output_blocks.{(block + 1) * per_block - 1}.{2 if block in attended else 1}.{rest}"
-        position = block * per_block + number
-        place = f"input_blocks.{position + 1}" if side == "down_blocks" else f"output_blocks.{position}"
-        return f"{place}.{1 if what == 'attentions' else 0}.{rest}"
 
-    return name
+def unet_name(key: str, per_block: int, attended: Collection[int]) -> str:
+    """Returns the original name of a UNet's tensor.
+
+    `per_block` counts a block's layers, and what halves or doubles; `attended` are the blocks on the way up that have
+    attention.
+    """
+    module, _, end = key.rpartition(".")
+    if module in UNET_ENDS:
+        return f"{UNET_ENDS[module]}.{end}"
+    side, *parts = key.split(".")
+    block = 0 if side == "mid_block" else int(parts.pop(0))
+    what, number, rest = parts[0], int(parts[1]), ".".join(parts[2:])
+    rest = _replaced(UNET_RESNET, rest) if what == "resnets" else rest
+    if side == "mid_block":
+        return f"middle_block.{1 if what == 'attentions' else 2 * number}.{rest}"
+    if what == "downsamplers":
+        return f"input_blocks.{(block + 1) * per_block}.0.op.{end}"
+    if what == "upsamplers":
+        return f"output_blocks.{(block + 1) * per_block - 1}.{2 if block in attended else 1}.{rest}"
+    position = block * per_block + number
+    place = f"input_blocks.{position + 1}" if side == "down_blocks" else f"output_blocks.{position}"
+    return f"{place}.{1 if what == 'attentions' else 0}.{rest}"
 
 
 def _of_vae(keys: Collection[str]) -> Callable[[str], str]:
