@@ -9,6 +9,7 @@ import shutil
 import pytest
 import tiny_single_files
 import torch
+from marks import slow
 from repository import tiny
 from run_folders import losses
 from safetensors.torch import load_file, save_file
@@ -51,7 +52,7 @@ def folder_of(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", slow("sdxl")])
 def test_a_lora_of_a_file_is_that_of_its_folder(family, folder_of, tmp_path, capsys):
     file = tiny_single_files.single_file(family)
     rates = (
@@ -98,7 +99,7 @@ def test_a_lora_of_a_file_is_that_of_its_folder(family, folder_of, tmp_path, cap
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [slow("sd1"), "sd2", slow("sdxl")])
 def test_text_to_image_of_a_file_is_a_whole_pipeline_and_a_file_again(family, folder_of, tmp_path):
     from diffusers import DiffusionPipeline
 
@@ -127,7 +128,7 @@ def test_text_to_image_of_a_file_is_a_whole_pipeline_and_a_file_again(family, fo
 # --- an autoencoder alone
 
 
-@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("prefix", [slow(""), "first_stage_model."])
 def test_an_autoencoder_alone_is_scaled_as_the_base_models(prefix, folder_of, tmp_path):
     """As the folder of the same one, with the base's scaling_factor, which its file does not say."""
     tensors = load_file(tiny_single_files.single_file("sdxl"))
@@ -357,7 +358,7 @@ def test_a_file_of_another_content_is_another_base(tmp_path):
 # --- files of pipelines that began with a single file
 
 
-@pytest.mark.parametrize("task", ["text_to_image", "lora"])
+@pytest.mark.parametrize("task", ["text_to_image", slow("lora")])
 def test_pipelines_have_the_hubs_names_and_the_files_precision(task, tmp_path):
     """What was not trained or merged is in the file's half precision, by names that transformers 4 reads, with vocabularies."""
     run_script(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_single_files
 import torch
+from marks import slow
 from safetensors.torch import load_file, save_file
 from tiny_single_files import NEEDS_VOCABULARY
 
@@ -175,7 +176,7 @@ def test_tensors_come_back_as_they_were(name, count):
 
 
 @NEEDS_VOCABULARY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16, slow(torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("family", FAMILY)
 def test_networks_are_those_that_diffusers_reads(family, dtype, tmp_path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
