@@ -15,11 +15,15 @@ stable-diffusion.cpp and diffusers ignore its scale in kohya's format; --dora wr
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from datasets_lib.errors import InputError, MissingFileError
+from safetensors import SafetensorError
+
+from datasets_lib.errors import FileError, InputError, MissingFileError
+from datasets_lib.foreign import shown
 from trainers.common.lora.files import read_lora, write_lora
 from trainers.common.lora.kohya import DORA, write_kohya
 from trainers.common.lora.lora_file import LoraFile
@@ -43,31 +47,43 @@ def convert(
     trust_code: bool = False,
 ) -> None:
     """Writes the LoRA of `source` in a format; ValueError if there is none, or if readers would misread it."""
-    if output.suffix != ".safetensors" or output.exists():
-        raise InputError(f"{output}: must be a new file with the ending .safetensors")
+    check_output(output)
     lora = read(source, weights, trust_code)
     print_notes(lora)
     if lora.is_dora and to == "kohya" and not dora:
         raise InputError(f"{source}: is a DoRA; {DORA}; ComfyUI's change is right to about 1 %: --dora writes it")
     make_folder(output.parent)
-    staging = output.with_name(f".tmp-{secrets.token_hex(4)}-{output.name}")
+    staging = output.with_name(f".tmp-{secrets.token_hex(4)}.safetensors")
     try:
         if to == "kohya":
             write_kohya(staging, lora, output.stem)
         else:
             write_lora(staging, lora)
         staging.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{output}: cannot be written ({shown(error)})") from None
     finally:
         staging.unlink(missing_ok=True)
     print(f"{to} format: {output}")
 
 
+def check_output(output: Path) -> None:
+    """Raises ValueError unless a path is that of a new file with the right ending."""
+    if output.suffix != ".safetensors":
+        raise InputError(f"{output}: the name must end in .safetensors, by which programs know the format")
+    if os.path.lexists(output):
+        raise InputError(f"{output}: is there already; choose another place, or remove it")
+
+
 def read(source: Path, weights: str | None, trust_code: bool) -> LoraFile:
     """Reads a LoRA from a file, a finished run, a checkpoint, or else from the newest checkpoint of a run."""
-    unfinished = source.is_dir() and not (source / FILE_NAME).is_file() and list_checkpoints(source)
-    if not (source / STATE).is_file() and not unfinished and weights is None:
-        return read_lora(source)
-    return read_checkpoint_lora(open_run(source, trust_code), weights)
+    is_checkpoint, is_file = (source / STATE).is_file(), (source / FILE_NAME).is_file()
+    held = is_checkpoint or (source.is_dir() and bool(list_checkpoints(source)))
+    if weights is not None and not held:
+        raise InputError(f"--weights {weights}: {source} is no checkpoint and holds none; leave the option out")
+    if is_checkpoint or weights is not None or (held and not is_file):
+        return read_checkpoint_lora(open_run(source, trust_code), weights)
+    return read_lora(source)
 
 
 def convert_all(source: Path, output: Path, **how: Any) -> None:
@@ -75,8 +91,12 @@ def convert_all(source: Path, output: Path, **how: Any) -> None:
     checkpoints = list_checkpoints(source)
     if not checkpoints:
         raise MissingFileError(f"{source}: holds no checkpoints; --all needs a run's folder with some")
-    for step, folder in reversed(checkpoints):
-        convert(folder, output / f"{source.resolve().name}-step{step:08d}.safetensors", **how)
+    name = source.resolve().name
+    files = {folder: output / f"{name}-step{step:08d}.safetensors" for step, folder in reversed(checkpoints)}
+    for file in files.values():  # before the first one is written
+        check_output(file)
+    for folder, file in files.items():
+        convert(folder, file, **how)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

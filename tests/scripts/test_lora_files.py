@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny_models import model
 
-from datasets_lib.errors import InputError
+from datasets_lib.errors import InputError, UserError
 from scripts import convert_lora, merge_lora
 from trainers.common.lora import files as lora_files
 from trainers.common.lora import lora_file, original_names
@@ -517,9 +517,19 @@ def test_what_is_not_converted(tmp_path, monkeypatch, tensors, to, message):
 
 def test_where_a_conversion_goes(tmp_path):
     save_file(PAIR, tmp_path / "in.safetensors")
-    for output in ("in.safetensors", "out.bin"):
-        with pytest.raises(ValueError, match=f"{output}: must be a new file with the ending .safetensors"):
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    messages = {
+        "in.safetensors": "is there already; choose another place, or remove it",
+        "link.safetensors": "is there already",
+        "out.bin": "the name must end in .safetensors",
+        f"{'n' * 244}.safetensors": "cannot be written .*File name too long",
+    }
+    for output, message in messages.items():
+        with pytest.raises(UserError, match=f"{output}: {message}"):
             convert_lora.convert(tmp_path / "in.safetensors", tmp_path / output, "kohya")
+    with pytest.raises(InputError, match="--weights raw: .* is no checkpoint and holds none; leave the option out"):
+        convert_lora.convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", weights="raw")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "link.safetensors"]
     with pytest.raises(FileNotFoundError, match="no file .*none.safetensors"):
         convert_lora.convert(tmp_path / "none.safetensors", tmp_path / "out.safetensors", "kohya")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,11 +98,58 @@ def test_headers_say_what_was_asked_for_and_name_no_path(finished):
         ),
     ],
 )
-def test_when_there_is_one_file_alone(run_in_process, capsys, options, files, said):
+def test_when_there_is_one_file_alone(run_in_process, capsys, tmp_path, monkeypatch, options, files, said):
     options = {"base.max_train_steps": 1, "lora.train_text_encoder": False, "lora.learning_rate": 1e-3} | options
     folder = run_in_process("run", "lora", **options)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == sorted(files)
-    assert re.search(said, capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(said, printed)
+    command = shlex.split(re.search("python scripts/convert_lora.py .* FOLDER --all.*", printed)[0])
+    run_script(monkeypatch, convert_lora, *(tmp_path / "all" if word == "FOLDER" else word for word in command[2:]))
+    [made] = (tmp_path / "all").iterdir()
+    assert read_lora(made).is_dora == ("lora.use_dora" in options)
+    assert_same_tensors(made, folder / ("run.safetensors" if "For ComfyUI" in said else FILE_NAME))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("pytorch_LoRA_weights", f"{FILE_NAME} is the name of diffusers' file; scripts/convert_lora.py writes one"),
+        ("n" * 201, "the name of base.output_dir has more than 200 bytes"),
+    ],
+)
+def test_names_of_folders_that_cannot_be_a_files(run_in_process, capsys, name, problem):
+    folder = run_in_process(name, "lora", **{"base.max_train_steps": 1})
+    assert [path.name for path in folder.glob("*.safetensors")] == [FILE_NAME]
+    assert any("lora_A" in key for key in load_file(folder / FILE_NAME))  # in diffusers' format
+    assert f"No file for ComfyUI and AUTOMATIC1111 was written: {problem}" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_leaves_no_older_lora_by_another_name(run_in_process):
+    steps = {"base.max_train_steps": 1, "base.resume_from_checkpoint": "latest"}
+    folder = run_in_process("first", "lora", **steps)
+    mine = shutil.copy(folder / "first.safetensors", folder / "mine.safetensors")
+    renamed = folder.rename(folder.with_name("second"))
+    run_in_process("second", "lora", **steps)
+    found = ["mine.safetensors", FILE_NAME, "second.safetensors"]
+    assert sorted(path.name for path in renamed.glob("*.safetensors")) == found
+    run_in_process("second", "lora", **steps, **{"lora.lora_formats": ["diffusers"]})
+    assert sorted(path.name for path in renamed.glob("*.safetensors")) == [Path(mine).name, FILE_NAME]
+
+
+@pytest.mark.parametrize("name", ["../mine.safetensors", "config.yaml", FILE_NAME, ""])
+def test_no_other_file_is_taken_for_an_older_lora(tmp_path, name):
+    from safetensors.torch import save_file
+
+    from trainers.common.lora.kohya import OTHER_FILE, remove_earlier
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.safetensors").touch()
+    (tmp_path / "run" / "config.yaml").touch()
+    save_file({}, tmp_path / "run" / FILE_NAME, metadata={OTHER_FILE: name})
+    before = sorted(tmp_path.rglob("*"))
+    remove_earlier(tmp_path / "run", "run.safetensors")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_format_of_diffusers_is_always_written(tiny_config):

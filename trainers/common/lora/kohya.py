@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from datasets_lib.errors import InputError
+from datasets_lib.errors import InputError, UserError
 from datasets_lib.foreign import shown
 from trainers.common.lora.header import SETTINGS_KEY
 from trainers.common.lora.kohya_names import is_known
 from trainers.common.lora.kohya_texts import LAYERS, family_of, kohya_texts
 from trainers.common.lora.lora_file import LoraFile
 from trainers.common.lora.original_names import original_sdxl_name
-from trainers.common.lora.tensors import write_tensors
+from trainers.common.lora.tensors import FILE_NAME, read_about, write_tensors
 
 SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+OTHER_FILE = "other_file"  # entry of a run's file for diffusers: the name of the one in kohya's format beside it
+TITLE_BYTES = 200  # at most: file systems allow 255, endings and the names of files that are being written included
 DORA = "of a DoRA, AUTOMATIC1111 makes another change, and kohya's tools and stable-diffusion.cpp an ordinary LoRA"
 
 
 def write_kohya(path: Path, lora: LoraFile, title: str) -> Path:
     """Writes a file in kohya's format, which other programs show by its title."""
     return write_tensors(path, *to_kohya(lora, title))
+
+
+def remove_earlier(folder: Path, kept: str) -> None:
+    """Removes the file that an earlier export of a run wrote by another name: it would hold an older LoRA."""
+    with suppress(UserError):  # of a damaged file
+        name = read_about(folder).get(OTHER_FILE, "")
+        if name not in (kept, FILE_NAME) and name.endswith(".safetensors") and Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+
+
+def name_problem(title: str) -> str | None:
+    """Returns why a file in kohya's format cannot be called after a title in the folder of one for diffusers."""
+    if f"{title}.safetensors".casefold() == FILE_NAME:  # some disks do not tell capitals apart
+        return f"{FILE_NAME} is the name of diffusers' file; scripts/convert_lora.py writes one of another name"
+    if len(os.fsencode(title)) > TITLE_BYTES:
+        return f"the name of base.output_dir has more than {TITLE_BYTES} bytes; scripts/convert_lora.py writes one"
+    return None
 
 
 def unnamed_module(networks: Mapping[str, nn.Module]) -> str | None:

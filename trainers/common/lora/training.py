@@ -120,16 +120,16 @@ class AdapterTrainer(StableDiffusionTrainer):
 
     def kohya_problem(self) -> str | None:
         """Returns why no file in kohya's format is written besides, or None if it is."""
-        from trainers.common.lora.kohya import DORA, unnamed_module
+        from trainers.common.lora.kohya import DORA, name_problem, unnamed_module
 
         formats = self.config.lora_formats
         if formats is not None and "kohya" not in formats:
             return "lora_formats leaves it out"
         if formats is None and self.config.use_dora:
-            return DORA
+            return f"{DORA}; scripts/convert_lora.py with --dora writes it nevertheless"
         if (module := unnamed_module(self.unwrapped)) is not None:
             return f"kohya's format has no name for {module}"
-        return None
+        return name_problem(self.title)
 
     def card_facts(self) -> CardFacts:
         kind = "dora" if self.config.use_dora else "lora"
@@ -148,11 +148,13 @@ class AdapterTrainer(StableDiffusionTrainer):
     def usage_notes(self, run_folder: Path | None = None) -> list[str]:
         if (problem := self.kohya_problem()) is None:
             found = [f"For ComfyUI, AUTOMATIC1111, Forge and kohya's tools: {self.title}.safetensors"]
+            programs, options = ", for these programs", " --dora" if self.config.use_dora else ""
         else:
             found = [f"No file for ComfyUI and AUTOMATIC1111 was written: {problem}"]
-        if self.base.checkpointing_steps and run_folder is not None:
-            convert = f"python scripts/convert_lora.py {shlex.quote(str(run_folder))} FOLDER --all"
-            found.append(f"The LoRAs of all checkpoints, for these programs: {convert}")
+            programs, options = "", " --to diffusers"
+        if run_folder is not None:
+            convert = f"python scripts/convert_lora.py {shlex.quote(str(run_folder))} FOLDER --all{options}"
+            found.append(f"The LoRAs of all checkpoints{programs}: {convert}")
         return [*self._unlike_base(), *found]
 
     def scheduler_usage(self) -> str:
@@ -168,12 +170,14 @@ class AdapterTrainer(StableDiffusionTrainer):
 
     def save_pipeline(self, output_dir: Path) -> None:
         from trainers.common.lora.files import FILE_NAME, lora_of, write_lora
-        from trainers.common.lora.kohya import write_kohya
+        from trainers.common.lora.kohya import OTHER_FILE, remove_earlier, write_kohya
 
         lora = lora_of(self.unwrapped, self.about() | self.about_base()).folded()
-        write_lora(output_dir / FILE_NAME, lora)
-        if self.kohya_problem() is None:
-            write_kohya(output_dir / f"{self.title}.safetensors", lora, self.title)
+        other = f"{self.title}.safetensors" if self.kohya_problem() is None else ""
+        write_lora(output_dir / FILE_NAME, lora._replace(about=lora.about | {OTHER_FILE: other}))
+        if other:
+            write_kohya(output_dir / other, lora, self.title)
+        remove_earlier(Path(self.base.output_dir), other)
 
     @property
     def title(self) -> str:
