@@ -264,6 +264,21 @@ def test_a_lora_that_predicts_v_draws_the_same_with_its_base_as_in_its_run(of_v,
             assert np.abs(drawn - pixels(tmp_path / wanted)[0]).max() <= 1
 
 
+def test_a_run_beside_a_lora_that_predicts_v_takes_its_scheduler_where_it_acts(finished, of_v, tmp_path, monkeypatch):
+    asked = ["--prompt", "a photo of a cat", "--steps", "2", "--guidance", "2", "--device", "cpu", "--output-dir"]
+    run_script(monkeypatch, sample, model("sd1"), *asked, tmp_path / "base")
+    run_script(monkeypatch, sample, finished, *asked, tmp_path / "both", "--lora", of_v, "--lora-scales", "0,1")
+    both = [tmp_path / "both" / column / "00000.png" for column in ("scale_0", "scale_1")]
+    off, on = (np.asarray(Image.open(file)).astype(int) for file in both)
+    assert np.abs(off - pixels(tmp_path / "base")[0]).max() <= 1
+    two = ["--lora", of_v, "--lora", finished]
+    run_script(monkeypatch, sample, model("sd1"), *asked, tmp_path / "two", *two)
+    assert np.abs(on - pixels(tmp_path / "two")[0]).max() <= 1
+    run_script(monkeypatch, sample, of_v, *asked, tmp_path / "other", "--lora", finished, "lora.lora_scale=0")
+    run_script(monkeypatch, sample, model("sd1"), *asked, tmp_path / "alone", "--lora", finished)
+    assert np.abs(pixels(tmp_path / "other") - pixels(tmp_path / "alone")).max() <= 1
+
+
 def test_the_start_the_header_and_the_lines_say_so(of_v, run_in_process, capsys):
     assert json.loads(read_about(of_v)[SCHEDULER_KEY]) == CHANGES
     assert read_about(of_v / "v.safetensors")["ss_zero_terminal_snr"] == "True"

@@ -149,7 +149,7 @@ def of_prompts(arguments: argparse.Namespace, saved: SavedRun | None) -> Drawing
     infotext = Infotext(
         model=loaded.model,
         sampler=sampler_name(pipeline.scheduler),
-        plain_sampler=None if plain is None else sampler_name(plain),
+        plain_sampler=sampler_name(plain),
         steps=settings.num_inference_steps,
         guidance=settings.guidance_scale,
         seed=arguments.seed,
@@ -182,11 +182,12 @@ def _of_run(arguments: argparse.Namespace, saved: SavedRun, loras: list[tuple[Pa
     config, pipeline = trainer.config, trainer.pipeline()
     config.valid_batch_size = arguments.number or config.valid_batch_size
     prompts = prompts_of(arguments) or [request["prompt"] for request in trainer.sample_requests(None)]
-    pipeline.scheduler = for_pipelines(trainer.chosen_sampler())
-    plain = trainer.base_sampler() if isinstance(trainer, AdapterTrainer) else None
+    own = trainer.chosen_sampler()
+    plain = (trainer.base_sampler() if isinstance(trainer, AdapterTrainer) else None) or own
+    weights = {ADAPTER: config.lora_scale} if hasattr(config, "lora_scale") else {}
+    pipeline.scheduler, plain = for_pipelines(own if any(weights.values()) else plain), for_pipelines(plain)
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(PromptSettings) if hasattr(config, f.name)}
     settings["size"] = (trainer.base.resolution,) * 2
-    weights = {ADAPTER: config.lora_scale} if hasattr(config, "lora_scale") else {}
     model = config.pretrained_model_name_or_path if weights else str(saved.folder)
     return Loaded(pipeline, weights | add_loras(pipeline, loras), settings, prompts, plain, str(model))
 
