@@ -8,20 +8,26 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import lora_file, model
+from torch import nn
 
 from datasets_lib.errors import InputError, MissingFileError
 from scripts import convert_lora, merge_lora, sample
 from trainers.common.lora.files import read_lora
 from trainers.common.lora.header import SCHEDULER_KEY
 from trainers.common.lora.tensors import FILE_NAME, read_about
+from trainers.common.lora.training import AdapterTrainer
+from trainers.inference.checkpoint_lora import read_checkpoint_lora
+from trainers.inference.saved_run import open_run
 from trainers.sd_lora import LoRATrainer
 
 V = {"lora.prediction_type": "v_prediction", "lora.rescale_betas_zero_snr": True}
@@ -139,8 +145,6 @@ def test_a_run_that_goes_on_leaves_no_older_lora_by_another_name(run_in_process)
 
 @pytest.mark.parametrize("name", ["../mine.safetensors", "config.yaml", FILE_NAME, ""])
 def test_no_other_file_is_taken_for_an_older_lora(tmp_path, name):
-    from safetensors.torch import save_file
-
     from trainers.common.lora.kohya import OTHER_FILE, remove_earlier
 
     (tmp_path / "run").mkdir()
@@ -223,6 +227,31 @@ def test_checkpoints_that_hold_no_lora(run_in_process, of_v, tmp_path):
     with pytest.raises(MissingFileError, match="no file .*; give a LoRA as .safetensors, or a folder with"):
         convert_lora.convert(tmp_path, output)
     assert not output.exists()
+
+
+def test_checkpoints_of_another_run_and_without_a_lora(finished, tmp_path):
+    saved = open_run(finished / "checkpoint-6")
+    with pytest.raises(InputError, match=f"{tmp_path}: holds no LoRA"):
+        read_checkpoint_lora(saved._replace(checkpoint=tmp_path))
+    (tmp_path / "unet").mkdir()
+    save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "unet" / "trainable.safetensors")
+    message = "unet: conv_in.weight is no tensor of a LoRA; the checkpoint is of another run"
+    with pytest.raises(InputError, match=message):
+        read_checkpoint_lora(saved._replace(checkpoint=tmp_path), "raw")
+
+
+def test_a_module_without_a_name_in_kohyas_format():
+    network = inject_adapter_in_model(LoraConfig(target_modules=["odd"]), nn.ModuleDict({"odd": nn.Linear(2, 2)}))
+    trainer = SimpleNamespace(config=SimpleNamespace(lora_formats=None, use_dora=False), unwrapped={"unet": network})
+    assert AdapterTrainer.kohya_problem(trainer) == "kohya's format has no name for unet.odd"
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "{}", "base: {}", "lora: 3", "{lora: {}, lcm_lora: {}}"])
+def test_a_runs_folder_whose_configuration_is_none(finished, tmp_path, text):
+    shutil.copy(finished / FILE_NAME, tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match="config.yaml: is no configuration of a run"):
+        LoRATrainer.load_pipeline(tmp_path)
 
 
 # the scheduler -------------------------------------------------------------------------------------------------------
@@ -315,8 +344,6 @@ def test_an_ordinary_lora_changes_no_scheduler(finished, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["[", "[]", '{"beta_end": 1}', '{"prediction_type": "sample"}', "null"])
 def test_a_header_that_asks_for_something_else(of_v, tmp_path, monkeypatch, text):
-    from safetensors.torch import save_file
-
     save_file(load_file(of_v / FILE_NAME), tmp_path / FILE_NAME, metadata=read_about(of_v) | {SCHEDULER_KEY: text})
     with pytest.raises(
         SystemExit, match="scheduler_changes = .* in its header must be a JSON object with some of predict"
@@ -325,8 +352,6 @@ def test_a_header_that_asks_for_something_else(of_v, tmp_path, monkeypatch, text
 
 
 def test_loras_that_need_different_schedulers(of_v, tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
     other = json.dumps({"prediction_type": "epsilon"})
     save_file(load_file(of_v / FILE_NAME), tmp_path / FILE_NAME, metadata=read_about(of_v) | {SCHEDULER_KEY: other})
     both = ["--lora", of_v, "--lora", tmp_path]
