@@ -180,6 +180,13 @@ def test_all_checkpoints_at_once_as_the_end_of_the_run_says(finished, tmp_path, 
     run_script(monkeypatch, convert_lora, finished, tmp_path / "epochs", "--all")
     names = ["ink wash-step00000003.safetensors", "ink wash-step00000006.safetensors"]
     assert sorted(path.name for path in (tmp_path / "epochs").iterdir()) == names
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "epochs" / names[1], tmp_path / "again")
+    with pytest.raises(SystemExit, match=f"error: .*{names[1]}: is there already; choose another place, or remove it"):
+        run_script(monkeypatch, convert_lora, finished, tmp_path / "again", "--all")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == names[1:]  # the first one is not written
+    with pytest.raises(SystemExit, match=f"error: .*{FILE_NAME}: no folder can be made there .*; choose another place"):
+        run_script(monkeypatch, convert_lora, finished, finished / FILE_NAME, "--all")
     first, last = (load_file(tmp_path / "epochs" / name) for name in names)
     assert any(not torch.equal(value, last[key]) for key, value in first.items())
     raw = tmp_path / "raw.safetensors"
