@@ -215,7 +215,7 @@ def test_a_checkpoint_without_its_base_and_a_run_without_its_end(finished, tmp_p
 def test_a_checkpoint_is_no_lora_file_and_the_message_names_what_makes_one(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
     for folder in (finished / "checkpoint-6", tmp_path / "run"):
-        message = f"no file .*; python scripts/convert_lora.py {folder} FILE.safetensors makes it of a checkpoint"
+        message = f"no file .*; python scripts/convert_lora.py {shlex.quote(str(folder))} FILE.safetensors makes it of a checkpoint"
         with pytest.raises(SystemExit, match=message):
             run_script(monkeypatch, merge_lora, model("sd1"), tmp_path / "merged", "--lora", folder)
     convert_lora.convert(tmp_path / "run", tmp_path / "newest.safetensors")
