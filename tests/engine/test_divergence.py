@@ -93,14 +93,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_written_down(kind, break_loss,
 def test_after_many_steps_in_a_row_the_run_stops(break_loss, tiny_config, capsys):
     break_loss(lambda loss, step: loss * math.nan if step >= 2 else loss)
     options = {"base.max_skipped_steps": 3, "base.max_train_steps": 20, "base.checkpointing_steps": 2}
-    path = tiny_config(**options)
+    path = tiny_config(name="my run", **options)
     folder = path.with_suffix("")
     assert main([str(path)]) == 1
     error = capsys.readouterr().err
     assert (
         "the loss or a gradient was not finite in 3 steps in a row, up to step 5 (base.max_skipped_steps = 3)" in error
     )
-    assert f"python scripts/replay.py {folder} 5" in error
+    assert f"python scripts/replay.py '{folder}' 5" in error
     assert [json.loads(line)["step"] for line in (folder / "skipped_steps.jsonl").read_text().splitlines()] == [3, 4, 5]
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert final_state(folder, 2) == final_state(folder, 4)

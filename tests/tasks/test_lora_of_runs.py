@@ -313,6 +313,8 @@ def test_a_run_beside_a_lora_that_predicts_v_takes_its_scheduler_where_it_acts(f
     run_script(monkeypatch, sample, of_v, *asked, tmp_path / "other", "--lora", finished, "lora.lora_scale=0")
     run_script(monkeypatch, sample, model("sd1"), *asked, tmp_path / "alone", "--lora", finished)
     assert np.abs(pixels(tmp_path / "other") - pixels(tmp_path / "alone")).max() <= 1
+    run_script(monkeypatch, sample, model("sd1"), *asked, tmp_path / "one off", "--lora", f"{of_v}:0", two[2], two[3])
+    assert np.array_equal(pixels(tmp_path / "one off"), pixels(tmp_path / "alone"))
 
 
 def test_the_start_the_header_and_the_lines_say_so(of_v, run_in_process, capsys):

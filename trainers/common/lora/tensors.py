@@ -37,8 +37,8 @@ def lora_parts(path: Path) -> list[Path]:
         return found
     if not (path / FILE_NAME).is_file():
         if (path / "state.json").is_file() or any(path.glob("checkpoint-*/state.json")):
-            advice = f"python scripts/convert_lora.py {shlex.quote(shown(path))} FILE.safetensors makes it of a checkpoint"
-            raise MissingFileError(f"no file {path / FILE_NAME}; {advice}")
+            command = f"python scripts/convert_lora.py {shlex.quote(shown(path))} FILE.safetensors"
+            raise MissingFileError(f"no file {path / FILE_NAME}; {command} makes it of a checkpoint")
         others = [file.name for file in entries(path) if file.suffix in (".safetensors", *PICKLES)]
         advice = f"it has {', '.join(map(shown, others[:5]))}: give a file" if others else f"or a folder with {WANTED}"
         raise MissingFileError(f"no file {path / FILE_NAME}; give a LoRA as .safetensors, {advice}")

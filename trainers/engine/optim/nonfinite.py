@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 
 import torch
@@ -86,7 +87,8 @@ class NonFiniteSteps:
         else:
             return
         self.gave_up = True
-        replay = f"Look at the batch with `python scripts/replay.py {self.base.output_dir} {step + 1}`; "
+        folder = shlex.quote(str(self.base.output_dir))
+        replay = f"Look at the batch with `python scripts/replay.py {folder} {step + 1}`; "
         self.stop.ask(
             DIVERGED,
             f"{what}, up to step {step + 1} (base.max_skipped_steps = {self.base.max_skipped_steps}); the weights did "
