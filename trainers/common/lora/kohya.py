@@ -84,5 +84,6 @@ def to_kohya(lora: LoraFile, title: str) -> tuple[dict[str, Tensor], dict[str, s
             alphas[alpha] += 1
     [(rank, _)], [(alpha, _)] = ranks.most_common(1), alphas.most_common(1)
     sizes = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
-    kept = {key: value for key, value in lora.about.items() if key != SETTINGS_KEY}  # with it diffusers reads no alpha
+    left_out = (OTHER_FILE, SETTINGS_KEY)  # with settings diffusers reads no alpha
+    kept = {key: value for key, value in lora.about.items() if key not in left_out}
     return tensors, kept | sizes | kohya_texts(lora.about, family, title)
