@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from datasets_lib.errors import MissingFileError
+from datasets_lib.errors import FileError, MissingFileError
 from datasets_lib.foreign import check_regular, read_json, shown
-from trainers.model_configs import READ, TEXT_BYTES
+from trainers.model_configs import TEXT_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 STEM = r"(?P<stem>diffusion_pytorch_model|model)"
 WEIGHTS = re.compile(rf"{STEM}(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?(?:\.(?P<older>\w+))?\.safetensors")
 INDEX = re.compile(rf"{STEM}\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
-ANY_INDEX = re.compile(r".+\.index(\.\w+)?\.json")  # of other formats' files, too
 HALF = re.compile(r'("(?:torch_)?dtype"\s*:\s*)"b?float16"')
+# where somebody's config was read from, in a folder of their machine
+PLACE = re.compile(
+    r'("(?:_?name_or_path|tokenizer_file|special_tokens_map_file)"\s*:\s*)"(?:\\?/|~|\w:|\\\\)(?:[^"\\]|\\.)*"'
+)
+VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class WeightFile(NamedTuple):
@@ -65,7 +69,8 @@ def copy_part(source: Path, target: Path, variant: str | None = None, kept: str 
     """Copies a part of a pipeline: configs, vocabularies and weights byte for byte, nothing else.
 
     The weights of `variant` get names without one; the variant `kept` is copied, too, if it is there. A config that
-    asks transformers for half precision asks for float32, in which diffusers reads the other parts unless it is told.
+    asks transformers for half precision asks for float32, in which diffusers reads the other parts unless it is told,
+    and one that names a folder of somebody's machine names none.
     """
     copy_texts(source, target)
     files = list(weight_files(source))
@@ -81,14 +86,18 @@ def copy_part(source: Path, target: Path, variant: str | None = None, kept: str 
 
 
 def copy_texts(source: Path, target: Path) -> None:
-    """Copies a network's config, or all files of a tokenizer or scheduler; see copy_part."""
+    """Copies a network's config, or the files of a tokenizer or scheduler; see copy_part."""
     target.mkdir(parents=True)
     is_network = any(weight_files(source))
     for path in sorted(source.iterdir()):
-        is_text = path.suffix in READ[:2] and path.is_file() and not ANY_INDEX.fullmatch(path.name)
+        is_text = path.name in VOCABULARY or path.name.endswith("_config.json")
         if path.name == "config.json" or (is_text and not is_network):  # a finished run's folder holds other files, too
             shutil.copyfile(check_regular(path), target / path.name)
-    _ask_for_float32(target / "config.json")
+    for path in sorted(target.glob("*config.json")):
+        text = path.read_text(encoding="utf-8")
+        changed = PLACE.sub(r'\1""', HALF.sub(r'\1"float32"', text))
+        if changed != text:
+            path.write_text(changed, encoding="utf-8")
 
 
 def _copy_weights(file: WeightFile, target: Path, variant: str | None) -> None:
@@ -112,13 +121,6 @@ def _write_index(file: WeightFile, target: Path, variant: str | None, size: int 
         (target / file.named(variant)).write_text(text, encoding="utf-8")
 
 
-def _ask_for_float32(config: Path) -> None:
-    if config.is_file():
-        text = config.read_text(encoding="utf-8")
-        if (changed := HALF.sub(r'\1"float32"', text)) != text:
-            config.write_text(changed, encoding="utf-8")
-
-
 def rewrite_weights(
     files: Iterable[WeightFile], target: Path, change: Callable[[str, Tensor], Tensor], variant: str | None = None
 ) -> None:
@@ -140,13 +142,22 @@ def rewrite_weights(
 
 
 def write_tensors(values: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the usual permissions; the library's own can be read by the owner only."""
+    """Writes a safetensors file with the usual permissions; the library's own can be read by the owner only.
+
+    Raises FileError if it cannot be written, such as for lack of space.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode & 0o777  # asking os.umask() would change it for all threads
-    save_file(values, path, metadata=about or {"format": "pt"})
-    path.chmod(mode)
+    try:
+        path.touch()
+        mode = path.stat().st_mode & 0o777  # asking os.umask() would change it for all threads
+        save_file(values, path, metadata=about or {"format": "pt"})
+        path.chmod(mode)
+    except (OSError, SafetensorError) as error:
+        raise FileError(
+            f"{shown(path)}: cannot be written ({shown(error)}); free some space, or take another place"
+        ) from None
 
 
 def make_readable(folder: Path) -> None:

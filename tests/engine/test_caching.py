@@ -231,7 +231,7 @@ def test_a_cache_that_cannot_be_written_or_read(tmp_path, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rows_file, "write_tensors", full)
+        patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(
             OSError, match=r"a cache cannot be written \(.*No space left.*\); it needs 8 bytes, [\d,]+ are f"
         ):

@@ -13,7 +13,6 @@ from run_folders import final_state, hidden, logged_steps, losses, read_metrics,
 
 from train import main, train
 from trainers import weight_files
-from trainers.common.lora import tensors
 from trainers.engine.checkpoint import saver, writer
 from trainers.engine.checkpoint.manifest import verify
 from trainers.engine.checkpoint.saver import Saver
@@ -225,6 +224,9 @@ def test_the_mode_of_files_is_found_without_a_change_that_all_threads_would_see(
     monkeypatch.setattr("os.umask", lambda mask: pytest.fail("another thread may create a file now"))
     (tmp_path / "plain").touch()
     weight_files.write_tensors({}, tmp_path / "tensors")
-    (tmp_path / "private").touch(0o600)
-    tensors.make_readable(tmp_path / "private")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "a.safetensors").touch(0o600)
+    weight_files.make_readable(tmp_path / "private")
+    (tmp_path / "private" / "a.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "private").rmdir()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1

@@ -13,7 +13,8 @@ from datasets_lib.errors import InputError
 from trainers.common.lora.header import header_number, peft_settings
 from trainers.common.lora.lora_file import LoraFile, file_name
 from trainers.common.lora.reading import read_file
-from trainers.common.lora.tensors import FILE_NAME, find_lora, lora_parts, read_about, write_tensors
+from trainers.common.lora.tensors import FILE_NAME, find_lora, lora_parts, read_about
+from trainers.weight_files import write_tensors
 
 if TYPE_CHECKING:
     from diffusers.loaders import PeftAdapterMixin
@@ -54,7 +55,8 @@ def write_lora(path: Path, lora: LoraFile) -> Path:
     writer = StableDiffusionXLLoraLoaderMixin  # its format for Stable Diffusion is the same
     path.parent.mkdir(parents=True, exist_ok=True)
     writer.save_lora_weights(path.parent, weight_name=path.name, **layers, **settings)
-    return write_tensors(path, load_file(path), lora.about | read_about(path))
+    write_tensors(load_file(path), path, lora.about | read_about(path) | {"format": "pt"})
+    return path
 
 
 def read_lora(path: Path) -> LoraFile:

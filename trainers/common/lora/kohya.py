@@ -19,7 +19,8 @@ from trainers.common.lora.kohya_names import is_known
 from trainers.common.lora.kohya_texts import LAYERS, family_of, kohya_texts
 from trainers.common.lora.lora_file import LoraFile
 from trainers.common.lora.original_names import original_sdxl_name
-from trainers.common.lora.tensors import FILE_NAME, read_about, write_tensors
+from trainers.common.lora.tensors import FILE_NAME, read_about
+from trainers.weight_files import write_tensors
 
 SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 OTHER_FILE = "other_file"  # entry of a run's file for diffusers: the name of the one in kohya's format beside it
@@ -29,7 +30,9 @@ DORA = "of a DoRA, AUTOMATIC1111 makes another change, and kohya's tools and sta
 
 def write_kohya(path: Path, lora: LoraFile, title: str) -> Path:
     """Writes a file in kohya's format, which other programs show by its title."""
-    return write_tensors(path, *to_kohya(lora, title))
+    tensors, about = to_kohya(lora, title)
+    write_tensors(tensors, path, about | {"format": "pt"})
+    return path
 
 
 def remove_earlier(folder: Path, kept: str) -> None:

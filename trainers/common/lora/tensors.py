@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from datasets_lib.errors import InputError, MissingFileError
@@ -79,21 +79,6 @@ def read_names(file: Path) -> list[str]:
     """Reads the names of a safetensors file's tensors, without the tensors."""
     with _reading(file), safe_open(file, framework="pt") as opened:
         return list(opened.keys())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> Path:
-    """Writes a file from tensors and the texts of its header."""
-    save_file(tensors, path, metadata=about | {"format": "pt"})
-    make_readable(path)
-    return path
-
-
-def make_readable(path: Path) -> None:
-    """Gives a file the default mode, because safetensors makes files that only their owner can read."""
-    other = path.with_name(f".{path.name}-mode")  # os.umask() reads by setting, for all threads
-    other.touch()
-    path.chmod(other.stat().st_mode & 0o777)
-    other.unlink()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@ import secrets
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from datasets_lib.errors import FileError
 from datasets_lib.file_hashes import sha256
 from trainers.engine.checkpoint.manifest import MANIFEST
@@ -33,7 +31,7 @@ def stage(taken: Snapshot, output_dir: Path) -> Path:
         write(taken, staging)
         if (output_dir / METRICS).exists():
             flush(output_dir / METRICS)  # a checkpoint is never ahead of the log
-    except (OSError, SafetensorError) as failure:
+    except OSError as failure:
         shutil.rmtree(staging, ignore_errors=True)
         raise FileError(f"{name} could not be written to {output_dir}: {failure}; {space}; {INTACT}") from None
     return staging

@@ -48,7 +48,7 @@ def write_rows(folder: Path, rows: dict[str, list[Tensor]]) -> None:
         flush(staged)
         staged.rename(folder / f"rows-{token}.safetensors")
         flush(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         staged.unlink(missing_ok=True)
         space = f"it needs {needed:,} bytes, {shutil.disk_usage(folder).free:,} are free"
         raise FileError(f"{folder}: a cache cannot be written ({error}); {space}; what is there stays") from None
