@@ -12,6 +12,8 @@ import argparse
 import secrets
 import shutil
 
+from datasets_lib.errors import FileError, UserError
+from datasets_lib.foreign import shown
 from trainers.common.lora.files import read_lora
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import check_new, command, path_argument
@@ -40,6 +42,10 @@ def main() -> None:
     try:
         write_merged(pipeline, changed, staging, DTYPES[options.dtype] if options.dtype else None)
         staging.rename(options.output)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise FileError(f"{options.output}: cannot be written ({shown(error)}); choose another place") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"merged: {options.output}")

@@ -146,6 +146,11 @@ def test_only_what_is_safe_to_read_is_copied(tmp_path):
     for name in ("pytorch_model.bin", "flax_model.msgpack", "model.onnx", "modeling.py", "model.ema.safetensors",
                  "pytorch_model.bin.index.json", "notes.txt", "other.safetensors"):  # fmt: skip
         (source / name).write_text("{}")
+    (source.parent / "tokenizer").mkdir()
+    for name in ("vocab.json", "tokenizer_config.json", "notes.txt", "secrets.json", "spiece.model"):
+        (source.parent / "tokenizer" / name).write_text("{}")
+    copy_part(source.parent / "tokenizer", tmp_path / "words")
+    assert {path.name for path in (tmp_path / "words").iterdir()} == {"vocab.json", "tokenizer_config.json"}
     copy_part(source, tmp_path / "copy")
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {"config.json", "model.safetensors"}
     links = tmp_path / "snapshot"  # as the hub's cache
@@ -203,6 +208,46 @@ def test_a_tokenizer_of_transformers_5_gets_the_files_of_4(run_in_process, tmp_p
         assert [line for line in found["merges.txt"].splitlines() if not line.startswith(b"#")] == [
             line for line in files["merges.txt"].splitlines() if not line.startswith(b"#")
         ]
+
+
+def test_no_config_names_a_folder_of_somebodys_machine(run_in_process, tmp_path):
+    base = copy_of("sd1", tmp_path / "base")
+    for file, changes in (
+        ("unet/config.json", {"_name_or_path": "/home/somebody/unet"}),
+        ("vae/config.json", {"_name_or_path": 'C:\\Users\\somebody "x"'}),
+        ("text_encoder/config.json", {"_name_or_path": "~/somebody/sd", "dtype": "float16"}),
+        ("scheduler/scheduler_config.json", {"_name_or_path": "openai/clip"}),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"tokenizer_file": "/home/somebody/a", "special_tokens_map_file": "./special_tokens_map.json"},
+        ),
+    ):
+        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | changes))
+    run = run_in_process("run", "text_to_image", **{"text_to_image.pretrained_model_name_or_path": str(base)})
+    lora = tiny_models.lora_file(tmp_path / "lora")
+    for folder in (run, merged_with(base, tmp_path / "merged", lora)):
+        found = {path: json.loads(path.read_text()) for path in folder.glob("[stuv]*/*config.json")}
+        assert len(found) == 5
+        assert not any("somebody" in str(config) for config in found.values())
+        assert found[folder / "vae" / "config.json"] == json.loads((base / "vae/config.json").read_text()) | {
+            "_name_or_path": ""
+        }
+        assert contents(folder / "scheduler") == contents(base / "scheduler")
+        words = found[folder / "tokenizer" / "tokenizer_config.json"]
+        assert (words["tokenizer_file"], words["special_tokens_map_file"]) == ("", "./special_tokens_map.json")
+        assert draws(folder).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("place", "kept"), [("/gone/base", None), ("../base", None), ("owner/name", "owner/name"), ("tests/tasks", None)]
+)
+def test_a_trained_network_names_the_hub_alone(place, kept):
+    from trainers.engine.export.pipeline import _forget_place
+
+    network = diffusers.AutoencoderKL.from_pretrained(tiny_models.model("sd1") / "vae")
+    network.register_to_config(_name_or_path=place)
+    _forget_place(network)
+    assert network.config["_name_or_path"] == kept
 
 
 # --- another autoencoder, another scheduler
@@ -327,6 +372,20 @@ def test_a_base_whose_other_networks_are_broken_is_not_merged(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_merge_that_cannot_be_written(tmp_path, monkeypatch):
+    lora = tiny_models.lora_file(tmp_path / "lora")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name in ("shutil.copyfile", "safetensors.torch.save_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(SystemExit, match=r"cannot be written \(.*No space left"):
+                merged_with(tiny_models.model("sd1"), tmp_path / "merged", lora)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
 # --- variants
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -420,6 +479,17 @@ def test_an_export_that_is_killed_leaves_the_pipeline_before(run_in_process, mon
         run_in_process("run", "text_to_image", **{"base.max_train_steps": 2, "base.resume_from_checkpoint": "latest"})
     assert only(contents(folder), *{name.split("/")[0] for name in before}) == before
     assert not list(folder.glob(".tmp-*"))
+
+
+def test_the_files_of_an_adapter_for_other_programs_are_those_of_the_last_export(run_in_process):
+    options = {"base.max_train_steps": 1, "lora.train_text_encoder": False, "lora.learning_rate": 1e-3}
+    folder = run_in_process("run", "lora", **options)
+    assert (folder / "run.safetensors").is_file()
+    (folder / "mine.safetensors").touch()
+    changes = {"base.max_train_steps": 2, "base.resume_from_checkpoint": "latest", "lora.lora_formats": ["diffusers"]}
+    run_in_process("run", "lora", **options | changes)
+    names = {path.name for path in folder.glob("*.safetensors")}
+    assert names == {"pytorch_lora_weights.safetensors", "mine.safetensors"}
 
 
 def test_a_finished_run_from_a_variant_is_drawn_from(run_in_process, tmp_path):

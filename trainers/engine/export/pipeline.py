@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -16,6 +15,7 @@ from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.snapshot import TrainState, first_not_finite, full_tensor
 from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.distributed.sharding import is_sharded, weight_of
+from trainers.engine.export.base_card import hub_name
 from trainers.engine.export.variant import write_variant
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled
@@ -77,8 +77,9 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
 
 
 def _forget_place(network: Any) -> None:
-    """Clears the folder of this machine that a network of diffusers was read from, which its config would name."""
-    if hasattr(network, "register_to_config") and Path(network.config.get("_name_or_path") or "-").exists():
+    """Clears the place that a network of diffusers was read from, which its config would name, unless it is a hub's."""
+    config = network.config if hasattr(network, "register_to_config") else {}
+    if config.get("_name_or_path") is not None and hub_name(config["_name_or_path"]) is None:
         network.register_to_config(_name_or_path=None)
 
 
