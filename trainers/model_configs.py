@@ -15,6 +15,7 @@ INDEX = "model_index.json"
 ADAPTER = "adapter_config.json"
 OWN_PIPELINE = ["pipeline", "ClassConditionalPipeline"]  # the file beside, and the class: ours is taken by its name
 READ = (".json", ".txt", ".safetensors")
+BLOBS = "blobs"  # folder of the hub's cache to which all links of a snapshot lead
 CONFIG_BYTES, TEXT_BYTES = 8 << 20, 64 << 20  # at most, of a config, and of a tokenizer's file
 
 REFUSED = {  # what makes libraries import, or run, what a file names
@@ -50,11 +51,14 @@ def check_files(folder: Path, is_part: bool = False) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix in READ and path.exists():  # a link may lead nowhere
             check_regular(path)
+            _check_link(path)
         if path.suffix in READ[:2] and path.exists() and path.stat().st_size > TEXT_BYTES:
             raise InputError(f"{shown(path)}: has {path.stat().st_size:,} bytes, and at most {TEXT_BYTES:,} are read")
     if (folder / ADAPTER).exists():  # transformers would load it, and the base model that it names instead of this one
         raise InputError(f"{shown(folder / ADAPTER)}: an adapter beside a model's weights is not read; remove the file")
     index = folder / INDEX
+    if is_part and index.exists():  # diffusers would read it as a pipeline, whose index could name code
+        raise InputError(f"{shown(index)}: a pipeline inside of a pipeline is not read; remove the file")
     for name in _components(read_config(index), index) if index.is_file() and not is_part else ():
         check_files(folder / name, is_part=True)
     for path in sorted(folder.glob("*.safetensors.index*.json")):
@@ -62,6 +66,15 @@ def check_files(folder: Path, is_part: bool = False) -> None:
     for path in sorted(folder.glob("*config.json")):  # config.json, and those of schedulers, tokenizers, processors
         if path.is_file():
             read_config(path)
+
+
+def _check_link(path: Path) -> None:
+    """Raises ValueError for a link out of a model's folder to a text, which a pipeline made of it would publish."""
+    if path.suffix in READ[:2] and path.is_symlink():
+        folder, leads_to = path.parent, path.resolve()
+        folder = folder.parent if (folder.parent / INDEX).is_file() else folder
+        if not leads_to.is_relative_to(folder.resolve()) and leads_to.parent.name != BLOBS:
+            raise InputError(f"{shown(path)}: is a link that leads out of the model's folder; put the file there")
 
 
 def _check_shards(path: Path) -> None:

@@ -219,6 +219,20 @@ def a_vocabulary_of_a_list(base, mark):
     (base / "tokenizer" / "vocab.json").write_text('["a"]')
 
 
+def a_pipeline_inside(base, mark):
+    write_code(base / "unet" / "pipeline.py", mark)
+    change(base / "model_index.json", unet=["diffusers", "DiffusionPipeline"])
+    (base / "unet" / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "Evil"]}))
+
+
+def a_link_to_a_secret(base, mark):
+    """What was not trained is copied, and perhaps published."""
+    secret = base.parent / "secret.json"
+    secret.write_text('{"password": "x"}')
+    (base / "tokenizer" / "special_tokens_map.json").unlink(missing_ok=True)
+    (base / "tokenizer" / "special_tokens_map.json").symlink_to(secret)
+
+
 def an_adapter_beside_the_weights(base, mark):
     write_code(base / "unet" / "evil_adapter.py", mark)
     auto = {"base_model_class": "Evil", "parent_library": "evil_adapter"}
@@ -328,6 +342,8 @@ REFUSED = {
     ): "attention_dropout = 5 must be from 0",
     change_by("no_heads", "unet/config.json", attention_head_dim=0): "could be read",
     a_vocabulary_of_a_list: "could be read",
+    a_pipeline_inside: "model_index.json: a pipeline inside of a pipeline is not read; remove the file",
+    a_link_to_a_secret: "special_tokens_map.json: is a link that leads out of the model's folder; put the file there",
     an_adapter_beside_the_weights: "adapter_config.json: an adapter beside a model's weights is not read; remove the file",
 }
 
@@ -409,6 +425,18 @@ def pickles_beside_the_weights(base, mark):
     ):
         for ending in (".bin", ".pt", ".ckpt"):
             torch.save({"x": Payload(mark)}, base / part / (name + ending))
+
+
+def test_links_inside_of_a_folder_and_into_the_hubs_cache(base):
+    file, blobs = base / "tokenizer" / "tokenizer_config.json", base.parent / "blobs"
+    (base / "shared.json").write_bytes(file.read_bytes())
+    blobs.mkdir()
+    (blobs / "0a1b").write_bytes(file.read_bytes())
+    for leads_to in (base / "shared.json", blobs / "0a1b"):
+        file.unlink()
+        file.symlink_to(leads_to)
+        check_files(base)
+        check_files(base / "tokenizer")  # alone
 
 
 def test_what_nobody_looks_at(base, mark, outcomes):
