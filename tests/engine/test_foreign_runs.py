@@ -510,7 +510,20 @@ def test_the_folder_of_runs_is_on_no_import_path(tmp_path, file):
 
 @pytest.mark.parametrize(
     "text",
-    ["/home/me/x/w.pt", "resnet50:/home/me/x/w.pt", "../me/x/w.pt", "~/x/w.pt", "file:///me/x/w.pt", "s=/me/x/w.pt"],
+    [
+        "/home/me/x/w.pt",
+        "resnet50:/home/me/x/w.pt",
+        "../me/x/w.pt",
+        "~/x/w.pt",
+        "file:///me/x/w.pt",
+        "s=/me/x/w.pt",
+        "of '/home/me/w.pt",
+        "(/home/me/w.pt",
+        '["/home/me/w.pt',
+        "`/home/me/w.pt",
+        "C:\\me\\w.pt",
+        "in D:\\me\\w.pt",
+    ],
 )
 def test_a_path_in_a_card_is_its_last_part(text):
     from trainers.engine.export.model_card import _without_paths
@@ -521,7 +534,16 @@ def test_a_path_in_a_card_is_its_last_part(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["and/or", "https://host/a/b", "configs/models/unet.json", "a photo / a drawing", "hf://datasets/a/b"]
+    "text",
+    [
+        "and/or",
+        "https://host/a/b",
+        "configs/models/unet.json",
+        "a photo / a drawing",
+        "hf://datasets/a/b",
+        "<b>x</b>",
+        "a:b",
+    ],
 )
 def test_other_texts_of_a_card_stay(text):
     from trainers.engine.export.model_card import _without_paths

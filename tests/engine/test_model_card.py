@@ -173,7 +173,7 @@ def test_only_finite_metrics_of_evaluation():
     both = header_of({"valid/loss": 1.0, "valid_ema/loss": 2.0, "valid/psnr": 3.0}).eval_results
     assert [result.metric_value for result in both] == [2.0]  # of the weights that the pipeline holds
     assert header_of({}).eval_results is None
-    assert "model-index" not in header_of({}).to_dict()
+    assert not {"model-index", "model_name"} & header_of({}).to_dict().keys()
 
 
 def test_data_of_the_hub():
@@ -389,6 +389,7 @@ def test_a_base_without_a_card_is_named_by_its_folder(run_in_process, tmp_path):
     card, header = card_of(run_in_process("run", "lora", **options, **{"base.max_train_steps": 1}))
     assert 'DiffusionPipeline.from_pretrained("my `base`")' in card.text
     assert "Trained on `my 'base'`: its licence applies." in card.text
+    assert "Forge and kohya's tools: run.safetensors" in card.text
     assert "<Gallery />" not in card.text
     assert not {"base_model", "base_model_relation", "license", "widget"} & header.keys()
     assert str(tmp_path) not in card.content

@@ -31,7 +31,7 @@ def card_header(
     """Collects the fields; `metrics` are the newest numbers by name."""
     from huggingface_hub import ModelCardData
 
-    data = data_on_hub(run)
+    data, results = data_on_hub(run), _results(run, facts.pipeline_tag or "other", metrics)
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=facts.pipeline_tag,
@@ -44,8 +44,8 @@ def card_header(
         license_link=base.license_link,
         instance_prompt=facts.instance_prompt,
         widget=[{"text": shown.prompt, "output": {"url": shown.place}} for shown in gallery] or None,
-        model_name=name,
-        eval_results=_results(run, facts.pipeline_tag or "other", metrics) or None,
+        model_name=name if results else None,  # of the results: the hub has no other field for it
+        eval_results=results or None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -21,8 +21,8 @@ from trainers.engine.run.files import write_text
 from trainers.engine.tracking.gallery import read_gallery
 from trainers.engine.tracking.tracker import Tracker
 
-# absolute, of a home folder, or from above, alone or after NAME: or NAME=; no URL
-LOCAL_PATH = re.compile(r"(?<![^\s:=,])(?:file:/*|~|\.\.?/|/(?!/))[^\s:=,]+")
+# absolute, of a home folder, or from above, alone, in quotes or brackets, or after NAME: or NAME=; no URL
+LOCAL_PATH = re.compile(r"(?<![^\s:=,\"'`(\[{])(?:file:/*|~|\.\.?/|/(?!/)|[A-Za-z]:\\)[^\s:=,]+")
 OF_THE_MACHINE = ("seconds", "peak_memory_gib")  # metrics that do not describe the result
 
 
@@ -39,14 +39,14 @@ def write_card(run: RunConfig, trainer: Trainer, location: str | Path, tracker: 
     rows = [(name, value) for name, value in sorted(tracker.latest.items()) if not name.endswith(OF_THE_MACHINE)]
     sections = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {html.escape(shown(name))}",
+        f"# {html.escape(shown(name), quote=False)}",
         *(["<Gallery />"] if gallery else []),
         f"Trained with diffloop: task `{run.task}`, data `{_in_code(data)}`.",
         *_about_base(facts, base),
         *_grids(run, trainer, tracker),
         "## Use",
         f"```python\n{_usage(trainer, facts, base, location)}\n```",
-        *(html.escape(shown(_without_paths(note))) for note in trainer.usage_notes()),
+        *(html.escape(shown(_without_paths(note)), quote=False) for note in trainer.usage_notes()),
         "## Final metrics",
         "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value:.6g} |" for name, value in rows)]),
         "## Configuration",
@@ -95,12 +95,15 @@ def _in_code(text: str) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """Leaves of every path of this machine the last part: a card is published with the pipeline."""
+    """Leaves of every path of this machine the last part: a card is published with the pipeline.
+
+    PureWindowsPath knows both kinds of separators.
+    """
     if isinstance(value, dict):
         return {key: _without_paths(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_paths(each) for each in value]
-    return LOCAL_PATH.sub(lambda found: Path(found[0]).name, value) if isinstance(value, str) else value
+    return LOCAL_PATH.sub(lambda found: PureWindowsPath(found[0]).name, value) if isinstance(value, str) else value
 
 
 def check_hub_login(push_to_hub: bool) -> None:
