@@ -19,6 +19,7 @@ from trainers.single_file.header import PICKLES, is_single_file
 from trainers.single_file.reading import read_network
 from trainers.single_file.recognition import SingleFile, open_autoencoder, open_single_file
 from trainers.single_file.skeleton import write_skeleton
+from trainers.weight_files import weight_files
 
 
 def read_model(
@@ -89,7 +90,7 @@ def _without_checker(kind: Any, folder: Path, options: dict[str, Any]) -> dict[s
 
     index = folder / INDEX
     name = str(read_config(index).get("_class_name")) if hasattr(kind, "download") and index.is_file() else ""
-    own = getattr(diffusers, name, None)
+    own = getattr(diffusers, name, kind)  # or one of ours
     known = inspect.signature(own).parameters if isinstance(own, type) else options
     return {name: value for name, value in options.items() if "safety_checker" not in name or name in known}
 
@@ -125,6 +126,12 @@ def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safete
     except Exception as error:
         reason = shown((str(error).strip() or type(error).__name__).splitlines()[0])
         advice = "give a local folder, or a hub name that can be reached"
+        if "no file named" in reason and (variant := _only_variant(Path(source))) is not None:
+            save = f'{kind.__name__}.from_pretrained(FOLDER, variant="{variant}").save_pretrained(NEW_FOLDER)'
+            advice = (
+                f"it has weights of the variant {variant} alone: train with the task's option variant={variant}, or "
+            )
+            advice += f"save it without one: {save}"
         for pickle in _pickles(Path(source)):
             advice = (
                 f"{shown(pickle)} is not read, because such a file can run code; if you trust it, convert it: "
@@ -135,6 +142,13 @@ def reading(kind: Any, source: str | Path, place: str, wanted: str = " in safete
         if isinstance(error, MemoryError) or "allocate memory" in reason:
             found.errno = errno.ENOMEM  # for the dry run, which then suggests what needs less
         raise found from None
+
+
+def _only_variant(folder: Path) -> str | None:
+    """Returns the variant of a folder's weights, or of those of its parts, if none of them is without one."""
+    folders = [path for path in (folder, *folder.glob("*")) if path.is_dir()]
+    found = {file.variant for each in folders for file in weight_files(each)}
+    return min(filter(None, found), default=None) if None not in found else None
 
 
 def _pickles(folder: Path) -> list[str]:

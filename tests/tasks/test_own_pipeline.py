@@ -160,6 +160,7 @@ def test_code_in_a_folder_is_not_run(planted, tmp_path, capsys):
     lora = tiny_models.lora_file(tmp_path / "lora")
     with pytest.raises(SystemExit, match="is a ClassConditionalPipeline; give Stable Diffusion or SDXL"):
         run_script(merge_lora, folder, tmp_path / "merged", "--lora", lora)
+    assert "are not expected by" not in capsys.readouterr().err
     assert not mark.exists()
     diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     assert mark.exists()  # it would have been seen

@@ -169,6 +169,16 @@ def test_weights_that_are_gone_are_named(tmp_path):
         copy_part(tiny_models.model("sd1") / "text_encoder", tmp_path / "copy", "fp16")
 
 
+def test_a_base_of_one_variant_says_how_it_is_read(run_in_process, tmp_path):
+    base = copy_of("sd1", tmp_path / "base", half=("unet", "vae", "text_encoder"), variant="fp16")
+    wanted = r"weights of the variant fp16 alone: train with the task's option variant=fp16, or save it without one: "
+    with pytest.raises(FileNotFoundError, match=wanted):
+        run_in_process("run", "text_to_image", **{"text_to_image.pretrained_model_name_or_path": str(base)})
+    lora = tiny_models.lora_file(tmp_path / "lora")
+    with pytest.raises(SystemExit, match=wanted):
+        merged_with(base, tmp_path / "merged", lora)
+
+
 def test_names_of_weights():
     for plain, name in (
         ("model.safetensors", "model.fp16.safetensors"),
