@@ -40,9 +40,12 @@ class NoisyClassifierTrainer(Trainer):
     num_classes: int
     pipeline_tag = "image-classification"
     usage = (
+        "import torch\n"
         "from diffusers import UNet2DModel\n"
         'classifier = UNet2DModel.from_pretrained("{output_dir}", subfolder="classifier")\n'
-        "logits = classifier(pictures, 0).sample.mean((2, 3))  # pictures in [-1, 1], without noise"
+        "channels, side = classifier.config.in_channels, classifier.config.sample_size\n"
+        "pictures = torch.zeros(1, channels, side, side)  # yours, in [-1, 1]\n"
+        "logits = classifier(pictures, 0).sample.mean((2, 3))  # without noise"
     )
 
     def setup(self) -> None:

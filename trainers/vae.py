@@ -29,9 +29,12 @@ class VAETrainer(MeasuresData):
     pipeline_tag = "image-to-image"  # reconstructs pictures
     hub_tags = ("autoencoder",)
     usage = (
+        "import torch\n"
         "from diffusers import AutoencoderKL\n"
         'vae = AutoencoderKL.from_pretrained("{output_dir}")\n'
-        "latents = vae.encode(pictures).latent_dist.sample() * vae.config.scaling_factor  # pictures in [-1, 1]"
+        "pictures = torch.zeros(1, vae.config.in_channels, 256, 256)  # yours, in [-1, 1]\n"
+        "latents = vae.encode(pictures).latent_dist.sample() - (vae.config.shift_factor or 0.0)\n"
+        "latents = latents * vae.config.scaling_factor"
     )
     statistics_samples: int = 10_000  # examples over which the scaling factor is estimated
     latent_statistics: LatentStatistics | None = None  # of the latest validation
