@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import datasets_lib
 from trainers.engine.config.base_options import BaseConfig
-from trainers.engine.encoders import fill, rows_file
+from trainers.engine.encoders import fill
 from trainers.engine.encoders.cache import Cache, folder_of, text_key
 from trainers.engine.encoders.stages import FrozenEncoders
 

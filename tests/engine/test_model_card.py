@@ -280,6 +280,7 @@ CARDS = [
     ("license: other\nlicense_link: javascript:alert(1)", BaseCard(None, "other")),
     ("license: other\nlicense_link: https://x/) [a](b", BaseCard(None, "other")),
     ("license: mit\nbase_model: [a/b, c/d]", BaseCard(None, "mit")),
+    ("license: mit\nbase_model:\n- a/b", BaseCard("a/b", "mit")),
     ("license: mit\nbase_model: ../private/model", BaseCard(None, "mit")),
     ("license: mit\nbase_model: /home/me/model", BaseCard(None, "mit")),
     ("license: mit\nbase_model: tests/engine", BaseCard(None, "mit")),  # a folder here
@@ -344,7 +345,7 @@ def test_cards_of_the_hub(tmp_path, monkeypatch):
     assert asked == [("me/sd", "README.md", "v1", True), ("me/sd", "README.md", "v1", False)]
 
 
-@pytest.mark.parametrize("name", ["a", "a/b/c", "./b", "~/b", "a/..", "a/b--c", "a/b\n", "a/" + "b" * 96, "", None, 3])
+@pytest.mark.parametrize("name", ["a", "a/b/c", "./b", "~/b", "a/..", "a/b--c", "a/b\n", "a/" + "b" * 96, "", None, 3, [], [3]])
 def test_no_names_on_the_hub(name):
     assert hub_name(name) is None
 

@@ -57,8 +57,8 @@ def _licence(header: dict[str, Any], repository: str | None) -> BaseCard:
 
 
 def hub_name(value: Any) -> str | None:
-    """Returns what can be a model's name on the hub, owner/name, and is no file or folder here; None for others."""
-    text = _text(value, HUB_NAME)
+    """Returns what can be a model's name on the hub, owner/name, or a list of one, and is no file or folder here."""
+    text = _text(value[0] if isinstance(value, list) and len(value) == 1 else value, HUB_NAME)
     return None if text is None or len(text) > 96 or "--" in text or ".." in text or Path(text).exists() else text
 
 
