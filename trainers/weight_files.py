@@ -69,8 +69,7 @@ def copy_part(source: Path, target: Path, variant: str | None = None, kept: str 
     """Copies a part of a pipeline: configs, vocabularies and weights byte for byte, nothing else.
 
     The weights of `variant` get names without one; the variant `kept` is copied, too, if it is there. A config that
-    asks transformers for half precision asks for float32, in which diffusers reads the other parts unless it is told,
-    and one that names a folder of somebody's machine names none.
+    asks transformers for half precision asks for float32, in which diffusers reads the other parts unless it is told.
     """
     copy_texts(source, target)
     files = list(weight_files(source))
@@ -93,11 +92,20 @@ def copy_texts(source: Path, target: Path) -> None:
         is_text = path.name in VOCABULARY or path.name.endswith("_config.json")
         if path.name == "config.json" or (is_text and not is_network):  # a finished run's folder holds other files, too
             shutil.copyfile(check_regular(path), target / path.name)
-    for path in sorted(target.glob("*config.json")):
-        text = path.read_text(encoding="utf-8")
-        changed = PLACE.sub(r'\1""', HALF.sub(r'\1"float32"', text))
-        if changed != text:
-            path.write_text(changed, encoding="utf-8")
+    if (target / "config.json").is_file():
+        _replace(HALF, r'\1"float32"', target / "config.json")
+
+
+def forget_places(folder: Path) -> None:
+    """Clears from the configs of a pipeline the folders of somebody's machine: it may be published."""
+    for config in folder.rglob("*config.json"):
+        _replace(PLACE, r'\1""', config)
+
+
+def _replace(form: re.Pattern[str], by: str, config: Path) -> None:
+    text = config.read_text(encoding="utf-8")
+    if (changed := form.sub(by, text)) != text:
+        config.write_text(changed, encoding="utf-8")
 
 
 def _copy_weights(file: WeightFile, target: Path, variant: str | None) -> None:

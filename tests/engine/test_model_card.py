@@ -345,7 +345,9 @@ def test_cards_of_the_hub(tmp_path, monkeypatch):
     assert asked == [("me/sd", "README.md", "v1", True), ("me/sd", "README.md", "v1", False)]
 
 
-@pytest.mark.parametrize("name", ["a", "a/b/c", "./b", "~/b", "a/..", "a/b--c", "a/b\n", "a/" + "b" * 96, "", None, 3, [], [3]])
+@pytest.mark.parametrize(
+    "name", ["a", "a/b/c", "./b", "~/b", "a/..", "a/b--c", "a/b\n", "a/" + "b" * 96, "", None, 3, [], [3]]
+)
 def test_no_names_on_the_hub(name):
     assert hub_name(name) is None
 

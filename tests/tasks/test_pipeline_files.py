@@ -248,6 +248,18 @@ def test_no_config_names_a_folder_of_somebodys_machine(run_in_process, tmp_path)
         assert draws(folder).isfinite().all()
 
 
+def test_a_scheduler_that_is_saved_names_no_folder_either(run_in_process, tmp_path):
+    base = copy_of("sd1", tmp_path / "base")
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": "/home/somebody/sd"}))
+    place = {"pretrained_model_name_or_path": str(base), "prediction_type": "v_prediction"}
+    run = run_in_process("run", "text_to_image", **{f"text_to_image.{name}": value for name, value in place.items()})
+    lora = run_in_process("lora", "lora", **{f"lora.{name}": value for name, value in place.items()})
+    for folder in (run, merged_with(base, tmp_path / "merged", lora)):
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        assert (config["prediction_type"], config["_name_or_path"]) == ("v_prediction", "")
+
+
 @pytest.mark.parametrize(
     ("place", "kept"), [("/gone/base", None), ("../base", None), ("owner/name", "owner/name"), ("tests/tasks", None)]
 )

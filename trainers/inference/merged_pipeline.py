@@ -17,7 +17,7 @@ from trainers.single_file.header import is_single_file
 from trainers.single_file.part_files import write_part
 from trainers.single_file.recognition import SingleFile, open_single_file
 from trainers.single_file.skeleton import write_skeleton
-from trainers.weight_files import copy_part, copy_texts, rewrite_weights, weight_files
+from trainers.weight_files import copy_part, copy_texts, forget_places, rewrite_weights, weight_files
 
 PREFIX = "text_model."  # of a text encoder's tensors in files, which transformers 5 drops in memory
 
@@ -44,6 +44,7 @@ def write_merged(pipeline: Any, changed: Set[str], folder: Path, dtype: torch.dt
             write_vocabulary(folder / name, part)
     index = _index(read_config(base / INDEX), pipeline.components)
     index |= {name: ["diffusers", type(parts[name]).__name__] for name in changed & {"scheduler"}}
+    forget_places(folder)
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

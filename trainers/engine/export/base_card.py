@@ -40,7 +40,9 @@ def read_base_card(source: str | None, revision: str | None, online: bool) -> Ba
     name = None if folder.exists() else hub_name(source)
     if folder.is_dir():
         header = _header(folder / CARD)
-        name, found = hub_name(header.get("base_model")) or hub_name(_saved_from(folder)), _licence(header, None)
+        named = header.get("base_model")  # a list is as good to the hub
+        named = named[0] if isinstance(named, list) and len(named) == 1 else named
+        name, found = hub_name(named) or hub_name(_saved_from(folder)), _licence(header, None)
     if name is not None and found.license is None:
         found = _licence(_header(_of_hub(name, revision if name == source else None, online)), name)
     return found._replace(name=name)
@@ -57,8 +59,8 @@ def _licence(header: dict[str, Any], repository: str | None) -> BaseCard:
 
 
 def hub_name(value: Any) -> str | None:
-    """Returns what can be a model's name on the hub, owner/name, or a list of one, and is no file or folder here."""
-    text = _text(value[0] if isinstance(value, list) and len(value) == 1 else value, HUB_NAME)
+    """Returns what can be a model's name on the hub, owner/name, and is no file or folder here; None for others."""
+    text = _text(value, HUB_NAME)
     return None if text is None or len(text) > 96 or "--" in text or ".." in text or Path(text).exists() else text
 
 

@@ -24,7 +24,7 @@ from trainers.engine.run.run_folder import publish_pipeline
 from trainers.engine.run.signals import Abandoned
 from trainers.engine.tracking.tracker import Tracker
 from trainers.engine.validation.validation import Validation
-from trainers.weight_files import make_readable
+from trainers.weight_files import forget_places, make_readable
 
 
 def export_pipeline(
@@ -63,6 +63,7 @@ def _export(ctx: RunContext, trainer: Trainer, state: TrainState, tracker: Track
             if ctx.run.base.export_variant is not None:
                 for warning in write_variant(staging, ctx.run.base.export_variant):
                     print(f"WARNING: base.export_variant: {warning}", flush=True)
+            forget_places(staging)
             make_readable(staging)
             names = publish_pipeline(staging, output_dir)
             tracker.log_pipeline(names, {"step": steps_done} | ctx.clock.epochs(steps_done))
