@@ -87,6 +87,7 @@ def test_the_header_of_every_task(run_in_process, tmp_path, task):
         return
     assert header["instance_prompt"] == "a handwritten three"
     assert "<Gallery />" in text
+    assert "Left: the weights of the last step. Right: their moving average, which this pipeline holds." in text
     assert "Trained on `sd1-2`: its licence applies." in text
     assert [example["text"] for example in header["widget"]] == ["a handwritten three"] * 2
     for example in header["widget"]:
@@ -343,6 +344,10 @@ def test_cards_of_the_hub(tmp_path, monkeypatch):
     link = "https://huggingface.co/me/sd/blob/main/LICENSE.md"
     assert read_base_card("me/sd", "v1", online=True) == BaseCard("me/sd", "other", "n", link)
     assert asked == [("me/sd", "README.md", "v1", True), ("me/sd", "README.md", "v1", False)]
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "README.md").write_text("---\nbase_model: me/sd\n---\n")
+    read_base_card(str(tmp_path / "local"), "v1", online=False)
+    assert asked[-1] == ("me/sd", "README.md", None, True)  # the revision is the folder's, if anything's
 
 
 @pytest.mark.parametrize(

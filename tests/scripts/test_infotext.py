@@ -160,6 +160,10 @@ def test_the_hash_of_a_model_is_that_of_its_file(tmp_path, monkeypatch):
     assert "Model hash" not in by_a1111(infotext(model=str(tmp_path)).of("x", (8, 8)))[2]
 
 
+def test_no_guidance_is_1():
+    assert by_a1111(infotext(guidance=0.0).of("x", (8, 8)))[2]["CFG scale"] == "1"
+
+
 def test_weights_of_a_column():
     text = infotext(loras=LORAS).of("x", (8, 8), 0.5)
     assert "<lora:my_style-2.0:0.4> <lora:no file:0.5>" in text
