@@ -503,17 +503,6 @@ def test_an_export_that_is_killed_leaves_the_pipeline_before(run_in_process, mon
     assert not list(folder.glob(".tmp-*"))
 
 
-def test_the_files_of_an_adapter_for_other_programs_are_those_of_the_last_export(run_in_process):
-    options = {"base.max_train_steps": 1, "lora.train_text_encoder": False, "lora.learning_rate": 1e-3}
-    folder = run_in_process("run", "lora", **options)
-    assert (folder / "run.safetensors").is_file()
-    (folder / "mine.safetensors").touch()
-    changes = {"base.max_train_steps": 2, "base.resume_from_checkpoint": "latest", "lora.lora_formats": ["diffusers"]}
-    run_in_process("run", "lora", **options | changes)
-    names = {path.name for path in folder.glob("*.safetensors")}
-    assert names == {"pytorch_lora_weights.safetensors", "mine.safetensors"}
-
-
 def test_a_finished_run_from_a_variant_is_drawn_from(run_in_process, tmp_path):
     """Its config names the base's variant, and its own files have none."""
     base = copy_of("sd1", tmp_path / "base", half=("unet", "vae", "text_encoder"), variant="fp16")

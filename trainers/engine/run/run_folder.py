@@ -133,7 +133,6 @@ def publish_pipeline(staging: Path, output_dir: Path) -> list[str]:
     names = sorted(path.name for path in staging.iterdir())
     for file in weight_files(output_dir):  # such as of a variant that an earlier export had
         file.path.unlink()
-    (output_dir / f"{output_dir.resolve().name}.safetensors").unlink(missing_ok=True)  # an adapter's
     for name in sorted(names, key=INDEX_FILES.__contains__):
         old = output_dir / name
         if old.is_dir() and not old.is_symlink():
