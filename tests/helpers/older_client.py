@@ -1,7 +1,8 @@
 """Opens what diffloop wrote as its users' programs do, in whatever versions are installed: older_client.py JOBS OUT
 
-JOBS is a JSON object of {name: {"folder": pipeline or network, "lora": file or null}}. OUT.safetensors gets what was
-drawn and which changes of weights were loaded, OUT.json the errors and the versions. Nothing of diffloop is imported.
+JOBS is a JSON object of {name: arguments of opened()}: the folder of a pipeline or network, a LoRA's file, a single file whose
+pipeline has the configs, a variant, a card's lines. OUT.safetensors gets what was drawn and which changes of weights
+were loaded, OUT.json the errors and the versions. Nothing of diffloop is imported.
 """
 
 from __future__ import annotations
@@ -21,15 +22,20 @@ STEPS = {"num_inference_steps": 2, "output_type": "np"}
 
 
 @torch.no_grad()
-def opened(folder, lora=None):
+def opened(folder, lora=None, file=None, variant=None, lines=""):
     folder = Path(folder)
     generator = torch.Generator().manual_seed(0)
     if not (folder / "model_index.json").is_file():
-        vae = diffusers.AutoencoderKL.from_pretrained(folder)
-        pixels = torch.randn(2, vae.config.in_channels, 16, 16, generator=generator)
-        return {"picture": vae(pixels).sample, "scaling": torch.tensor(vae.config.scaling_factor)}
+        return applied(folder, generator)
     own = next(folder.glob("*.py"), None)  # a pipeline that brings its class
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **({"trust_remote_code": True} if own else {}))
+    if file is not None:
+        kind = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
+        pipeline = kind.from_single_file(file, config=str(folder), local_files_only=True)
+    else:
+        settings = {"trust_remote_code": True} if own else {}
+        settings |= {"variant": variant, "torch_dtype": torch.float32} if variant else {}
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **settings)
+    exec(lines, {"pipeline": pipeline})  # of the card
     pipeline.set_progress_bar_config(disable=True)
     found = {}
     if lora is not None:
@@ -46,6 +52,16 @@ def opened(folder, lora=None):
     else:
         drawn = pipeline(batch_size=2, generator=generator, **STEPS).images
     return found | {"picture": torch.from_numpy(np.asarray(drawn))}
+
+
+def applied(folder, generator):
+    """What a network alone makes of noise."""
+    kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    network = getattr(diffusers, kind).from_pretrained(folder)
+    pixels = torch.randn(2, network.config.in_channels, 16, 16, generator=generator)
+    if kind == "AutoencoderKL":
+        return {"picture": network(pixels).sample, "scaling": torch.tensor(network.config.scaling_factor)}
+    return {"picture": network(pixels, 3).sample}
 
 
 def changes(pipeline):

@@ -11,9 +11,10 @@ import pytest
 import tiny_models
 
 WIDTH = 32
+SECOND = 2 * WIDTH  # of SDXL's second text encoder; by their widths diffusers tells the two apart
 NEEDS_VOCABULARY = pytest.mark.skipif(find_spec("open_clip") is None, reason="needs the extra single-file")
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-VERSION = 1  # raise it when what is made here changes
+VERSION = 2  # raise it when what is made here changes
 
 
 def pipeline(family, channels=4, **scheduler):
@@ -27,14 +28,14 @@ def pipeline(family, channels=4, **scheduler):
         "transformer_layers_per_block": [1, 2],
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        "projection_class_embeddings_input_dim": 6 * 8 + SECOND,
     }
-    parts = {"unet": _unet((2 if xl else 1) * WIDTH, channels, **settings[family]), "vae": _vae(xl)}
+    parts = {"unet": _unet(WIDTH + (SECOND if xl else 0), channels, **settings[family]), "vae": _vae(xl)}
     parts |= {"text_encoder": _text("CLIPTextModel", "gelu" if family == "sd2" else "quick_gelu")}
     parts |= {"tokenizer": _tokenizer("!" if family == "sd2" else "<|endoftext|>")}
     if xl:
         parts |= {
-            "text_encoder_2": _text("CLIPTextModelWithProjection", "gelu", layers=3),
+            "text_encoder_2": _text("CLIPTextModelWithProjection", "gelu", layers=3, width=SECOND),
             "tokenizer_2": _tokenizer("!"),
         }
     kind = {"sd1": "PNDM", "sd2": "DDIM", "sdxl": "EulerDiscrete"}[family]
@@ -105,16 +106,16 @@ def _vae(xl):
     )
 
 
-def _text(kind, activation, layers=2):
+def _text(kind, activation, layers=2, width=WIDTH):
     import torch
     import transformers
 
     torch.manual_seed(2 if kind == "CLIPTextModel" else 3)
     config = transformers.CLIPTextConfig(
         vocab_size=49408,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=layers,
         num_attention_heads=1,
         hidden_act=activation,
