@@ -41,6 +41,7 @@ def test_correct(tmp_path):
     assert len(rows) == 14
 
 
+@pytest.mark.slow
 def test_speed_and_knobs(tmp_path):
     rows = rows_of("speed", tmp_path)
     assert not any("holds" in row for row in rows.values())  # no case failed

@@ -423,8 +423,9 @@ def test_a_link_for_an_output_is_not_followed(good, tmp_path):
     """Nothing appears where it leads."""
     for name in ("y.safetensors", "merged"):
         (tmp_path / name).symlink_to(tmp_path / "elsewhere")
-    run_script(convert_lora, write(tmp_path, tensors=KOHYA), tmp_path / "y.safetensors", "--to", "diffusers")
-    assert not (tmp_path / "y.safetensors").is_symlink()
+    with pytest.raises(SystemExit, match="y.safetensors: is there already; choose another place, or remove it"):
+        run_script(convert_lora, write(tmp_path, tensors=KOHYA), tmp_path / "y.safetensors", "--to", "diffusers")
+    assert (tmp_path / "y.safetensors").is_symlink()
     with pytest.raises((SystemExit, OSError)):
         run_script(merge_lora, tiny_models.model("sd1"), tmp_path / "merged", "--lora", good)
     assert not (tmp_path / "elsewhere").exists()

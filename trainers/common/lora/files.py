@@ -55,7 +55,9 @@ def write_lora(path: Path, lora: LoraFile) -> Path:
     writer = StableDiffusionXLLoraLoaderMixin  # its format for Stable Diffusion is the same
     path.parent.mkdir(parents=True, exist_ok=True)
     writer.save_lora_weights(path.parent, weight_name=path.name, **layers, **settings)
-    write_tensors(load_file(path), path, lora.about | read_about(path) | {"format": "pt"})
+    tensors, about = load_file(path), lora.about | read_about(path) | {"format": "pt"}
+    path.unlink()  # it can be read by its owner alone
+    write_tensors(tensors, path, about)
     return path
 
 
