@@ -17,19 +17,20 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from datasets_lib.errors import FileError, InputError, MissingFileError
+from datasets_lib.errors import FileError, InputError, MissingFileError, UserError
 from datasets_lib.foreign import shown
 from trainers.common.lora.files import read_lora, write_lora
 from trainers.common.lora.kohya import DORA, write_kohya
 from trainers.common.lora.lora_file import LoraFile
 from trainers.common.lora.tensors import FILE_NAME
 from trainers.engine.checkpoint.manifest import list_checkpoints
-from trainers.engine.checkpoint.state_file import STATE
+from trainers.engine.checkpoint.state_file import STATE, read_state_file
 from trainers.engine.config.trust import add_trust_argument
 from trainers.engine.run.files import make_folder
 from trainers.inference.checkpoint_lora import read_checkpoint_lora
@@ -77,13 +78,20 @@ def check_output(output: Path) -> None:
 
 def read(source: Path, weights: str | None, trust_code: bool) -> LoraFile:
     """Reads a LoRA from a file, a finished run, a checkpoint, or else from the newest checkpoint of a run."""
-    is_checkpoint, is_file = (source / STATE).is_file(), (source / FILE_NAME).is_file()
-    held = is_checkpoint or (source.is_dir() and bool(list_checkpoints(source)))
+    held = [source] if (source / STATE).is_file() else [folder for _, folder in list_checkpoints(source)]
     if weights is not None and not held:
         raise InputError(f"--weights {weights}: {source} is no checkpoint and holds none; leave the option out")
-    if is_checkpoint or weights is not None or (held and not is_file):
+    if held and (weights is not None or held == [source] or not (source / FILE_NAME).is_file() or goes_on(held[0])):
         return read_checkpoint_lora(open_run(source, trust_code), weights)
     return read_lora(source)
+
+
+def goes_on(checkpoint: Path) -> bool:
+    """Whether a run had more to train at its newest checkpoint, so that a LoRA beside it is of before."""
+    with suppress(UserError):  # of a damaged one
+        state = read_state_file(checkpoint)
+        return state["step"] < state["total_steps"]
+    return False
 
 
 def convert_all(source: Path, output: Path, **how: Any) -> None:

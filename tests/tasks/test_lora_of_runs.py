@@ -222,6 +222,18 @@ def test_a_checkpoint_is_no_lora_file_and_the_message_names_what_makes_one(finis
     assert_same_tensors(tmp_path / "newest.safetensors", finished / "ink wash.safetensors")
 
 
+def test_of_a_run_that_goes_on_the_newest_checkpoint_is_taken(finished, of_v, tmp_path):
+    shutil.copytree(finished / "checkpoint-3", tmp_path / "run" / "checkpoint-3")  # of 6 steps
+    shutil.copy(of_v / FILE_NAME, tmp_path / "run")  # as if of before
+    for name, source in {"run": tmp_path / "run", "checkpoint": finished / "checkpoint-3"}.items():
+        convert_lora.convert(source, tmp_path / f"{name}.safetensors")
+    assert_same_tensors(tmp_path / "run.safetensors", tmp_path / "checkpoint.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    shutil.copytree(finished / "checkpoint-6", tmp_path / "run" / "checkpoint-6")  # the last one
+    convert_lora.convert(tmp_path / "run", tmp_path / "finished.safetensors", "diffusers")
+    assert_same_tensors(tmp_path / "finished.safetensors", of_v / FILE_NAME)
+
+
 def test_checkpoints_that_hold_no_lora(run_in_process, of_v, tmp_path):
     folder = run_in_process("other", "ddpm", **{"base.max_train_steps": 1})
     output = tmp_path / "out.safetensors"
