@@ -198,6 +198,23 @@ def test_all_checkpoints_at_once_as_the_end_of_the_run_says(finished, tmp_path, 
     assert not torch.equal(last[f"{name}.lora_down.weight"], trained[key])
 
 
+def test_ctrl_c_among_checkpoints_keeps_what_is_written(finished, tmp_path, monkeypatch, capsys):
+    written, original = [], convert_lora.write_kohya
+
+    def write(path, lora, title):
+        original(path, lora, title)
+        written.append(title)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_lora, "write_kohya", write)
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, convert_lora, finished, tmp_path / "epochs", "--all")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+    assert [path.stem for path in (tmp_path / "epochs").iterdir()] == written[:1]
+
+
 def test_a_checkpoint_without_its_base_and_a_run_without_its_end(finished, tmp_path, capsys):
     run = tmp_path / "moved"
     run.mkdir()

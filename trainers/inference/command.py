@@ -21,7 +21,10 @@ SETTINGS_BYTES = 64 << 20
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Ends a script's main with an error's message and exit code 1, or after a signal with the signal's exit code."""
+    """Ends a script's main with an error's message and exit code 1, or after a signal with the signal's exit code.
+
+    Ctrl-C is one of these; what a script has finished by then stays.
+    """
 
     @functools.wraps(main)
     def run() -> None:
@@ -33,6 +36,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             except Interrupted as interruption:
                 print(interruption, file=sys.stderr)
                 sys.exit(interruption.code)
+            except KeyboardInterrupt:
+                print("\ninterrupted", file=sys.stderr)
+                sys.exit(130)
 
     return run
 
