@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from trainers.common.lora.tensors import FILE_NAME
 from trainers.engine.checkpoint.manifest import list_checkpoints
 from trainers.engine.checkpoint.state_file import STATE, read_state_file
 from trainers.engine.config.trust import add_trust_argument
-from trainers.engine.run.files import make_folder
+from trainers.engine.run.files import make_folder, staged
 from trainers.inference.checkpoint_lora import read_checkpoint_lora
 from trainers.inference.command import command, path_argument
 from trainers.inference.lora_pipeline import print_notes
@@ -54,17 +53,14 @@ def convert(
     if lora.is_dora and to == "kohya" and not dora:
         raise InputError(f"{source}: is a DoRA; {DORA}; ComfyUI's change is right to about 1 %: --dora writes it")
     make_folder(output.parent)
-    staging = output.with_name(f".tmp-{secrets.token_hex(4)}.safetensors")
     try:
-        if to == "kohya":
-            write_kohya(staging, lora, output.stem)
-        else:
-            write_lora(staging, lora)
-        staging.rename(output)
+        with staged(output, ".safetensors") as place:
+            if to == "kohya":
+                write_kohya(place, lora, output.stem)
+            else:
+                write_lora(place, lora)
     except (OSError, SafetensorError) as error:
         raise FileError(f"{output}: cannot be written ({shown(error)})") from None
-    finally:
-        staging.unlink(missing_ok=True)
     print(f"{to} format: {output}")
 
 

@@ -8,17 +8,15 @@ A LoRA is baked into its base first, by scripts/merge_lora.py.
 from __future__ import annotations
 
 import argparse
-import secrets
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from datasets_lib.errors import FileError, InputError
 from datasets_lib.foreign import shown
 from trainers.common.lora.training import AdapterTrainer
 from trainers.common.text_to_image.stable_diffusion import StableDiffusionTrainer
 from trainers.engine.config.trust import add_trust_argument
+from trainers.engine.run.files import staged
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import command, path_argument
 from trainers.inference.lora_pipeline import load_pipeline
@@ -52,14 +50,11 @@ def export(options: argparse.Namespace) -> str:
         raise InputError(f"{options.output}: must be a new file with the ending {ENDING}")
     pipeline = pipeline_of(options)
     tensors, about = single_file_of(pipeline, options.output.stem, options.source, DTYPES[options.dtype])
-    staged = options.output.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
-        write_tensors(tensors, staged, about | {"format": "pt"})
-        staged.rename(options.output)
-    except (OSError, SafetensorError) as error:
+        with staged(options.output) as place:
+            write_tensors(tensors, place, about | {"format": "pt"})
+    except OSError as error:
         raise FileError(f"{options.output}: cannot be written ({shown(error)})") from None
-    finally:
-        staged.unlink(missing_ok=True)
     return f"{options.output.stat().st_size / 1e9:.2f} GB, {options.dtype}: {options.output}"
 
 

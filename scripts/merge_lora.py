@@ -14,7 +14,6 @@ import shutil
 
 from datasets_lib.errors import FileError, UserError
 from datasets_lib.foreign import shown
-from trainers.common.lora.files import read_lora
 from trainers.inference.arguments import DTYPES
 from trainers.inference.command import check_new, command, path_argument
 from trainers.inference.lora_pipeline import add_loras, check_weights, load_pipeline, parse_loras
@@ -34,7 +33,7 @@ def main() -> None:
     pipeline = load_pipeline(options.base)
     scheduler = pipeline.scheduler
     pipeline.fuse_lora(adapter_names=list(add_loras(pipeline, loras)))
-    changed = {network for path, _ in loras for network in read_lora(path).tensors}
+    changed = set(pipeline.get_list_adapters())  # networks that have one
     changed |= {"scheduler"} if pipeline.scheduler is not scheduler else set()  # one that the LoRA needs
     pipeline.unload_lora_weights()
     check_weights(pipeline)

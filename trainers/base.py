@@ -85,7 +85,7 @@ class RunInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a task says of its result in the header of the model card, in the words of the hub."""
+    """A task's statements on its result for the header of the model card, in the words of the hub."""
 
     pipeline_tag: str | None = None  # what the result does; None: the hub has no word for it
     tags: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,15 @@ from trainers.single_file.reading import read_network
 from trainers.single_file.recognition import SingleFile, open_autoencoder, open_single_file
 from trainers.single_file.skeleton import write_skeleton
 from trainers.weight_files import weight_files
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+
+def hub_name(value: Any) -> str | None:
+    """Returns what can be a model's name on the hub, owner/name, and is no file or folder here; None for others."""
+    if not isinstance(value, str) or HUB_NAME.fullmatch(value) is None:
+        return None
+    return None if len(value) > 96 or "--" in value or ".." in value or Path(value).exists() else value
 
 
 def read_model(

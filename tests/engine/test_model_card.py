@@ -18,9 +18,10 @@ from tiny_models import model
 from trainers import TRAINERS
 from trainers.common.lora.training import AdapterTrainer
 from trainers.engine.config.config import find_trainer, load_config
-from trainers.engine.export.base_card import BaseCard, hub_name, read_base_card
+from trainers.engine.export.base_card import BaseCard, read_base_card
 from trainers.engine.export.card_header import METRICS, card_header
 from trainers.engine.tracking.gallery import MOST, Shown, read_gallery, write_gallery
+from trainers.pretrained import hub_name
 
 CLASSES = {"pipeline_tag": "unconditional-image-generation", "tags": ["class-conditional-image-generation"]}
 PROMPTED = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers-training"]

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
+from lora_changes import differences
 from marks import slow
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -65,16 +66,6 @@ def adapted(family, kind="patterns", seed=0, only=NETWORKS, rank=4, alpha=8, une
                 parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
         network.eval()
     return networks
-
-
-def differences(networks, adapter="default"):
-    """What peft adds to each weight."""
-    return {
-        (name, key): module.get_delta_weight(adapter).detach()
-        for name, network in networks.items()
-        for key, module in network.named_modules()
-        if isinstance(module, LoraLayer)
-    }
 
 
 def pipeline_of(family, layers=1):

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from lora_changes import differences
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -77,15 +78,6 @@ def adapted(base, lora_alpha, unet, text, seed=0, **options):
         network.requires_grad_(False)
         network.add_adapter(config)
     return networks
-
-
-def differences(networks, adapter="default"):
-    return {
-        (name, key): module.get_delta_weight(adapter).detach()
-        for name, network in networks.items()
-        for key, module in network.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
-    }
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from trainers.common.lora.header import peft_settings
 from trainers.common.lora.lora_file import NETWORKS, LoraFile, check_modules, file_name
 from trainers.common.lora.training import AdapterTrainer
 from trainers.engine.checkpoint.load import read_tensors
-from trainers.inference.saved_run import AVERAGED, RAW, SavedRun
+from trainers.inference.saved_run import AVERAGED, RAW, SavedRun, suffix_of
 
 TENSOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.default\.weight")
 
@@ -31,10 +31,7 @@ def read_checkpoint_lora(saved: SavedRun, weights: str | None = None) -> LoraFil
     run = saved.config()
     trainer = kind(run.config, run.base)
     trainer.run = RunInfo(device=torch.device("cpu"), weight_dtype=torch.float32)
-    held = AVERAGED if run.config.use_ema else RAW
-    if weights == AVERAGED and held == RAW:
-        raise InputError(f"{checkpoint}: has no averaged weights, its run had use_ema: false; ask for raw")
-    suffix = "_ema" if (weights or held) == AVERAGED else ""
+    suffix = suffix_of(checkpoint, AVERAGED if run.config.use_ema else RAW, weights)
     adapter, lora = trainer.adapter(), LoraFile({}, {}, trainer.about() | _about_base(trainer))
     for name in NETWORKS:
         folder = checkpoint / f"{name}{suffix}"

@@ -47,7 +47,7 @@ class NamedLora(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Infotext:
-    """What the pictures of a call have in common."""
+    """Facts that the pictures of a call have in common."""
 
     model: str  # folder, file or hub name, of which the last part is written
     sampler: str  # by sampler_name

@@ -14,12 +14,10 @@ from trainers.common.text_to_image.pipeline_files import lacks_vocabulary, write
 from trainers.inference.lora_pipeline import check_values
 from trainers.model_configs import INDEX, read_config
 from trainers.single_file.header import is_single_file
-from trainers.single_file.part_files import write_part
+from trainers.single_file.part_files import PREFIX, write_part
 from trainers.single_file.recognition import SingleFile, open_single_file
 from trainers.single_file.skeleton import write_skeleton
 from trainers.weight_files import copy_part, copy_texts, forget_places, rewrite_weights, weight_files
-
-PREFIX = "text_model."  # of a text encoder's tensors in files, which transformers 5 drops in memory
 
 
 def write_merged(pipeline: Any, changed: Set[str], folder: Path, dtype: torch.dtype | None) -> None:

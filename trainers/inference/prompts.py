@@ -118,7 +118,7 @@ def is_pipeline(path: str) -> bool:
 
 
 class Loaded(NamedTuple):
-    """What pictures of prompts are drawn with."""
+    """A pipeline with its LoRAs and settings, to draw pictures of prompts with."""
 
     pipeline: Any
     weights: dict[str, float]  # of its adapters by name

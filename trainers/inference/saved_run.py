@@ -132,10 +132,7 @@ def load_trainer(
     networks = trainer.init_modules()
     held = AVERAGED if run.config.use_ema else RAW
     if saved.checkpoint is not None:
-        if weights == AVERAGED and held == RAW:
-            raise InputError(f"{saved.checkpoint}: has no averaged weights, its run had use_ema: false; ask for raw")
-        suffix = "_ema" if (weights or held) == AVERAGED else ""
-        put_weights(read_weights(saved.checkpoint, networks, suffix), networks)
+        put_weights(read_weights(saved.checkpoint, networks, suffix_of(saved.checkpoint, held, weights)), networks)
     elif weights not in (None, held):
         raise InputError(f"{saved.folder}: has no checkpoints, and its pipeline holds the {held} weights only")
     else:
@@ -146,6 +143,16 @@ def load_trainer(
     trainer.unwrapped = trainer.modules = {k: network.to(trainer.device).eval() for k, network in networks.items()}
     build_encoders(trainer)
     return trainer
+
+
+def suffix_of(checkpoint: Path, held: str, weights: str | None) -> str:
+    """Returns the ending of a checkpoint's folders with the wanted weights, by default the ones that are `held`.
+
+    Raises ValueError for averaged weights where there are none.
+    """
+    if weights == AVERAGED and held == RAW:
+        raise InputError(f"{checkpoint}: has no averaged weights, its run had use_ema: false; ask for raw")
+    return "_ema" if (weights or held) == AVERAGED else ""
 
 
 def find_device(name: str | None) -> torch.device:

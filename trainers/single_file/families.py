@@ -1,4 +1,4 @@
-"""What is fixed in each family of Stable Diffusion: where its networks stand in a file, and numbers no tensor shows."""
+"""The families of Stable Diffusion: where the networks of each stand in a file, and numbers that no tensor shows."""
 
 from __future__ import annotations
 
@@ -73,3 +73,9 @@ SDXL = Family(
 ALONE = Family("autoencoder alone", {"vae": Network(VAE, "")}, (), 512, None, {}, "")  # of whichever family
 FAMILIES = (SDXL, SD2, SD1)
 V_OF_SD2 = (768, "stable-diffusion-v2-768-v")  # pixels and architecture of Stable Diffusion 2 that predicts velocity
+ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"  # modelspec's word for the original names
+
+
+def architecture_of(family: Family, is_velocity: bool) -> str:
+    """Returns modelspec's name of a family whose UNet predicts velocity or noise."""
+    return V_OF_SD2[1] if family is SD2 and is_velocity else family.architecture

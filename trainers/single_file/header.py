@@ -17,7 +17,7 @@ OTHERS = (*PICKLES, ".gguf")
 
 
 class Header(NamedTuple):
-    """What a file says of its tensors by name, without reading them."""
+    """The names, shapes and types of a file's tensors, and its texts, without the tensors."""
 
     shapes: dict[str, tuple[int, ...]]
     types: dict[str, str]  # such as F16, in safetensors' words

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainers.single_file.families import SD1, SD2, SDXL, V_OF_SD2
+from trainers.single_file.families import ORIGINAL_CODE, SD1, SD2, SDXL, architecture_of
 from trainers.single_file.header import Header
 from trainers.single_file.names import original_names
 from trainers.single_file.prediction import EPSILON, MARKS, VELOCITY
@@ -101,8 +101,8 @@ def _about(single: SingleFile, pipeline: Any) -> dict[str, str]:
     is_velocity, side = pipeline.scheduler.config.prediction_type == VELOCITY, 8 * pipeline.unet.config.sample_size
     texts = {
         "sai_model_spec": "1.0.0",
-        "architecture": V_OF_SD2[1] if is_velocity and single.family is SD2 else single.family.architecture,
-        "implementation": "https://github.com/Stability-AI/generative-models",
+        "architecture": architecture_of(single.family, is_velocity),
+        "implementation": ORIGINAL_CODE,
         "title": single.path.name,
         "resolution": f"{side}x{side}",
         "prediction_type": "v" if is_velocity else EPSILON,

@@ -117,7 +117,7 @@ class LatentSpace:
             return dict(self.load().config)  # or an error that explains
 
     def _unsaid(self) -> dict[str, Any]:
-        """What an autoencoder alone in a file does not say: it is in the place of the base model's."""
+        """Returns the scale of latents, which an autoencoder alone in a file does not say: the base model's."""
         if self.base_settings is None or not is_single_file(self.source):
             return {}
         return {"scaling_factor": 0.18215} | {n: self.base_settings[n] for n in UNSAID if n in self.base_settings}

@@ -14,6 +14,7 @@ from trainers.common.lora.kohya_texts import FAMILIES, LAYERS, VERSIONS
 from trainers.common.lora.options import AdapterConfig
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.model_configs import read_config
+from trainers.pretrained import hub_name
 from trainers.version import VERSION
 
 CONFIG, CONFIG_BYTES = "config.yaml", 1 << 20  # of a run
@@ -38,8 +39,7 @@ def config_texts(config: AdapterConfig, base: BaseConfig, adapter: dict[str, Any
 
 def published_name(source: str) -> str:
     """Returns a hub name as it is, and of a path its last part."""
-    is_path = Path(source).exists() or source.count("/") != 1 or source[0] in "./~"
-    return Path(source).expanduser().resolve().name if is_path else source
+    return hub_name(source) or Path(source).expanduser().resolve().name
 
 
 def family_texts(base_model: BaseModel) -> dict[str, str]:

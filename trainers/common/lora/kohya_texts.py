@@ -8,16 +8,12 @@ from collections.abc import Mapping
 from trainers.common.lora.header import text_settings
 from trainers.common.lora.lora_file import LoraFile
 from trainers.common.text_to_image.prompts import TextSettings
+from trainers.single_file.families import ORIGINAL_CODE, SD1, SD2, SDXL, architecture_of
 
 LAYERS = "layers_per_block"  # of a UNet that has not two, as the original networks have
 FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the captions' embeddings
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-ARCHITECTURES = {
-    "sd_v1": "stable-diffusion-v1",
-    "sd_v2": "stable-diffusion-v2-512",
-    "sd_v2_v": "stable-diffusion-v2-768-v",
-    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
-}
+ARCHITECTURES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
 
 def family_of(lora: LoraFile) -> str | None:
@@ -39,10 +35,9 @@ def kohya_texts(about: Mapping[str, str], family: str | None, title: str) -> dic
     found = {"ss_output_name": title, "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title}
     if family is not None:
         version = VERSIONS[family] + ("_v" if family == "sd2" and predicts_v else "")
-        original = "https://github.com/Stability-AI/generative-models"  # whose names of blocks SDXL's files have
         found |= {"ss_base_model_version": version, "ss_v2": str(family == "sd2")}
-        found["modelspec.architecture"] = f"{ARCHITECTURES[version]}/lora"
-        found["modelspec.implementation"] = original if family == "sdxl" else "diffusers"
+        found["modelspec.architecture"] = f"{architecture_of(ARCHITECTURES[family], predicts_v)}/lora"
+        found["modelspec.implementation"] = ORIGINAL_CODE if family == "sdxl" else "diffusers"
     if base := about.get("base_model"):
         found["ss_sd_model_name"] = base
     if size := about.get("resolution"):

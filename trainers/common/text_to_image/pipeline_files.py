@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainers.common.autoencoder.latents import LatentSpace
 from trainers.common.text_to_image.base_model import BaseModel
 from trainers.model_configs import INDEX
+from trainers.single_file.families import KINDS
 from trainers.single_file.part_files import write_part
 from trainers.weight_files import copy_part
 
@@ -17,14 +18,8 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
     from transformers import CLIPTokenizer
 
-CLASSES = {
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+CLASSES = {name: list(kind) for name, kind in KINDS.items()}
+CLASSES |= {name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")}
 VOCABULARY = ("vocab.json", "merges.txt")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets_lib.foreign import read_bytes, read_json
+from trainers.pretrained import hub_name
 
 CARD, INDEX = "README.md", "model_index.json"
 MOST_BYTES = 1 << 20  # of either
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 FORMS = {
     "license": re.compile(r"[a-z0-9][a-z0-9.+-]{0,59}"),  # the hub's identifiers
     "license_name": re.compile(r"[\w.+-][\w .+-]{0,99}"),
@@ -21,7 +21,7 @@ FILE = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 
 
 class BaseCard(NamedTuple):
-    """What is known of a base model; the texts are another person's, and only those of the expected form."""
+    """Facts about a base model; the texts are another person's, and only those of the expected form."""
 
     name: str | None = None  # on the hub: its own, or that of the model that a local folder comes from
     license: str | None = None
@@ -56,12 +56,6 @@ def _licence(header: dict[str, Any], repository: str | None) -> BaseCard:
     if (file := _text(header.get("license_link"), FILE)) is not None and repository is not None:
         values["license_link"] = f"https://huggingface.co/{repository}/blob/main/{file}"
     return BaseCard(None, **values)
-
-
-def hub_name(value: Any) -> str | None:
-    """Returns what can be a model's name on the hub, owner/name, and is no file or folder here; None for others."""
-    text = _text(value, HUB_NAME)
-    return None if text is None or len(text) > 96 or "--" in text or ".." in text or Path(text).exists() else text
 
 
 def _header(path: Path | None) -> dict[str, Any]:

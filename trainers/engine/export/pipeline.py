@@ -15,7 +15,6 @@ from trainers.base import MeasuresData, Trainer
 from trainers.engine.checkpoint.snapshot import TrainState, first_not_finite, full_tensor
 from trainers.engine.distributed.collectives import run_on_main
 from trainers.engine.distributed.sharding import is_sharded, weight_of
-from trainers.engine.export.base_card import hub_name
 from trainers.engine.export.variant import write_variant
 from trainers.engine.optim.ema import EMA
 from trainers.engine.optim.networks import filled
@@ -24,6 +23,7 @@ from trainers.engine.run.run_folder import publish_pipeline
 from trainers.engine.run.signals import Abandoned
 from trainers.engine.tracking.tracker import Tracker
 from trainers.engine.validation.validation import Validation
+from trainers.pretrained import hub_name
 from trainers.weight_files import forget_places, make_readable
 
 

@@ -15,22 +15,30 @@ from datasets_lib.errors import FileError
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file that replaces `path` once it is whole; a link at that name is replaced, and never followed.
+def staged(path: Path, ending: str = "") -> Iterator[Path]:
+    """Gives a new name beside `path`, by which a file is written that replaces `path` once it is whole.
 
-    Raises OSError with the free space if it cannot be written.
+    A link at `path` is replaced, and never followed.
     """
-    staged = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    place = path.with_name(f".tmp-{secrets.token_hex(8)}{ending}")
     try:
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with open(descriptor, "wb") as file:
-            yield file
-        staged.replace(path)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {error}{_space(path)}") from None
+        yield place
+        place.replace(path)
     finally:
         with suppress(OSError):  # there is none in what is no folder
-            staged.unlink(missing_ok=True)
+            place.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that replaces `path` as a staged one does; OSError with the free space if it cannot."""
+    try:
+        with staged(path) as place:
+            descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            with open(descriptor, "wb") as file:
+                yield file
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error}{_space(path)}") from None
 
 
 def write_text(path: Path, text: str) -> None:
